@@ -1,0 +1,105 @@
+"""How to adapt: one frozen dataclass, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from dtta_fast.draws import TimestepDraw
+from dtta_fast.optimizers import Optimizer
+from dtta_fast.parameters import ParameterSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """Settings of an adaptation; a wrong value raises ValueError naming the field, the value and what is allowed.
+
+    Attributes:
+        steps: updates an image (episodic) or a batch (online).
+        pairs: (timestep, noise) pairs an image and step, fresh in every step.
+        chunk: pairs of an image that run through the denoiser at once; "auto" keeps a forward at 64 rows. No effect on the result.
+        loss: mse, or l1.
+        timesteps: uniform, or stratified: one timestep in each of `pairs` equal parts of the range.
+        timestep_range: rows low <= t < high of the noise process; None is all of it.
+        top_k: classes that take part in the condition; None is all.
+        logit_scale: the condition is softmax(logit_scale · logits / ‖logits‖₂); None is softmax(logits).
+        parameters: which of the model's weights move: all, its norm layers, its head, or the logits themselves.
+        denoiser_parameters: frozen, or all.
+        optimizer: sgd, adam or adamw, with learning rate lr for the model and denoiser_lr for the denoiser.
+        momentum: of sgd. weight_decay: of every optimizer, on the model and the denoiser alike.
+        mode: episodic starts every image from the source weights; online carries weights and optimizer on through the stream.
+        guard: pairs on which the classes predicted before and after are compared; where the loss is not lower after, the
+            source's answer stands. 0 is off.
+        seed: of the timesteps and the noise, 0 .. 2^63 - 1.
+    """
+
+    steps: int = 5
+    pairs: int = 4
+    chunk: int | Literal["auto"] = "auto"
+    loss: Literal["mse", "l1"] = "mse"
+    timesteps: TimestepDraw = "stratified"
+    timestep_range: tuple[int, int] | None = None
+    top_k: int | None = None
+    logit_scale: float | None = None
+    parameters: ParameterSet = "all"
+    denoiser_parameters: Literal["frozen", "all"] = "frozen"
+    optimizer: Optimizer = "adam"
+    lr: float = 1e-3
+    denoiser_lr: float = 1e-4
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    mode: Literal["episodic", "online"] = "episodic"
+    guard: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        def refuse(field: str, allowed: str) -> None:
+            raise ValueError(f"{field} is {getattr(self, field)!r}; allowed: {allowed}")
+
+        def whole(value: Any, low: int) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+        def real(value: Any) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+        choices = {
+            "loss": ("mse", "l1"),
+            "timesteps": get_args(TimestepDraw),
+            "parameters": get_args(ParameterSet),
+            "denoiser_parameters": ("frozen", "all"),
+            "optimizer": get_args(Optimizer),
+            "mode": ("episodic", "online"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                refuse(field, ", ".join(allowed))
+        for field, low in (("steps", 1), ("pairs", 1), ("guard", 0), ("seed", 0)):
+            if not whole(getattr(self, field), low):
+                refuse(field, f"a whole number of {low} and more")
+        if self.seed >= 2**63:
+            refuse("seed", "up to 2^63 - 1")
+        if self.chunk != "auto" and not whole(self.chunk, 1):
+            refuse("chunk", '"auto" or a whole number of 1 and more')
+        if self.top_k is not None and not whole(self.top_k, 1):
+            refuse("top_k", "None or a whole number of 1 and more")
+        for field in ("lr", "denoiser_lr", "weight_decay", "momentum"):
+            if not real(getattr(self, field)) or getattr(self, field) < 0:
+                refuse(field, "a finite number of 0 and more")
+        if self.logit_scale is not None and not (real(self.logit_scale) and self.logit_scale > 0):
+            refuse("logit_scale", "None or a positive number")
+        if self.timestep_range is not None:
+            both = isinstance(self.timestep_range, (tuple, list)) and len(self.timestep_range) == 2
+            if not (both and all(whole(t, 0) for t in self.timestep_range) and self.timestep_range[0] < self.timestep_range[1]):
+                refuse("timestep_range", "None or whole numbers (low, high) with 0 <= low < high")
+        if self.mode == "online" and self.parameters == "logits":
+            raise ValueError("parameters is 'logits' with mode 'online'; free logits belong to one image: use episodic")
+
+    def replace(self, **changes: Any) -> AdaptConfig:
+        """A copy with some fields changed; an unknown field raises ValueError."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                raise ValueError(f"{name} is no field of AdaptConfig; it has {', '.join(known)}")
+        return dataclasses.replace(self, **changes)

@@ -1,0 +1,40 @@
+"""What the engine asks of a diffusion model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtta_fast.process import NoiseProcess
+
+
+class Denoiser(nn.Module, ABC):
+    """A diffusion model with a differentiable condition. Its parameters are what may adapt; its forward is the prediction."""
+
+    process: NoiseProcess
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1], any size, to x0 [B, C, h, w]; no gradient."""
+
+    @abstractmethod
+    def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The table [K, ...] whose mixtures are conditions; read from `parameters` where they hold it, with gradient."""
+
+    @abstractmethod
+    def adaptable(self) -> list[str]:
+        """Names of the parameters that move when the denoiser adapts."""
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """x_t [N, C, h, w], timesteps [N] (rows of `process`), condition [N, ...] -> prediction [N, C or 2C, h, w]."""
+
+
+def to_model_range(images: Tensor, size: int) -> Tensor:
+    """Images in [0, 1] at size x size (bicubic, antialiased) and in [-1, 1]."""
+    if images.shape[-2:] != (size, size):
+        images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+    return images * 2 - 1

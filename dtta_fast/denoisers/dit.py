@@ -1,0 +1,261 @@
+"""DiT as a denoiser: soft class conditions, and weights in the original's, diffusers' and our own format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dtta_fast.denoisers.base import Denoiser, to_model_range
+from dtta_fast.denoisers.dit_network import DiTNetwork
+from dtta_fast.process import NoiseProcess
+
+LABEL_TABLE = "network.y_embedder.embedding_table.weight"
+
+
+class DiT(Denoiser):
+    """A class-conditional diffusion transformer, in pixels or in the latents of an autoencoder.
+
+    Args:
+        network: the transformer. process: its noise process, as long as its training's.
+        vae: a diffusers AutoencoderKL for latent models; None for pixel models. It never adapts.
+    """
+
+    def __init__(self, network: DiTNetwork, process: NoiseProcess, vae: nn.Module | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.process = process
+        self.vae = vae
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> DiT:
+        moved: DiT = super()._apply(fn, *args, **kwargs)
+        self.process = self.process.to(self.network.pos_embed.device)  # the table follows the device, not the dtype
+        return moved
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] to x0: pixels in [-1, 1], or the posterior mean times the scaling factor."""
+        dtype = self.network.x_embedder.proj.weight.dtype
+        if self.vae is None:
+            if images.shape[1] != self.network.in_channels:
+                raise ValueError(
+                    f"images have {images.shape[1]} channels and the denoiser works on {self.network.in_channels}; "
+                    "a latent model needs vae= when it is loaded, or latents= at the call"
+                )
+            return to_model_range(images, self.network.input_size).to(dtype)
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        pixels = to_model_range(images, self.network.input_size * factor).to(self.vae.dtype)
+        return (self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor).to(dtype)
+
+    def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        table = parameters.get(LABEL_TABLE)
+        if table is None:
+            table = self.network.y_embedder.embedding_table.weight.detach()
+        return table[..., : self.network.num_classes, :]
+
+    def adaptable(self) -> list[str]:
+        return [name for name, _ in self.named_parameters() if name.startswith("network.")]
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        return self.network(x_t, self.process.model_time[timesteps], condition)
+
+    @classmethod
+    def from_original(
+        cls,
+        path_or_state_dict: str | Path | Mapping[str, Tensor],
+        *,
+        num_heads: int,
+        process: NoiseProcess | None = None,
+        vae: nn.Module | None = None,
+    ) -> DiT:
+        """Reads a checkpoint of the original DiT repository (`DiT-XL-2-256x256.pt`: 16 heads) of any size.
+
+        All sizes but the heads are read off the weights. A file is read with weights_only.
+
+        Args:
+            process: None means the original's: 1,000 linear betas from 1e-4 to 2e-2, predicting the noise.
+
+        Raises:
+            FileNotFoundError, ValueError: no such file, or weights that are no DiT's.
+        """
+        state = path_or_state_dict
+        if not isinstance(state, Mapping):
+            state = _read_torch_file(Path(state))
+        network = _network_from_original(state, num_heads)
+        if process is None:
+            from diffusers import DDPMScheduler
+
+            process = NoiseProcess.from_scheduler(DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear"))
+        return cls(network, process, vae)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, vae: nn.Module | None = None) -> DiT:
+        """Reads a folder: our own (`save_pretrained`), a diffusers DiTTransformer2DModel, or a diffusers DiT pipeline.
+
+        Anything that is no folder is taken for a model id of the hub. `vae` overrides the pipeline's own.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing or damaged; the message names it.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            folder = _download(str(path))
+        if (folder / "model_index.json").is_file():
+            if vae is None:
+                from diffusers import AutoencoderKL
+
+                vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
+            return cls(_network_from_diffusers(folder / "transformer"), _read_process(folder), vae)
+        config = _read_json(folder / "config.json")
+        if config.get("_class_name") == "DiTTransformer2DModel":
+            return cls(_network_from_diffusers(folder), _read_process(folder if (folder / "scheduler").is_dir() else folder.parent), vae)
+        if config.pop("_class_name", None) != "DiT":
+            raise ValueError(f"{folder / 'config.json'} names no DiT: _class_name has to be DiT or DiTTransformer2DModel")
+        network = DiTNetwork(**config)
+        _load(network, _read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
+        return cls(network, _read_process(folder), vae)
+
+    def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
+        """Writes config.json, model.safetensors and scheduler/scheduler_config.json (of the diffusers scheduler trained with)."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"_class_name": "DiT", **self.network.sizes}, indent=2) + "\n")
+        save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, folder / "model.safetensors")
+        scheduler.save_pretrained(folder / "scheduler")
+
+
+def _network_from_original(state: Mapping[str, Tensor], num_heads: int) -> DiTNetwork:
+    wanted = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight", "final_layer.linear.weight")
+    missing = [name for name in wanted if name not in state]
+    if missing:
+        raise ValueError(f"path_or_state_dict is no DiT checkpoint: {', '.join(missing)} missing")
+    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
+    outputs = len(state["final_layer.linear.weight"]) // patch_size**2
+    network = DiTNetwork(
+        input_size=round(state["pos_embed"].shape[1] ** 0.5) * patch_size,
+        patch_size=patch_size,
+        in_channels=in_channels,
+        hidden_size=hidden_size,
+        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        num_heads=num_heads,
+        mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / hidden_size,
+        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,  # the last row is the null class
+        learn_sigma=outputs == 2 * in_channels,
+    )
+    _load(network, state, "path_or_state_dict")
+    return network
+
+
+def _network_from_diffusers(folder: Path) -> DiTNetwork:
+    from diffusers import DiTTransformer2DModel
+
+    try:
+        model = DiTTransformer2DModel.from_pretrained(folder)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{folder} cannot be read as a diffusers DiTTransformer2DModel: {error}") from error
+    config, state = model.config, model.state_dict()
+    network = DiTNetwork(
+        input_size=config.sample_size,
+        patch_size=config.patch_size,
+        in_channels=config.in_channels,
+        hidden_size=config.num_attention_heads * config.attention_head_dim,
+        depth=config.num_layers,
+        num_heads=config.num_attention_heads,
+        num_classes=config.num_embeds_ada_norm,
+        learn_sigma=model.out_channels == 2 * config.in_channels,
+    )
+    own: dict[str, Tensor] = {"pos_embed": network.pos_embed}
+    embedding = "norm1.emb."
+    for block in range(config.num_layers):
+        prefix = f"transformer_blocks.{block}."
+        for name in [n for n in state if n.startswith(prefix + embedding)]:
+            if not torch.equal(state[name], state[name.replace(prefix, "transformer_blocks.0.", 1)]):
+                raise ValueError(f"{folder}: {name} differs from block 0's; a DiT has one time and label embedding for all blocks")
+    for kind in ("weight", "bias"):
+        own |= {
+            f"x_embedder.proj.{kind}": state[f"pos_embed.proj.{kind}"],
+            f"t_embedder.mlp.0.{kind}": state[f"transformer_blocks.0.{embedding}timestep_embedder.linear_1.{kind}"],
+            f"t_embedder.mlp.2.{kind}": state[f"transformer_blocks.0.{embedding}timestep_embedder.linear_2.{kind}"],
+            f"final_layer.adaLN_modulation.1.{kind}": state[f"proj_out_1.{kind}"],
+            f"final_layer.linear.{kind}": state[f"proj_out_2.{kind}"],
+        }
+        for block in range(config.num_layers):
+            ours, theirs = f"blocks.{block}.", f"transformer_blocks.{block}."
+            own[f"{ours}attn.qkv.{kind}"] = torch.cat([state[f"{theirs}attn1.to_{part}.{kind}"] for part in "qkv"])
+            own |= {
+                f"{ours}attn.proj.{kind}": state[f"{theirs}attn1.to_out.0.{kind}"],
+                f"{ours}mlp.fc1.{kind}": state[f"{theirs}ff.net.0.proj.{kind}"],
+                f"{ours}mlp.fc2.{kind}": state[f"{theirs}ff.net.2.{kind}"],
+                f"{ours}adaLN_modulation.1.{kind}": state[f"{theirs}norm1.linear.{kind}"],
+            }
+    own["y_embedder.embedding_table.weight"] = state[f"transformer_blocks.0.{embedding}class_embedder.embedding_table.weight"]
+    _load(network, own, folder)
+    return network
+
+
+def _load(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    try:
+        network.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise ValueError(f"{source} does not fit the network: {error}") from error
+
+
+def _read_process(folder: Path) -> NoiseProcess:
+    """The schedule of folder/scheduler, by whichever diffusers class its config names."""
+    import diffusers
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = _read_json(path)
+    name = str(config.get("_class_name"))
+    if not name.endswith("Scheduler") or not hasattr(diffusers, name):
+        raise ValueError(f"{path} names {name}, which is no scheduler of diffusers")
+    return NoiseProcess.from_scheduler(getattr(diffusers, name).from_config(config))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return config
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _read_torch_file(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises pickle, zip and runtime errors alike here
+        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {error}") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return state.get("ema", state)
+
+
+def _download(model_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=["*.json", "*.safetensors"]))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(f"{model_id} is no folder, and the hub gave no model of that id: {error}") from error

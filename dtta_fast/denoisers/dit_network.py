@@ -1,0 +1,192 @@
+"""The DiT network (Peebles & Xie 2023, arXiv 2212.09748) with a soft class condition.
+
+Parameter names are those of the original checkpoints, so their state dicts load as they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(time: Tensor, dim: int = 256) -> Tensor:
+    """Sinusoids of the time: [N] -> [N, dim], cosines first.
+
+    Frequencies are 10000^(-i / (dim/2)), as in the original DiT; diffusers' port divides by (dim/2 - 1).
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=time.device, dtype=torch.float32) / half)
+    angles = time[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def position_embedding(size: int, dim: int) -> Tensor:
+    """Fixed 2-D sinusoids of a size x size grid: [size², dim]; the column's half comes first, as in the original."""
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angles = torch.arange(size, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [size, dim/2]
+    columns = axis[None].expand(size, size, -1)
+    rows = axis[:, None].expand(size, size, -1)
+    return torch.cat([columns, rows], dim=2).reshape(size * size, dim).float()
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+class _Attention(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, tokens, D]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _Mlp(nn.Module):
+    def __init__(self, hidden_size: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, int(hidden_size * mlp_ratio))
+        self.fc2 = nn.Linear(int(hidden_size * mlp_ratio), hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class _Block(nn.Module):
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = _Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = _Mlp(hidden_size, mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(_modulate(self.norm1(x), shift1, scale1))
+        return x + gate2[:, None] * self.mlp(_modulate(self.norm2(x), shift2, scale2))
+
+
+class _FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, out_features: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        return self.linear(_modulate(self.norm_final(x), shift, scale))
+
+
+class _TimestepEmbedder(nn.Module):
+    def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
+        super().__init__()
+        self.frequency_size = frequency_size
+        self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, time: Tensor) -> Tensor:
+        return self.mlp(timestep_embedding(time, self.frequency_size).to(self.mlp[0].weight.dtype))
+
+
+class _LabelEmbedder(nn.Module):
+    def __init__(self, rows: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, hidden_size)
+
+
+class _PatchEmbed(nn.Module):
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class DiTNetwork(nn.Module):
+    """A class-conditional diffusion transformer whose class condition is an embedding vector, not an index.
+
+    Args:
+        input_size: height and width of x_t, in latent or pixel cells.
+        patch_size: cells a token covers on each side; it divides input_size.
+        in_channels: channels of x_t. hidden_size, depth, num_heads, mlp_ratio: the transformer's sizes.
+        num_classes: rows of the label table. null_class: one more row, the unconditional one, comes last.
+        learn_sigma: the output has 2·in_channels channels; the second half is the learned variance.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        input_size: int,
+        patch_size: int,
+        in_channels: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        null_class: bool = True,
+        learn_sigma: bool = True,
+    ) -> None:
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
+        if hidden_size % num_heads or hidden_size % 4:
+            raise ValueError(f"hidden_size {hidden_size} has to be divisible by 4 and by num_heads {num_heads}")
+        self.sizes = {
+            "input_size": input_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "mlp_ratio": mlp_ratio,
+            "num_classes": num_classes,
+            "null_class": null_class,
+            "learn_sigma": learn_sigma,
+        }
+        self.input_size = input_size
+        self.patch_size = patch_size
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.x_embedder = _PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = _TimestepEmbedder(hidden_size)
+        self.y_embedder = _LabelEmbedder(num_classes + null_class, hidden_size)
+        self.register_buffer("pos_embed", position_embedding(input_size // patch_size, hidden_size)[None])
+        self.blocks = nn.ModuleList([_Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.final_layer = _FinalLayer(hidden_size, patch_size**2 * self.out_channels)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
+        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        # adaLN-Zero: every block starts as the identity.
+        for part in (*self.blocks, self.final_layer):
+            nn.init.zeros_(part.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, x: Tensor, time: Tensor, label: Tensor) -> Tensor:
+        """x [N, C, H, W], time [N], label embedding [N, D] -> [N, out_channels, H, W]."""
+        tokens = self.x_embedder(x) + self.pos_embed.to(x.dtype)
+        condition = self.t_embedder(time) + label  # once a forward; every block reads it
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        tokens = self.final_layer(tokens, condition)
+        side, p = self.input_size // self.patch_size, self.patch_size
+        grid = tokens.reshape(-1, side, side, p, p, self.out_channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.input_size, self.input_size)

@@ -1,0 +1,33 @@
+"""What the engine asks of a discriminative task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from dtta_fast.config import AdaptConfig
+from dtta_fast.denoisers.base import Denoiser
+
+
+class Task(Protocol):
+    """The way from images to a model's input, and from its outputs to a condition and to an answer."""
+
+    def crop(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] to what the model and the denoiser both look at, still in [0, 1]."""
+
+    def normalise(self, model: nn.Module, crop: Tensor) -> Tensor:
+        """A crop to the model's input."""
+
+    def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig) -> None:
+        """Raises ValueError where these outputs cannot condition this denoiser under this config."""
+
+    def condition(self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig) -> Tensor:
+        """Outputs [B, ...] to conditions [B, ...], differentiable; `moving` holds the denoiser's adapted weights."""
+
+    def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
+        """The condition of the prediction taken, [B, ...], without gradient."""
+
+    def predict(self, outputs: Tensor) -> Tensor:
+        """What the user wants: for a classifier the class of each image."""

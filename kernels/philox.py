@@ -1,0 +1,60 @@
+"""Philox4x32-10 (Salmon et al., SC 2011) and its normals, in plain torch: noise as a function of its coordinates.
+
+The counter is (element // 4, pair, image_id, step), the key is the 64-bit seed. Every backend makes the same words bit
+for bit. The pair index 2³² − 1 is kept for the timesteps, so they never share words with the noise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+MASK = 0xFFFFFFFF
+TIMESTEP_PAIR = MASK
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words for each counter.
+
+    Args:
+        counter: four int64 tensors of 32-bit words that broadcast together. seed: the key, low word first.
+
+    Returns:
+        Four int64 tensors with values 0 .. 2³² − 1.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & MASK, seed >> 32
+    for _ in range(ROUNDS):
+        # int64 products wrap, but all 64 bits are there: mask after the shift.
+        p0, p1 = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2
+        c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
+        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def normal(elements: int, pairs: Tensor, image_ids: Tensor, seed: int, step: Tensor) -> Tensor:
+    """Standard normals [B, P, elements], float32, for pairs [P], image_ids [B] and a 0-dim step (int64 all).
+
+    Box-Muller on words (0, 1) and (2, 3); element e is lane e % 4 of counter e // 4.
+    """
+    quads = torch.arange((elements + 3) // 4, device=pairs.device)
+    words = torch.broadcast_tensors(*philox((quads, pairs[:, None], image_ids[:, None, None], step), seed))
+    u0, u1, u2, u3 = (word.to(torch.float32) * 2.0**-32 + 2.0**-33 for word in words)
+    lanes = []
+    for radius_word, angle_word in ((u0, u1), (u2, u3)):
+        radius, angle = (-2 * radius_word.log()).sqrt(), (2 * math.pi) * angle_word
+        lanes += [radius * angle.cos(), radius * angle.sin()]
+    return torch.stack(lanes, dim=-1).flatten(-2)[..., :elements]
+
+
+def timestep_words(pairs: int, image_ids: Tensor, seed: int, step: Tensor) -> Tensor:
+    """One word for each pair, [B, P], on the stream that is reserved for timesteps."""
+    quads = torch.arange((pairs + 3) // 4, device=image_ids.device)
+    reserved = torch.full_like(quads, TIMESTEP_PAIR)
+    words = torch.broadcast_tensors(*philox((quads, reserved, image_ids[:, None], step), seed))
+    return torch.stack(words, dim=-1).flatten(-2)[:, :pairs]
