@@ -1,8 +1,8 @@
 """Fast test-time adaptation by diffusion feedback."""
 
-from dtta_fast import presets
+from dtta_fast import presets, zoo
 from dtta_fast.adapter import Adapter, AdaptResult, adapt
 from dtta_fast.config import AdaptConfig
 
-__all__ = ["AdaptConfig", "AdaptResult", "Adapter", "adapt", "presets"]
+__all__ = ["AdaptConfig", "AdaptResult", "Adapter", "adapt", "presets", "zoo"]
 __version__ = "0.1.0"

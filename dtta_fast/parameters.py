@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ParameterSet = Literal["all", "norm", "head", "logits"]
 Parameters = dict[str, Tensor]
@@ -71,7 +72,11 @@ def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_i
             images, inputs = len(inputs[0]), tuple(x.flatten(0, 1) for x in inputs)
         output: Tensor = functional_call(module, {**frozen, **moving}, inputs)
         return output.unflatten(0, (images, -1)) if per_image else output
-    return torch.vmap(lambda own, *x: functional_call(module, {**frozen, **own}, x))(dict(moving), *inputs)
+    # PyTorch's fused CPU attention has no batching rule: vmap would run it image by image.
+    on_cpu = inputs[0].device.type == "cpu"
+    with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
+        stacked: Tensor = torch.vmap(lambda own, *x: functional_call(module, {**frozen, **own}, x))(dict(moving), *inputs)
+    return stacked
 
 
 @contextmanager

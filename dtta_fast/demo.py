@@ -1,0 +1,71 @@
+"""The main job on real images: handwritten digits, clean and corrupted, adapted by the digits zoo."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dtta_fast import zoo
+from dtta_fast.adapter import Adapter
+from dtta_fast.config import AdaptConfig
+from dtta_fast.data.corruptions import DIGITS_C, corrupt
+from dtta_fast.data.digits import Split, load_digits
+
+CLEAN = "clean"
+
+
+def run(
+    config: AdaptConfig,
+    images: int,
+    *,
+    batch: int = 50,
+    split: Split = "test",
+    advance: Callable[[str, int], None] = lambda name, done: None,
+) -> dict[str, Any]:
+    """Adapts the first `images` digits of a split under every corruption of digits-C, and clean.
+
+    Args:
+        batch: images adapted in one pass; each is an adaptation of its own. advance: called with the corruption's name and the
+            number of images that are done since the last call.
+
+    Returns:
+        Accuracies in 0..1, evaluations and seconds an image: means over the corruptions at the top, then one entry a corruption
+        and one for the clean images.
+
+    Raises:
+        ValueError: `images` is not 1 .. the split's size.
+    """
+    model, denoiser = zoo.load("digits")
+    clean, labels = load_digits(split)
+    if not 1 <= images <= len(clean):
+        raise ValueError(f"images is {images}; the {split} split has 1 .. {len(clean)}")
+    clean, labels = clean[:images], labels[:images]
+    adapter = Adapter(model, denoiser, config)
+    rows = {}
+    for name in (CLEAN, *DIGITS_C):
+        inputs = clean if name == CLEAN else corrupt(clean, name, DIGITS_C[name])
+        adapter.reset()
+        start, right_before, right, flips, evaluations = time.perf_counter(), 0, 0, 0, 0
+        for first in range(0, images, batch):
+            part = slice(first, first + batch)
+            result = adapter.adapt(inputs[part], image_ids=torch.arange(images)[part])
+            before, after = (p == labels[part] for p in (result.predictions_before, result.predictions))
+            right_before += int(before.sum())
+            right += int(after.sum())
+            flips += int((before & ~after).sum())
+            evaluations += int(result.evaluations.sum())
+            advance(name, len(before))
+        rows[name] = {
+            "severity": DIGITS_C.get(name),
+            "source_accuracy": right_before / images,
+            "adapted_accuracy": right / images,
+            "negative_flips": flips / images,
+            "evaluations_per_image": evaluations / images,
+            "seconds_per_image": (time.perf_counter() - start) / images,
+        }
+    corrupted = [rows[name] for name in DIGITS_C]
+    means = {key: sum(row[key] for row in corrupted) / len(corrupted) for key in corrupted[0] if key != "severity"}
+    return {"images": images, "batch": batch, **means, CLEAN: rows.pop(CLEAN), "corruptions": rows}

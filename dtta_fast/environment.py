@@ -1,0 +1,27 @@
+"""What this machine offers: versions, devices, and the backend of the ops."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from dtta_fast.kernels import native
+
+PACKAGES = ("dtta-fast", "torch", "triton", "torchvision", "diffusers", "timm", "transformers", "safetensors", "numpy")
+
+
+def describe() -> dict[str, str]:
+    """Names and values, in the order to print them."""
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found["GPUs"] = ", ".join(gpus) or "none"
+    found["native library"] = "built" if native.library() is not None else "not built: no C++17 compiler at installation"
+    found["ops"] = "plain torch"
+    return found

@@ -1,0 +1,95 @@
+"""Small real models: a timm ConvNeXt, a module of one's own and DiTs, all random but far from zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import timm
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from dtta_fast.denoisers.dit import DiT
+from dtta_fast.denoisers.dit_network import DiTNetwork
+from dtta_fast.process import NoiseProcess
+
+CLASSES = 7
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def process() -> NoiseProcess:
+    return NoiseProcess.from_scheduler(DDPMScheduler(1000, beta_schedule="linear"))
+
+
+def _random_network(learn_sigma: bool = False, channels: int = 3, **sizes: int) -> DiTNetwork:
+    """adaLN-Zero starts as the identity, under which no condition has any effect: give every weight a value."""
+    torch.manual_seed(0)
+    sizes = {"input_size": 16, "patch_size": 4, "hidden_size": 32, "depth": 2, "num_heads": 2, "num_classes": CLASSES, **sizes}
+    network = DiTNetwork(in_channels=channels, learn_sigma=learn_sigma, **sizes)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return network
+
+
+@pytest.fixture
+def random_network() -> Callable[..., DiTNetwork]:
+    return _random_network
+
+
+@pytest.fixture
+def denoiser(process: NoiseProcess) -> DiT:
+    return DiT(_random_network(), process).double()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(1)
+    preprocessing = {"input_size": (3, 16, 16), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3), "crop_pct": 1.0}
+    small = timm.create_model(
+        "convnext_atto",
+        depths=(1, 1, 1, 1),
+        dims=(8, 8, 16, 16),
+        patch_size=1,
+        num_classes=CLASSES,
+        ls_init_value=1.0,
+        pretrained_cfg_overlay=preprocessing,
+    )
+    nn.init.normal_(small.get_classifier().weight, std=0.5)
+    return small.double()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def _snapshot(*modules: nn.Module) -> list[Tensor | bool]:
+    kept: list[Tensor | bool] = []
+    for module in modules:
+        kept += [value.clone() for value in module.state_dict().values()]
+        kept += [parameter.requires_grad for parameter in module.parameters()]
+        kept += [parameter.grad is None for parameter in module.parameters()]
+        kept += [part.training for part in module.modules()]
+    return kept
+
+
+@pytest.fixture
+def untouched() -> Callable[..., AbstractContextManager[None]]:
+    """`with untouched(model, denoiser):` asserts that the block leaves weights, buffers, gradients and flags as they were."""
+
+    @contextmanager
+    def check(*modules: nn.Module) -> Iterator[None]:
+        before = _snapshot(*modules)
+        yield
+        after = _snapshot(*modules)
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, after, strict=True))
+
+    return check

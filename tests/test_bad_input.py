@@ -1,0 +1,99 @@
+"""Every bad argument is named, and nothing has changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from dtta_fast import AdaptConfig, Adapter, adapt, presets, zoo
+
+CONFIG = AdaptConfig(steps=2, pairs=2)
+
+ARGUMENTS = {
+    "three dimensions": ({"images": torch.rand(3, 16, 16)}, ValueError, "images has shape"),
+    "empty batch": ({"images": torch.rand(0, 3, 16, 16)}, ValueError, "images has shape"),
+    "an array": ({"images": [1]}, TypeError, "images is a list"),
+    "integers": ({"images": torch.zeros(2, 3, 16, 16, dtype=torch.int32)}, ValueError, "images has dtype"),
+    "NaN": ({"images": torch.full((2, 3, 16, 16), float("nan"))}, ValueError, "images holds NaN"),
+    "normalised": ({"images": torch.randn(2, 3, 16, 16)}, ValueError, "not normalised"),
+    "ids' shape": ({"image_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, "image_ids is"),
+    "ids' dtype": ({"image_ids": torch.zeros(2)}, ValueError, "image_ids is"),
+    "negative ids": ({"image_ids": torch.tensor([0, -1])}, ValueError, "image_ids lies"),
+    "latents' batch": ({"latents": torch.zeros(3, 3, 16, 16)}, ValueError, "latents has shape"),
+    "latents with NaN": ({"latents": torch.full((2, 3, 16, 16), float("inf"))}, ValueError, "latents"),
+    "timesteps' shape": ({"timesteps": torch.zeros(2, 3, 2, dtype=torch.int64)}, ValueError, "timesteps is"),
+    "timesteps' dtype": ({"timesteps": torch.zeros(2, 2, 2)}, ValueError, "timesteps is"),
+    "timesteps' range": ({"timesteps": torch.full((2, 2, 2), 1000)}, ValueError, "timesteps lies in 1000"),
+    "noise's shape": ({"noise": torch.zeros(2, 2, 2, 3, 16, 15)}, ValueError, "noise is"),
+    "noise with NaN": ({"noise": torch.full((2, 2, 2, 3, 16, 16), float("nan"))}, ValueError, "noise holds NaN"),
+    "config": ({"config": "FAST"}, TypeError, "config is a str"),
+    "range beyond the process": ({"config": CONFIG.replace(timestep_range=(0, 1001))}, ValueError, "timestep_range is"),
+    "top_k over the classes": ({"config": CONFIG.replace(top_k=8)}, ValueError, "top_k is 8"),
+    "denoiser": ({"denoiser": nn.Linear(1, 1)}, TypeError, "denoiser is a Linear"),
+    "model": ({"model": lambda x: x}, TypeError, "model is a function"),
+    "no norm layer": ({"model": nn.Linear(16, 7), "config": CONFIG.replace(parameters="norm")}, ValueError, "has none of that kind"),
+    "other classes": ({"model": nn.Sequential(nn.Flatten(), nn.Linear(768, 5))}, ValueError, "model has 5 classes and denoiser has embeddings for 7"),
+    "no logits": ({"model": nn.Conv2d(3, 7, 1)}, ValueError, "model returns shape"),
+}
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+@pytest.mark.parametrize("mode", ["episodic", "online"])
+def test_arguments(model, denoiser, untouched, case, mode):
+    change, error, message = ARGUMENTS[case]
+    given = {"model": model.float(), "denoiser": denoiser.float(), "images": torch.rand(2, 3, 16, 16), "config": CONFIG, **change}
+    if isinstance(given["config"], AdaptConfig):
+        given["config"] = given["config"].replace(mode=mode)
+    with untouched(model, denoiser), pytest.raises(error, match=message):
+        adapt(given.pop("model"), given.pop("denoiser"), given.pop("images"), **given)
+
+
+def test_an_online_adapter_keeps_its_state(model, denoiser):
+    adapter = Adapter(model.float(), denoiser.float(), CONFIG.replace(mode="online"))
+    adapter.adapt(torch.rand(2, 3, 16, 16))
+    before = adapter.state_dict()
+    with pytest.raises(ValueError, match="NaN"):
+        adapter.adapt(torch.full((2, 3, 16, 16), float("nan")))
+    assert adapter.state_dict() == before
+
+
+FIELDS = {
+    "steps": [0, -1, 2.5, True, "5"],
+    "pairs": [0, None],
+    "chunk": [0, "many"],
+    "loss": ["huber"],
+    "timesteps": ["random"],
+    "timestep_range": [(5,), (5, 5), (7, 3), (-1, 3), (0.5, 3)],
+    "top_k": [0, 1.5],
+    "logit_scale": [0, -1.0, float("nan")],
+    "parameters": ["lora "],
+    "denoiser_parameters": ["some"],
+    "optimizer": ["lion"],
+    "lr": [-1.0, float("inf"), "fast"],
+    "denoiser_lr": [-1.0],
+    "momentum": [-0.1],
+    "weight_decay": [float("nan")],
+    "mode": ["batch"],
+    "guard": [-1, 1.0],
+    "seed": [-1, 2**63],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in FIELDS.items() for value in values])
+def test_config_fields(field, value):
+    with pytest.raises(ValueError, match=rf"{field} is .*; allowed: "):
+        AdaptConfig(**{field: value})
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="speed is no field"):
+        presets.FAST.replace(speed=1)
+    with pytest.raises(TypeError, match="speed"):
+        AdaptConfig(speed=1)
+    with pytest.raises(ValueError, match="preset is 'SLOW'; there are PAPER, FAST"):
+        presets.get("SLOW")
+    with pytest.raises(ValueError, match="name is 'letters'; the zoo has digits"):
+        zoo.load("letters")
+    with pytest.raises(ValueError, match="free logits belong to one image"):
+        AdaptConfig(mode="online", parameters="logits")

@@ -1,0 +1,70 @@
+"""The command as a person runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dtta_fast.cli import main
+from dtta_fast.data.corruptions import DIGITS_C
+
+DTTA = Path(sys.executable).with_name("dtta")
+
+
+def test_demo_prints_a_table_and_writes_its_result(tmp_path, capsys):
+    path = tmp_path / "demo.json"
+    main(["demo", "--images", "6", "--seed", "3", "--json", str(path)])
+    printed = capsys.readouterr().out
+    result = json.loads(path.read_text())
+    assert (result["benchmark"], result["preset"], result["images"], result["config"]["seed"]) == ("digits-C", "FAST", 6, 3)
+    assert set(result["corruptions"]) == set(DIGITS_C)
+    keys = ("source_accuracy", "adapted_accuracy", "evaluations_per_image", "seconds_per_image")
+    rows = result["corruptions"].values()
+    for key in keys:
+        assert result[key] == pytest.approx(sum(row[key] for row in rows) / len(DIGITS_C))
+        assert key in result["clean"]
+    for name, row in result["corruptions"].items():
+        assert name in printed
+        assert row["seconds_per_image"] > 0
+        assert row["evaluations_per_image"] >= result["config"]["steps"] * result["config"]["pairs"]
+    main(["demo", "--images", "6", "--seed", "3", "--json", str(path)])
+    again = json.loads(path.read_text())
+    assert [row["adapted_accuracy"] for row in again["corruptions"].values()] == [row["adapted_accuracy"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--preset", "SLOW"], "preset is 'SLOW'"),
+        (["demo", "--images", "0"], "images is 0"),
+        (["demo", "--images", "501"], "images is 501"),
+        (["demo", "--seed", "-1"], "seed is -1"),
+        (["demo", "--json", "nowhere/at/all.json"], "its folder does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
+def test_env_names_versions_and_backends(tmp_path, capsys):
+    main(["env", "--json", str(tmp_path / "env.json")])
+    found = json.loads((tmp_path / "env.json").read_text())
+    assert found["native library"] == "built"
+    for key in ("torch", "diffusers", "timm", "ops"):
+        assert f"{key} " in capsys.readouterr().out or found[key]
+
+
+def test_installed_command():
+    shown = subprocess.run([DTTA, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "demo" in shown
+    assert "env" in shown

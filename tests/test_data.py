@@ -1,0 +1,65 @@
+"""The digits and their corruptions: fixed splits, and images that depend on their own name and number alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn import datasets
+
+from dtta_fast import zoo
+from dtta_fast.data.corruptions import DIGITS_C, corrupt
+from dtta_fast.data.digits import SPLITS, load_digits
+
+
+def test_splits_share_no_image_and_cover_all():
+    rows = np.random.default_rng(0).permutation(1797)
+    parts = [set(rows[part]) for part in SPLITS.values()]
+    assert sum(len(part) for part in parts) == 1797 == len(set().union(*parts))
+    sizes = {split: load_digits(split)[0].shape for split in SPLITS}
+    assert sizes == {"test": (500, 3, 32, 32), "validation": (300, 3, 32, 32), "train": (997, 3, 32, 32)}
+
+
+def test_rendering_keeps_the_digit():
+    images, labels = load_digits("test")
+    assert images.dtype == torch.float32
+    assert 0 <= float(images.min()) < float(images.max()) <= 1
+    assert torch.equal(images[:, 0], images[:, 2])
+    digits = datasets.load_digits()
+    row = np.random.default_rng(0).permutation(1797)[7]
+    assert int(labels[7]) == digits.target[row]
+    small = torch.nn.functional.interpolate(images[7:8, :1], (8, 8), mode="area")[0, 0]
+    assert np.corrcoef(small.numpy().ravel(), digits.images[row].ravel())[0, 1] > 0.98
+
+
+@pytest.mark.parametrize("name", DIGITS_C)
+def test_corruptions_are_seeded_by_image(name):
+    images = load_digits("validation")[0][:4]
+    np.random.seed(3)  # noqa: NPY002
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    whole = corrupt(images, name, DIGITS_C[name])
+    assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+    assert torch.equal(corrupt(images[2:], name, DIGITS_C[name], first_id=2), whole[2:])
+    assert whole.shape == images.shape
+    assert float((whole - images).abs().mean()) > 0.01
+    assert torch.equal((whole * 255).round() / 255, whole)
+
+
+def test_the_source_is_in_the_band_that_digits_c_was_chosen_for():
+    model, _ = zoo.load("digits")
+    images, labels = load_digits("validation")
+    with torch.no_grad():
+        assert float((model(images * 2 - 1).argmax(1) == labels).float().mean()) > 0.97
+        for name, severity in DIGITS_C.items():
+            accuracy = float((model(corrupt(images, name, severity) * 2 - 1).argmax(1) == labels).float().mean())
+            assert 0.38 < accuracy < 0.92, name
+    assert len(DIGITS_C) >= 10
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="split is 'all'"):
+        load_digits("all")
+    with pytest.raises(ValueError, match="name is 'rain'"):
+        corrupt(torch.zeros(1, 3, 32, 32), "rain", 1)
+    with pytest.raises(ValueError, match="severity is 6"):
+        corrupt(torch.zeros(1, 3, 32, 32), "fog", 6)

@@ -1,0 +1,71 @@
+"""The noise source against Random123's published known-answer vectors, and its statistics."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from dtta_fast.kernels import native
+from dtta_fast.kernels.philox import MASK, normal, philox, timestep_words
+
+# Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, words
+KNOWN_ANSWERS = [
+    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+    ([MASK] * 4, [MASK] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
+def test_reference_gives_the_published_words(counter, key, words, device):
+    found = philox(tuple(torch.tensor(word, device=device) for word in counter), key[0] | key[1] << 32)
+    assert [int(word) for word in found] == words
+
+
+@pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)
+def test_native_library_gives_the_published_words(counter, key, words):
+    assert native.philox(np.array([counter]), np.array(key)).tolist() == [words]
+
+
+def test_native_and_reference_agree_on_random_counters():
+    counters = np.random.default_rng(0).integers(0, 2**32, (10_000, 4), dtype=np.uint32)
+    seed = 0x0123456789ABCDEF
+    expected = torch.stack(philox(tuple(torch.from_numpy(counters.astype(np.int64)).T), seed), dim=1)
+    assert np.array_equal(native.philox(counters, np.array([seed & MASK, seed >> 32])), expected.numpy())
+
+
+def test_normals_are_normal_and_independent():
+    pairs, ids = torch.arange(8), torch.tensor([0, 3, 2**32 - 1])
+    drawn = [normal(40_000, pairs, ids, 7, torch.tensor(step)) for step in (0, 1)]
+    flat = torch.cat([d.flatten() for d in drawn]).numpy()
+    assert stats.kstest(flat, "norm").pvalue > 1e-3
+    assert abs(stats.skew(flat)) < 0.01
+    assert abs(stats.kurtosis(flat)) < 0.02
+    # steps, images, pairs and lanes side by side: no two streams may be correlated
+    streams = torch.cat([d.reshape(-1, 40_000) for d in drawn])
+    lanes = streams[0].view(-1, 4).T
+    for group in (streams, lanes):
+        correlation = torch.corrcoef(group).fill_diagonal_(0).abs().max()
+        assert correlation < 5 / group.shape[1] ** 0.5
+
+
+def test_noise_depends_on_its_coordinates_alone():
+    step = torch.tensor(3)
+    whole = normal(37, torch.arange(6), torch.tensor([5, 9]), 1, step)
+    part = normal(37, torch.arange(4, 6), torch.tensor([9]), 1, step)
+    assert torch.equal(whole[1:, 4:], part)
+    assert torch.equal(normal(8, torch.arange(6), torch.tensor([5, 9]), 1, step), whole[..., :8])
+
+
+def test_timestep_words_are_uniform_and_share_no_word_with_the_noise():
+    words = timestep_words(4096, torch.arange(16), 0, torch.tensor(0))
+    assert stats.kstest(words.flatten().numpy() / 2**32, "uniform").pvalue > 1e-3
+    step = torch.tensor(0)
+    noise = torch.stack(torch.broadcast_tensors(*philox((torch.arange(1024), torch.arange(4)[:, None], torch.tensor(0), step), 0)))
+    assert not set(words[0].tolist()) & set(noise.flatten().tolist())
