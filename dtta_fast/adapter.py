@@ -97,7 +97,7 @@ class Adapter:
         """
         config, denoiser = self.problem.config, self.problem.denoiser
         if torch.is_inference_mode_enabled():
-            raise RuntimeError("adapt() needs gradients and runs under torch.inference_mode(), which forbids them; use torch.no_grad() or neither")
+            raise RuntimeError("adapt() was called under torch.inference_mode(), which forbids gradients; use torch.no_grad(), or neither")
         images = _checked_images(images)
         image_ids = _checked_ids(image_ids, images)
         seconds: dict[str, float] = {}
@@ -212,7 +212,7 @@ def _checked_images(images: Tensor) -> Tensor:
         raise ValueError("images holds NaN or infinity")
     low, high = float(images.min()), float(images.max())
     if low < -1e-3 or high > 1 + 1e-3:
-        raise ValueError(f"images lies in [{low:.3g}, {high:.3g}]; give [0, 1], not normalised: the model's own config says how to normalise")
+        raise ValueError(f"images lies in [{low:.3g}, {high:.3g}]; give [0, 1], not normalised: that is done as the model's config says")
     return images
 
 
@@ -237,10 +237,13 @@ def _checked_latents(latents: Tensor, images: Tensor) -> Tensor:
 def _check_draws(timesteps: Tensor | None, noise: Tensor | None, x0: Tensor, config: AdaptConfig, rows: int) -> None:
     pairs = config.pairs
     if timesteps is not None:
-        if timesteps.ndim != 3 or timesteps.shape[:2] != (len(x0), config.steps) or timesteps.shape[2] == 0 or timesteps.dtype != torch.int64:
-            raise ValueError(f"timesteps is {timesteps.dtype} {tuple(timesteps.shape)}; give int64 [B, steps, P] with B = {len(x0)} and steps = {config.steps}")
-        if int(timesteps.min()) < 0 or int(timesteps.max()) >= rows:
-            raise ValueError(f"timesteps lies in {int(timesteps.min())} .. {int(timesteps.max())}; the denoiser's process has 0 .. {rows - 1}")
+        fits = timesteps.ndim == 3 and timesteps.shape[:2] == (len(x0), config.steps) and timesteps.shape[2] > 0
+        if not fits or timesteps.dtype != torch.int64:
+            found = f"{timesteps.dtype} {tuple(timesteps.shape)}"
+            raise ValueError(f"timesteps is {found}; give int64 [B, steps, P] with B = {len(x0)} and steps = {config.steps}")
+        low, high = int(timesteps.min()), int(timesteps.max())
+        if low < 0 or high >= rows:
+            raise ValueError(f"timesteps lies in {low} .. {high}; the denoiser's process has 0 .. {rows - 1}")
         pairs = timesteps.shape[2]
     if noise is not None:
         expected = (len(x0), config.steps, pairs, *x0.shape[1:])

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dtta_fast import demo, environment, presets
+from dtta_fast.data.corruptions import DIGITS_C
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,11 @@ class Demo:
         config = presets.get(self.preset).replace(seed=self.seed)
         if self.json is not None and not self.json.resolve().parent.is_dir():
             raise ValueError(f"json is {str(self.json)!r}; its folder does not exist")
-        progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=True
-        )
-        progress.disable = not progress.console.is_terminal
+        terminal = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        progress = Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal)
         with progress:
-            bar = progress.add_task("loading", total=self.images * (1 + len(demo.DIGITS_C)))
+            bar = progress.add_task("loading", total=self.images * (1 + len(DIGITS_C)))
             found = demo.run(config, self.images, advance=lambda name, done: progress.update(bar, description=name, advance=done))
         result = {"benchmark": "digits-C", "split": "test", "preset": self.preset.upper(), **found, "config": asdict(config)}
         _print_demo(result)
@@ -55,8 +55,8 @@ def _print_demo(result: dict[str, Any]) -> None:
 
     def add(name: str, row: dict[str, Any]) -> None:
         source, adapted = 100 * row["source_accuracy"], 100 * row["adapted_accuracy"]
-        cells = f"{source:.1f}", f"{adapted:.1f}", f"{adapted - source:+.1f}", f"{row['evaluations_per_image']:.1f}", f"{row['seconds_per_image']:.3f}"
-        table.add_row(name, *cells)
+        cost = f"{row['evaluations_per_image']:.1f}", f"{row['seconds_per_image']:.3f}"
+        table.add_row(name, f"{source:.1f}", f"{adapted:.1f}", f"{adapted - source:+.1f}", *cost)
 
     for name, row in result["corruptions"].items():
         add(f"{name} ({row['severity']})", row)
@@ -66,7 +66,8 @@ def _print_demo(result: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     if size < 500:
-        console.print(f"A sample of {size} of 500 test images: a row is good to about {100 * (0.25 / size) ** 0.5:.0f} points. --images 500 runs them all.")
+        error = 100 * (0.25 / size) ** 0.5  # a proportion's standard error, at most
+        console.print(f"A sample of {size} of the 500 test images: a row is good to about {error:.0f} points. --images 500 runs all.")
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ Command = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Env, tyro.co
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; bad input ends it with one line and exit status 2."""
-    command: Demo | Env = tyro.cli(Command, prog="dtta", args=arguments)  # type: ignore[arg-type]
+    command: Demo | Env = tyro.cli(Command, prog="dtta", args=arguments)
     try:
         command.run()
     except (ValueError, TypeError, ImportError, OSError) as error:

@@ -44,7 +44,7 @@ def run(
         raise ValueError(f"images is {images}; the {split} split has 1 .. {len(clean)}")
     clean, labels = clean[:images], labels[:images]
     adapter = Adapter(model, denoiser, config)
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in (CLEAN, *DIGITS_C):
         inputs = clean if name == CLEAN else corrupt(clean, name, DIGITS_C[name])
         adapter.reset()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,43 +15,48 @@ from dtta_fast.parameters import Parameters, call
 ROWS_AT_ONCE = 64  # denoiser rows of a forward under chunk="auto"
 
 
-def pair_losses(
-    denoiser: Denoiser,
-    phi: Mapping[str, Tensor],
-    conditions: Tensor,
-    x0: Tensor,
-    timesteps: Tensor,
-    image_ids: Tensor,
-    seed: int,
-    step: Tensor,
-    pair0: int,
-    l1: bool,
-    noise: Tensor | None,
-    per_image: bool,
-) -> Tensor:
-    """Denoising losses [B, P] of x0 [B, C, h, w] under conditions [B, ...] at timesteps [B, P]; noise [B, P, C, h, w] or None."""
-    images, pairs = timesteps.shape
-    x_t = add_noise(x0, denoiser.process.table, timesteps, image_ids, seed, step, pair0, noise=noise)
-    shared = conditions[:, None].expand(images, pairs, *conditions.shape[1:])
+class Pairs(NamedTuple):
+    """The (timestep, noise) pairs that a batch is noised with.
+
+    x0 [B, C, h, w], timesteps [B, P], image_ids [B], step 0-dim; the noise is drawn from (seed, step, image_id, pair0 + pair)
+    unless `noise` [B, P, C, h, w] is given.
+    """
+
+    x0: Tensor
+    timesteps: Tensor
+    image_ids: Tensor
+    seed: int
+    step: Tensor
+    noise: Tensor | None = None
+    pair0: int = 0
+
+    def chunk(self, first: int, size: int) -> Pairs:
+        """The pairs first .. first + size - 1, with the noise that they have here."""
+        here = slice(first, first + size)
+        noise = None if self.noise is None else self.noise[:, here]
+        return self._replace(timesteps=self.timesteps[:, here], noise=noise, pair0=self.pair0 + first)
+
+
+def pair_losses(denoiser: Denoiser, phi: Mapping[str, Tensor], conditions: Tensor, drawn: Pairs, l1: bool, per_image: bool) -> Tensor:
+    """Denoising losses [B, P] under conditions [B, ...]; `phi` replaces the denoiser's weights, one set an image with per_image."""
+    table, timesteps = denoiser.process.table, drawn.timesteps
+    where = (drawn.image_ids, drawn.seed, drawn.step, drawn.pair0)
+    x_t = add_noise(drawn.x0, table, timesteps, *where, noise=drawn.noise)
+    shared = conditions[:, None].expand(*timesteps.shape, *conditions.shape[1:])
     if per_image:
-        prediction = call(denoiser, phi, x_t.unflatten(0, (images, pairs)), timesteps, shared, per_image=True).flatten(0, 1)
+        prediction = call(denoiser, phi, x_t.unflatten(0, timesteps.shape), timesteps, shared, per_image=True).flatten(0, 1)
     else:
         prediction = call(denoiser, phi, x_t, timesteps.flatten(), shared.flatten(0, 1), per_image=False)
-    return denoising_loss(prediction, x0, denoiser.process.table, timesteps, image_ids, seed, step, pair0, l1, noise)
+    return denoising_loss(prediction, drawn.x0, table, timesteps, *where, l1=l1, noise=drawn.noise)
 
 
 def embedding_mix(
     denoiser: Denoiser,
     phi: Parameters,
     conditions: Tensor,
-    x0: Tensor,
-    timesteps: Tensor,
-    image_ids: Tensor,
-    seed: int,
-    step: Tensor,
+    drawn: Pairs,
     chunk: int | Literal["auto"],
     l1: bool,
-    noise: Tensor | None,
     per_image: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Diffusion-TTA's loss (arXiv 2311.16102): the denoising loss under the mixed embedding, averaged over the pairs.
@@ -62,19 +67,17 @@ def embedding_mix(
         loss [B]; the gradient to `conditions` [B, ...]; the gradients to phi's tensors, in its order. They are gradients of the
         sum of the losses over images where per_image, of their mean otherwise (one set of weights for the batch).
     """
-    images, pairs = timesteps.shape
+    images, pairs = drawn.timesteps.shape
     size = max(1, ROWS_AT_ONCE // images) if chunk == "auto" else chunk
     leaf = conditions.detach().requires_grad_()
     weights = {name: p.detach().requires_grad_() for name, p in phi.items()}
     wanted = [leaf, *weights.values()]
-    loss = torch.zeros(images, dtype=torch.promote_types(x0.dtype, torch.float32), device=x0.device)
+    loss = torch.zeros(images, dtype=torch.promote_types(drawn.x0.dtype, torch.float32), device=drawn.x0.device)
     gradients = [torch.zeros_like(tensor) for tensor in wanted]
     divisor = pairs if per_image else pairs * images
     for first in range(0, pairs, size):
-        here = slice(first, first + size)
-        part = pair_losses(
-            denoiser, weights, leaf, x0, timesteps[:, here], image_ids, seed, step, first, l1, None if noise is None else noise[:, here], per_image
-        )
-        gradients = torch._foreach_add(gradients, torch.autograd.grad(part.sum() / divisor, wanted, materialize_grads=True))
+        part = pair_losses(denoiser, weights, leaf, drawn.chunk(first, size), l1, per_image)
+        own = torch.autograd.grad(part.sum() / divisor, wanted, materialize_grads=True)
+        gradients = list(torch._foreach_add(gradients, own))
         loss = loss + part.detach().sum(1) / pairs
     return loss, gradients[0], gradients[1:]

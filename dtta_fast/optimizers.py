@@ -13,10 +13,11 @@ from torch import Tensor
 Optimizer = Literal["sgd", "adam", "adamw"]
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim's defaults
 
-Tensors = list[Tensor]
+Tensors = tuple[Tensor, ...] | list[Tensor]
+Slots = list[Tensors]
 
 
-def init_slots(optimizer: Optimizer, parameters: Tensors) -> list[Tensors]:
+def init_slots(optimizer: Optimizer, parameters: Tensors) -> Slots:
     """The optimizer's memory at step 0: momentum for SGD, first and second moments for Adam and AdamW."""
     return [[torch.zeros_like(p) for p in parameters] for _ in range(1 if optimizer == "sgd" else 2)]
 
@@ -25,12 +26,12 @@ def update(
     optimizer: Optimizer,
     parameters: Tensors,
     gradients: Tensors,
-    slots: list[Tensors],
+    slots: Slots,
     step: Tensor,
     lr: Tensor,
     momentum: float,
     weight_decay: float,
-) -> tuple[Tensors, list[Tensors]]:
+) -> tuple[Tensors, Slots]:
     """One update; `step` (0-dim, 0 at the first call) and `lr` (0-dim) are tensors so that neither is baked into a graph."""
     if weight_decay and optimizer == "adamw":
         parameters = torch._foreach_mul(parameters, 1 - lr * weight_decay)

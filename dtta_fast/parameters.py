@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,14 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
     Raises:
         ValueError: the model has no parameter of that kind, or parameters that are no floating-point numbers.
     """
-    names = {
-        "all": lambda: [name for name, _ in model.named_parameters()],
-        "norm": lambda: [f"{name}.{own}".lstrip(".") for name, module in model.named_modules() if _is_norm(module) for own, _ in module.named_parameters(recurse=False)],
-        "head": lambda: _head_names(model),
-        "logits": list,
-    }[which]()
-    own = dict(model.named_parameters())
-    chosen = {name: own[name] for name in names if name in own}  # a tied weight has one name in `own`
+    modules: Iterable[nn.Module] = {
+        "all": [model],
+        "norm": [module for module in model.modules() if _is_norm(module)],
+        "head": _heads(model),
+        "logits": [],
+    }[which]
+    wanted = {id(p) for module in modules for p in module.parameters()}
+    chosen: Parameters = {name: p for name, p in model.named_parameters() if id(p) in wanted}
     if not chosen and which != "logits":
         raise ValueError(f"parameters is {which!r}, and {type(model).__name__} has none of that kind; choose all, norm, head or logits")
     for name, parameter in chosen.items():
@@ -40,18 +40,15 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+    return "norm" in type(module).__name__.lower() and not list(module.children())
 
 
-def _head_names(model: nn.Module) -> list[str]:
-    """The classifier layer: timm's own answer where it has one, the last Linear otherwise."""
+def _heads(model: nn.Module) -> Sequence[nn.Module]:
+    """The classifier layer: timm's own answer where it has one (some models have two), the last Linear otherwise."""
     if hasattr(model, "get_classifier"):
-        heads = model.get_classifier()
-        modules = [heads] if isinstance(heads, nn.Module) else [head for head in heads if isinstance(head, nn.Module)]
-    else:
-        modules = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
-    ids = {id(p) for module in modules for p in module.parameters()}
-    return [name for name, p in model.named_parameters() if id(p) in ids]
+        heads: Any = model.get_classifier()  # type: ignore[operator]
+        return [head for head in (heads if isinstance(heads, tuple) else (heads,)) if isinstance(head, nn.Module)]
+    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
 
 
 def copies(parameters: Mapping[str, Tensor], images: int | None) -> Parameters:
@@ -67,11 +64,12 @@ def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_i
     per_image: `moving` and every input carry a leading image dimension, and image i is computed with its own weights.
     """
     frozen = {name: p.detach() for name, p in module.named_parameters() if name not in moving}
-    if not per_image or not moving:
-        if per_image:
-            images, inputs = len(inputs[0]), tuple(x.flatten(0, 1) for x in inputs)
+    if not per_image:
         output: Tensor = functional_call(module, {**frozen, **moving}, inputs)
-        return output.unflatten(0, (images, -1)) if per_image else output
+        return output
+    if not moving:  # one set of weights after all: one batch
+        flat: Tensor = functional_call(module, frozen, tuple(x.flatten(0, 1) for x in inputs))
+        return flat.unflatten(0, inputs[0].shape[:2])
     # PyTorch's fused CPU attention has no batching rule: vmap would run it image by image.
     on_cpu = inputs[0].device.type == "cpu"
     with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():

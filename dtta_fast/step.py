@@ -12,7 +12,8 @@ from dtta_fast import optimizers
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.draws import Draws
-from dtta_fast.objectives import embedding_mix, pair_losses
+from dtta_fast.objectives import Pairs, embedding_mix, pair_losses
+from dtta_fast.optimizers import Slots, Tensors
 from dtta_fast.parameters import Parameters, call, copies
 from dtta_fast.tasks.base import Task
 
@@ -43,8 +44,8 @@ class State(NamedTuple):
 
     theta: Parameters
     phi: Parameters
-    theta_slots: list[list[Tensor]]
-    phi_slots: list[list[Tensor]]
+    theta_slots: Slots
+    phi_slots: Slots
     step: Tensor
 
 
@@ -58,13 +59,13 @@ def initial_state(problem: Problem, theta: Parameters, phi: Parameters, outputs:
     if problem.config.parameters == "logits":
         theta = {FREE_LOGITS: outputs.detach().clone()}
     kind = problem.config.optimizer
-    slots = [optimizers.init_slots(kind, list(moving.values())) for moving in (theta, phi)]
-    return State(theta, phi, *slots, torch.zeros((), dtype=torch.int64, device=outputs.device))
+    theta_slots, phi_slots = (optimizers.init_slots(kind, list(moving.values())) for moving in (theta, phi))
+    return State(theta, phi, theta_slots, phi_slots, torch.zeros((), dtype=torch.int64, device=outputs.device))
 
 
 def forward(problem: Problem, theta: Parameters, inputs: Tensor) -> Tensor:
     """The model's outputs [B, ...] under the weights `theta` for inputs [B, 3, H, W]."""
-    if FREE_LOGITS in theta and problem.config.parameters == "logits":
+    if problem.config.parameters == "logits":
         return theta[FREE_LOGITS]
     if problem.per_image:
         return call(problem.model, theta, inputs[:, None], per_image=True)[:, 0]
@@ -91,37 +92,23 @@ def adaptation_step(
     theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
     phi = {name: p.detach().requires_grad_() for name, p in state.phi.items()}
     conditions = problem.task.condition(forward(problem, theta, inputs), problem.denoiser, phi, config)
+    drawn = Pairs(x0, timesteps, image_ids, config.seed, state.step, noise)
     loss, to_conditions, to_phi = embedding_mix(
-        problem.denoiser,
-        phi,
-        conditions,
-        x0,
-        timesteps,
-        image_ids,
-        config.seed,
-        state.step,
-        config.chunk,
-        config.loss == "l1",
-        noise,
-        problem.per_image,
+        problem.denoiser, phi, conditions, drawn, config.chunk, config.loss == "l1", problem.per_image
     )
-    through = torch.autograd.grad(
-        conditions, [*theta.values(), *phi.values()], to_conditions, allow_unused=True, materialize_grads=True
-    )
+    through = torch.autograd.grad(conditions, [*theta.values(), *phi.values()], to_conditions, allow_unused=True, materialize_grads=True)
     to_theta, to_phi_too = list(through[: len(theta)]), through[len(theta) :]
     theta, theta_slots = _update(config, state.theta, to_theta, state.theta_slots, state.step, config.lr)
     phi, phi_slots = state.phi, state.phi_slots
     if phi:
         # the label table is reached through the condition, everything else through the prediction
-        to_phi = torch._foreach_add(to_phi, to_phi_too)
+        to_phi = list(torch._foreach_add(to_phi, to_phi_too))
         phi, phi_slots = _update(config, state.phi, to_phi, state.phi_slots, state.step, config.denoiser_lr)
     return State(theta, phi, theta_slots, phi_slots, state.step + 1), loss
 
 
-def _update(
-    config: AdaptConfig, moving: Parameters, gradients: list[Tensor], slots: list[list[Tensor]], step: Tensor, lr: float
-) -> tuple[Parameters, list[list[Tensor]]]:
-    values = list(moving.values())
+def _update(config: AdaptConfig, moving: Parameters, gradients: Tensors, slots: Slots, step: Tensor, lr: float) -> tuple[Parameters, Slots]:
+    values: Tensors = list(moving.values())
     rate = torch.as_tensor(lr, dtype=values[0].dtype, device=values[0].device)
     values, slots = optimizers.update(config.optimizer, values, gradients, slots, step, rate, config.momentum, config.weight_decay)
     return dict(zip(moving, values, strict=True)), slots
@@ -142,11 +129,9 @@ def guard(problem: Problem, before: Tensor, after: Tensor, x0: Tensor, image_ids
     if not config.guard or not len(rows):
         return accepted, evaluations
     ids, step = image_ids[rows], step + GUARD_STEP
-    timesteps = problem.draws(config.guard).timesteps(ids, step)
-    losses = [
-        pair_losses(problem.denoiser, {}, conditions[rows], x0[rows], timesteps, ids, config.seed, step, 0, config.loss == "l1", None, False).mean(1)
-        for conditions in (old, new)
-    ]
-    accepted[rows] = losses[1] < losses[0]
+    drawn = Pairs(x0[rows], problem.draws(config.guard).timesteps(ids, step), ids, config.seed, step)
+    l1 = config.loss == "l1"
+    was, would_be = (pair_losses(problem.denoiser, {}, conditions[rows], drawn, l1, per_image=False).mean(1) for conditions in (old, new))
+    accepted[rows] = would_be < was
     evaluations[rows] = 2 * config.guard
     return accepted, evaluations

@@ -18,7 +18,9 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_draws(x0: Tensor, table: Tensor, timesteps: Tensor, image_ids: Tensor, seed: int, step: Tensor, pair0: int, noise: Tensor | None) -> None:
+def _check_draws(
+    x0: Tensor, table: Tensor, timesteps: Tensor, image_ids: Tensor, seed: int, step: Tensor, pair0: int, noise: Tensor | None
+) -> None:
     _check(x0.ndim == 4 and x0.numel() > 0, f"x0 has shape {tuple(x0.shape)}; give a non-empty [B, C, H, W]")
     _check(x0.is_floating_point(), f"x0 has dtype {x0.dtype}; give a floating-point one")
     _check(table.ndim == 2 and table.shape[1] == 5, f"table has shape {tuple(table.shape)}; give NoiseProcess.table, [T, 5]")
@@ -184,7 +186,8 @@ def mix_condition(logits: Tensor, embeddings: Tensor, top_k: int | None = None, 
     """
     _check(logits.ndim == 2 and logits.numel() > 0, f"logits has shape {tuple(logits.shape)}; give a non-empty [B, K]")
     classes = logits.shape[1]
-    _check(embeddings.ndim >= 2 and len(embeddings) == classes, f"embeddings has shape {tuple(embeddings.shape)}; give [K, ...] with K = {classes}")
+    fits = embeddings.ndim >= 2 and len(embeddings) == classes
+    _check(fits, f"embeddings has shape {tuple(embeddings.shape)}; give [K, ...] with K = {classes}")
     _check(top_k is None or 1 <= top_k <= classes, f"top_k is {top_k}; give 1 .. {classes}")
     _check(logit_scale is None or logit_scale > 0, f"logit_scale is {logit_scale}; give a positive number")
     return _mix_condition(logits, embeddings, top_k, logit_scale)

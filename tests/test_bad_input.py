@@ -33,7 +33,7 @@ ARGUMENTS = {
     "denoiser": ({"denoiser": nn.Linear(1, 1)}, TypeError, "denoiser is a Linear"),
     "model": ({"model": lambda x: x}, TypeError, "model is a function"),
     "no norm layer": ({"model": nn.Linear(16, 7), "config": CONFIG.replace(parameters="norm")}, ValueError, "has none of that kind"),
-    "other classes": ({"model": nn.Sequential(nn.Flatten(), nn.Linear(768, 5))}, ValueError, "model has 5 classes and denoiser has embeddings for 7"),
+    "other classes": ({"model": nn.Sequential(nn.Flatten(), nn.Linear(768, 5))}, ValueError, "model has 5 classes"),
     "no logits": ({"model": nn.Conv2d(3, 7, 1)}, ValueError, "model returns shape"),
 }
 

@@ -19,7 +19,14 @@ def theirs() -> DiTTransformer2DModel:
     """A diffusers DiT with the original's frequencies and its one embedding for all blocks."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=3, sample_size=8, num_embeds_ada_norm=10, norm_eps=1e-6
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=3,
+        sample_size=8,
+        num_embeds_ada_norm=10,
+        norm_eps=1e-6,
     ).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
@@ -33,7 +40,8 @@ def theirs() -> DiTTransformer2DModel:
 @pytest.fixture
 def pipeline(theirs, tmp_path):
     torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, **blocks)
     DiTPipeline(theirs, vae, DDIMScheduler(1000), id2label={0: "a"}).save_pretrained(tmp_path / "pipeline")
     return tmp_path / "pipeline"
 
@@ -127,11 +135,13 @@ def test_missing_and_damaged_files_are_named(tmp_path, random_network):
     scheduler = DDPMScheduler(10)
     DiT(random_network(), NoiseProcess.from_scheduler(scheduler)).save_pretrained(tmp_path / "own", scheduler)
 
+    files = {"config": "config.json", "weights": "model.safetensors", "scheduler": "scheduler/scheduler_config.json"}
+
     def damaged(**change: bytes | None) -> str:
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         shutil.copytree(tmp_path / "own", tmp_path / "copy")
         for name, content in change.items():
-            path = tmp_path / "copy" / {"config": "config.json", "weights": "model.safetensors", "scheduler": "scheduler/scheduler_config.json"}[name]
+            path = tmp_path / "copy" / files[name]
             path.unlink() if content is None else path.write_bytes(content)
         return str(tmp_path / "copy")
 

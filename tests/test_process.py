@@ -16,7 +16,10 @@ def rows(process: NoiseProcess, timesteps: torch.Tensor) -> list[torch.Tensor]:
     return [column[:, None, None, None] for column in process.table[timesteps].unbind(1)]
 
 
-@pytest.mark.parametrize("name", ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+SCHEDULERS = ["DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"]
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear"])
 def test_noising_is_ddpm_s(name, betas):
     scheduler = getattr(diffusers, name)(num_train_timesteps=1000, beta_schedule=betas)
@@ -50,9 +53,9 @@ def test_flow_matching():
 
 
 def test_bad_input_is_named():
+    scheduler = diffusers.DDPMScheduler(10)
+    scheduler.register_to_config(prediction_type="score")
     with pytest.raises(ValueError, match=r"prediction_type is 'score'"):
-        scheduler = diffusers.DDPMScheduler(10)
-        scheduler.register_to_config(prediction_type="score")
         NoiseProcess.from_scheduler(scheduler)
     with pytest.raises(ValueError, match="scheduler is a object"):
         NoiseProcess.from_scheduler(object())

@@ -34,7 +34,15 @@ CLASSIFIER = {
     "conv_mlp": False,
     "num_classes": 10,
 }
-PREPROCESSING = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bicubic", "tag": "digits", "test_input_size": None}
+PREPROCESSING = {
+    "input_size": (3, 32, 32),
+    "test_input_size": None,
+    "mean": (0.5,) * 3,
+    "std": (0.5,) * 3,
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "tag": "digits",
+}
 DENOISER = {
     "input_size": 32,
     "patch_size": 8,

@@ -31,7 +31,7 @@ class DiT(Denoiser):
         super().__init__()
         self.network = network
         self.process = process
-        self.vae = vae
+        self.vae: Any = vae
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> DiT:
         moved: DiT = super()._apply(fn, *args, **kwargs)
@@ -131,12 +131,13 @@ class DiT(Denoiser):
 
 
 def _network_from_original(state: Mapping[str, Tensor], num_heads: int) -> DiTNetwork:
-    wanted = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight", "final_layer.linear.weight")
+    labels, final = "y_embedder.embedding_table.weight", "final_layer.linear.weight"
+    wanted = ("x_embedder.proj.weight", "pos_embed", labels, "blocks.0.mlp.fc1.weight", final)
     missing = [name for name in wanted if name not in state]
     if missing:
         raise ValueError(f"path_or_state_dict is no DiT checkpoint: {', '.join(missing)} missing")
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    outputs = len(state["final_layer.linear.weight"]) // patch_size**2
+    outputs = len(state[final]) // patch_size**2
     network = DiTNetwork(
         input_size=round(state["pos_embed"].shape[1] ** 0.5) * patch_size,
         patch_size=patch_size,
@@ -145,7 +146,7 @@ def _network_from_original(state: Mapping[str, Tensor], num_heads: int) -> DiTNe
         depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
         num_heads=num_heads,
         mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / hidden_size,
-        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,  # the last row is the null class
+        num_classes=len(state[labels]) - 1,  # the last row is the null class
         learn_sigma=outputs == 2 * in_channels,
     )
     _load(network, state, "path_or_state_dict")

@@ -93,7 +93,7 @@ class _TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequency_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, time: Tensor) -> Tensor:
-        return self.mlp(timestep_embedding(time, self.frequency_size).to(self.mlp[0].weight.dtype))
+        return self.mlp(timestep_embedding(time, self.frequency_size).to(next(self.mlp.parameters()).dtype))
 
 
 class _LabelEmbedder(nn.Module):
@@ -173,8 +173,8 @@ class DiTNetwork(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.x_embedder.proj.out_channels, -1))
-        for layer in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for weight in (self.y_embedder.embedding_table.weight, *(p for p in self.t_embedder.parameters() if p.ndim == 2)):
+            nn.init.normal_(weight, std=0.02)
         # adaLN-Zero: every block starts as the identity.
         for part in (*self.blocks, self.final_layer):
             nn.init.zeros_(part.adaLN_modulation[1].weight)

@@ -48,7 +48,8 @@ class Classification:
         if table.ndim == denoiser.class_embeddings({}).ndim:
             return mix_condition(outputs, table, config.top_k, config.logit_scale)
         # The denoiser adapts with weights of its own for each image: a table an image.
-        return torch.cat([mix_condition(own[None], rows, config.top_k, config.logit_scale) for own, rows in zip(outputs, table, strict=True)])
+        mixed = [mix_condition(outputs[i : i + 1], table[i], config.top_k, config.logit_scale) for i in range(len(outputs))]
+        return torch.cat(mixed)
 
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
         return denoiser.class_embeddings({})[self.predict(outputs)]
