@@ -98,14 +98,14 @@ class Adapter:
         config, denoiser = self.problem.config, self.problem.denoiser
         if torch.is_inference_mode_enabled():
             raise RuntimeError("adapt() was called under torch.inference_mode(), which forbids gradients; use torch.no_grad(), or neither")
-        images = _checked_images(images)
+        images = _checked_images(images, _anchor(self.problem.model).device)
         image_ids = _checked_ids(image_ids, images)
         seconds: dict[str, float] = {}
         with evaluation_mode(self.problem.model, denoiser), torch.enable_grad():
             with _timed(seconds, "encode"):
                 crop = self.problem.task.crop(self.problem.model, images)
                 x0 = denoiser.encode(crop) if latents is None else _checked_latents(latents, images)
-                inputs = self.problem.task.normalise(self.problem.model, crop).to(_dtype(self.problem.model))
+                inputs = self.problem.task.normalise(self.problem.model, crop).to(_anchor(self.problem.model).dtype)
             _check_draws(timesteps, noise, x0, config, len(denoiser.process))
             with _timed(seconds, "adapt"):
                 state, before = self._start(inputs)
@@ -192,15 +192,18 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.perf_counter() - start
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+def _anchor(model: nn.Module) -> Tensor:
+    """A tensor with the model's device and dtype."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
 
-def _checked_images(images: Tensor) -> Tensor:
+def _checked_images(images: Tensor, device: torch.device) -> Tensor:
     if not isinstance(images, Tensor):
         raise TypeError(f"images is a {type(images).__name__}; give a tensor [B, 3, H, W]")
     if images.ndim != 4 or 0 in images.shape:
         raise ValueError(f"images has shape {tuple(images.shape)}; give [B, 3, H, W] with at least one image")
+    if images.device != device:
+        raise ValueError(f"images is on {images.device} and the model on {device}; move one of them")
     images = images.detach()
     if images.is_inference():
         images = images.clone()  # autograd refuses to save a tensor made under inference_mode

@@ -17,6 +17,7 @@ ARGUMENTS = {
     "integers": ({"images": torch.zeros(2, 3, 16, 16, dtype=torch.int32)}, ValueError, "images has dtype"),
     "NaN": ({"images": torch.full((2, 3, 16, 16), float("nan"))}, ValueError, "images holds NaN"),
     "normalised": ({"images": torch.randn(2, 3, 16, 16)}, ValueError, "not normalised"),
+    "another device": ({"images": torch.rand(2, 3, 16, 16, device="meta")}, ValueError, "images is on meta and the model on cpu"),
     "ids' shape": ({"image_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, "image_ids is"),
     "ids' dtype": ({"image_ids": torch.zeros(2)}, ValueError, "image_ids is"),
     "negative ids": ({"image_ids": torch.tensor([0, -1])}, ValueError, "image_ids lies"),

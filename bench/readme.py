@@ -1,0 +1,60 @@
+"""Writes the README's tables from the results files; --check fails where the README says something else.
+
+python bench/readme.py [--check]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "bench" / "results"
+
+
+def digits_c() -> str:
+    """FAST beside PAPER, a row a corruption; each column names its own number of images."""
+    fast, paper = (json.loads((RESULTS / f"digits_c_{name}.json").read_text()) for name in ("fast", "paper"))
+
+    def cells(row: dict[str, float]) -> str:
+        source, adapted = 100 * row["source_accuracy"], 100 * row["adapted_accuracy"]
+        return f"{source:.1f} | {adapted:.1f} | {adapted - source:+.1f}"
+
+    lines = [
+        f"| | FAST, {fast['images']} images: source % | adapted % | gain | PAPER, {paper['images']} images: source % | adapted % | gain |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in fast["corruptions"].items():
+        lines.append(f"| {name} {row['severity']} | {cells(row)} | {cells(paper['corruptions'][name])} |")
+    lines.append(f"| **mean of {len(fast['corruptions'])}** | {cells(fast)} | {cells(paper)} |")
+    lines.append(f"| clean | {cells(fast['clean'])} | {cells(paper['clean'])} |")
+    cost = [f"{r['evaluations_per_image']:.1f} | {r['seconds_per_image']:.2f} s |" for r in (fast, paper)]
+    lines.append(f"| evaluations, seconds an image | {cost[0]} | {cost[1]} |")
+    return "\n".join(lines)
+
+
+TABLES = {"digits-c": digits_c}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    old = new = README.read_text()
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name}: written by bench/readme.py -->", f"<!-- {name}: end -->"
+        if begin not in new or end not in new:
+            sys.exit(f"README.md has no place for {name}: {begin} ... {end}")
+        before, after = new.split(begin)[0], new.split(end)[1]
+        new = f"{before}{begin}\n{table()}\n{end}{after}"
+    if check and new != old:
+        sys.exit("README.md differs from the results files: run python bench/readme.py")
+    if not check:
+        README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
