@@ -30,8 +30,9 @@ class AdaptConfig:
         optimizer: sgd, adam or adamw, with learning rate lr for the model and denoiser_lr for the denoiser.
         momentum: of sgd. weight_decay: of every optimizer, on the model and the denoiser alike.
         mode: episodic starts every image from the source weights; online carries weights and optimizer on through the stream.
-        guard: pairs on which the classes predicted before and after are compared; where the loss is not lower after, the
-            source's answer stands. 0 is off.
+        guard: pairs on which the answers before and after are compared; where the loss is not lower after, the answer from before
+            stands. 0 is off.
+        guard_threshold: how much lower: the mean of the pairs' differences is below -guard_threshold standard errors (a paired test).
         seed: of the timesteps and the noise, 0 .. 2^63 - 1.
     """
 
@@ -52,6 +53,7 @@ class AdaptConfig:
     weight_decay: float = 0.0
     mode: Literal["episodic", "online"] = "episodic"
     guard: int = 0
+    guard_threshold: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,7 +86,7 @@ class AdaptConfig:
             refuse("chunk", '"auto" or a whole number of 1 and more')
         if self.top_k is not None and not whole(self.top_k, 1):
             refuse("top_k", "None or a whole number of 1 and more")
-        for field in ("lr", "denoiser_lr", "weight_decay", "momentum"):
+        for field in ("lr", "denoiser_lr", "weight_decay", "momentum", "guard_threshold"):
             if not real(getattr(self, field)) or getattr(self, field) < 0:
                 refuse(field, "a finite number of 0 and more")
         if self.logit_scale is not None and not (real(self.logit_scale) and self.logit_scale > 0):
@@ -93,6 +95,10 @@ class AdaptConfig:
             both = isinstance(self.timestep_range, (tuple, list)) and len(self.timestep_range) == 2
             if not (both and all(whole(t, 0) for t in self.timestep_range) and self.timestep_range[0] < self.timestep_range[1]):
                 refuse("timestep_range", "None or whole numbers (low, high) with 0 <= low < high")
+        if self.guard_threshold and self.guard == 1:
+            raise ValueError(
+                f"guard is 1 with guard_threshold {self.guard_threshold}; one pair has no standard error: use 2 pairs and more"
+            )
         if self.mode == "online" and self.parameters == "logits":
             raise ValueError("parameters is 'logits' with mode 'online'; free logits belong to one image: use episodic")
 

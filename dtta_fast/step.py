@@ -119,7 +119,7 @@ def guard(problem: Problem, before: Tensor, after: Tensor, x0: Tensor, image_ids
     """Which images keep their adapted answer, [B] bool, and the denoiser evaluations spent on it, [B].
 
     Where the answer changed, both answers condition the source denoiser on the same pairs, held out from the adaptation; the new
-    one stands where its loss is lower. Outputs that are not finite never stand.
+    one stands where its loss is lower, by a paired test. Outputs that are not finite never stand.
     """
     task, config = problem.task, problem.config
     accepted = after.isfinite().flatten(1).all(1)
@@ -131,7 +131,9 @@ def guard(problem: Problem, before: Tensor, after: Tensor, x0: Tensor, image_ids
     ids, step = image_ids[rows], step + GUARD_STEP
     drawn = Pairs(x0[rows], problem.draws(config.guard).timesteps(ids, step), ids, config.seed, step)
     l1 = config.loss == "l1"
-    was, would_be = (pair_losses(problem.denoiser, {}, conditions[rows], drawn, l1, per_image=False).mean(1) for conditions in (old, new))
-    accepted[rows] = would_be < was
+    was, would_be = (pair_losses(problem.denoiser, {}, conditions[rows], drawn, l1, per_image=False) for conditions in (old, new))
+    change = would_be - was
+    standard_error = change.std(1) / config.guard**0.5 if config.guard_threshold else 0.0
+    accepted[rows] = change.mean(1) + config.guard_threshold * standard_error < 0
     evaluations[rows] = 2 * config.guard
     return accepted, evaluations

@@ -77,6 +77,7 @@ FIELDS = {
     "weight_decay": [float("nan")],
     "mode": ["batch"],
     "guard": [-1, 1.0],
+    "guard_threshold": [-1.0],
     "seed": [-1, 2**63],
 }
 
@@ -96,5 +97,7 @@ def test_unknown_names():
         presets.get("SLOW")
     with pytest.raises(ValueError, match="name is 'letters'; the zoo has digits"):
         zoo.load("letters")
+    with pytest.raises(ValueError, match="one pair has no standard error"):
+        AdaptConfig(guard=1, guard_threshold=1.0)
     with pytest.raises(ValueError, match="free logits belong to one image"):
         AdaptConfig(mode="online", parameters="logits")

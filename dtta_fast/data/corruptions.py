@@ -11,21 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The hardest severity at which the source keeps 40 % of the validation split (bench/zoo/severities.py); fixed before any adaptation.
+# The severity at which the source's accuracy on the validation split is nearest to 60 % (bench/zoo/severities.py); fixed before any
+# adapted result was looked at.
 DIGITS_C = {
-    "impulse_noise": 5,
     "defocus_blur": 4,
     "glass_blur": 5,
     "motion_blur": 5,
-    "snow": 5,
+    "snow": 4,
     "frost": 5,
-    "fog": 1,
-    "brightness": 4,
+    "fog": 2,
+    "brightness": 5,
     "contrast": 3,
     "elastic_transform": 5,
-    "pixelate": 5,
     "gaussian_blur": 5,
-    "spatter": 5,
 }
 
 
