@@ -19,16 +19,13 @@ RESULTS = Path(__file__).parent / "results" / "choose_fast.jsonl"
 CANDIDATES: dict[str, dict[str, object]] = {
     "preset": {},
     "no guard": {"guard": 0, "guard_threshold": 0.0},
-    "guard without a test": {"guard_threshold": 0.0},
+    "guard 8, no test": {"guard": 8, "guard_threshold": 0.0},
+    "guard 8, 1 error": {"guard": 8, "guard_threshold": 1.0},
     "lr 1e-3": {"lr": 1e-3},
     "lr 2e-4": {"lr": 2e-4},
-    "logit_scale 6": {"logit_scale": 6.0},
-    "plain softmax": {"logit_scale": None},
-    "range 300-700": {"timestep_range": (300, 700)},
-    "range 0-1000": {"timestep_range": None},
-    "norm layers": {"parameters": "norm", "lr": 5e-3},
-    "guard of 16, 2 errors": {"guard": 16, "guard_threshold": 2.0},
-    "10 steps": {"steps": 10},
+    "logit_scale 3": {"logit_scale": 3.0},
+    "range 450-700": {"timestep_range": (450, 700)},
+    "denoiser adapts": {"denoiser_parameters": "all", "denoiser_lr": 1e-4},
 }
 
 

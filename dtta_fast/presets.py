@@ -22,11 +22,11 @@ FAST = AdaptConfig(
     pairs=4,
     timesteps="stratified",
     timestep_range=(450, 800),
-    logit_scale=3.0,
+    logit_scale=6.0,
     optimizer="adam",
     lr=5e-4,
-    guard=8,
-    guard_threshold=1.0,
+    guard=16,
+    guard_threshold=2.0,
 )
 
 ALL = {"PAPER": PAPER, "FAST": FAST}
