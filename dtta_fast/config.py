@@ -19,13 +19,14 @@ class AdaptConfig:
     Attributes:
         steps: updates an image (episodic) or a batch (online).
         pairs: (timestep, noise) pairs an image and step, fresh in every step.
-        chunk: pairs of an image that run through the denoiser at once; "auto" keeps a forward at 64 rows. No effect on the result.
+        chunk: pairs of an image that run through the denoiser at once; "auto" keeps a forward near 64 rows. No effect on the result.
         loss: mse, or l1.
         timesteps: uniform, or stratified: one timestep in each of `pairs` equal parts of the range.
         timestep_range: rows low <= t < high of the noise process; None is all of it.
         top_k: classes that take part in the condition; None is all.
         logit_scale: the condition is softmax(logit_scale · logits / ‖logits‖₂); None is softmax(logits).
-        parameters: which of the model's weights move: all, its norm layers, its head, or the logits themselves.
+        parameters: which of the model's weights move: all, its norm layers, its head, or the logits themselves. Their requires_grad
+            is not asked.
         denoiser_parameters: frozen, or all.
         optimizer: sgd, adam or adamw, with learning rate lr for the model and denoiser_lr for the denoiser.
         momentum: of sgd. weight_decay: of every optimizer, on the model and the denoiser alike.

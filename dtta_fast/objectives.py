@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,11 +30,14 @@ class Pairs(NamedTuple):
     noise: Tensor | None = None
     pair0: int = 0
 
-    def chunk(self, first: int, size: int) -> Pairs:
-        """The pairs first .. first + size - 1, with the noise that they have here."""
-        here = slice(first, first + size)
-        noise = None if self.noise is None else self.noise[:, here]
-        return self._replace(timesteps=self.timesteps[:, here], noise=noise, pair0=self.pair0 + first)
+    def chunks(self, size: int | Literal["auto"]) -> Iterator[Pairs]:
+        """Parts of at most `size` pairs an image, with the noise that they have here."""
+        images, pairs = self.timesteps.shape
+        width = max(1, ROWS_AT_ONCE // images) if size == "auto" else size
+        for first in range(0, pairs, width):
+            here = slice(first, first + width)
+            noise = None if self.noise is None else self.noise[:, here]
+            yield self._replace(timesteps=self.timesteps[:, here], noise=noise, pair0=self.pair0 + first)
 
 
 def pair_losses(denoiser: Denoiser, phi: Mapping[str, Tensor], conditions: Tensor, drawn: Pairs, l1: bool, per_image: bool) -> Tensor:
@@ -68,16 +71,16 @@ def embedding_mix(
         sum of the losses over images where per_image, of their mean otherwise (one set of weights for the batch).
     """
     images, pairs = drawn.timesteps.shape
-    size = max(1, ROWS_AT_ONCE // images) if chunk == "auto" else chunk
     leaf = conditions.detach().requires_grad_()
     weights = {name: p.detach().requires_grad_() for name, p in phi.items()}
     wanted = [leaf, *weights.values()]
     loss = torch.zeros(images, dtype=torch.promote_types(drawn.x0.dtype, torch.float32), device=drawn.x0.device)
-    gradients = [torch.zeros_like(tensor) for tensor in wanted]
+    # float32 at least: adding up chunks in bfloat16 would make the result depend on their size
+    gradients = [torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in wanted]
     divisor = pairs if per_image else pairs * images
-    for first in range(0, pairs, size):
-        part = pair_losses(denoiser, weights, leaf, drawn.chunk(first, size), l1, per_image)
-        own = torch.autograd.grad(part.sum() / divisor, wanted, materialize_grads=True)
-        gradients = list(torch._foreach_add(gradients, own))
-        loss = loss + part.detach().sum(1) / pairs
+    for part in drawn.chunks(chunk):
+        losses = pair_losses(denoiser, weights, leaf, part, l1, per_image)
+        own = torch.autograd.grad(losses.sum() / divisor, wanted, materialize_grads=True)
+        torch._foreach_add_(gradients, own)
+        loss += losses.detach().sum(1) / pairs
     return loss, gradients[0], gradients[1:]

@@ -25,11 +25,11 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
     """
     modules: Iterable[nn.Module] = {
         "all": [model],
-        "norm": [module for module in model.modules() if _is_norm(module)],
+        "norm": [module for module in model.modules() if "norm" in type(module).__name__.lower()],
         "head": _heads(model),
         "logits": [],
     }[which]
-    wanted = {id(p) for module in modules for p in module.parameters()}
+    wanted = {id(p) for module in modules for p in module.parameters(recurse=which != "norm")}
     chosen: Parameters = {name: p for name, p in model.named_parameters() if id(p) in wanted}
     if not chosen and which != "logits":
         raise ValueError(f"parameters is {which!r}, and {type(model).__name__} has none of that kind; choose all, norm, head or logits")
@@ -37,10 +37,6 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
         if not parameter.is_floating_point():
             raise ValueError(f"model parameter {name} has dtype {parameter.dtype}, which no gradient reaches")
     return chosen
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and not list(module.children())
 
 
 def _heads(model: nn.Module) -> Sequence[nn.Module]:
@@ -52,39 +48,63 @@ def _heads(model: nn.Module) -> Sequence[nn.Module]:
 
 
 def copies(parameters: Mapping[str, Tensor], images: int | None) -> Parameters:
-    """Detached copies: one shared, or `images` of them stacked along a new first dimension."""
-    if images is None:
-        return {name: p.detach().clone() for name, p in parameters.items()}
-    return {name: p.detach().expand(images, *p.shape).clone() for name, p in parameters.items()}
+    """Detached copies: one shared, or `images` of them stacked along a new first dimension; float32 where they were half precision.
+
+    An update of 1e-5 is lost in a bfloat16 weight, so the weights that move are kept in float32 and cast for each forward.
+    """
+    stacked = {name: p.detach() if images is None else p.detach().expand(images, *p.shape) for name, p in parameters.items()}
+    return {name: p.to(torch.promote_types(p.dtype, torch.float32), copy=True).contiguous() for name, p in stacked.items()}
 
 
 def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_image: bool) -> Tensor:
     """module(*inputs) with `moving` in place of its own parameters of those names; all others are constants.
 
-    per_image: `moving` and every input carry a leading image dimension, and image i is computed with its own weights.
+    per_image: `moving` and every input carry a leading image dimension, and image i is computed with its own weights. Buffers are
+    copies: a module that writes to them writes to the copy.
     """
-    frozen = {name: p.detach() for name, p in module.named_parameters() if name not in moving}
+    own = dict(module.named_parameters())
+    frozen = {name: p.detach() for name, p in own.items() if name not in moving}
+    frozen |= {name: b.clone() for name, b in module.named_buffers()}
+    cast = {name: p.to(own[name].dtype) for name, p in moving.items()}
     if not per_image:
-        output: Tensor = functional_call(module, {**frozen, **moving}, inputs)
+        output: Tensor = functional_call(module, {**frozen, **cast}, inputs)
         return output
     if not moving:  # one set of weights after all: one batch
         flat: Tensor = functional_call(module, frozen, tuple(x.flatten(0, 1) for x in inputs))
         return flat.unflatten(0, inputs[0].shape[:2])
-    # PyTorch's fused CPU attention has no batching rule: vmap would run it image by image.
-    on_cpu = inputs[0].device.type == "cpu"
-    with sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext():
-        stacked: Tensor = torch.vmap(lambda own, *x: functional_call(module, {**frozen, **own}, x))(dict(moving), *inputs)
+    with _vmappable_attention(inputs[0].device):
+        stacked: Tensor = torch.vmap(lambda weights, *x: functional_call(module, {**frozen, **weights}, x))(cast, *inputs)
     return stacked
 
 
 @contextmanager
-def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """eval() on all of them, and every submodule's own flag back at the end, whatever happens."""
-    flags = {part: part.training for module in modules for part in module.modules()}
+def _vmappable_attention(device: torch.device) -> Iterator[None]:
+    """Attention by operators that vmap can batch, in place of those that it runs image by image or not at all."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()  # nn.MultiheadAttention's inference kernel has no derivative
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():  # the fused CPU kernel has no batching rule
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def untouched(*modules: nn.Module) -> Iterator[None]:
+    """eval() inside; at the end every submodule's flag, parameters and buffers are the very ones from before, whatever happens.
+
+    functional_call swaps parameters in and out, and a KeyboardInterrupt in mid-swap would leave its tensors in the module.
+    """
+    parts = {part for module in modules for part in module.modules()}
+    kept = [(part, part.training, dict(part._parameters), dict(part._buffers)) for part in parts]
     try:
         for module in modules:
             module.eval()
         yield
     finally:
-        for part, training in flags.items():
+        for part, training, parameters, buffers in kept:
             part.training = training
+            part._parameters.clear()
+            part._parameters.update(parameters)
+            part._buffers.clear()
+            part._buffers.update(buffers)

@@ -1,4 +1,4 @@
-"""The adaptation step as pure functions: tensors in, tensors out; nothing here writes to a module."""
+"""The adaptation step: tensors in, tensors out; nothing here writes to a module."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dtta_fast import optimizers
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.draws import Draws
 from dtta_fast.objectives import Pairs, embedding_mix, pair_losses
-from dtta_fast.optimizers import Slots, Tensors
+from dtta_fast.optimizers import Slots, Tensors, init_slots, update_
 from dtta_fast.parameters import Parameters, call, copies
 from dtta_fast.tasks.base import Task
 
@@ -59,7 +58,7 @@ def initial_state(problem: Problem, theta: Parameters, phi: Parameters, outputs:
     if problem.config.parameters == "logits":
         theta = {FREE_LOGITS: outputs.detach().clone()}
     kind = problem.config.optimizer
-    theta_slots, phi_slots = (optimizers.init_slots(kind, list(moving.values())) for moving in (theta, phi))
+    theta_slots, phi_slots = (init_slots(kind, list(moving.values())) for moving in (theta, phi))
     return State(theta, phi, theta_slots, phi_slots, torch.zeros((), dtype=torch.int64, device=outputs.device))
 
 
@@ -81,7 +80,7 @@ def adaptation_step(
     timesteps: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> tuple[State, Tensor]:
-    """One update: the new state and the loss [B] before it.
+    """One update: the state, its tensors updated in place, and the loss [B] before the update.
 
     The model runs forward and backward once, whatever the number of chunks: they add up the gradient to the condition, and one
     vector-Jacobian product carries it into the weights.
@@ -97,21 +96,16 @@ def adaptation_step(
         problem.denoiser, phi, conditions, drawn, config.chunk, config.loss == "l1", problem.per_image
     )
     through = torch.autograd.grad(conditions, [*theta.values(), *phi.values()], to_conditions, allow_unused=True, materialize_grads=True)
-    to_theta, to_phi_too = list(through[: len(theta)]), through[len(theta) :]
-    theta, theta_slots = _update(config, state.theta, to_theta, state.theta_slots, state.step, config.lr)
-    phi, phi_slots = state.phi, state.phi_slots
+    to_theta, to_phi_too = list(through[: len(theta)]), list(through[len(theta) :])
+    _update_(config, state.theta, to_theta, state.theta_slots, state.step, config.lr)
     if phi:
         # the label table is reached through the condition, everything else through the prediction
-        to_phi = list(torch._foreach_add(to_phi, to_phi_too))
-        phi, phi_slots = _update(config, state.phi, to_phi, state.phi_slots, state.step, config.denoiser_lr)
-    return State(theta, phi, theta_slots, phi_slots, state.step + 1), loss
+        _update_(config, state.phi, list(torch._foreach_add(to_phi, to_phi_too)), state.phi_slots, state.step, config.denoiser_lr)
+    return state._replace(step=state.step + 1), loss
 
 
-def _update(config: AdaptConfig, moving: Parameters, gradients: Tensors, slots: Slots, step: Tensor, lr: float) -> tuple[Parameters, Slots]:
-    values: Tensors = list(moving.values())
-    rate = torch.as_tensor(lr, dtype=values[0].dtype, device=values[0].device)
-    values, slots = optimizers.update(config.optimizer, values, gradients, slots, step, rate, config.momentum, config.weight_decay)
-    return dict(zip(moving, values, strict=True)), slots
+def _update_(config: AdaptConfig, moving: Parameters, gradients: Tensors, slots: Slots, step: Tensor, lr: float) -> None:
+    update_(config.optimizer, list(moving.values()), gradients, slots, step, lr, config.momentum, config.weight_decay)
 
 
 @torch.no_grad()
@@ -124,14 +118,19 @@ def guard(problem: Problem, before: Tensor, after: Tensor, x0: Tensor, image_ids
     task, config = problem.task, problem.config
     accepted = after.isfinite().flatten(1).all(1)
     evaluations = torch.zeros_like(image_ids)
+    if not config.guard:
+        return accepted, evaluations
     old, new = (task.decision(outputs, problem.denoiser) for outputs in (before, after))
     rows = (accepted & (old != new).flatten(1).any(1)).nonzero()[:, 0]
-    if not config.guard or not len(rows):
+    if not len(rows):
         return accepted, evaluations
     ids, step = image_ids[rows], step + GUARD_STEP
     drawn = Pairs(x0[rows], problem.draws(config.guard).timesteps(ids, step), ids, config.seed, step)
-    l1 = config.loss == "l1"
-    was, would_be = (pair_losses(problem.denoiser, {}, conditions[rows], drawn, l1, per_image=False) for conditions in (old, new))
+    l1, parts = config.loss == "l1", list(drawn.chunks(config.chunk))
+    was, would_be = (
+        torch.cat([pair_losses(problem.denoiser, {}, conditions[rows], part, l1, per_image=False) for part in parts], dim=1)
+        for conditions in (old, new)
+    )
     change = would_be - was
     standard_error = change.std(1) / config.guard**0.5 if config.guard_threshold else 0.0
     accepted[rows] = change.mean(1) + config.guard_threshold * standard_error < 0

@@ -20,6 +20,11 @@ class Denoiser(nn.Module, ABC):
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1], any size, to x0 [B, C, h, w]; no gradient."""
 
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """C, h, w of x0."""
+
     @abstractmethod
     def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The table [K, ...] whose mixtures are conditions; read from `parameters` where they hold it, with gradient."""

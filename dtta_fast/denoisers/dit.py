@@ -44,14 +44,16 @@ class DiT(Denoiser):
         dtype = self.network.x_embedder.proj.weight.dtype
         if self.vae is None:
             if images.shape[1] != self.network.in_channels:
-                raise ValueError(
-                    f"images have {images.shape[1]} channels and the denoiser works on {self.network.in_channels}; "
-                    "a latent model needs vae= when it is loaded, or latents= at the call"
-                )
+                channels = f"images have {images.shape[1]} channels and the denoiser works on {self.network.in_channels}"
+                raise ValueError(f"{channels}; a latent model needs vae= when it is loaded, or latents= at the call")
             return to_model_range(images, self.network.input_size).to(dtype)
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         pixels = to_model_range(images, self.network.input_size * factor).to(self.vae.dtype)
         return (self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor).to(dtype)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.network.in_channels, self.network.input_size, self.network.input_size
 
     def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
         table = parameters.get(LABEL_TABLE)

@@ -35,6 +35,8 @@ class Classification:
         return (self._normalise or _timm_transforms(model)[1])(crop)
 
     def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig) -> None:
+        if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
+            raise ValueError(f"model returns a {type(outputs).__name__}; a classifier returns floating-point logits [B, K]")
         if outputs.ndim != 2:
             raise ValueError(f"model returns shape {tuple(outputs.shape)}; a classifier returns logits [B, K]")
         classes = len(denoiser.class_embeddings({}))
@@ -72,7 +74,7 @@ def _timm_transforms(model: nn.Module) -> tuple[Transform, Transform]:
     *geometry, _to_tensor, normalise = create_transform(**config, is_training=False).transforms
 
     def crop(images: Tensor) -> Tensor:
-        if images.shape[-2:] == config["input_size"][1:]:  # ImageNet-C is cropped already: resizing it again costs accuracy
+        if images.shape[-2:] == tuple(config["input_size"][1:]):  # ImageNet-C is cropped already: resizing it again costs accuracy
             return images
         for transform in geometry:
             images = transform(images)
