@@ -12,7 +12,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from dtta_fast import demo, presets
+from dtta_fast import demo, environment, presets
 
 RESULTS = Path(__file__).parent / "results" / "choose_fast.jsonl"
 
@@ -34,11 +34,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=150)
     parser.add_argument("--only", nargs="*", default=list(CANDIDATES))
     args = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
     for name in args.only:
         config = presets.FAST.replace(**CANDIDATES[name])
         found = demo.run(config, args.images, split="validation")
         with RESULTS.open("a") as file:
-            file.write(json.dumps({"candidate": name, "config": dataclasses.asdict(config), **found}) + "\n")
+            file.write(
+                json.dumps({"candidate": name, "versions": environment.describe(), "config": dataclasses.asdict(config), **found}) + "\n"
+            )
         source, adapted = found["source_accuracy"], found["adapted_accuracy"]
         clean = found["clean"]
         print(

@@ -32,8 +32,7 @@ class Demo:
 
     def run(self) -> None:
         config = presets.get(self.preset).replace(seed=self.seed)
-        if self.json is not None and not self.json.resolve().parent.is_dir():
-            raise ValueError(f"json is {str(self.json)!r}; its folder does not exist")
+        _check_path(self.json)
         terminal = Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         progress = Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal)
@@ -44,6 +43,12 @@ class Demo:
         _print_demo(result)
         if self.json is not None:
             self.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _check_path(json: Path | None) -> None:
+    """Before the work, not after it."""
+    if json is not None and (json.is_dir() or not json.resolve().parent.is_dir()):
+        raise ValueError(f"json is {str(json)!r}; give a file in a folder that exists")
 
 
 def _print_demo(result: dict[str, Any]) -> None:
@@ -78,6 +83,7 @@ class Env:
     """Write the result to this file too."""
 
     def run(self) -> None:
+        _check_path(self.json)
         result = environment.describe()
         for key, value in result.items():
             print(f"{key:16} {value}")

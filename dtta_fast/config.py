@@ -87,19 +87,20 @@ class AdaptConfig:
             refuse("chunk", '"auto" or a whole number of 1 and more')
         if self.top_k is not None and not whole(self.top_k, 1):
             refuse("top_k", "None or a whole number of 1 and more")
-        for field in ("lr", "denoiser_lr", "weight_decay", "momentum", "guard_threshold"):
+        for field in ("lr", "denoiser_lr", "weight_decay", "guard_threshold"):
             if not real(getattr(self, field)) or getattr(self, field) < 0:
                 refuse(field, "a finite number of 0 and more")
+        if not real(self.momentum) or not 0 <= self.momentum < 1:
+            refuse("momentum", "a number from 0 to below 1")
         if self.logit_scale is not None and not (real(self.logit_scale) and self.logit_scale > 0):
             refuse("logit_scale", "None or a positive number")
         if self.timestep_range is not None:
             both = isinstance(self.timestep_range, (tuple, list)) and len(self.timestep_range) == 2
             if not (both and all(whole(t, 0) for t in self.timestep_range) and self.timestep_range[0] < self.timestep_range[1]):
                 refuse("timestep_range", "None or whole numbers (low, high) with 0 <= low < high")
-        if self.guard_threshold and self.guard == 1:
-            raise ValueError(
-                f"guard is 1 with guard_threshold {self.guard_threshold}; one pair has no standard error: use 2 pairs and more"
-            )
+            object.__setattr__(self, "timestep_range", tuple(self.timestep_range))  # hashable, also when read from JSON
+        if self.guard_threshold and self.guard < 2:
+            raise ValueError(f"guard is {self.guard} with guard_threshold {self.guard_threshold}; a standard error takes 2 pairs and more")
         if self.mode == "online" and self.parameters == "logits":
             raise ValueError("parameters is 'logits' with mode 'online'; free logits belong to one image: use episodic")
 

@@ -22,6 +22,6 @@ def describe() -> dict[str, str]:
             found[package] = "not installed"
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found["GPUs"] = ", ".join(gpus) or "none"
-    found["native library"] = "built" if native.library() is not None else "not built: no C++17 compiler at installation"
+    found["native library"] = "built" if native.library() is not None else "not built (was there a C++17 compiler at installation?)"
     found["ops"] = "plain torch"
     return found

@@ -38,6 +38,6 @@ def get(name: str) -> AdaptConfig:
     Raises:
         ValueError: there is none.
     """
-    if name.upper() not in ALL:
+    if str(name).upper() not in ALL:
         raise ValueError(f"preset is {name!r}; there are {', '.join(ALL)}")
     return ALL[name.upper()]

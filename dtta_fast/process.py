@@ -47,6 +47,10 @@ class NoiseProcess:
         Raises:
             ValueError: the scheduler has neither, or a prediction type that has no row here.
         """
+        own = dict(getattr(scheduler, "config", {}))
+        for field, ordinary in (("use_flow_sigmas", False), ("invert_sigmas", False), ("timestep_type", "discrete")):
+            if own.get(field, ordinary) != ordinary:
+                raise ValueError(f"scheduler.config.{field} is {own[field]!r}; supported: {ordinary!r}")
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is not None:
             alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
@@ -59,7 +63,8 @@ class NoiseProcess:
             u, v = kinds[prediction_type]
             return cls(torch.stack([a, s, u, v, one], dim=1))
         if type(scheduler).__name__.startswith("FlowMatch"):
-            # A fresh scheduler's sigmas fall from 1; a trailing 0 ends the sampler and is no timestep.
+            # A fresh one holds all timesteps: set_timesteps() may have cut this one's, and a trailing 0 ends the sampler.
+            scheduler = type(scheduler).from_config(scheduler.config)
             count = int(scheduler.config.num_train_timesteps)
             sigma, order = torch.as_tensor(scheduler.sigmas, dtype=torch.float64)[:count].sort()
             one = torch.ones_like(sigma)

@@ -71,8 +71,10 @@ def images() -> Tensor:
     return torch.rand(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
-def _snapshot(*modules: nn.Module) -> list[Tensor | bool]:
-    kept: list[Tensor | bool] = []
+def _snapshot(*modules: nn.Module) -> list[Tensor | int]:
+    kept: list[Tensor | int] = []
+    for part in {part for module in modules for part in module.modules()}:
+        kept += [id(p) for p in (*part._parameters.values(), *part._buffers.values())]  # the very same objects
     for module in modules:
         kept += [value.clone() for value in module.state_dict().values()]
         kept += [parameter.requires_grad for parameter in module.parameters()]

@@ -163,7 +163,7 @@ def test_the_caller_s_modules_are_untouched(model, denoiser, images, untouched, 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("mode", ["episodic", "online"])
 @pytest.mark.parametrize("call", [1, 4, 15])  # 5 steps of 3 chunks: the first, one in the middle, the last
-def test_a_failing_denoiser_leaves_nothing_behind(model, denoiser, images, untouched, monkeypatch, mode, error, call):
+def test_a_failing_denoiser_leaves_nothing_behind(model, denoiser, images, untouched, mode, error, call):
     adapter = Adapter(model, denoiser, CONFIG.replace(mode=mode, chunk=2, denoiser_parameters="all"))
     adapter.adapt(images)
     before = copy.deepcopy(adapter.state_dict())

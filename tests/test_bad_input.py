@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +10,17 @@ from torch import nn
 from dtta_fast import AdaptConfig, Adapter, adapt, presets, zoo
 
 CONFIG = AdaptConfig(steps=2, pairs=2)
+
+
+class Tupled(nn.Linear):
+    """Returns what some detectors and language models return."""
+
+    def __init__(self) -> None:
+        super().__init__(768, 7)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:  # type: ignore[override]
+        return (super().forward(x.flatten(1)),)
+
 
 ARGUMENTS = {
     "three dimensions": ({"images": torch.rand(3, 16, 16)}, ValueError, "images has shape"),
@@ -21,6 +33,11 @@ ARGUMENTS = {
     "ids' shape": ({"image_ids": torch.zeros(3, dtype=torch.int64)}, ValueError, "image_ids is"),
     "ids' dtype": ({"image_ids": torch.zeros(2)}, ValueError, "image_ids is"),
     "negative ids": ({"image_ids": torch.tensor([0, -1])}, ValueError, "image_ids lies"),
+    "one channel": ({"images": torch.rand(2, 1, 16, 16)}, ValueError, "images has shape"),
+    "ids as a list": ({"image_ids": [0, 1]}, TypeError, "image_ids is a list"),
+    "noise as an array": ({"noise": np.zeros(3)}, TypeError, "noise is a ndarray"),
+    "timesteps elsewhere": ({"timesteps": torch.zeros(2, 2, 2, dtype=torch.int64, device="meta")}, ValueError, "timesteps is on meta"),
+    "latents' size": ({"latents": torch.zeros(2, 3, 8, 8)}, ValueError, "latents has shape"),
     "latents' batch": ({"latents": torch.zeros(3, 3, 16, 16)}, ValueError, "latents has shape"),
     "latents with NaN": ({"latents": torch.full((2, 3, 16, 16), float("inf"))}, ValueError, "latents"),
     "timesteps' shape": ({"timesteps": torch.zeros(2, 3, 2, dtype=torch.int64)}, ValueError, "timesteps is"),
@@ -35,6 +52,8 @@ ARGUMENTS = {
     "model": ({"model": lambda x: x}, TypeError, "model is a function"),
     "no norm layer": ({"model": nn.Linear(16, 7), "config": CONFIG.replace(parameters="norm")}, ValueError, "has none of that kind"),
     "other classes": ({"model": nn.Sequential(nn.Flatten(), nn.Linear(768, 5))}, ValueError, "model has 5 classes"),
+    "a tuple of outputs": ({"model": Tupled()}, ValueError, "model returns a tuple"),
+    "task": ({"task": "classification"}, TypeError, "task is a str"),
     "no logits": ({"model": nn.Conv2d(3, 7, 1)}, ValueError, "model returns shape"),
 }
 
@@ -73,7 +92,7 @@ FIELDS = {
     "optimizer": ["lion"],
     "lr": [-1.0, float("inf"), "fast"],
     "denoiser_lr": [-1.0],
-    "momentum": [-0.1],
+    "momentum": [-0.1, 1.5],
     "weight_decay": [float("nan")],
     "mode": ["batch"],
     "guard": [-1, 1.0],
@@ -97,7 +116,7 @@ def test_unknown_names():
         presets.get("SLOW")
     with pytest.raises(ValueError, match="name is 'letters'; the zoo has digits"):
         zoo.load("letters")
-    with pytest.raises(ValueError, match="one pair has no standard error"):
+    with pytest.raises(ValueError, match="a standard error takes 2 pairs"):
         AdaptConfig(guard=1, guard_threshold=1.0)
     with pytest.raises(ValueError, match="free logits belong to one image"):
         AdaptConfig(mode="online", parameters="logits")

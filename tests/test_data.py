@@ -52,7 +52,7 @@ def test_the_source_is_in_the_band_that_digits_c_was_chosen_for():
         assert float((model(images * 2 - 1).argmax(1) == labels).float().mean()) > 0.97
         for name, severity in DIGITS_C.items():
             accuracy = float((model(corrupt(images, name, severity) * 2 - 1).argmax(1) == labels).float().mean())
-            assert 0.38 < accuracy < 0.92, name
+            assert 0.38 < accuracy <= 0.9, name  # gaussian blur stands at 39.0 %
     assert len(DIGITS_C) >= 10
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import shutil
 
@@ -71,6 +72,14 @@ def test_blocks_with_embeddings_of_their_own_are_refused(theirs, tmp_path):
         DiT.from_pretrained(tmp_path / "dit")
 
 
+def test_diffusers_models_that_are_no_dit_are_refused(tmp_path):
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 8, "num_embeds_ada_norm": 10}
+    for field, value in (("norm_elementwise_affine", True), ("activation_fn", "gelu"), ("attention_bias", False)):
+        DiTTransformer2DModel(**sizes, **{field: value}).save_pretrained(tmp_path / field)
+        with pytest.raises(ValueError, match=f"has {field} {value!r}"):
+            DiT.from_pretrained(tmp_path / field)
+
+
 def test_latents_are_the_posterior_mean_scaled(pipeline):
     denoiser = DiT.from_pretrained(pipeline)
     vae = AutoencoderKL.from_pretrained(pipeline / "vae").eval()
@@ -92,7 +101,8 @@ def test_pixel_model_without_an_autoencoder_says_so(pipeline):
 def test_original_checkpoint_sizes_come_from_the_weights(tmp_path, random_network, learn_sigma, wrap):
     network = random_network(learn_sigma, depth=3, num_heads=4)
     state = network.state_dict()
-    torch.save({"ema": state} if wrap else state, tmp_path / "DiT.pt")
+    training = {"model": {}, "ema": state, "opt": {}, "args": argparse.Namespace(model="DiT-S/4", epochs=3)}  # as the original saves it
+    torch.save(training if wrap else state, tmp_path / "DiT.pt")
     for source in (tmp_path / "DiT.pt", str(tmp_path / "DiT.pt"), state):
         loaded = DiT.from_original(source, num_heads=4)
         assert loaded.network.sizes == network.sizes
@@ -146,6 +156,7 @@ def test_missing_and_damaged_files_are_named(tmp_path, random_network):
         return str(tmp_path / "copy")
 
     weights = (tmp_path / "own" / "model.safetensors").read_bytes()
+    config = (tmp_path / "own" / "config.json").read_bytes()
     for change, error, message in [
         ({"config": None}, FileNotFoundError, r"config\.json is missing"),
         ({"config": b"{"}, ValueError, r"config\.json is no JSON"),
@@ -154,6 +165,9 @@ def test_missing_and_damaged_files_are_named(tmp_path, random_network):
         ({"weights": None}, FileNotFoundError, r"model\.safetensors is missing"),
         ({"weights": weights[:-100]}, ValueError, r"model\.safetensors is damaged"),
         ({"weights": b""}, ValueError, r"model\.safetensors is damaged"),
+        ({"config": b'{"_class_name": "DiT", "width": 3}'}, ValueError, r"config\.json describes no DiT.*width"),
+        ({"config": config.replace(b'"num_heads": 2', b'"num_heads": 0')}, ValueError, r"config\.json describes no DiT"),
+        ({"scheduler": b'{"_class_name": "DDPMScheduler", "beta_schedule": "junk"}'}, ValueError, "describes no noise process"),
         ({"scheduler": None}, FileNotFoundError, r"scheduler_config\.json is missing"),
         ({"scheduler": b'{"_class_name": "os"}'}, ValueError, "no scheduler of diffusers"),
     ]:

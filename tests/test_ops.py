@@ -19,7 +19,7 @@ def setting(device: str, kind: str = "epsilon", dtype: torch.dtype = torch.float
     process = NoiseProcess.from_scheduler(DDPMScheduler(1000, prediction_type=kind)).to(device)
     return {
         "x0": torch.randn(2, 3, 5, 7, dtype=dtype, generator=generator).to(device),
-        "table": process.table,
+        "table": process.table * torch.tensor([1, 1, 1, 1, 0.7], device=device),  # a weight that is not 1
         "timesteps": torch.tensor([[0, 500, 999], [3, 250, 731]], device=device),
         "image_ids": torch.tensor([4, 2**32 - 1], device=device),
         "seed": 123,

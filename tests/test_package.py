@@ -40,7 +40,7 @@ def test_importing_the_package_reads_no_data_library():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_wheel_carries_the_zoo_and_the_types():
+def test_package_carries_the_zoo_and_the_types():
     package = Path(dtta_fast.__file__).parent
     assert (package / "py.typed").is_file()
     size = sum(path.stat().st_size for path in (package / "zoo").rglob("*.safetensors"))

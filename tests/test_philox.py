@@ -40,6 +40,20 @@ def test_native_and_reference_agree_on_random_counters():
     assert np.array_equal(native.philox(counters, np.array([seed & MASK, seed >> 32])), expected.numpy())
 
 
+def test_normals_are_box_muller_of_the_documented_counters():
+    """Counter (element // 4, pair, image_id, step) and a 64-bit key, by the native words and numpy's float64."""
+    pairs, ids, seed, step = [5, 70_000], [3, 2**32 - 1], 0xFEDCBA9_87654321, 2**31 + 6
+    found = normal(10, torch.tensor(pairs), torch.tensor(ids), seed, torch.tensor(step))
+    key = np.array([seed & MASK, seed >> 32])
+    for i, image_id in enumerate(ids):
+        for j, pair in enumerate(pairs):
+            words = native.philox(np.array([[quad, pair, image_id, step] for quad in range(3)]), key)
+            uniform = (words.astype(np.float64) + 0.5) / 2**32
+            radius, angle = np.sqrt(-2 * np.log(uniform[:, ::2])), 2 * np.pi * uniform[:, 1::2]
+            expected = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2).ravel()[:10]
+            np.testing.assert_allclose(found[i, j].numpy(), expected, rtol=0, atol=5e-6)
+
+
 def test_normals_are_normal_and_independent():
     pairs, ids = torch.arange(8), torch.tensor([0, 3, 2**32 - 1])
     drawn = [normal(40_000, pairs, ids, 7, torch.tensor(step)) for step in (0, 1)]

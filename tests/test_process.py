@@ -52,6 +52,20 @@ def test_flow_matching():
     torch.testing.assert_close((a * X0 + s * NOISE) - s * (u * X0 + v * NOISE), X0)
 
 
+def test_a_used_flow_scheduler_gives_the_whole_process():
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000)
+    expected = NoiseProcess.from_scheduler(scheduler).table
+    scheduler.set_timesteps(50)
+    assert torch.equal(NoiseProcess.from_scheduler(scheduler).table, expected)
+
+
+def test_processes_that_have_no_row_here_are_refused():
+    with pytest.raises(ValueError, match="use_flow_sigmas is True"):
+        NoiseProcess.from_scheduler(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True))
+    with pytest.raises(ValueError, match="timestep_type is 'continuous'"):
+        NoiseProcess.from_scheduler(diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"))
+
+
 def test_bad_input_is_named():
     scheduler = diffusers.DDPMScheduler(10)
     scheduler.register_to_config(prediction_type="score")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # The severity at which the source's accuracy on the validation split is nearest to 60 % (bench/zoo/severities.py); fixed before any
-# adapted result was looked at.
+# adapted result of these models was looked at.
 DIGITS_C = {
     "defocus_blur": 4,
     "glass_blur": 5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,10 +57,8 @@ class DiT(Denoiser):
         return self.network.in_channels, self.network.input_size, self.network.input_size
 
     def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        table = parameters.get(LABEL_TABLE)
-        if table is None:
-            table = self.network.y_embedder.embedding_table.weight.detach()
-        return table[..., : self.network.num_classes, :]
+        own = self.network.y_embedder.embedding_table.weight
+        return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., : self.network.num_classes, :]
 
     def adaptable(self) -> list[str]:
         return [name for name, _ in self.named_parameters() if name.startswith("network.")]
@@ -89,7 +88,7 @@ class DiT(Denoiser):
         state = path_or_state_dict
         if not isinstance(state, Mapping):
             state = _read_torch_file(Path(state))
-        network = _network_from_original(state, num_heads)
+        network = _network_from_original(state.get("ema", state), num_heads)  # a training checkpoint keeps both, and samples with ema
         if process is None:
             from diffusers import DDPMScheduler
 
@@ -119,7 +118,10 @@ class DiT(Denoiser):
             return cls(_network_from_diffusers(folder), _read_process(folder if (folder / "scheduler").is_dir() else folder.parent), vae)
         if config.pop("_class_name", None) != "DiT":
             raise ValueError(f"{folder / 'config.json'} names no DiT: _class_name has to be DiT or DiTTransformer2DModel")
-        network = DiTNetwork(**config)
+        try:
+            network = DiTNetwork(**config)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{folder / 'config.json'} describes no DiT: {error}") from error
         _load(network, _read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
         return cls(network, _read_process(folder), vae)
 
@@ -159,10 +161,18 @@ def _network_from_diffusers(folder: Path) -> DiTNetwork:
     from diffusers import DiTTransformer2DModel
 
     try:
-        model = DiTTransformer2DModel.from_pretrained(folder)
+        model, loading = DiTTransformer2DModel.from_pretrained(folder, output_loading_info=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be read as a diffusers DiTTransformer2DModel: {error}") from error
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        raise ValueError(
+            f"{folder} lacks weights of its model: {', '.join(map(str, loading['missing_keys'] or loading['mismatched_keys']))}"
+        )
     config, state = model.config, model.state_dict()
+    expected = {"norm_elementwise_affine": False, "activation_fn": "gelu-approximate", "attention_bias": True}
+    for field, value in expected.items():
+        if config[field] != value:
+            raise ValueError(f"{folder} has {field} {config[field]!r}; a DiT has {value!r}")
     network = DiTNetwork(
         input_size=config.sample_size,
         patch_size=config.patch_size,
@@ -218,7 +228,10 @@ def _read_process(folder: Path) -> NoiseProcess:
     name = str(config.get("_class_name"))
     if not name.endswith("Scheduler") or not hasattr(diffusers, name):
         raise ValueError(f"{path} names {name}, which is no scheduler of diffusers")
-    return NoiseProcess.from_scheduler(getattr(diffusers, name).from_config(config))
+    try:
+        return NoiseProcess.from_scheduler(getattr(diffusers, name).from_config(config))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} describes no noise process: {error}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -246,12 +259,13 @@ def _read_torch_file(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints keep their arguments, plain data
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip and runtime errors alike here
         raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {error}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
-    return state.get("ema", state)
+    return state
 
 
 def _download(model_id: str) -> Path:

@@ -138,6 +138,8 @@ class DiTNetwork(nn.Module):
         learn_sigma: bool = True,
     ) -> None:
         super().__init__()
+        if min(input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes) < 1:
+            raise ValueError("every size of a DiT has to be 1 and more")
         if input_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
         if hidden_size % num_heads or hidden_size % 4:

@@ -1,0 +1,40 @@
+"""The optimizers against torch.optim, in the precisions that models come in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dtta_fast.optimizers import init_slots, update_
+
+CASES = [
+    ("sgd", 0.0, 0.0),
+    ("sgd", 0.9, 0.0),
+    ("sgd", 0.9, 0.1),
+    ("adam", 0.0, 0.0),
+    ("adam", 0.0, 0.1),
+    ("adamw", 0.0, 0.0),
+    ("adamw", 0.0, 0.1),
+]
+
+
+@pytest.mark.parametrize(("name", "momentum", "weight_decay"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_as_torch_optim(device, dtype, name, momentum, weight_decay):
+    generator = torch.Generator().manual_seed(0)
+    own = [torch.randn(7, 3, dtype=dtype, generator=generator).to(device), torch.randn(5, dtype=dtype, generator=generator).to(device)]
+    theirs = [p.clone().requires_grad_() for p in own]
+    if name == "sgd":
+        optimizer = torch.optim.SGD(theirs, 1e-2, momentum=momentum, weight_decay=weight_decay)
+    else:
+        optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](theirs, 1e-2, weight_decay=weight_decay)
+    slots = init_slots(name, own)
+    for step in range(6):
+        gradients = [torch.randn(p.shape, dtype=dtype, generator=generator).to(device) for p in own]
+        for p, gradient in zip(theirs, gradients, strict=True):
+            p.grad = gradient.clone()
+        optimizer.step()
+        update_(name, own, gradients, slots, torch.tensor(step, device=device), 1e-2, momentum, weight_decay)
+        tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+        for mine, other in zip(own, theirs, strict=True):
+            torch.testing.assert_close(mine, other.detach(), rtol=tolerance, atol=tolerance)
