@@ -38,10 +38,9 @@ def main() -> None:
     for name in args.only:
         config = presets.FAST.replace(**CANDIDATES[name])
         found = demo.run(config, args.images, split="validation")
+        record = {"candidate": name, "versions": environment.describe(), "config": dataclasses.asdict(config), **found}
         with RESULTS.open("a") as file:
-            file.write(
-                json.dumps({"candidate": name, "versions": environment.describe(), "config": dataclasses.asdict(config), **found}) + "\n"
-            )
+            file.write(json.dumps(record) + "\n")
         source, adapted = found["source_accuracy"], found["adapted_accuracy"]
         clean = found["clean"]
         print(

@@ -85,9 +85,8 @@ class DiT(Denoiser):
         Raises:
             FileNotFoundError, ValueError: no such file, or weights that are no DiT's.
         """
-        state = path_or_state_dict
-        if not isinstance(state, Mapping):
-            state = _read_torch_file(Path(state))
+        given = path_or_state_dict
+        state: Mapping[str, Any] = given if isinstance(given, Mapping) else _read_torch_file(Path(given))
         network = _network_from_original(state.get("ema", state), num_heads)  # a training checkpoint keeps both, and samples with ema
         if process is None:
             from diffusers import DDPMScheduler
@@ -164,10 +163,9 @@ def _network_from_diffusers(folder: Path) -> DiTNetwork:
         model, loading = DiTTransformer2DModel.from_pretrained(folder, output_loading_info=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be read as a diffusers DiTTransformer2DModel: {error}") from error
-    if loading["missing_keys"] or loading["mismatched_keys"]:
-        raise ValueError(
-            f"{folder} lacks weights of its model: {', '.join(map(str, loading['missing_keys'] or loading['mismatched_keys']))}"
-        )
+    lacking = [str(key) for key in (*loading["missing_keys"], *loading["mismatched_keys"])]
+    if lacking:
+        raise ValueError(f"{folder} lacks weights of its model: {', '.join(lacking)}")
     config, state = model.config, model.state_dict()
     expected = {"norm_elementwise_affine": False, "activation_fn": "gelu-approximate", "attention_bias": True}
     for field, value in expected.items():
