@@ -39,7 +39,14 @@ class Demo:
         with progress:
             bar = progress.add_task("loading", total=self.images * (1 + len(DIGITS_C)))
             found = demo.run(config, self.images, advance=lambda name, done: progress.update(bar, description=name, advance=done))
-        result = {"benchmark": "digits-C", "split": "test", "preset": self.preset.upper(), **found, "config": asdict(config)}
+        result = {
+            "benchmark": "digits-C",
+            "split": "test",
+            "preset": self.preset.upper(),
+            **found,
+            "config": asdict(config),
+            "environment": environment.describe(),
+        }
         _print_demo(result)
         if self.json is not None:
             self.json.write_text(json.dumps(result, indent=2) + "\n")
