@@ -31,6 +31,7 @@ class Demo:
     """Write the result to this file too."""
 
     def run(self) -> None:
+        """Raises ValueError for an unknown preset, a number of images that the split does not have, or a bad path."""
         config = presets.get(self.preset).replace(seed=self.seed)
         _check_path(self.json)
         terminal = Console(stderr=True)

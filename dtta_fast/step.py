@@ -65,7 +65,7 @@ def initial_state(problem: Problem, theta: Parameters, phi: Parameters, outputs:
 def forward(problem: Problem, theta: Parameters, inputs: Tensor) -> Tensor:
     """The model's outputs [B, ...] under the weights `theta` for inputs [B, 3, H, W]."""
     if problem.config.parameters == "logits":
-        return theta[FREE_LOGITS]
+        return theta[FREE_LOGITS].clone()  # the step updates its state in place
     if problem.per_image:
         return call(problem.model, theta, inputs[:, None], per_image=True)[:, 0]
     return call(problem.model, theta, inputs, per_image=False)

@@ -233,6 +233,7 @@ def test_free_logits_follow_the_gradient(model, denoiser, images):
     expected = logits - 0.5 * torch.autograd.grad(loss, logits)[0]
     found = adapt(model, denoiser, images[:1], config=config, timesteps=timesteps, noise=noise)
     torch.testing.assert_close(found.outputs, expected.detach())
+    torch.testing.assert_close(found.outputs_before, logits.detach())
 
 
 @pytest.mark.parametrize("threshold", [0.0, 1.0])

@@ -35,6 +35,7 @@ class Classification:
         return (self._normalise or _timm_transforms(model)[1])(crop)
 
     def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig) -> None:
+        """Raises ValueError where outputs are no logits [B, K], or K or top_k does not fit the denoiser's table."""
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             raise ValueError(f"model returns a {type(outputs).__name__}; a classifier returns floating-point logits [B, K]")
         if outputs.ndim != 2:
