@@ -99,8 +99,8 @@ class AdaptConfig:
             if not (both and all(whole(t, 0) for t in self.timestep_range) and self.timestep_range[0] < self.timestep_range[1]):
                 refuse("timestep_range", "None or whole numbers (low, high) with 0 <= low < high")
             object.__setattr__(self, "timestep_range", tuple(self.timestep_range))  # hashable, also when read from JSON
-        if self.guard_threshold and self.guard < 2:
-            raise ValueError(f"guard is {self.guard} with guard_threshold {self.guard_threshold}; a standard error takes 2 pairs and more")
+        if self.guard_threshold and self.guard == 1:
+            raise ValueError(f"guard is 1 with guard_threshold {self.guard_threshold}; a standard error takes 2 pairs and more")
         if self.mode == "online" and self.parameters == "logits":
             raise ValueError("parameters is 'logits' with mode 'online'; free logits belong to one image: use episodic")
 

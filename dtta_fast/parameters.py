@@ -81,8 +81,8 @@ def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_i
 def _vmappable_attention(device: torch.device) -> Iterator[None]:
     """Attention by operators that vmap can batch, in place of those that it runs image by image or not at all."""
     fastpath = torch.backends.mha.get_fastpath_enabled()  # nn.MultiheadAttention's inference kernel has no derivative
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():  # the fused CPU kernel has no batching rule
             yield
     finally:
