@@ -37,7 +37,7 @@ def test_without_the_native_library_the_ops_work_and_it_says_so(monkeypatch, tmp
 
 def test_importing_the_package_reads_no_data_library():
     code = "import sys, dtta_fast\nassert not {'sklearn', 'imagecorruptions', 'diffusers', 'timm'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_package_carries_the_zoo_and_the_types():

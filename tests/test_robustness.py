@@ -39,7 +39,7 @@ def test_real_interrupts_at_any_moment_leave_the_modules_whole(model, denoiser, 
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     assert interrupted >= 5
-    # not bit for bit: an interrupt inside torch's own attention switch can leave another, equally valid kernel on
+    # one run differed in the last bits, cause not found; the modules themselves are held to bit identity above
     torch.testing.assert_close(adapt(model, denoiser, images, config=CONFIG).outputs, expected, rtol=1e-9, atol=1e-9)
 
 
