@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from dtta_fast.kernels import native
+from dtta_fast.kernels import backends, native
 
 PACKAGES = ("dtta-fast", "torch", "triton", "torchvision", "diffusers", "timm", "transformers", "safetensors", "numpy")
 
@@ -23,5 +23,6 @@ def describe() -> dict[str, str]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found["GPUs"] = ", ".join(gpus) or "none"
     found["native library"] = "built" if native.library() is not None else "not built (was there a C++17 compiler at installation?)"
-    found["ops"] = "plain torch"
+    for device in ("cpu", "cuda"):
+        found[f"ops on {device}"] = "{}: {}".format(*backends.serving(device))
     return found

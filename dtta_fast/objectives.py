@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.kernels import add_noise, denoising_loss
+from dtta_fast.kernels import add_noise, denoising_loss, denoising_loss_and_gradient
 from dtta_fast.parameters import Parameters, call
 
 ROWS_AT_ONCE = 64  # denoiser rows of a forward under chunk="auto"
@@ -40,17 +40,25 @@ class Pairs(NamedTuple):
             yield self._replace(timesteps=self.timesteps[:, here], noise=noise, pair0=self.pair0 + first)
 
 
-def pair_losses(denoiser: Denoiser, phi: Mapping[str, Tensor], conditions: Tensor, drawn: Pairs, l1: bool, per_image: bool) -> Tensor:
-    """Denoising losses [B, P] under conditions [B, ...]; `phi` replaces the denoiser's weights, one set an image with per_image."""
-    table, timesteps = denoiser.process.table, drawn.timesteps
-    where = (drawn.image_ids, drawn.seed, drawn.step, drawn.pair0)
-    x_t = add_noise(drawn.x0, table, timesteps, *where, noise=drawn.noise)
+def _draws(denoiser: Denoiser, drawn: Pairs) -> dict[str, Any]:
+    """The arguments that the ops share."""
+    names = ("x0", "timesteps", "image_ids", "seed", "step", "pair0", "noise")
+    return {"table": denoiser.process.table, **{name: getattr(drawn, name) for name in names}}
+
+
+def _predictions(denoiser: Denoiser, phi: Mapping[str, Tensor], conditions: Tensor, drawn: Pairs, per_image: bool) -> Tensor:
+    """The denoiser's output [B·P, ...] under conditions [B, ...]; `phi` replaces its weights, one set an image with per_image."""
+    timesteps, x_t = drawn.timesteps, add_noise(**_draws(denoiser, drawn))
     shared = conditions[:, None].expand(*timesteps.shape, *conditions.shape[1:])
     if per_image:
-        prediction = call(denoiser, phi, x_t.unflatten(0, timesteps.shape), timesteps, shared, per_image=True).flatten(0, 1)
-    else:
-        prediction = call(denoiser, phi, x_t, timesteps.flatten(), shared.flatten(0, 1), per_image=False)
-    return denoising_loss(prediction, drawn.x0, table, timesteps, *where, l1=l1, noise=drawn.noise)
+        return call(denoiser, phi, x_t.unflatten(0, timesteps.shape), timesteps, shared, per_image=True).flatten(0, 1)
+    return call(denoiser, phi, x_t, timesteps.flatten(), shared.flatten(0, 1), per_image=False)
+
+
+@torch.no_grad()
+def pair_losses(denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool) -> Tensor:
+    """Denoising losses [B, P] of the source denoiser under conditions [B, ...]."""
+    return denoising_loss(_predictions(denoiser, {}, conditions, drawn, per_image=False), **_draws(denoiser, drawn), l1=l1)
 
 
 def embedding_mix(
@@ -79,8 +87,10 @@ def embedding_mix(
     gradients = [torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in wanted]
     divisor = pairs if per_image else pairs * images
     for part in drawn.chunks(chunk):
-        losses = pair_losses(denoiser, weights, leaf, part, l1, per_image)
-        own = torch.autograd.grad(losses.sum() / divisor, wanted, materialize_grads=True)
+        prediction = _predictions(denoiser, weights, leaf, part, per_image)
+        upstream = torch.full_like(part.timesteps, 1 / divisor, dtype=torch.float64)
+        losses, gradient = denoising_loss_and_gradient(prediction.detach(), upstream, **_draws(denoiser, part), l1=l1)
+        own = torch.autograd.grad(prediction, wanted, gradient, materialize_grads=True)
         torch._foreach_add_(gradients, own)
-        loss += losses.detach().sum(1) / pairs
+        loss += losses.sum(1) / pairs
     return loss, gradients[0], gradients[1:]

@@ -128,8 +128,7 @@ def guard(problem: Problem, before: Tensor, after: Tensor, x0: Tensor, image_ids
     drawn = Pairs(x0[rows], problem.draws(config.guard).timesteps(ids, step), ids, config.seed, step)
     l1, parts = config.loss == "l1", list(drawn.chunks(config.chunk))
     was, would_be = (
-        torch.cat([pair_losses(problem.denoiser, {}, conditions[rows], part, l1, per_image=False) for part in parts], dim=1)
-        for conditions in (old, new)
+        torch.cat([pair_losses(problem.denoiser, conditions[rows], part, l1) for part in parts], dim=1) for conditions in (old, new)
     )
     change = would_be - was
     standard_error = change.std(1) / config.guard**0.5 if config.guard_threshold else 0.0

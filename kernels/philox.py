@@ -37,14 +37,14 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     return c0, c1, c2, c3
 
 
-def normal(elements: int, pairs: Tensor, image_ids: Tensor, seed: int, step: Tensor) -> Tensor:
-    """Standard normals [B, P, elements], float32, for pairs [P], image_ids [B] and a 0-dim step (int64 all).
+def normal(elements: int, pairs: Tensor, image_ids: Tensor, seed: int, step: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normals [B, P, elements], float32 or float64, for pairs [P], image_ids [B] and a 0-dim step (int64 all).
 
-    Box-Muller on words (0, 1) and (2, 3); element e is lane e % 4 of counter e // 4.
+    Box-Muller of the uniforms (w + ½) / 2³² on words (0, 1) and (2, 3); element e is lane e % 4 of counter e // 4.
     """
     quads = torch.arange((elements + 3) // 4, device=pairs.device)
     words = torch.broadcast_tensors(*philox((quads, pairs[:, None], image_ids[:, None, None], step), seed))
-    u0, u1, u2, u3 = (word.to(torch.float32) * 2.0**-32 + 2.0**-33 for word in words)
+    u0, u1, u2, u3 = (word.to(dtype) * 2.0**-32 + 2.0**-33 for word in words)
     lanes = []
     for radius_word, angle_word in ((u0, u1), (u2, u3)):
         radius, angle = (-2 * radius_word.log()).sqrt(), (2 * math.pi) * angle_word

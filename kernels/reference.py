@@ -1,6 +1,7 @@
 """Every op in plain torch: its definition, the oracle of its tests and the path that runs everywhere.
 
-Arithmetic is float32, or float64 where x0 is float64.
+Arithmetic is float32, or float64 where the inputs are float64; then the noise too is that of exact arithmetic. kernels/triton
+has the same functions for contiguous float32, bfloat16 and float16 tensors.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from dtta_fast.kernels.philox import normal
 
 def _noise(x0: Tensor, timesteps: Tensor, image_ids: Tensor, seed: int, step: Tensor, pair0: int) -> Tensor:
     pairs = torch.arange(pair0, pair0 + timesteps.shape[1], device=x0.device)
-    return normal(x0[0].numel(), pairs, image_ids, seed, step).view(*timesteps.shape, *x0.shape[1:])
+    return normal(x0[0].numel(), pairs, image_ids, seed, step, _compute_dtype(x0)).view(*timesteps.shape, *x0.shape[1:])
 
 
 def _coefficients(table: Tensor, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return table[timesteps].to(dtype)[..., None, None, None].unbind(2)  # five of [B, P, 1, 1, 1]
 
 
-def _compute_dtype(x0: Tensor) -> torch.dtype:
-    return torch.float64 if x0.dtype == torch.float64 else torch.float32
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
 def add_noise(
@@ -53,12 +54,12 @@ def denoising_loss(
     step: Tensor,
     pair0: int,
     l1: bool,
-    with_gradient: bool,
+    upstream: Tensor | None,
     noise: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """loss [B, P] = w · mean(|prediction − (u·x0 + v·ε)|^(1 or 2)) and its gradient to the prediction.
+) -> tuple[Tensor, Tensor | None]:
+    """loss [B, P] = w · mean(|prediction − (u·x0 + v·ε)|^(1 or 2)); with upstream [B, P] the gradient of Σ upstream · loss.
 
-    The gradient has the prediction's shape (the learned-variance half is zero), or no element without `with_gradient`.
+    The gradient has the prediction's shape and type; the half that is learned variance is zero.
     """
     compute = _compute_dtype(x0)
     if noise is None:
@@ -67,50 +68,61 @@ def denoising_loss(
     target = u * x0.to(compute)[:, None] + v * noise.to(compute)
     difference = prediction.view(*timesteps.shape, *prediction.shape[1:])[:, :, : x0.shape[1]].to(compute) - target
     loss = w[..., 0, 0, 0] * (difference.abs() if l1 else difference.square()).flatten(2).mean(2)
-    if not with_gradient:
-        return loss, prediction.new_empty(0)
-    slope = (difference.sign() if l1 else 2 * difference) * (w / x0[0].numel())
+    if upstream is None:
+        return loss, None
+    factor = upstream[..., None, None, None].to(compute) * w / x0[0].numel()
     gradient = torch.zeros_like(prediction)
-    gradient[:, : x0.shape[1]] = slope.flatten(0, 1)
+    gradient[:, : x0.shape[1]] = ((difference.sign() if l1 else 2 * difference) * factor).flatten(0, 1)
     return loss, gradient
 
 
-def _class_weights(logits: Tensor, top_k: int | None, logit_scale: float | None) -> tuple[Tensor, Tensor | None]:
-    """The softmax weights in the compute dtype, [B, K] or [B, top_k], and the classes that they belong to."""
-    z = logits.to(_compute_dtype(logits))
+def mix_condition(
+    logits: Tensor, embeddings: Tensor, chosen: Tensor | None, logit_scale: float | None, per_image: bool
+) -> tuple[Tensor, Tensor]:
+    """c = Σ_k softmax(z)_k l_k, [B, ...], and the weights softmax(z), [B, K].
+
+    logits [B, K], embeddings [K, ...] ([B, K, ...] with per_image). With logit_scale, z = logit_scale · logits / ‖logits‖₂ (the norm
+    over all K); with chosen [B, k], only those classes take part and the others' weights are 0.
+    """
+    compute = _compute_dtype(logits, embeddings)
+    z = logits.to(compute)
     if logit_scale is not None:
         z = logit_scale * torch.nn.functional.normalize(z, dim=1)
-    if top_k is None:
-        return z.softmax(dim=1), None
-    chosen, classes = z.topk(top_k, dim=1)
-    return chosen.softmax(dim=1), classes
-
-
-def mix_condition(logits: Tensor, embeddings: Tensor, top_k: int | None, logit_scale: float | None) -> Tensor:
-    """c = Σ_k softmax(z)_k l_k: logits [B, K], embeddings [K, ...] -> [B, ...].
-
-    With logit_scale, z = logit_scale · logits / ‖logits‖₂ (the norm over all K); with top_k, only the k largest take part.
-    """
-    weights, classes = _class_weights(logits, top_k, logit_scale)
-    if classes is None:
-        return torch.tensordot(weights, embeddings.to(weights.dtype), dims=1).to(embeddings.dtype)
-    rows = embeddings[classes].to(weights.dtype)
-    return torch.einsum("bk,bk...->b...", weights, rows).to(embeddings.dtype)
+    images = torch.arange(len(logits), device=logits.device)[:, None]
+    if chosen is None:
+        weights = z.softmax(dim=1)
+        if not per_image:
+            return torch.tensordot(weights, embeddings.to(compute), dims=1).to(embeddings.dtype), weights
+        rows, used = embeddings.to(compute), weights
+    else:
+        used = z.gather(1, chosen).softmax(dim=1)
+        weights = torch.zeros_like(z).scatter(1, chosen, used)
+        rows = (embeddings[images, chosen] if per_image else embeddings[chosen]).to(compute)
+    return torch.einsum("bk,bk...->b...", used, rows).to(embeddings.dtype), weights
 
 
 def mix_condition_backward(
-    upstream: Tensor, logits: Tensor, embeddings: Tensor, top_k: int | None, logit_scale: float | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of mix_condition to logits and embeddings for `upstream` [B, ...]."""
-    weights, classes = _class_weights(logits, top_k, logit_scale)
-    flat, table = upstream.flatten(1).to(weights.dtype), embeddings.flatten(1).to(weights.dtype)
-    full = weights if classes is None else torch.zeros_like(logits, dtype=weights.dtype).scatter(1, classes, weights)
-    to_table = (full.T @ flat).view_as(embeddings).to(embeddings.dtype)
-    to_weights = flat @ table.T  # classes outside the top k have weight 0, hence gradient 0 below
-    to_logits = full * (to_weights - (full * to_weights).sum(1, keepdim=True))
+    upstream: Tensor,
+    logits: Tensor,
+    embeddings: Tensor,
+    chosen: Tensor | None,
+    weights: Tensor,
+    logit_scale: float | None,
+    per_image: bool,
+    with_embeddings: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of mix_condition to logits and, where asked for, to embeddings, for `upstream` [B, ...] and the forward's weights."""
+    compute = weights.dtype
+    flat, table = upstream.flatten(1).to(compute), embeddings.flatten(1 + per_image).to(compute)
+    # classes outside the top k have weight 0, hence gradient 0 below
+    to_weights = torch.einsum("bd,bkd->bk", flat, table) if per_image else flat @ table.T
+    to_logits = weights * (to_weights - (weights * to_weights).sum(1, keepdim=True))
     if logit_scale is not None:
-        z = logits.to(weights.dtype)
+        z = logits.to(compute)
         norm = z.norm(dim=1, keepdim=True).clamp_min(1e-12)
         unit = z / norm
         to_logits = (to_logits - unit * (unit * to_logits).sum(1, keepdim=True)) * (logit_scale / norm)
-    return to_logits.to(logits.dtype), to_table
+    if not with_embeddings:
+        return to_logits.to(logits.dtype), None
+    to_table = weights[:, :, None] * flat[:, None] if per_image else weights.T @ flat
+    return to_logits.to(logits.dtype), to_table.view_as(embeddings).to(embeddings.dtype)

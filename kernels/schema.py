@@ -1,8 +1,9 @@
-"""The ops of namespace dtta_fast: schema, fake, autograd and argument checks.
+"""The ops of namespace dtta_fast: schema, argument checks, fake and autograd; backends.py says what computes them.
 
 `table` is NoiseProcess.table [T, 5], float32. Noise is a function of (seed, step, image_id, pair), where the pairs of a call
 are pair0 .. pair0 + P − 1; an explicit `noise` [B, P, C, H, W] takes its place. `timesteps` [B, P], `image_ids` [B] and the
-0-dim `step` are int64. Wrong shapes and dtypes raise ValueError naming the argument.
+0-dim `step` are int64. A wrong shape, type, device or (on the CPU) value raises ValueError that names the argument; on a GPU, where
+reading a value would wait for the device, a timestep outside the table gives NaN.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dtta_fast.kernels import reference
+from dtta_fast.kernels import backends
+
+WORDS = 2**32  # image_ids, steps and pairs are words of a counter; the last pair is the timesteps'
 
 
 def _check(condition: bool, message: str) -> None:
@@ -23,7 +26,9 @@ def _check_draws(
 ) -> None:
     _check(x0.ndim == 4 and x0.numel() > 0, f"x0 has shape {tuple(x0.shape)}; give a non-empty [B, C, H, W]")
     _check(x0.is_floating_point(), f"x0 has dtype {x0.dtype}; give a floating-point one")
+    _check(x0[0].numel() <= 2**26, f"x0 has shape {tuple(x0.shape)}; an image may have 2^26 elements at most")
     _check(table.ndim == 2 and table.shape[1] == 5, f"table has shape {tuple(table.shape)}; give NoiseProcess.table, [T, 5]")
+    _check(table.dtype == torch.float32, f"table has dtype {table.dtype}; give NoiseProcess.table, float32")
     _check(
         timesteps.ndim == 2 and timesteps.shape[0] == x0.shape[0] and timesteps.shape[1] > 0,
         f"timesteps has shape {tuple(timesteps.shape)}; give [B, P] with B = {x0.shape[0]} and P of 1 and more",
@@ -33,10 +38,56 @@ def _check_draws(
         _check(value.dtype == torch.int64, f"{name} has dtype {value.dtype}; give int64")
     _check(step.ndim == 0, f"step has shape {tuple(step.shape)}; give a 0-dim tensor")
     _check(0 <= seed < 2**63, f"seed is {seed}; give 0 .. 2^63 - 1")
-    _check(pair0 >= 0, f"pair0 is {pair0}; give 0 and more")
+    last = WORDS - 1 - timesteps.shape[1]
+    _check(0 <= pair0 <= last, f"pair0 is {pair0}; give 0 .. {last} for {timesteps.shape[1]} pairs")
+    expected = (*timesteps.shape, *x0.shape[1:])
     if noise is not None:
-        expected = (*timesteps.shape, *x0.shape[1:])
         _check(tuple(noise.shape) == expected, f"noise has shape {tuple(noise.shape)}; give [B, P, C, H, W] = {list(expected)}")
+    named = {"table": table, "timesteps": timesteps, "image_ids": image_ids, "step": step, "noise": noise}
+    _check_devices(x0, named)
+
+
+def _check_devices(first: Tensor, named: dict[str, Tensor | None]) -> None:
+    for name, value in named.items():
+        _check(value is None or value.device == first.device, f"{name} is on another device than the first argument, {first.device}")
+
+
+def _check_values(table: Tensor, timesteps: Tensor, image_ids: Tensor, step: Tensor) -> None:
+    if timesteps.device.type != "cpu":
+        return
+    for name, value, end in (("timesteps", timesteps, len(table)), ("image_ids", image_ids, WORDS), ("step", step, WORDS)):
+        low, high = (int(bound) for bound in value.aminmax())
+        _check(low >= 0 and high < end, f"{name} has values {low} .. {high}; give 0 .. {end - 1}")
+
+
+def _check_prediction(prediction: Tensor, x0: Tensor, timesteps: Tensor) -> None:
+    channels = x0.shape[1]
+    _check(
+        prediction.ndim == 4
+        and prediction.shape[0] == timesteps.numel()
+        and prediction.shape[1] in (channels, 2 * channels)
+        and prediction.shape[2:] == x0.shape[2:],
+        f"prediction has shape {tuple(prediction.shape)}; give [{timesteps.numel()}, {channels} or {2 * channels}, *{list(x0.shape[2:])}]",
+    )
+    _check(prediction.is_floating_point(), f"prediction has dtype {prediction.dtype}; give a floating-point one")
+    _check_devices(x0, {"prediction": prediction})
+
+
+def _check_mixture(logits: Tensor, embeddings: Tensor, top_k: int | None, logit_scale: float | None, per_image: bool) -> None:
+    _check(logits.ndim == 2 and logits.numel() > 0, f"logits has shape {tuple(logits.shape)}; give a non-empty [B, K]")
+    images, classes = logits.shape
+    leading = (images, classes) if per_image else (classes,)
+    fits = embeddings.ndim > len(leading) and tuple(embeddings.shape[: len(leading)]) == leading and embeddings.numel() > 0
+    _check(fits, f"embeddings has shape {tuple(embeddings.shape)}; give [{', '.join(map(str, leading))}, ...]")
+    for name, value in (("logits", logits), ("embeddings", embeddings)):
+        _check(value.is_floating_point(), f"{name} has dtype {value.dtype}; give a floating-point one")
+    _check(top_k is None or 1 <= top_k <= classes, f"top_k is {top_k}; give 1 .. {classes}")
+    _check(logit_scale is None or logit_scale > 0, f"logit_scale is {logit_scale}; give a positive number")
+    _check_devices(logits, {"embeddings": embeddings})
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if tensor is None else tensor.detach().contiguous() for tensor in tensors)
 
 
 @torch.library.custom_op("dtta_fast::add_noise", mutates_args=())
@@ -51,11 +102,15 @@ def _add_noise(
     dtype: torch.dtype,
     noise: Tensor | None,
 ) -> Tensor:
-    return reference.add_noise(x0, table, timesteps, image_ids, seed, step, pair0, dtype, noise)
+    _check_draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
+    _check_values(table, timesteps, image_ids, step)
+    x0, table, timesteps, image_ids, noise = _contiguous(x0, table, timesteps, image_ids, noise)  # type: ignore[assignment]
+    return backends.choose(dtype, x0, noise).add_noise(x0, table, timesteps, image_ids, seed, step, pair0, dtype, noise)
 
 
 @_add_noise.register_fake
 def _(x0, table, timesteps, image_ids, seed, step, pair0, dtype, noise):  # type: ignore[no-untyped-def]
+    _check_draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
     return x0.new_empty((timesteps.numel(), *x0.shape[1:]), dtype=dtype)
 
 
@@ -74,8 +129,31 @@ def add_noise(
 
     No gradient flows to x0: the latent is a constant of the method.
     """
-    _check_draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
     return _add_noise(x0.detach(), table, timesteps, image_ids, seed, step, pair0, dtype or x0.dtype, noise)
+
+
+def _loss(
+    prediction: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    image_ids: Tensor,
+    seed: int,
+    step: Tensor,
+    pair0: int,
+    l1: bool,
+    upstream: Tensor | None,
+    noise: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    _check_draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
+    _check_values(table, timesteps, image_ids, step)
+    _check_prediction(prediction, x0, timesteps)
+    backend = backends.choose(torch.float32, prediction, x0, noise)
+    upstream = None if upstream is None else upstream.to(torch.promote_types(x0.dtype, torch.float32))
+    prediction, x0, table, timesteps, image_ids, upstream, noise = _contiguous(  # type: ignore[assignment]
+        prediction, x0, table, timesteps, image_ids, upstream, noise
+    )
+    return backend.denoising_loss(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, upstream, noise)
 
 
 @torch.library.custom_op("dtta_fast::denoising_loss", mutates_args=())
@@ -89,29 +167,67 @@ def _denoising_loss(
     step: Tensor,
     pair0: int,
     l1: bool,
-    with_gradient: bool,
     noise: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return reference.denoising_loss(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, with_gradient, noise)
+) -> Tensor:
+    return _loss(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, None, noise)[0]
 
 
 @_denoising_loss.register_fake
-def _(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, with_gradient, noise):  # type: ignore[no-untyped-def]
-    loss = x0.new_empty(timesteps.shape, dtype=torch.float64 if x0.dtype == torch.float64 else torch.float32)
-    return loss, torch.empty_like(prediction) if with_gradient else prediction.new_empty(0)
+def _(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, noise):  # type: ignore[no-untyped-def]
+    _check_draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
+    _check_prediction(prediction, x0, timesteps)
+    return x0.new_empty(timesteps.shape, dtype=torch.promote_types(x0.dtype, torch.float32))
 
 
-def _save_gradient(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+@torch.library.custom_op("dtta_fast::denoising_loss_and_gradient", mutates_args=())
+def _denoising_loss_and_gradient(
+    prediction: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    image_ids: Tensor,
+    seed: int,
+    step: Tensor,
+    pair0: int,
+    l1: bool,
+    upstream: Tensor,
+    noise: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    _check_upstream(upstream, timesteps)
+    return _loss(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, upstream, noise)  # type: ignore[return-value]
 
 
-def _loss_backward(ctx, upstream, _):  # type: ignore[no-untyped-def]
-    (gradient,) = ctx.saved_tensors
-    return (gradient * upstream.reshape(-1, 1, 1, 1).to(gradient.dtype), *(None,) * 10)
+def _check_upstream(upstream: Tensor, timesteps: Tensor) -> None:
+    fits = upstream.shape == timesteps.shape and upstream.is_floating_point()
+    _check(fits, f"upstream has shape {tuple(upstream.shape)} and dtype {upstream.dtype}; give floating-point {list(timesteps.shape)}")
+    _check_devices(timesteps, {"upstream": upstream})
 
 
-_denoising_loss.register_autograd(_loss_backward, setup_context=_save_gradient)
+@_denoising_loss_and_gradient.register_fake
+def _(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, upstream, noise):  # type: ignore[no-untyped-def]
+    _check_draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
+    _check_prediction(prediction, x0, timesteps)
+    _check_upstream(upstream, timesteps)
+    loss = x0.new_empty(timesteps.shape, dtype=torch.promote_types(x0.dtype, torch.float32))
+    return loss, prediction.new_empty(prediction.shape)
+
+
+def _save_for_loss(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    tensors, ctx.others = [], []
+    for value in inputs:
+        tensors.append(value if isinstance(value, Tensor) else None)
+        ctx.others.append(None if isinstance(value, Tensor) else value)
+    ctx.save_for_backward(*tensors)
+
+
+def _loss_backward(ctx, upstream):  # type: ignore[no-untyped-def]
+    inputs = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+    # one pass more, in which the noise is drawn again, in place of a gradient kept beside the prediction
+    gradient = _denoising_loss_and_gradient(*inputs[:-1], upstream, inputs[-1])[1]
+    return (gradient, *(None,) * 9)
+
+
+_denoising_loss.register_autograd(_loss_backward, setup_context=_save_for_loss)
 
 
 def denoising_loss(
@@ -129,65 +245,101 @@ def denoising_loss(
     """loss [B, P] = w · mean((prediction − (u·x0 + v·ε))²), or of the absolute difference with `l1`.
 
     prediction [B·P, C', H, W] with C' = C or 2C (learned variance: its second half takes no part). A value for each pair, since
-    a guard compares pairs. The gradient to the prediction comes from the same pass.
+    a guard compares pairs. Differentiable in the prediction, once.
     """
-    _check_draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
-    channels = x0.shape[1]
-    _check(
-        prediction.ndim == 4
-        and prediction.shape[0] == timesteps.numel()
-        and prediction.shape[1] in (channels, 2 * channels)
-        and prediction.shape[2:] == x0.shape[2:],
-        f"prediction has shape {tuple(prediction.shape)}; give [{timesteps.numel()}, {channels} or {2 * channels}, *{list(x0.shape[2:])}]",
-    )
-    with_gradient = torch.is_grad_enabled() and prediction.requires_grad
-    return _denoising_loss(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, with_gradient, noise)[0]
+    return _denoising_loss(prediction, x0.detach(), table, timesteps, image_ids, seed, step, pair0, l1, noise)
+
+
+@torch.no_grad()
+def denoising_loss_and_gradient(
+    prediction: Tensor,
+    upstream: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    image_ids: Tensor,
+    seed: int,
+    step: Tensor,
+    pair0: int = 0,
+    l1: bool = False,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """denoising_loss [B, P], and the gradient of Σ upstream · loss to the prediction from the same pass, for upstream [B, P]."""
+    return _denoising_loss_and_gradient(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, upstream, noise)
 
 
 @torch.library.custom_op("dtta_fast::mix_condition", mutates_args=())
-def _mix_condition(logits: Tensor, embeddings: Tensor, top_k: int | None, logit_scale: float | None) -> Tensor:
-    return reference.mix_condition(logits, embeddings, top_k, logit_scale)
+def _mix_condition(
+    logits: Tensor, embeddings: Tensor, top_k: int | None, logit_scale: float | None, per_image: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_mixture(logits, embeddings, top_k, logit_scale, per_image)
+    chosen = None if top_k is None else logits.detach().topk(top_k, dim=1).indices
+    backend = backends.choose(torch.float32, logits, embeddings)
+    logits, embeddings = _contiguous(logits, embeddings)  # type: ignore[assignment]
+    mixed, weights = backend.mix_condition(logits, embeddings, chosen, logit_scale, per_image)
+    return mixed, weights, logits.new_empty((len(logits), 0), dtype=torch.int64) if chosen is None else chosen
 
 
 @_mix_condition.register_fake
-def _(logits, embeddings, top_k, logit_scale):  # type: ignore[no-untyped-def]
-    return embeddings.new_empty((len(logits), *embeddings.shape[1:]))
+def _(logits, embeddings, top_k, logit_scale, per_image):  # type: ignore[no-untyped-def]
+    _check_mixture(logits, embeddings, top_k, logit_scale, per_image)
+    weights = logits.new_empty(logits.shape, dtype=_weight_dtype(logits, embeddings))
+    chosen = logits.new_empty((len(logits), top_k or 0), dtype=torch.int64)
+    return embeddings.new_empty((len(logits), *embeddings.shape[1 + per_image :])), weights, chosen
+
+
+def _weight_dtype(logits: Tensor, embeddings: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(logits.dtype, embeddings.dtype), torch.float32)
 
 
 @torch.library.custom_op("dtta_fast::mix_condition_backward", mutates_args=())
 def _mix_condition_backward(
-    upstream: Tensor, logits: Tensor, embeddings: Tensor, top_k: int | None, logit_scale: float | None
+    upstream: Tensor,
+    logits: Tensor,
+    embeddings: Tensor,
+    weights: Tensor,
+    chosen: Tensor,
+    logit_scale: float | None,
+    per_image: bool,
+    with_embeddings: bool,
 ) -> tuple[Tensor, Tensor]:
-    return reference.mix_condition_backward(upstream, logits, embeddings, top_k, logit_scale)
+    _check_mixture(logits, embeddings, None, logit_scale, per_image)
+    classes = chosen if chosen.shape[1] else None
+    backend = backends.choose(torch.float32, logits, embeddings)
+    upstream, logits, embeddings, weights = _contiguous(upstream, logits, embeddings, weights)  # type: ignore[assignment]
+    to_logits, to_embeddings = backend.mix_condition_backward(
+        upstream, logits, embeddings, classes, weights, logit_scale, per_image, with_embeddings
+    )
+    return to_logits, embeddings.new_empty(0) if to_embeddings is None else to_embeddings
 
 
 @_mix_condition_backward.register_fake
-def _(upstream, logits, embeddings, top_k, logit_scale):  # type: ignore[no-untyped-def]
-    return torch.empty_like(logits), torch.empty_like(embeddings)
+def _(upstream, logits, embeddings, weights, chosen, logit_scale, per_image, with_embeddings):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape), embeddings.new_empty(embeddings.shape if with_embeddings else 0)
 
 
-def _save_inputs(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:2])
-    ctx.options = inputs[2:]
+def _save_for_mixture(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    logits, embeddings, _, ctx.logit_scale, ctx.per_image = inputs
+    _, weights, chosen = output
+    ctx.save_for_backward(logits, embeddings, weights, chosen)
+    ctx.mark_non_differentiable(weights, chosen)
 
 
-def _mix_backward(ctx, upstream):  # type: ignore[no-untyped-def]
-    return (*_mix_condition_backward(upstream, *ctx.saved_tensors, *ctx.options), None, None)
+def _mixture_backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
+    wanted = ctx.needs_input_grad[1]
+    to_logits, to_embeddings = _mix_condition_backward(upstream, *ctx.saved_tensors, ctx.logit_scale, ctx.per_image, wanted)
+    return to_logits, to_embeddings if wanted else None, None, None, None
 
 
-_mix_condition.register_autograd(_mix_backward, setup_context=_save_inputs)
+_mix_condition.register_autograd(_mixture_backward, setup_context=_save_for_mixture)
 
 
-def mix_condition(logits: Tensor, embeddings: Tensor, top_k: int | None = None, logit_scale: float | None = None) -> Tensor:
+def mix_condition(
+    logits: Tensor, embeddings: Tensor, top_k: int | None = None, logit_scale: float | None = None, per_image: bool = False
+) -> Tensor:
     """Condition c = Σ_k softmax(z)_k l_k: logits [B, K], embeddings [K, ...] -> [B, ...] in the embeddings' dtype.
 
-    z is the logits, or logit_scale times the L2-normalised logits; with top_k, the softmax runs over the k largest.
-    Differentiable in the logits and the embeddings.
+    z is the logits, or logit_scale times the L2-normalised logits; with top_k, the softmax runs over the k largest. With per_image
+    the embeddings are [B, K, ...], a table an image. Differentiable in the logits and the embeddings, once.
     """
-    _check(logits.ndim == 2 and logits.numel() > 0, f"logits has shape {tuple(logits.shape)}; give a non-empty [B, K]")
-    classes = logits.shape[1]
-    fits = embeddings.ndim >= 2 and len(embeddings) == classes
-    _check(fits, f"embeddings has shape {tuple(embeddings.shape)}; give [K, ...] with K = {classes}")
-    _check(top_k is None or 1 <= top_k <= classes, f"top_k is {top_k}; give 1 .. {classes}")
-    _check(logit_scale is None or logit_scale > 0, f"logit_scale is {logit_scale}; give a positive number")
-    return _mix_condition(logits, embeddings, top_k, logit_scale)
+    return _mix_condition(logits, embeddings, top_k, logit_scale, per_image)[0]

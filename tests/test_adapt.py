@@ -139,7 +139,9 @@ def test_draws_are_the_documented_noise(model, denoiser, images):
     ids, pairs = torch.tensor([3, 1, 4, 159]), torch.arange(config.pairs)
     steps = [torch.tensor(step) for step in range(config.steps)]
     timesteps = torch.stack([problem.draws(config.pairs).timesteps(ids, step) for step in steps], dim=1)
-    noise = torch.stack([normal(3 * 16 * 16, pairs, ids, config.seed, step) for step in steps], dim=1).view(4, 5, 6, 3, 16, 16)
+    noise = torch.stack([normal(3 * 16 * 16, pairs, ids, config.seed, step, torch.float64) for step in steps], dim=1).view(
+        4, 5, 6, 3, 16, 16
+    )
     drawn = adapt(model, denoiser, images, config=config, image_ids=ids)
     explicit = adapt(model, denoiser, images, config=config, timesteps=timesteps, noise=noise)
     torch.testing.assert_close(drawn.outputs, explicit.outputs)

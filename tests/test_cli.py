@@ -62,7 +62,7 @@ def test_env_names_versions_and_backends(tmp_path, capsys):
     found = json.loads((tmp_path / "env.json").read_text())
     assert found["native library"] == "built"
     printed = capsys.readouterr().out
-    for key in ("torch", "diffusers", "timm", "ops"):
+    for key in ("torch", "diffusers", "timm", "ops on cpu", "ops on cuda"):
         assert f"{key} " in printed
         assert found[key] in printed
 

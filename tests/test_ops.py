@@ -33,7 +33,7 @@ def coefficients(given: dict) -> list[torch.Tensor]:
 
 def drawn_noise(given: dict, pair0: int = 0) -> torch.Tensor:
     pairs = torch.arange(pair0, pair0 + 3, device=given["x0"].device)
-    return normal(3 * 5 * 7, pairs, given["image_ids"], given["seed"], given["step"]).view(2, 3, 3, 5, 7).double()
+    return normal(3 * 5 * 7, pairs, given["image_ids"], given["seed"], given["step"], given["x0"].dtype).view(2, 3, 3, 5, 7).double()
 
 
 @pytest.mark.parametrize("explicit", [False, True])
@@ -103,9 +103,9 @@ def test_operator_checks(device):
     draws = [given["table"], given["timesteps"], given["image_ids"], 5, given["step"], 1]
     torch.library.opcheck(ops.add_noise, (given["x0"], *draws, torch.bfloat16, None))
     prediction = torch.randn(6, 6, 5, 7, device=device, requires_grad=True)
-    torch.library.opcheck(ops.denoising_loss, (prediction, given["x0"], *draws, False, True, None))
+    torch.library.opcheck(ops.denoising_loss, (prediction, given["x0"], *draws, False, None))
     logits, table = torch.randn(2, 7, device=device, requires_grad=True), torch.randn(7, 3, device=device, requires_grad=True)
-    torch.library.opcheck(ops.mix_condition, (logits, table, 3, 2.0))
+    torch.library.opcheck(ops.mix_condition, (logits, table, 3, 2.0, False))
 
 
 def test_ops_compile_without_a_graph_break(device):
@@ -132,6 +132,8 @@ BAD = {
     "step": ({"step": torch.zeros(1, dtype=torch.int64)}, "step has shape"),
     "seed": ({"seed": -1}, "seed is -1"),
     "pair0": ({"pair0": -1}, "pair0 is -1"),
+    "a timestep": ({"timesteps": torch.full((2, 3), 1000)}, "timesteps has values 1000"),
+    "an image id": ({"image_ids": torch.tensor([0, 2**32])}, "image_ids has values"),
     "noise": ({"noise": torch.zeros(2, 3, 3, 5, 6)}, "noise has shape"),
 }
 

@@ -34,7 +34,7 @@ def test_denoiser_knows_the_classes():
     images, labels = images[:40], labels[:40]
     drawn = Pairs(denoiser.encode(images), torch.tensor([[500, 600, 700, 800]]).expand(40, 4), torch.arange(40), 0, torch.tensor(0))
     with torch.no_grad():
-        losses = [pair_losses(denoiser, {}, row.expand(40, -1), drawn, False, False).mean(1) for row in denoiser.class_embeddings({})]
+        losses = [pair_losses(denoiser, row.expand(40, -1), drawn, False).mean(1) for row in denoiser.class_embeddings({})]
     assert float((torch.stack(losses).argmin(0) == labels).float().mean()) > 0.85
 
 

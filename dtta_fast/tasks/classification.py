@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from dtta_fast.config import AdaptConfig
@@ -48,11 +47,9 @@ class Classification:
 
     def condition(self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig) -> Tensor:
         table = denoiser.class_embeddings(moving)
-        if table.ndim == denoiser.class_embeddings({}).ndim:
-            return mix_condition(outputs, table, config.top_k, config.logit_scale)
-        # The denoiser adapts with weights of its own for each image: a table an image.
-        mixed = [mix_condition(outputs[i : i + 1], table[i], config.top_k, config.logit_scale) for i in range(len(outputs))]
-        return torch.cat(mixed)
+        # where the denoiser adapts with weights of its own for each image: a table an image
+        per_image = table.ndim > denoiser.class_embeddings({}).ndim
+        return mix_condition(outputs, table, config.top_k, config.logit_scale, per_image)
 
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
         return denoiser.class_embeddings({})[self.predict(outputs)]

@@ -1,0 +1,48 @@
+"""Which implementation serves the ops on a device, and why."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from dtta_fast.kernels import reference
+
+KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@lru_cache(maxsize=8)
+def serving(device_type: str) -> tuple[str, str]:
+    """The backend of a device type ("triton" or "torch") for float32, bfloat16 and float16, and the reason."""
+    if device_type == "cuda":
+        try:
+            return "triton", f"Triton {version('triton')}"
+        except PackageNotFoundError:
+            return "torch", "Triton is not installed: pip install triton"
+    return "torch", f"there are no kernels for {device_type} devices"
+
+
+def choose(dtype: torch.dtype, *tensors: Tensor | None) -> ModuleType:
+    """The module that computes an op on these tensors with results in `dtype`.
+
+    float64 is plain torch's everywhere.
+
+    Raises:
+        RuntimeError: DTTA_FAST_STRICT=1 is set and the device's kernels are missing.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if dtype not in KERNEL_TYPES or any(tensor.dtype not in KERNEL_TYPES for tensor in given):
+        return reference
+    device_type = given[0].device.type
+    backend, reason = serving(device_type)
+    if backend == "triton":
+        from dtta_fast.kernels.triton import launchers
+
+        return launchers
+    if os.environ.get("DTTA_FAST_STRICT") == "1":
+        raise RuntimeError(f"DTTA_FAST_STRICT=1, and plain torch would serve the ops on {device_type}: {reason}")
+    return reference

@@ -1,0 +1,6 @@
+"""The ops on a GPU: reference.py's functions for contiguous float32, bfloat16 and float16 tensors."""
+
+from dtta_fast.kernels.triton.mix import mix_condition, mix_condition_backward
+from dtta_fast.kernels.triton.noise import add_noise, denoising_loss
+
+__all__ = ["add_noise", "denoising_loss", "mix_condition", "mix_condition_backward"]

@@ -1,0 +1,144 @@
+"""add_noise and denoising_loss on the GPU: the noise is drawn in the kernel, and drawn again where it is needed again.
+
+A program works on WIDTH elements of one (image, pair) row. A timestep outside the table gives NaN, never a read out of bounds:
+a check on the host would have to wait for the GPU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dtta_fast.kernels.triton.philox import normals
+
+WIDTH = 1024
+WARPS = 4
+VARYING = ["table_rows", "pairs", "seed", "pair0"]  # no new compilation for their values
+
+
+@triton.jit
+def _coefficient(table, timestep, table_rows, column: tl.constexpr):
+    known = (timestep >= 0) & (timestep < table_rows)
+    return tl.load(table + tl.where(known, timestep, 0) * 5 + column, mask=known, other=float("nan"))
+
+
+@triton.jit
+def _draw(row, first, here, inside, image_ids, step, noise, pairs, elements, seed, pair0, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+    """The noise [WIDTH] of a row, drawn or, where `noise` is given, read."""
+    if noise is None:
+        pair, image = pair0 + row % pairs, tl.load(image_ids + row // pairs)
+        drawn = normals(first, pair, image, tl.load(step), seed.to(tl.int64), WIDTH, VECTOR)
+    else:
+        drawn = tl.load(noise + row * elements + here, mask=inside, other=0.0).to(tl.float32)
+    return drawn
+
+
+@triton.jit(do_not_specialize=VARYING)
+def add_noise_kernel(
+    x0, table, timesteps, image_ids, step, noise, x_t, table_rows, pairs, elements, seed, pair0, WIDTH: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH
+    here = first + tl.arange(0, WIDTH)
+    inside = here < elements
+    timestep = tl.load(timesteps + row)
+    a, s = _coefficient(table, timestep, table_rows, 0), _coefficient(table, timestep, table_rows, 1)
+    clean = tl.load(x0 + (row // pairs) * elements + here, mask=inside, other=0.0).to(tl.float32)
+    drawn = _draw(row, first, here, inside, image_ids, step, noise, pairs, elements, seed, pair0, WIDTH, VECTOR)
+    tl.store(x_t + row * elements + here, (a * clean + s * drawn).to(x_t.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def denoising_loss_kernel(
+    prediction, x0, table, timesteps, image_ids, step, noise, upstream, partial, gradient, table_rows, pairs, elements, row_stride, seed,
+    pair0, L1: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr
+):  # fmt: skip
+    """Sums of a block's errors into partial [rows, blocks]; with `gradient`, upstream · ∂loss/∂prediction too."""
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH
+    here = first + tl.arange(0, WIDTH)
+    inside = here < elements
+    timestep = tl.load(timesteps + row)
+    u, v = _coefficient(table, timestep, table_rows, 2), _coefficient(table, timestep, table_rows, 3)
+    predicted = tl.load(prediction + row * row_stride + here, mask=inside, other=0.0).to(tl.float32)
+    clean = tl.load(x0 + (row // pairs) * elements + here, mask=inside, other=0.0).to(tl.float32)
+    drawn = _draw(row, first, here, inside, image_ids, step, noise, pairs, elements, seed, pair0, WIDTH, VECTOR)
+    difference = tl.where(inside, predicted - (u * clean + v * drawn), 0.0)
+    errors = tl.abs(difference) if L1 else difference * difference
+    tl.store(partial + row * tl.num_programs(1) + tl.program_id(1), tl.sum(errors))
+    if gradient is not None:
+        factor = tl.load(upstream + row) * _coefficient(table, timestep, table_rows, 4) / elements
+        if L1:
+            slope = tl.where(difference > 0, factor, tl.where(difference < 0, -factor, difference * factor))  # 0 at 0, NaN at NaN
+        else:
+            slope = difference * (2 * factor)
+        tl.store(gradient + row * row_stride + here, slope.to(gradient.dtype.element_ty), mask=inside)
+        if row_stride > elements:  # the learned variance takes no part
+            tl.store(gradient + row * row_stride + elements + here, tl.zeros_like(slope).to(gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["table_rows", "blocks"])
+def loss_sum_kernel(partial, table, timesteps, loss, table_rows, blocks, elements, BLOCK: tl.constexpr):
+    """loss [rows] = w · mean from the blocks' sums: the second stage, in a fixed order."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, blocks, BLOCK):
+        here = start + tl.arange(0, BLOCK)
+        total += tl.load(partial + row * blocks + here, mask=here < blocks, other=0.0)
+    weight = _coefficient(table, tl.load(timesteps + row), table_rows, 4)
+    tl.store(loss + row, weight * (tl.sum(total) / elements))
+
+
+def _vector(*streams: Tensor) -> int:
+    """Elements of 16 bytes in the narrowest of the tensors."""
+    return 4 if min(stream.element_size() for stream in streams) == 4 else 8
+
+
+def add_noise(
+    x0: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    image_ids: Tensor,
+    seed: int,
+    step: Tensor,
+    pair0: int,
+    dtype: torch.dtype,
+    noise: Tensor | None,
+) -> Tensor:
+    """reference.add_noise for float32, bfloat16 and float16; contiguous tensors."""
+    rows, elements = timesteps.numel(), x0[0].numel()
+    x_t = torch.empty((rows, *x0.shape[1:]), dtype=dtype, device=x0.device)
+    grid = (rows, triton.cdiv(elements, WIDTH))
+    sizes = (len(table), timesteps.shape[1], elements, seed, pair0)
+    with torch.cuda.device_of(x0):
+        add_noise_kernel[grid](x0, table, timesteps, image_ids, step, noise, x_t, *sizes, WIDTH=WIDTH, VECTOR=_vector(x_t), num_warps=WARPS)
+    return x_t
+
+
+def denoising_loss(
+    prediction: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    image_ids: Tensor,
+    seed: int,
+    step: Tensor,
+    pair0: int,
+    l1: bool,
+    upstream: Tensor | None,
+    noise: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """reference.denoising_loss for float32, bfloat16 and float16; contiguous tensors."""
+    rows, elements = timesteps.numel(), x0[0].numel()
+    blocks = triton.cdiv(elements, WIDTH)
+    partial = torch.empty((rows, blocks), dtype=torch.float32, device=x0.device)
+    loss = torch.empty(timesteps.shape, dtype=torch.float32, device=x0.device)
+    gradient = None if upstream is None else torch.empty_like(prediction)
+    sizes = (len(table), timesteps.shape[1], elements, prediction[0].numel(), seed, pair0)
+    with torch.cuda.device_of(x0):
+        denoising_loss_kernel[(rows, blocks)](
+            prediction, x0, table, timesteps, image_ids, step, noise, upstream, partial, gradient, *sizes, L1=l1, WIDTH=WIDTH,
+            VECTOR=_vector(prediction), num_warps=WARPS
+        )  # fmt: skip
+        loss_sum_kernel[(rows,)](partial, table, timesteps, loss, len(table), blocks, elements, BLOCK=128, num_warps=1)
+    return loss, gradient
