@@ -10,14 +10,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dtta_fast.kernels import reference
+from dtta_fast.kernels import native, reference
 
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @lru_cache(maxsize=8)
 def serving(device_type: str) -> tuple[str, str]:
-    """The backend of a device type ("triton" or "torch") for float32, bfloat16 and float16, and the reason."""
+    """The backend of a device type ("native", "triton" or "torch") for float32, bfloat16 and float16, and the reason."""
+    if device_type == "cpu":
+        if native.library() is None:
+            return "torch", f"{native.NAME} was not built: install a C++17 compiler and reinstall dtta-fast"
+        return "native", f"C++, {native.instruction_set()}, {native.thread_pool()}"
     if device_type == "cuda":
         try:
             return "triton", f"Triton {version('triton')}"
@@ -39,6 +43,8 @@ def choose(dtype: torch.dtype, *tensors: Tensor | None) -> ModuleType:
         return reference
     device_type = given[0].device.type
     backend, reason = serving(device_type)
+    if backend == "native":
+        return native
     if backend == "triton":
         from dtta_fast.kernels.triton import launchers
 

@@ -1,17 +1,52 @@
-"""The native CPU library, reached through ctypes."""
+"""The ops on the CPU by the native library, reached through its C ABI (kernels/cpp/dtta_ops.h) by ctypes."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from ctypes import c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 import dtta_fast.kernels
 
 NAME = {"win32": "dtta_kernels.dll", "darwin": "libdtta_kernels.dylib"}.get(sys.platform, "libdtta_kernels.so")
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Draws(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("x0", "table", "timesteps", "image_ids", "noise")),
+        *((name, c_int64) for name in ("table_rows", "images", "pairs", "elements")),
+        *((name, c_int64) for name in ("step", "pair0")),
+        ("seed", c_uint64),
+        *((name, c_int32) for name in ("x0_type", "noise_type")),
+    )
+
+
+class _Mixture(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("logits", "embeddings", "chosen")),
+        *((name, c_int64) for name in ("images", "classes", "numbers", "count")),
+        ("logit_scale", c_double),
+        *((name, c_int32) for name in ("logits_type", "embeddings_type", "per_image")),
+    )
+
+
+_SIGNATURES = {
+    "dtta_add_noise": (c_int32, [c_void_p, c_void_p, c_int32, c_int32]),
+    "dtta_denoising_loss": (c_int32, [c_void_p, c_void_p, c_int32, c_int64, c_int32, *[c_void_p] * 3, c_int64, c_int32]),
+    "dtta_mix_condition": (c_int32, [*[c_void_p] * 3, c_int32]),
+    "dtta_mix_condition_backward": (c_int32, [*[c_void_p] * 5, c_int32]),
+    "dtta_philox4x32_10": (None, [c_void_p, c_void_p, c_int64, c_void_p]),
+    "dtta_instruction_set": (c_char_p, []),
+    "dtta_use_instruction_set": (c_int32, [c_char_p]),
+    "dtta_use_thread_pool": (None, [c_void_p]),
+}
 
 
 @lru_cache(maxsize=1)
@@ -21,11 +56,47 @@ def library() -> ctypes.CDLL | None:
         path = Path(folder) / NAME
         if path.is_file():
             native = ctypes.CDLL(str(path))
-            words = np.ctypeslib.ndpointer(np.uint32, flags="C_CONTIGUOUS")
-            native.dtta_philox4x32_10.argtypes = [words, words, ctypes.c_int64, words]
-            native.dtta_philox4x32_10.restype = None
+            if not hasattr(native, "dtta_use_thread_pool"):
+                return None  # left by an older build
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(native, name)
+                function.restype, function.argtypes = result, arguments
+            native.dtta_use_thread_pool(_openmp())
             return native
     return None
+
+
+def _openmp() -> int | None:
+    """Torch's own OpenMP threads: two pools would spin against each other on the same cores."""
+    function = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform != "win32" else None
+    return None if function is None else ctypes.cast(function, c_void_p).value
+
+
+def thread_pool() -> str:
+    """Whose threads the kernels run on, in words."""
+    return "torch's OpenMP threads" if _openmp() else "threads of its own"
+
+
+def _loaded() -> ctypes.CDLL:
+    native = library()
+    if native is None:
+        raise RuntimeError(f"{NAME} was not built: install a C++17 compiler and run pip install --force-reinstall --no-deps again")
+    return native
+
+
+def instruction_set() -> str:
+    """ "avx512", "avx2" or "portable": what the kernels run on here."""
+    return _loaded().dtta_instruction_set().decode()
+
+
+def use_instruction_set(name: str) -> None:
+    """Another instruction set than the fastest, for tests and measurements.
+
+    Raises:
+        ValueError: this processor or build does not have it.
+    """
+    if _loaded().dtta_use_instruction_set(name.encode()):
+        raise ValueError(f"name is {name!r}, which this processor or build does not have; it runs on {instruction_set()}")
 
 
 def philox(counters: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -34,12 +105,108 @@ def philox(counters: np.ndarray, key: np.ndarray) -> np.ndarray:
     Raises:
         RuntimeError: the library was not built.
     """
-    native = library()
-    if native is None:
-        raise RuntimeError(f"{NAME} was not built: install a C++17 compiler and run pip install --force-reinstall --no-deps again")
+    native = _loaded()
     counters, key = np.ascontiguousarray(counters, np.uint32), np.ascontiguousarray(key, np.uint32)
     if counters.ndim != 2 or counters.shape[1] != 4 or key.shape != (2,):
         raise ValueError(f"counters has shape {counters.shape} and key {key.shape}; give [N, 4] and [2]")
     words = np.empty_like(counters)
-    native.dtta_philox4x32_10(counters, key, len(counters), words)
+    native.dtta_philox4x32_10(counters.ctypes.data, key.ctypes.data, len(counters), words.ctypes.data)
     return words
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _type(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else TYPES[tensor.dtype]
+
+
+def _ran(code: int) -> None:
+    if code:  # schema.py checks the values before
+        raise RuntimeError(f"{NAME} refused the call with code {code}; dtta_ops.h names it")
+
+
+def _draws(
+    x0: Tensor, table: Tensor, timesteps: Tensor, image_ids: Tensor, seed: int, step: Tensor, pair0: int, noise: Tensor | None
+) -> _Draws:
+    pointers = (_pointer(tensor) for tensor in (x0, table, timesteps, image_ids, noise))
+    sizes = len(table), *timesteps.shape, x0[0].numel()
+    return _Draws(*pointers, *sizes, int(step), pair0, seed, _type(x0), _type(noise))
+
+
+def add_noise(
+    x0: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    image_ids: Tensor,
+    seed: int,
+    step: Tensor,
+    pair0: int,
+    dtype: torch.dtype,
+    noise: Tensor | None,
+) -> Tensor:
+    """reference.add_noise for contiguous tensors of float32, bfloat16 and float16."""
+    x_t = torch.empty((timesteps.numel(), *x0.shape[1:]), dtype=dtype)
+    draws = _draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
+    _ran(_loaded().dtta_add_noise(ctypes.byref(draws), x_t.data_ptr(), TYPES[dtype], torch.get_num_threads()))
+    return x_t
+
+
+def denoising_loss(
+    prediction: Tensor,
+    x0: Tensor,
+    table: Tensor,
+    timesteps: Tensor,
+    image_ids: Tensor,
+    seed: int,
+    step: Tensor,
+    pair0: int,
+    l1: bool,
+    upstream: Tensor | None,
+    noise: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """reference.denoising_loss for contiguous tensors of float32, bfloat16 and float16."""
+    loss = torch.empty(timesteps.shape)
+    gradient = None if upstream is None else torch.empty_like(prediction)
+    draws, stride = _draws(x0, table, timesteps, image_ids, seed, step, pair0, noise), prediction[0].numel()
+    rows = prediction.data_ptr(), _type(prediction), stride, l1
+    written = loss.data_ptr(), _pointer(upstream), _pointer(gradient), stride
+    _ran(_loaded().dtta_denoising_loss(ctypes.byref(draws), *rows, *written, torch.get_num_threads()))
+    return loss, gradient
+
+
+def _mixture(logits: Tensor, embeddings: Tensor, chosen: Tensor | None, logit_scale: float | None, per_image: bool) -> _Mixture:
+    pointers = (_pointer(tensor) for tensor in (logits, embeddings, chosen))
+    sizes = *logits.shape, embeddings[0, 0].numel() if per_image else embeddings[0].numel(), 0 if chosen is None else chosen.shape[1]
+    return _Mixture(*pointers, *sizes, logit_scale or 0.0, _type(logits), _type(embeddings), per_image)
+
+
+def mix_condition(
+    logits: Tensor, embeddings: Tensor, chosen: Tensor | None, logit_scale: float | None, per_image: bool
+) -> tuple[Tensor, Tensor]:
+    """reference.mix_condition for contiguous tensors of float32, bfloat16 and float16."""
+    mixture = _mixture(logits, embeddings, chosen, logit_scale, per_image)
+    mixed = embeddings.new_empty((len(logits), *embeddings.shape[1 + per_image :]))
+    weights = torch.empty(logits.shape)
+    _ran(_loaded().dtta_mix_condition(ctypes.byref(mixture), weights.data_ptr(), mixed.data_ptr(), torch.get_num_threads()))
+    return mixed, weights
+
+
+def mix_condition_backward(
+    upstream: Tensor,
+    logits: Tensor,
+    embeddings: Tensor,
+    chosen: Tensor | None,
+    weights: Tensor,
+    logit_scale: float | None,
+    per_image: bool,
+    with_embeddings: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """reference.mix_condition_backward for contiguous tensors of float32, bfloat16 and float16."""
+    mixture = _mixture(logits, embeddings, chosen, logit_scale, per_image)
+    to_logits = torch.empty_like(logits)
+    to_embeddings = torch.empty_like(embeddings) if with_embeddings else None
+    pointers = (_pointer(tensor) for tensor in (upstream, weights, to_logits, to_embeddings))
+    _ran(_loaded().dtta_mix_condition_backward(ctypes.byref(mixture), *pointers, torch.get_num_threads()))
+    return to_logits, to_embeddings

@@ -1,7 +1,7 @@
 """Every op in plain torch: its definition, the oracle of its tests and the path that runs everywhere.
 
-Arithmetic is float32, or float64 where the inputs are float64; then the noise too is that of exact arithmetic. kernels/triton
-has the same functions for contiguous float32, bfloat16 and float16 tensors.
+Arithmetic is float32, or float64 where the inputs are float64; then the noise too is that of exact arithmetic. kernels/native.py and
+kernels/triton have the same functions for contiguous float32, bfloat16 and float16 tensors.
 """
 
 from __future__ import annotations
