@@ -14,7 +14,8 @@ from torch import Tensor
 from dtta_fast.kernels.triton.philox import normals
 
 WIDTH = 1024
-WARPS = 4
+THREADS = 128  # of a program: 8 elements a thread, 16 bytes of a 16-bit type
+WARPS = THREADS // (64 if torch.version.hip else 32)
 VARYING = ["table_rows", "pairs", "seed", "pair0"]  # no new compilation for their values
 
 
