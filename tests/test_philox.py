@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,15 +14,7 @@ from dtta_fast.kernels import native
 from dtta_fast.kernels.philox import MASK, normal, philox, timestep_words
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, words
-KNOWN_ANSWERS = [
-    ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-    ([MASK] * 4, [MASK] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-    (
-        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-        [0xA4093822, 0x299F31D0],
-        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-    ),
-]
+KNOWN_ANSWERS = json.loads((Path(__file__).parent / "philox_known_answers.json").read_text())
 
 
 @pytest.mark.parametrize(("counter", "key", "words"), KNOWN_ANSWERS)

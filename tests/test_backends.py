@@ -1,0 +1,89 @@
+"""Which backend serves, what it allocates, and what it does with tensors that are not contiguous."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from dtta_fast.kernels import add_noise, backends, denoising_loss, denoising_loss_and_gradient, mix_condition, native, reference
+
+TABLE = torch.rand(10, 5, generator=torch.Generator().manual_seed(0))
+
+
+def draws(pairs: int) -> dict[str, object]:
+    return {
+        "table": TABLE,
+        "timesteps": torch.arange(2 * pairs).view(2, pairs) % 10,
+        "image_ids": torch.tensor([3, 9]),
+        "seed": 5,
+        "step": torch.tensor(1),
+    }
+
+
+@pytest.fixture
+def without_library(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: None)
+    backends.serving.cache_clear()
+    yield
+    backends.serving.cache_clear()
+
+
+def test_without_the_library_plain_torch_serves_and_says_so(without_library, monkeypatch):
+    x0 = torch.randn(2, 3, 4, 5)
+    backend, reason = backends.serving("cpu")
+    assert backend == "torch"
+    assert "C++17 compiler" in reason
+    given = draws(3)
+    expected = reference.add_noise(x0, TABLE, given["timesteps"], given["image_ids"], 5, given["step"], 0, torch.float32, None)
+    assert torch.equal(add_noise(x0, **given), expected)
+    monkeypatch.setenv("DTTA_FAST_STRICT", "1")
+    with pytest.raises(RuntimeError, match="DTTA_FAST_STRICT=1"):
+        add_noise(x0, **given)
+    assert add_noise(x0.double(), **given).dtype == torch.float64  # plain torch's everywhere
+
+
+def test_the_native_library_serves_the_cpu():
+    assert backends.serving("cpu")[0] == "native"
+    assert backends.choose(torch.float32, torch.zeros(1)) is native
+
+
+def allocated(run) -> int:
+    """Bytes that `run` takes from torch's CPU allocator, whether it gives them back or not."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        kept = run()
+    del kept
+    events = found.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
+
+
+def test_nothing_large_is_allocated_beside_the_results():
+    """Under 1 % of x_t: no noise, no copy, nothing kept for the backward pass."""
+    x0, given = torch.randn(2, 4, 64, 64), draws(90)
+    x_t = add_noise(x0, **given)
+    prediction = torch.randn_like(x_t).requires_grad_()
+    upstream = torch.ones(2, 90)
+    size = x_t.numel() * x_t.element_size()
+    assert size <= allocated(lambda: add_noise(x0, **given)) < 1.01 * size
+    assert allocated(lambda: denoising_loss(prediction, **given, x0=x0)) < 0.01 * size
+    assert allocated(lambda: denoising_loss_and_gradient(prediction.detach(), upstream, x0, **given)) < 1.01 * size
+    loss = denoising_loss(prediction, x0, **given)
+    assert allocated(lambda: torch.autograd.grad(loss.sum(), prediction)) < 1.01 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_strided_tensors_give_what_contiguous_ones_give(dtype):
+    generator = torch.Generator().manual_seed(1)
+    x0 = torch.randn(2, 6, 6, 3, generator=generator, dtype=dtype).permute(0, 3, 1, 2)
+    prediction = torch.randn(8, 6, 6, 6, generator=generator, dtype=dtype)[:, :, :, :].to(memory_format=torch.channels_last)
+    given = {**draws(8), "timesteps": draws(8)["timesteps"][:, ::2]}
+    assert not x0.is_contiguous()
+    assert not prediction.is_contiguous()
+    results = []
+    for layout in (lambda x: x, torch.Tensor.contiguous):
+        leaf = layout(prediction).requires_grad_()
+        loss = denoising_loss(leaf, layout(x0), **{**given, "timesteps": layout(given["timesteps"])})
+        results.append((add_noise(layout(x0), **given), loss, torch.autograd.grad(loss.sum(), leaf)[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    logits, table = torch.randn(7, 2, generator=generator, dtype=dtype).T, torch.randn(4, 7, generator=generator, dtype=dtype).T
+    assert torch.equal(mix_condition(logits, table), mix_condition(logits.contiguous(), table.contiguous()))

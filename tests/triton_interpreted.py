@@ -1,0 +1,95 @@
+"""Run by test_triton.py under TRITON_INTERPRET=1: every Triton kernel against plain torch and float64. Prints "held"."""
+
+import itertools
+import json
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from diffusers import DDPMScheduler
+
+from dtta_fast.kernels import reference
+from dtta_fast.kernels.triton import launchers, philox
+from dtta_fast.process import NoiseProcess
+
+
+@triton.jit
+def words_kernel(counters, words, k0, k1):
+    at = tl.arange(0, 1)
+    c0, c1, c2, c3 = (tl.load(counters + 0 + at), tl.load(counters + 1 + at), tl.load(counters + 2 + at), tl.load(counters + 3 + at))
+    w0, w1, w2, w3 = philox.philox(c0, c1, c2, c3, k0.to(tl.uint32), k1.to(tl.uint32))
+    tl.store(words + 0 + at, w0)
+    tl.store(words + 1 + at, w1)
+    tl.store(words + 2 + at, w2)
+    tl.store(words + 3 + at, w3)
+
+
+empty = torch.empty
+torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))  # what a kernel leaves unwritten shows
+table = NoiseProcess.from_scheduler(DDPMScheduler(1000, prediction_type="v_prediction")).table * torch.tensor([1, 1, 1, 1, 0.7])
+generator = torch.Generator().manual_seed(0)
+
+
+def rand(*shape):
+    return torch.randn(*shape, generator=generator)
+
+
+def rms(x, truth):
+    return ((x.double() - truth).square().mean() / truth.square().mean().clamp_min(1e-30)).sqrt().item()
+
+
+def held(name, found, plain, truth, floor=1e-7):
+    assert found.dtype == plain.dtype and found.shape == plain.shape, name
+    # the interpreter truncates to bfloat16 where a GPU rounds: hold those to a unit in the last place
+    allowed = 2**-7 if found.dtype == torch.bfloat16 else 2 * rms(plain, truth) + floor
+    assert rms(found, truth) <= allowed, (name, rms(found, truth), rms(plain, truth))
+
+
+draws = (torch.tensor([[0, 500, 999], [3, 250, 731]]), torch.tensor([4, 2**32 - 1]), 2**40 + 123, torch.tensor(2), 5)
+for shape, dtype in itertools.product([(3, 5, 7), (4, 16, 24)], [torch.float32, torch.bfloat16, torch.float16]):
+    x0 = rand(2, *shape).to(dtype)
+    for noise in (None, rand(2, 3, *shape)):
+        f64 = None if noise is None else noise.double()
+        found, plain = (m.add_noise(x0, table, *draws, dtype, noise) for m in (launchers, reference))
+        held("x_t", found, plain, reference.add_noise(x0.double(), table, *draws, torch.float64, f64))
+    for channels, l1 in itertools.product((1, 2), (False, True)):
+        prediction, upstream = rand(6, channels * shape[0], *shape[1:]).to(dtype), rand(2, 3)
+        found, plain = (m.denoising_loss(prediction, x0, table, *draws, l1, upstream, None) for m in (launchers, reference))
+        truth = reference.denoising_loss(prediction.double(), x0.double(), table, *draws, l1, upstream.double(), None)
+        for name, a, b, c in zip(("loss", "gradient"), found, plain, truth, strict=False):
+            held(name, a, b, c)
+        alone = launchers.denoising_loss(prediction, x0, table, *draws, l1, None, None)
+        assert alone[1] is None
+        assert torch.equal(alone[0], found[0])
+bad = (torch.tensor([[0, 1000, -1], [3, 250, 731]]), *draws[1:])
+rows = launchers.add_noise(x0, table, *bad, torch.float32, None).isnan().flatten(1).all(1)
+assert rows.tolist() == [False, True, True, False, False, False]
+
+for classes, tail, dtype in itertools.product((11, 1500), ((37,), (3, 50)), [torch.float32, torch.bfloat16]):
+    if classes == 1500 and (len(tail) == 2 or dtype == torch.bfloat16):
+        continue  # the interpreter is slow
+    for per_image, top_k, scale in itertools.product((False, True), (None, 4), (None, 3.0)):
+        logits, upstream = rand(3, classes).to(dtype), rand(3, *tail).to(dtype)
+        embeddings = rand(*((3,) if per_image else ()), classes, *tail).to(dtype)
+        chosen = None if top_k is None else logits.topk(top_k, dim=1).indices
+        given = (chosen, scale, per_image)
+        found, plain = (m.mix_condition(logits, embeddings, *given) for m in (launchers, reference))
+        truth = reference.mix_condition(logits.double(), embeddings.double(), *given)
+        slopes = [
+            m.mix_condition_backward(u, z, e, chosen, w, scale, per_image, classes == 11)
+            for m, u, z, e, w in (
+                (launchers, upstream, logits, embeddings, found[1]),
+                (reference, upstream, logits, embeddings, plain[1]),
+                (reference, upstream.double(), logits.double(), embeddings.double(), truth[1]),
+            )
+        ]
+        names = ("mixed", "weights", "to_logits", "to_embeddings")
+        for name, a, b, c in zip(names, (*found, *slopes[0]), (*plain, *slopes[1]), (*truth, *slopes[2]), strict=False):
+            if b is not None:
+                held((name, classes, tail, dtype, given[1:]), a, b, c, 2e-7)
+for counter, key, expected in json.loads((Path(__file__).parent / "philox_known_answers.json").read_text()):
+    words = torch.zeros(4, dtype=torch.uint32)
+    words_kernel[(1,)](torch.tensor(counter, dtype=torch.uint32), words, *key)
+    assert words.tolist() == expected, (words.tolist(), expected)
+print("held")
