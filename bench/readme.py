@@ -40,7 +40,28 @@ def digits_c() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"digits-c": digits_c}
+def kernels() -> str:
+    """The ops beside eager torch and the compiled reference, with the share of the copy bandwidth of the same run."""
+    rows: dict[tuple[str, str], dict[str, tuple[float, int]]] = {}
+    copies = {}
+    for run in json.loads((RESULTS / "kernels_cpu.json").read_text())["benchmarks"]:
+        op, _, parameters = run["name"].removeprefix("test_").removesuffix("]").partition("[")
+        form, measured = run["params"].get("form"), (run["stats"]["median"], run["extra_info"]["bytes"])
+        size = " ".join(part for part in parameters.split("-") if part not in ("cpu", form))
+        if op == "copy":
+            copies[size] = measured[1] / measured[0]
+        else:
+            rows.setdefault((op, size), {})[form] = measured
+    lines = ["| op | size | form | ms | times eager | GB/s | share of copy |", "|---|---|---|---|---|---|---|"]
+    for (op, size), forms in rows.items():
+        for form, (median, moved) in forms.items():
+            times, rate = forms["eager"][0] / median, moved / median
+            share = f"{rate / copies[size]:.0%}" if size in copies else ""
+            lines.append(f"| {op} | {size} | {form} | {1e3 * median:.2f} | {times:.1f} | {rate / 1e9:.1f} | {share} |")
+    return "\n".join(lines)
+
+
+TABLES = {"digits-c": digits_c, "kernels": kernels}
 
 
 def main() -> None:

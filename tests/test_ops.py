@@ -132,16 +132,18 @@ BAD = {
     "step": ({"step": torch.zeros(1, dtype=torch.int64)}, "step has shape"),
     "seed": ({"seed": -1}, "seed is -1"),
     "pair0": ({"pair0": -1}, "pair0 is -1"),
-    "a timestep": ({"timesteps": torch.full((2, 3), 1000)}, "timesteps has values 1000"),
+    "a timestep": ({"timesteps": torch.full((2, 3), 1000)}, "timesteps has values"),
     "an image id": ({"image_ids": torch.tensor([0, 2**32])}, "image_ids has values"),
+    "a step": ({"step": torch.tensor(-1)}, "step has values -1"),
     "noise": ({"noise": torch.zeros(2, 3, 3, 5, 6)}, "noise has shape"),
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # the native library's and plain torch's
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named(case):
+def test_bad_input_is_named(case, dtype):
     change, message = BAD[case]
-    given = {**setting("cpu"), **change}
+    given = {**setting("cpu", dtype=dtype), **change}
     with pytest.raises(ValueError, match=message):
         add_noise(**given)
     with pytest.raises(ValueError, match=message):

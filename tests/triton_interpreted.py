@@ -40,7 +40,8 @@ def rms(x, truth):
 
 
 def held(name, found, plain, truth, floor=1e-7):
-    assert found.dtype == plain.dtype and found.shape == plain.shape, name
+    assert found.dtype == plain.dtype, name
+    assert found.shape == plain.shape, name
     # the interpreter truncates to bfloat16 where a GPU rounds: hold those to a unit in the last place
     allowed = 2**-7 if found.dtype == torch.bfloat16 else 2 * rms(plain, truth) + floor
     assert rms(found, truth) <= allowed, (name, rms(found, truth), rms(plain, truth))
