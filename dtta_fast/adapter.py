@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +13,16 @@ from torch import Tensor, nn
 from dtta_fast import presets
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.parameters import Parameters, call, select, untouched
-from dtta_fast.step import Problem, State, adaptation_step, forward, guard, initial_state
+from dtta_fast.engine import Engine, anchor
+from dtta_fast.inputs import check_draws, checked_deadline, checked_ids, checked_images, checked_latents
+from dtta_fast.parameters import select
+from dtta_fast.runtime.clock import Clock, Pace
+from dtta_fast.step import State, initial_state
 from dtta_fast.tasks.base import Task
 from dtta_fast.tasks.classification import Classification
+
+ATTEMPTS = 20  # out of memory halves the chunk, and a failed compilation falls back to eager mode: neither goes on for ever
+WARMUP = math.inf  # a deadline that never comes, but has every step timed, and the guard run
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,15 @@ class AdaptResult:
     steps_run: int
     evaluations: Tensor
     seconds: dict[str, float]
+
+
+class _Group(NamedTuple):
+    state: State
+    before: Tensor
+    after: Tensor
+    loss: Tensor
+    accepted: Tensor
+    evaluations: Tensor
 
 
 class Adapter:
@@ -77,8 +90,13 @@ class Adapter:
         if task is not None and not hasattr(task, "condition"):
             raise TypeError(f"task is a {type(task).__name__}; give a Task, such as Classification()")
         select(model, config.parameters)
-        self.problem = Problem(model, denoiser, task or Classification(), config)
+        self._engine = Engine(model, denoiser, task or Classification(), config)
         self._state: State | None = None
+        self._paces: dict[tuple[int, int | None], Pace] = {}  # by images at once, and pairs where they are given
+
+    @property
+    def config(self) -> AdaptConfig:
+        return self._engine.config
 
     def adapt(
         self,
@@ -88,6 +106,7 @@ class Adapter:
         latents: Tensor | None = None,
         timesteps: Tensor | None = None,
         noise: Tensor | None = None,
+        deadline_ms: float | None = None,
     ) -> AdaptResult:
         """Adapts to a batch and predicts.
 
@@ -97,52 +116,117 @@ class Adapter:
                 (seed, image_id, config) alone in episodic mode.
             latents: [B, C, h, w], x0 where it is encoded already. timesteps [B, steps, P] and noise [B, steps, P, C, h, w]
                 replace the drawn ones.
+            deadline_ms: milliseconds from now within which to answer: no step is begun that would end later, going by the slowest of
+                this session's steps for a batch of this shape, and by its guard. The first call has nothing to go by: see warmup.
 
         Raises:
             ValueError: bad input; nothing has changed. RuntimeError: called under torch.inference_mode().
         """
-        config, denoiser = self.problem.config, self.problem.denoiser
+        start, engine, config = time.perf_counter(), self._engine, self.config
         if torch.is_inference_mode_enabled():
             raise RuntimeError("adapt() was called under torch.inference_mode(), which forbids gradients; use torch.no_grad(), or neither")
-        model = self.problem.model
-        anchor = _anchor(model)
-        images = _checked_images(images, anchor.device)
-        if _anchor(denoiser).device != anchor.device:
-            raise ValueError(f"denoiser is on {_anchor(denoiser).device} and model on {anchor.device}; move one of them")
-        image_ids = _checked_ids(image_ids, images)
-        seconds: dict[str, float] = {}
-        with untouched(model, denoiser), torch.enable_grad(), torch.autocast(anchor.device.type, enabled=False):
-            with _timed(seconds, "encode"):
-                crop = self.problem.task.crop(model, images)
-                x0 = denoiser.encode(crop) if latents is None else _checked_latents(latents, images, denoiser)
-                inputs = self.problem.task.normalise(model, crop).to(anchor.dtype)
-            _check_draws(timesteps, noise, x0, config, len(denoiser.process))
-            with _timed(seconds, "adapt"):
-                state, before = self._start(inputs)
-                losses = []
-                for i in range(config.steps):
-                    explicit = [None if draw is None else draw[:, i] for draw in (timesteps, noise)]
-                    state, loss = adaptation_step(self.problem, state, inputs, x0, image_ids, *explicit)
-                    losses.append(loss)
-                with torch.no_grad():
-                    after = forward(self.problem, state.theta, inputs)
-            with _timed(seconds, "guard"):
-                accepted, guard_evaluations = guard(self.problem, before, after, x0, image_ids, state.step)
+        origin = anchor(engine.model)
+        images = checked_images(images, origin.device)
+        if anchor(engine.denoiser).device != origin.device:
+            raise ValueError(f"denoiser is on {anchor(engine.denoiser).device} and model on {origin.device}; move one of them")
+        image_ids = checked_ids(image_ids, images)
+        deadline = None if deadline_ms is None else start + checked_deadline(deadline_ms) / 1000
+        for _ in range(ATTEMPTS):
+            try:
+                with torch.enable_grad(), torch.autocast(origin.device.type, enabled=False):
+                    engine.refresh()
+                    state, result = self._adapt(images, image_ids, latents, timesteps, noise, deadline)
+                break
+            except BaseException as error:  # Ctrl-C too leaves tensors of ours in the private modules
+                if not engine.failed(error):
+                    raise
         if config.mode == "online" and all(bool(p.isfinite().all()) for p in (*state.theta.values(), *state.phi.values())):
             self._state = state
-        outputs = torch.where(accepted.view(-1, *(1,) * (after.ndim - 1)), after, before)
+        return result
+
+    def _adapt(
+        self,
+        images: Tensor,
+        image_ids: Tensor,
+        latents: Tensor | None,
+        timesteps: Tensor | None,
+        noise: Tensor | None,
+        deadline: float | None,
+    ) -> tuple[State, AdaptResult]:
+        engine, config = self._engine, self.config
+        problem, clock = engine.problem, Clock(images.device)
+        with clock.phase("encode"):
+            crop = problem.task.crop(problem.model, images)
+            x0 = problem.denoiser.encode(crop) if latents is None else checked_latents(latents, images, problem.denoiser)
+            inputs = problem.task.normalise(problem.model, crop).to(anchor(engine.model).dtype)
+        check_draws(timesteps, noise, x0, config, len(problem.denoiser.process))
         pairs = config.pairs if timesteps is None else timesteps.shape[2]
-        return AdaptResult(
+        together = engine.plan(inputs, x0, pairs)
+        if together < len(images) and (deadline is not None or not problem.per_image):
+            asked = "deadline_ms" if deadline is not None else "mode 'online'"
+            raise ValueError(f"images holds {len(images)}, and memory_budget has room for {together} at once; {asked} takes no more")
+        groups = []
+        for first in range(0, len(images), together):
+            part = slice(first, first + together)
+            given = [None if draw is None else draw[part] for draw in (timesteps, noise)]
+            groups.append(self._group(inputs[part], x0[part], image_ids[part], given, deadline, clock))
+        state = groups[-1].state
+        before, after, loss, accepted, evaluations = (
+            torch.cat([getattr(group, field) for group in groups]) for field in ("before", "after", "loss", "accepted", "evaluations")
+        )
+        outputs = torch.where(accepted.view(-1, *(1,) * (after.ndim - 1)), after, before)
+        return state, AdaptResult(
             outputs=outputs,
             outputs_before=before,
-            predictions=self.problem.task.predict(outputs),
-            predictions_before=self.problem.task.predict(before),
-            loss=torch.stack(losses, dim=1),
+            predictions=problem.task.predict(outputs),
+            predictions_before=problem.task.predict(before),
+            loss=loss,
             accepted=accepted,
-            steps_run=config.steps,
-            evaluations=guard_evaluations + config.steps * pairs,
-            seconds=seconds,
+            steps_run=loss.shape[1],
+            evaluations=evaluations + loss.shape[1] * pairs,
+            seconds=clock.seconds,
         )
+
+    def _group(
+        self, inputs: Tensor, x0: Tensor, image_ids: Tensor, given: list[Tensor | None], deadline: float | None, clock: Clock
+    ) -> _Group:
+        """Adapts images that run at once."""
+        engine, losses = self._engine, []
+        pace = self._paces.setdefault((len(inputs), None if given[0] is None else given[0].shape[2]), Pace())
+        with clock.phase("adapt"):
+            state, before = engine.start(inputs, x0, self._state)
+            for i in range(self.config.steps):
+                if deadline is not None and clock.now() + pace.step.expected + pace.end.expected > deadline:
+                    break
+                with pace.step.timed(clock, deadline is not None):
+                    losses.append(engine.step(state, inputs, x0, image_ids, *(None if draw is None else draw[:, i] for draw in given)))
+        with pace.end.timed(clock, deadline is not None):
+            with clock.phase("adapt"):
+                after = engine.forward(state, inputs) if losses else before
+            with clock.phase("guard"):
+                if deadline == WARMUP:
+                    engine.warm_guard(before, x0, image_ids, state.step)
+                accepted, evaluations = engine.guard(before, after, x0, image_ids, state.step)
+        loss = torch.stack(losses, dim=1) if losses else x0.new_empty(len(inputs), 0)
+        return _Group(state, before, after, loss, accepted, evaluations)
+
+    def warmup(self, images: Tensor, **keywords: Tensor) -> dict[str, float]:
+        """Compiles and measures what adapt() needs for batches of this shape; nothing of it stays in an online adapter's state.
+
+        Args: those of adapt().
+
+        Returns:
+            Seconds of the first call, `cold`, compilation included, and of the second, `warm`.
+        """
+        online, seconds = self._state, {}
+        try:
+            for name in ("cold", "warm"):
+                start = time.perf_counter()
+                self.adapt(images, deadline_ms=WARMUP, **keywords)
+                seconds[name] = time.perf_counter() - start
+        finally:
+            self._state = online
+        return seconds
 
     def forward(self, images: Tensor) -> Tensor:
         """Adapts and returns the outputs [B, ...]: for code that calls a model."""
@@ -167,37 +251,18 @@ class Adapter:
         if not state:
             self._state = None
             return
-        if self.problem.config.mode != "online":
+        if self.config.mode != "online":
             raise ValueError("state belongs to an online adapter, and this one is episodic")
         if set(state) != set(State._fields):
             raise ValueError(f"state has {', '.join(state)}; state_dict() gives {', '.join(State._fields)}")
         new = State(**state)
-        expected = initial_state(self.problem, *self._source(), torch.empty(0, device=_anchor(self.problem.model).device))
+        engine = self._engine
+        expected = initial_state(engine.problem, *engine.source(), torch.empty(0, device=anchor(engine.model).device))
         for field in ("theta", "phi"):
             shapes = [{name: p.shape for name, p in getattr(s, field).items()} for s in (new, expected)]
             if shapes[0] != shapes[1] or len(getattr(new, f"{field}_slots")) != len(getattr(expected, f"{field}_slots")):
                 raise ValueError(f"state's {field} holds other weights, or another optimizer's memory, than this adapter's")
         self._state = new
-
-    def _source(self) -> tuple[Parameters, Parameters]:
-        """The source weights that are to move: the model's and the denoiser's."""
-        problem = self.problem
-        own = dict(problem.denoiser.named_parameters())
-        names = problem.denoiser.adaptable() if problem.config.denoiser_parameters == "all" else []
-        return select(problem.model, problem.config.parameters), {name: own[name] for name in names}
-
-    def _start(self, inputs: Tensor) -> tuple[State, Tensor]:
-        """A state of this call's own to adapt, and the outputs before."""
-        problem = self.problem
-        with torch.no_grad():
-            if self._state is not None:
-                state = copy.deepcopy(self._state)  # steps write in place, and a call that fails must leave no trace
-                return state, forward(problem, state.theta, inputs)
-            theta, phi = self._source()
-            outputs = call(problem.model, {}, inputs, per_image=False)
-            problem.task.check(outputs, problem.denoiser, problem.config)
-            state = initial_state(problem, theta, phi, outputs)
-            return state, forward(problem, state.theta, inputs)
 
 
 def adapt(
@@ -217,82 +282,3 @@ def adapt(
     model and denoiser are bit for bit what they were, whatever happens.
     """
     return Adapter(model, denoiser, config, task).adapt(images, image_ids=image_ids, latents=latents, timesteps=timesteps, noise=noise)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - start
-
-
-def _anchor(model: nn.Module) -> Tensor:
-    """A tensor with the model's device and dtype."""
-    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-
-
-def _checked_tensor(name: str, value: Any, device: torch.device) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; give a tensor")
-    if value.device != device:
-        raise ValueError(f"{name} is on {value.device} and the model on {device}; move one of them")
-    value = value.detach()
-    return value.clone() if value.is_inference() else value  # autograd refuses to save a tensor made under inference_mode
-
-
-def _checked_images(images: Tensor, device: torch.device) -> Tensor:
-    images = _checked_tensor("images", images, device)
-    if images.ndim != 4 or 0 in images.shape or images.shape[1] != 3:
-        raise ValueError(f"images has shape {tuple(images.shape)}; give [B, 3, H, W] with at least one image")
-    if images.dtype == torch.uint8:
-        return images.float() / 255
-    if not images.is_floating_point():
-        raise ValueError(f"images has dtype {images.dtype}; give uint8, or floating point in [0, 1]")
-    if not images.isfinite().all():
-        raise ValueError("images holds NaN or infinity")
-    low, high = float(images.min()), float(images.max())
-    if low < -1e-3 or high > 1 + 1e-3:
-        raise ValueError(f"images lies in [{low:.3g}, {high:.3g}]; give [0, 1], not normalised: that is done as the model's config says")
-    return images
-
-
-def _checked_ids(image_ids: Tensor | None, images: Tensor) -> Tensor:
-    if image_ids is None:
-        return torch.arange(len(images), device=images.device)
-    image_ids = _checked_tensor("image_ids", image_ids, images.device)
-    if image_ids.shape != images.shape[:1] or image_ids.dtype != torch.int64:
-        raise ValueError(f"image_ids is {image_ids.dtype} {tuple(image_ids.shape)}; give int64 [{len(images)}]")
-    if int(image_ids.min()) < 0 or int(image_ids.max()) >= 2**32:
-        raise ValueError(f"image_ids lies in {int(image_ids.min())} .. {int(image_ids.max())}; give 0 .. 2^32 - 1")
-    return image_ids
-
-
-def _checked_latents(latents: Tensor, images: Tensor, denoiser: Denoiser) -> Tensor:
-    latents = _checked_tensor("latents", latents, images.device)
-    expected = (len(images), *denoiser.latent_shape)
-    if tuple(latents.shape) != expected:
-        raise ValueError(f"latents has shape {tuple(latents.shape)}; give [B, C, h, w] = {list(expected)}")
-    if not latents.is_floating_point() or not latents.isfinite().all():
-        raise ValueError(f"latents ({latents.dtype}) has to be floating point without NaN or infinity")
-    return latents.to(_anchor(denoiser).dtype)
-
-
-def _check_draws(timesteps: Tensor | None, noise: Tensor | None, x0: Tensor, config: AdaptConfig, rows: int) -> None:
-    pairs = config.pairs
-    if timesteps is not None:
-        timesteps = _checked_tensor("timesteps", timesteps, x0.device)
-        fits = timesteps.ndim == 3 and timesteps.shape[:2] == (len(x0), config.steps) and timesteps.shape[2] > 0
-        if not fits or timesteps.dtype != torch.int64:
-            found = f"{timesteps.dtype} {tuple(timesteps.shape)}"
-            raise ValueError(f"timesteps is {found}; give int64 [B, steps, P] with B = {len(x0)} and steps = {config.steps}")
-        low, high = int(timesteps.min()), int(timesteps.max())
-        if low < 0 or high >= rows:
-            raise ValueError(f"timesteps lies in {low} .. {high}; the denoiser's process has 0 .. {rows - 1}")
-        pairs = timesteps.shape[2]
-    if noise is not None:
-        noise = _checked_tensor("noise", noise, x0.device)
-        expected = (len(x0), config.steps, pairs, *x0.shape[1:])
-        if tuple(noise.shape) != expected or not noise.is_floating_point():
-            raise ValueError(f"noise is {noise.dtype} {tuple(noise.shape)}; give floating point [B, steps, P, C, h, w] = {list(expected)}")
-        if not noise.isfinite().all():
-            raise ValueError("noise holds NaN or infinity")

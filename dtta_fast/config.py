@@ -11,6 +11,9 @@ from dtta_fast.draws import TimestepDraw
 from dtta_fast.optimizers import Optimizer
 from dtta_fast.parameters import ParameterSet
 
+Precision = Literal["fp32", "bf16", "fp16"]
+Compile = Literal["off", "regional", "step"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
@@ -34,6 +37,13 @@ class AdaptConfig:
         guard: pairs on which the answers before and after are compared; where the loss is not lower after, the answer from before
             stands. 0 is off.
         guard_threshold: how much lower: the mean of the pairs' differences is below -guard_threshold standard errors (a paired test).
+        precision: fp32, or mixed: the denoiser and the model's frozen matrices in bf16 or fp16, losses, gradients to the condition and
+            optimizers in float32; None runs the modules as they are.
+        compile: off; regional, the denoiser's blocks, the model and the update each by torch.compile; or step, the whole step as one
+            graph, whose compilation takes as often as long as a step has chunks. For sessions: see Adapter.warmup.
+        memory_budget: bytes for activations, and for the weights, gradients and optimizer memory of images that have their own; it
+            bounds the chunk, then how many images of a batch run at once. None is four fifths of what is free on a GPU, and no bound
+            on the CPU. No effect on the result.
         seed: of the timesteps and the noise, 0 .. 2^63 - 1.
     """
 
@@ -55,6 +65,9 @@ class AdaptConfig:
     mode: Literal["episodic", "online"] = "episodic"
     guard: int = 0
     guard_threshold: float = 0.0
+    precision: Precision | None = None
+    compile: Compile = "off"
+    memory_budget: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,10 +87,12 @@ class AdaptConfig:
             "denoiser_parameters": ("frozen", "all"),
             "optimizer": get_args(Optimizer),
             "mode": ("episodic", "online"),
+            "precision": (None, *get_args(Precision)),
+            "compile": get_args(Compile),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
-                refuse(field, ", ".join(allowed))
+                refuse(field, ", ".join(map(str, allowed)))
         for field, low in (("steps", 1), ("pairs", 1), ("guard", 0), ("seed", 0)):
             if not whole(getattr(self, field), low):
                 refuse(field, f"a whole number of {low} and more")
@@ -85,8 +100,9 @@ class AdaptConfig:
             refuse("seed", "up to 2^63 - 1")
         if self.chunk != "auto" and not whole(self.chunk, 1):
             refuse("chunk", '"auto" or a whole number of 1 and more')
-        if self.top_k is not None and not whole(self.top_k, 1):
-            refuse("top_k", "None or a whole number of 1 and more")
+        for field in ("top_k", "memory_budget"):
+            if getattr(self, field) is not None and not whole(getattr(self, field), 1):
+                refuse(field, "None or a whole number of 1 and more")
         for field in ("lr", "denoiser_lr", "weight_decay", "guard_threshold"):
             if not real(getattr(self, field)) or getattr(self, field) < 0:
                 refuse(field, "a finite number of 0 and more")

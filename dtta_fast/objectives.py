@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.kernels import add_noise, denoising_loss, denoising_loss_and_gradient
-from dtta_fast.parameters import Parameters, call
-
-ROWS_AT_ONCE = 64  # denoiser rows of a forward under chunk="auto"
+from dtta_fast.parameters import Parameters, call, in_dtypes_of
+from dtta_fast.runtime.precision import gradient_scale
 
 
 class Pairs(NamedTuple):
@@ -30,10 +29,10 @@ class Pairs(NamedTuple):
     noise: Tensor | None = None
     pair0: int = 0
 
-    def chunks(self, size: int | Literal["auto"]) -> Iterator[Pairs]:
-        """Parts of at most `size` pairs an image, with the noise that they have here."""
-        images, pairs = self.timesteps.shape
-        width = max(1, ROWS_AT_ONCE // images) if size == "auto" else size
+    def chunks(self, size: int) -> Iterator[Pairs]:
+        """Parts of at most `size` pairs an image, as even as they come, with the noise that they have here."""
+        pairs = self.timesteps.shape[1]
+        width = -(-pairs // -(-pairs // size))
         for first in range(0, pairs, width):
             here = slice(first, first + width)
             noise = None if self.noise is None else self.noise[:, here]
@@ -46,19 +45,21 @@ def _draws(denoiser: Denoiser, drawn: Pairs) -> dict[str, Any]:
     return {"table": denoiser.process.table, **{name: getattr(drawn, name) for name in names}}
 
 
-def _predictions(denoiser: Denoiser, phi: Mapping[str, Tensor], conditions: Tensor, drawn: Pairs, per_image: bool) -> Tensor:
-    """The denoiser's output [B·P, ...] under conditions [B, ...]; `phi` replaces its weights, one set an image with per_image."""
-    timesteps, x_t = drawn.timesteps, add_noise(**_draws(denoiser, drawn))
-    shared = conditions[:, None].expand(*timesteps.shape, *conditions.shape[1:])
-    if per_image:
-        return call(denoiser, phi, x_t.unflatten(0, timesteps.shape), timesteps, shared, per_image=True).flatten(0, 1)
-    return call(denoiser, phi, x_t, timesteps.flatten(), shared.flatten(0, 1), per_image=False)
-
-
 @torch.no_grad()
-def pair_losses(denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool) -> Tensor:
-    """Denoising losses [B, P] of the source denoiser under conditions [B, ...]."""
-    return denoising_loss(_predictions(denoiser, {}, conditions, drawn, per_image=False), **_draws(denoiser, drawn), l1=l1)
+def pair_losses(denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool, rows: int | None = None) -> Tensor:
+    """Denoising losses [B, P] of the source denoiser under conditions [B, ...].
+
+    rows: forwards of exactly that many rows, the last filled up, so that a compiled denoiser meets one shape; None is one forward.
+    """
+    x_t = add_noise(**_draws(denoiser, drawn), dtype=denoiser.dtype)
+    shared = conditions[:, None].expand(*drawn.timesteps.shape, *conditions.shape[1:]).flatten(0, 1)
+    inputs = (x_t, drawn.timesteps.flatten(), shared)
+    if rows is None:
+        prediction = denoiser(*inputs)
+    else:
+        numbers = torch.arange(-(-len(x_t) // rows) * rows, device=x_t.device).clamp(max=len(x_t) - 1)
+        prediction = torch.cat([denoiser(*(x[part] for x in inputs)) for part in numbers.split(rows)])[: len(x_t)]
+    return denoising_loss(prediction, **_draws(denoiser, drawn), l1=l1)
 
 
 def embedding_mix(
@@ -66,31 +67,40 @@ def embedding_mix(
     phi: Parameters,
     conditions: Tensor,
     drawn: Pairs,
-    chunk: int | Literal["auto"],
+    chunk: int,
     l1: bool,
     per_image: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+    loop: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor], float]:
     """Diffusion-TTA's loss (arXiv 2311.16102): the denoising loss under the mixed embedding, averaged over the pairs.
 
-    Pairs run in chunks; each leaves only its part of the gradient, so memory is that of one chunk.
+    Pairs run in chunks of `chunk` an image; each leaves only its part of the gradient, so memory is that of one chunk.
 
     Returns:
-        loss [B]; the gradient to `conditions` [B, ...]; the gradients to phi's tensors, in its order. They are gradients of the
-        sum of the losses over images where per_image, of their mean otherwise (one set of weights for the batch).
+        loss [B]; the gradient to `conditions` [B, ...]; the gradients to phi's tensors, in its order; the scale that the gradients
+        are multiplied by. They are gradients of the sum of the losses over images where per_image, of their mean otherwise (one set
+        of weights for the batch).
     """
     images, pairs = drawn.timesteps.shape
     leaf = conditions.detach().requires_grad_()
-    weights = {name: p.detach().requires_grad_() for name, p in phi.items()}
+    # cast once a step, not once a chunk
+    weights = {name: p.detach().requires_grad_() for name, p in in_dtypes_of(denoiser, phi).items()} if phi else {}
     wanted = [leaf, *weights.values()]
     loss = torch.zeros(images, dtype=torch.promote_types(drawn.x0.dtype, torch.float32), device=drawn.x0.device)
     # float32 at least: adding up chunks in bfloat16 would make the result depend on their size
     gradients = [torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in wanted]
-    divisor = pairs if per_image else pairs * images
+    dtype, divisor = denoiser.dtype, pairs if per_image else pairs * images
+    scale = gradient_scale(dtype, drawn.x0[0].numel(), divisor)
     for part in drawn.chunks(chunk):
-        prediction = _predictions(denoiser, weights, leaf, part, per_image)
-        upstream = torch.full_like(part.timesteps, 1 / divisor, dtype=torch.float64)
+        x_t, timesteps = add_noise(**_draws(denoiser, part), dtype=dtype), part.timesteps
+        shared = leaf[:, None].expand(*timesteps.shape, *leaf.shape[1:])
+        if per_image and weights:
+            inputs = (x_t.unflatten(0, timesteps.shape), timesteps, shared)
+            prediction = call(denoiser, weights, *inputs, per_image=True, loop=loop).flatten(0, 1)
+        else:
+            prediction = call(denoiser, weights, x_t, timesteps.flatten(), shared.flatten(0, 1), per_image=False)
+        upstream = torch.full_like(timesteps, scale / divisor, dtype=torch.float64)
         losses, gradient = denoising_loss_and_gradient(prediction.detach(), upstream, **_draws(denoiser, part), l1=l1)
-        own = torch.autograd.grad(prediction, wanted, gradient, materialize_grads=True)
-        torch._foreach_add_(gradients, own)
+        torch._foreach_add_(gradients, torch.autograd.grad(prediction, wanted, gradient, materialize_grads=True))
         loss += losses.sum(1) / pairs
-    return loss, gradients[0], gradients[1:]
+    return loss, gradients[0], gradients[1:], scale

@@ -19,7 +19,12 @@ Slots = list[Tensors]
 
 def init_slots(optimizer: Optimizer, parameters: Tensors) -> Slots:
     """The optimizer's memory at step 0: momentum for SGD, first and second moments for Adam and AdamW."""
-    return [[torch.zeros_like(p) for p in parameters] for _ in range(1 if optimizer == "sgd" else 2)]
+    return [[torch.zeros_like(p) for p in parameters] for _ in range(slots(optimizer))]
+
+
+def slots(optimizer: Optimizer) -> int:
+    """Tensors of memory that it keeps for each parameter."""
+    return 1 if optimizer == "sgd" else 2
 
 
 @torch.no_grad()
@@ -29,25 +34,24 @@ def update_(
     gradients: Tensors,
     slots: Slots,
     step: Tensor,
-    lr: float,
+    lr: Tensor,
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """One update of parameters and slots in place; `step` is a 0-dim tensor, 0 at the first call.
+    """One update of parameters and slots in place; `step` is a 0-dim tensor, 0 at the first call, `lr` a 0-dim float64 tensor: exact,
+    and no reason for PyTorch to promote the parameters.
 
     In place since, with weights of their own for 50 images, making new tensors took half of an adaptation's time on a CPU.
     """
-    # 0-dim float64: exact, and no reason for PyTorch to promote the parameters
-    rate = torch.tensor(lr, dtype=torch.float64, device=step.device)
     if weight_decay and optimizer == "adamw":
-        torch._foreach_mul_(parameters, 1 - rate * weight_decay)
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
     elif weight_decay:
         gradients = list(torch._foreach_add(gradients, parameters, alpha=weight_decay))
     if optimizer == "sgd":
         (velocity,) = slots
         torch._foreach_mul_(velocity, momentum)
         torch._foreach_add_(velocity, gradients)
-        torch._foreach_sub_(parameters, torch._foreach_mul(velocity, rate))
+        torch._foreach_sub_(parameters, torch._foreach_mul(velocity, lr))
         return
     first, second = slots
     torch._foreach_lerp_(first, gradients, 1 - BETA1)
@@ -57,5 +61,5 @@ def update_(
     denominator = torch._foreach_sqrt(second)
     torch._foreach_div_(denominator, (1 - BETA2**count).sqrt())
     torch._foreach_add_(denominator, EPSILON)
-    torch._foreach_div_(denominator, -rate / (1 - BETA1**count))
+    torch._foreach_div_(denominator, -lr / (1 - BETA1**count))
     torch._foreach_addcdiv_(parameters, first, denominator)

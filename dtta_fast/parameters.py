@@ -56,55 +56,43 @@ def copies(parameters: Mapping[str, Tensor], images: int | None) -> Parameters:
     return {name: p.to(torch.promote_types(p.dtype, torch.float32), copy=True).contiguous() for name, p in stacked.items()}
 
 
-def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_image: bool) -> Tensor:
-    """module(*inputs) with `moving` in place of its own parameters of those names; all others are constants.
-
-    per_image: `moving` and every input carry a leading image dimension, and image i is computed with its own weights. Buffers are
-    copies: a module that writes to them writes to the copy.
-    """
+def in_dtypes_of(module: nn.Module, moving: Mapping[str, Tensor]) -> Parameters:
+    """The tensors in the dtypes of the module's own of those names."""
     own = dict(module.named_parameters())
-    frozen = {name: p.detach() for name, p in own.items() if name not in moving}
-    frozen |= {name: b.clone() for name, b in module.named_buffers()}
-    cast = {name: p.to(own[name].dtype) for name, p in moving.items()}
+    return {name: p.to(own[name].dtype) for name, p in moving.items()}
+
+
+def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_image: bool, loop: bool = False) -> Tensor:
+    """module(*inputs) with `moving` in place of its own parameters of those names; module is a private copy.
+
+    per_image: `moving` and every input carry a leading image dimension, and image i is computed with its own weights: one after the
+    other with `loop`, at once without. A module that writes to its buffers writes to copies.
+    """
+    constants = {name: buffer.clone() for name, buffer in module.named_buffers()}
     if not per_image:
-        output: Tensor = functional_call(module, {**frozen, **cast}, inputs)
+        output: Tensor = functional_call(module, {**constants, **moving}, inputs)
         return output
-    if not moving:  # one set of weights after all: one batch
-        flat: Tensor = functional_call(module, frozen, tuple(x.flatten(0, 1) for x in inputs))
-        return flat.unflatten(0, inputs[0].shape[:2])
+    images = len(inputs[0])
+    if loop or images == 1:  # plain operators are faster than batched ones
+        each = [call(module, {name: p[i] for name, p in moving.items()}, *(x[i] for x in inputs), per_image=False) for i in range(images)]
+        return torch.stack(each)
     with _vmappable_attention(inputs[0].device):
-        stacked: Tensor = torch.vmap(lambda weights, *x: functional_call(module, {**frozen, **weights}, x))(cast, *inputs)
+        stacked: Tensor = torch.vmap(lambda weights, *x: functional_call(module, {**constants, **weights}, x))(dict(moving), *inputs)
     return stacked
 
 
 @contextmanager
 def _vmappable_attention(device: torch.device) -> Iterator[None]:
     """Attention by operators that vmap can batch, in place of those that it runs image by image or not at all."""
+    math = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()  # the fused CPU kernel has no batching rule
+    if torch.compiler.is_compiling():  # never takes the fast path, and cannot trace the switch
+        with math:
+            yield
+        return
     fastpath = torch.backends.mha.get_fastpath_enabled()  # nn.MultiheadAttention's inference kernel has no derivative
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():  # the fused CPU kernel has no batching rule
+        with math:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-@contextmanager
-def untouched(*modules: nn.Module) -> Iterator[None]:
-    """eval() inside; at the end every submodule's flag, parameters and buffers are the very ones from before, whatever happens.
-
-    functional_call swaps parameters in and out, and a KeyboardInterrupt in mid-swap would leave its tensors in the module.
-    """
-    parts = {part for module in modules for part in module.modules()}
-    kept = [(part, part.training, dict(part._parameters), dict(part._buffers)) for part in parts]
-    try:
-        for module in modules:
-            module.eval()
-        yield
-    finally:
-        for part, training, parameters, buffers in kept:
-            part.training = training
-            part._parameters.clear()
-            part._parameters.update(parameters)
-            part._buffers.clear()
-            part._buffers.update(buffers)

@@ -1,7 +1,8 @@
-"""The adaptation step: tensors in, tensors out; nothing here writes to a module."""
+"""The adaptation step: a state of tensors, updated in place; nothing here writes to a module."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.draws import Draws
 from dtta_fast.objectives import Pairs, embedding_mix, pair_losses
 from dtta_fast.optimizers import Slots, Tensors, init_slots, update_
-from dtta_fast.parameters import Parameters, call, copies
+from dtta_fast.parameters import Parameters, call, copies, in_dtypes_of
+from dtta_fast.runtime.precision import DTYPES
 from dtta_fast.tasks.base import Task
 
 FREE_LOGITS = "logits"
@@ -22,12 +24,25 @@ GUARD_STEP = 2**31  # the guard's draws lie beyond every step's
 
 @dataclass(frozen=True)
 class Problem:
-    """What stays the same from step to step."""
+    """What stays the same from step to step. The modules are private copies.
+
+    lr, denoiser_lr: 0-dim float64, on the modules' device. chunk: pairs of an image that run at once. guard_rows: rows of a guard's
+    forward, at most; with `pad` exactly as many. loop: images with weights of their own run one by one. forward, update: compiled
+    forms of the functions of those names, where there are.
+    """
 
     model: nn.Module
     denoiser: Denoiser
     task: Task
     config: AdaptConfig
+    lr: Tensor
+    denoiser_lr: Tensor
+    chunk: int = 1
+    guard_rows: int = 1
+    pad: bool = False
+    loop: bool = False
+    forward: Callable[..., Tensor] | None = None
+    update: Callable[..., None] | None = None
 
     @property
     def per_image(self) -> bool:
@@ -62,13 +77,75 @@ def initial_state(problem: Problem, theta: Parameters, phi: Parameters, outputs:
     return State(theta, phi, theta_slots, phi_slots, torch.zeros((), dtype=torch.int64, device=outputs.device))
 
 
+@torch.no_grad()
+def restore_(state: State, theta: Parameters, phi: Parameters, outputs: Tensor) -> None:
+    """Makes `state` what initial_state gives, in the storage that it has."""
+    for moving, source, slots in ((state.theta, theta, state.theta_slots), (state.phi, phi, state.phi_slots)):
+        sources = [outputs] if FREE_LOGITS in moving else list(source.values())
+        if moving:
+            targets = list(moving.values())
+            torch._foreach_copy_(targets, [own.expand_as(target) for own, target in zip(sources, targets, strict=True)])
+            for tensors in slots:
+                torch._foreach_zero_(tensors)
+    state.step.zero_()
+
+
 def forward(problem: Problem, theta: Parameters, inputs: Tensor) -> Tensor:
-    """The model's outputs [B, ...] under the weights `theta` for inputs [B, 3, H, W]."""
-    if problem.config.parameters == "logits":
+    """The model's outputs [B, ...] under the weights `theta` for inputs [B, 3, H, W]; float32 under mixed precision."""
+    if FREE_LOGITS in theta:
         return theta[FREE_LOGITS].clone()  # the step updates its state in place
-    if problem.per_image:
-        return call(problem.model, theta, inputs[:, None], per_image=True)[:, 0]
-    return call(problem.model, theta, inputs, per_image=False)
+    half = DTYPES[problem.config.precision] if problem.config.precision in ("bf16", "fp16") else None
+    weights = theta if half else in_dtypes_of(problem.model, theta)
+    with torch.autocast(inputs.device.type, half, enabled=half is not None, cache_enabled=False):
+        if problem.per_image and theta:
+            outputs = call(problem.model, weights, inputs[:, None], per_image=True, loop=problem.loop)[:, 0]
+        else:
+            outputs = call(problem.model, weights, inputs, per_image=False)
+    return outputs.float() if half else outputs
+
+
+def gradients(
+    problem: Problem,
+    state: State,
+    inputs: Tensor,
+    x0: Tensor,
+    image_ids: Tensor,
+    timesteps: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensors, Tensors]:
+    """The loss [B], and its gradients to theta and phi; the state is only read.
+
+    The model runs forward and backward once, whatever the number of chunks: they add up the gradient to the condition, and one
+    vector-Jacobian product carries it into the weights.
+    """
+    config = problem.config
+    if timesteps is None:
+        timesteps = problem.draws(config.pairs).timesteps(image_ids, state.step)
+    theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
+    phi = {name: p.detach().requires_grad_() for name, p in state.phi.items()}
+    conditions = problem.task.condition((problem.forward or forward)(problem, theta, inputs), problem.denoiser, phi, config)
+    drawn = Pairs(x0, timesteps, image_ids, config.seed, state.step, noise)
+    loss, to_conditions, to_phi, scale = embedding_mix(
+        problem.denoiser, phi, conditions, drawn, problem.chunk, config.loss == "l1", problem.per_image, problem.loop
+    )
+    through = torch.autograd.grad(
+        conditions, [*theta.values(), *phi.values()], to_conditions.to(conditions.dtype), allow_unused=True, materialize_grads=True
+    )
+    to_theta, to_phi_too = list(through[: len(theta)]), list(through[len(theta) :])
+    # the label table is reached through the condition, everything else through the prediction
+    to_phi = list(torch._foreach_add(to_phi, to_phi_too)) if phi else []
+    return loss, unscaled(to_theta, scale), unscaled(to_phi, scale)
+
+
+def unscaled(gradients: Tensors, scale: float) -> Tensors:
+    return gradients if scale == 1 or not gradients else list(torch._foreach_div(gradients, scale))
+
+
+def update(problem: Problem, state: State, to_theta: Tensors, to_phi: Tensors) -> None:
+    """The optimizers' update of the state, in place."""
+    _update_(problem.config, state.theta, to_theta, state.theta_slots, state.step, problem.lr)
+    _update_(problem.config, state.phi, to_phi, state.phi_slots, state.step, problem.denoiser_lr)
+    state.step.add_(1)
 
 
 def adaptation_step(
@@ -79,32 +156,16 @@ def adaptation_step(
     image_ids: Tensor,
     timesteps: Tensor | None = None,
     noise: Tensor | None = None,
-) -> tuple[State, Tensor]:
-    """One update: the state, its tensors updated in place, and the loss [B] before the update.
-
-    The model runs forward and backward once, whatever the number of chunks: they add up the gradient to the condition, and one
-    vector-Jacobian product carries it into the weights.
-    """
-    config = problem.config
-    if timesteps is None:
-        timesteps = problem.draws(config.pairs).timesteps(image_ids, state.step)
-    theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
-    phi = {name: p.detach().requires_grad_() for name, p in state.phi.items()}
-    conditions = problem.task.condition(forward(problem, theta, inputs), problem.denoiser, phi, config)
-    drawn = Pairs(x0, timesteps, image_ids, config.seed, state.step, noise)
-    loss, to_conditions, to_phi = embedding_mix(
-        problem.denoiser, phi, conditions, drawn, config.chunk, config.loss == "l1", problem.per_image
-    )
-    through = torch.autograd.grad(conditions, [*theta.values(), *phi.values()], to_conditions, allow_unused=True, materialize_grads=True)
-    to_theta, to_phi_too = list(through[: len(theta)]), list(through[len(theta) :])
-    _update_(config, state.theta, to_theta, state.theta_slots, state.step, config.lr)
-    if phi:
-        # the label table is reached through the condition, everything else through the prediction
-        _update_(config, state.phi, list(torch._foreach_add(to_phi, to_phi_too)), state.phi_slots, state.step, config.denoiser_lr)
-    return state._replace(step=state.step + 1), loss
+) -> Tensor:
+    """One update of the state, in place; returns the loss [B] before it. The unit that compile="step" compiles."""
+    loss, to_theta, to_phi = gradients(problem, state, inputs, x0, image_ids, timesteps, noise)
+    (problem.update or update)(problem, state, to_theta, to_phi)
+    return loss
 
 
-def _update_(config: AdaptConfig, moving: Parameters, gradients: Tensors, slots: Slots, step: Tensor, lr: float) -> None:
+def _update_(config: AdaptConfig, moving: Parameters, gradients: Tensors, slots: Slots, step: Tensor, lr: Tensor) -> None:
+    if not moving:
+        return
     update_(config.optimizer, list(moving.values()), gradients, slots, step, lr, config.momentum, config.weight_decay)
 
 
@@ -124,14 +185,21 @@ def guard(problem: Problem, before: Tensor, after: Tensor, x0: Tensor, image_ids
     rows = (accepted & (old != new).flatten(1).any(1)).nonzero()[:, 0]
     if not len(rows):
         return accepted, evaluations
-    ids, step = image_ids[rows], step + GUARD_STEP
-    drawn = Pairs(x0[rows], problem.draws(config.guard).timesteps(ids, step), ids, config.seed, step)
-    l1, parts = config.loss == "l1", list(drawn.chunks(config.chunk))
-    was, would_be = (
-        torch.cat([pair_losses(problem.denoiser, conditions[rows], part, l1) for part in parts], dim=1) for conditions in (old, new)
-    )
-    change = would_be - was
+    change = compare(problem, old[rows], new[rows], x0[rows], image_ids[rows], step)
     standard_error = change.std(1) / config.guard**0.5 if config.guard_threshold else 0.0
     accepted[rows] = change.mean(1) + config.guard_threshold * standard_error < 0
     evaluations[rows] = 2 * config.guard
     return accepted, evaluations
+
+
+@torch.no_grad()
+def compare(problem: Problem, old: Tensor, new: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor) -> Tensor:
+    """Losses of the source denoiser under conditions `new` [B, ...] less those under `old`, [B, guard], on the same held-out pairs."""
+    config, step = problem.config, step + GUARD_STEP
+    drawn = Pairs(x0, problem.draws(config.guard).timesteps(image_ids, step), image_ids, config.seed, step)
+    parts = list(drawn.chunks(max(1, problem.guard_rows // len(x0))))
+    rows, l1 = problem.guard_rows if problem.pad else None, config.loss == "l1"
+    old_losses, new_losses = (
+        torch.cat([pair_losses(problem.denoiser, conditions, part, l1, rows) for part in parts], dim=1) for conditions in (old, new)
+    )
+    return new_losses - old_losses

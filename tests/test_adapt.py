@@ -45,6 +45,11 @@ def plain_loss(model, denoiser, images, timesteps, noise, config) -> Tensor:
     return measure(prediction, noise)
 
 
+def problem_of(model, denoiser, config) -> Problem:
+    lr, denoiser_lr = (torch.tensor(rate, dtype=torch.float64) for rate in (config.lr, config.denoiser_lr))
+    return Problem(model, denoiser, Classification(), config, lr, denoiser_lr, chunk=64 if config.chunk == "auto" else config.chunk)
+
+
 def plain_loop(model, denoiser, images, timesteps, noise, config) -> Tensor:
     """Adapts copies to one image by torch.optim, and returns the logits."""
     model, denoiser = copy.deepcopy(model).eval(), copy.deepcopy(denoiser)
@@ -96,18 +101,18 @@ def test_gradient_equals_the_naive_loop_s(model, denoiser, images, chunk, denois
     """One step of SGD with lr 1 and no momentum moves the weights by the gradient; the naive loop runs the classifier for every pair."""
     config = CONFIG.replace(chunk=chunk, denoiser_parameters=denoiser_parameters, optimizer="sgd", momentum=0.0, lr=1.0, denoiser_lr=1.0)
     timesteps, noise = draws(len(images), config)
-    problem = Problem(model.eval(), denoiser, Classification(), config)
+    problem = problem_of(model.eval(), denoiser, config)
     theta = select(model, "all")
     phi = {name: p for name, p in denoiser.named_parameters() if denoiser_parameters == "all"}
     state = initial_state(problem, theta, phi, model(normalise(images)).detach())
     ids = torch.arange(len(images))
     start = copy.deepcopy(state)
-    after, loss = adaptation_step(problem, state, normalise(images), 2 * images - 1, ids, timesteps[:, 0], noise[:, 0])
+    loss = adaptation_step(problem, state, normalise(images), 2 * images - 1, ids, timesteps[:, 0], noise[:, 0])
     for i in range(len(images)):
         drawn = zip(timesteps[i, 0].split(1), noise[i, 0].split(1), strict=True)
         naive = torch.stack([plain_loss(model, denoiser, images[i : i + 1], t, eps, config) for t, eps in drawn]).mean()
         torch.testing.assert_close(loss[i], naive.detach())
-        for own, moved, first in ((theta, after.theta, start.theta), (phi, after.phi, start.phi)):
+        for own, moved, first in ((theta, state.theta, start.theta), (phi, state.phi, start.phi)):
             expected = torch.autograd.grad(naive, list(own.values()), retain_graph=True, materialize_grads=True) if own else ()
             for name, gradient in zip(own, expected, strict=True):
                 error = (first[name][i] - moved[name][i] - gradient).norm()
@@ -135,7 +140,7 @@ def test_an_image_s_result_is_its_own(model, denoiser, images, change):
 def test_draws_are_the_documented_noise(model, denoiser, images):
     """The noise that the engine draws, handed over explicitly, gives the same result."""
     config = CONFIG.replace(seed=99)
-    problem = Problem(model, denoiser, Classification(), config)
+    problem = problem_of(model, denoiser, config)
     ids, pairs = torch.tensor([3, 1, 4, 159]), torch.arange(config.pairs)
     steps = [torch.tensor(step) for step in range(config.steps)]
     timesteps = torch.stack([problem.draws(config.pairs).timesteps(ids, step) for step in steps], dim=1)
@@ -166,10 +171,7 @@ def test_the_caller_s_modules_are_untouched(model, denoiser, images, untouched, 
 @pytest.mark.parametrize("mode", ["episodic", "online"])
 @pytest.mark.parametrize("call", [1, 4, 15])  # 5 steps of 3 chunks: the first, one in the middle, the last
 def test_a_failing_denoiser_leaves_nothing_behind(model, denoiser, images, untouched, mode, error, call):
-    adapter = Adapter(model, denoiser, CONFIG.replace(mode=mode, chunk=2, denoiser_parameters="all"))
-    adapter.adapt(images)
-    before = copy.deepcopy(adapter.state_dict())
-    calls = 0
+    calls = -1000
 
     def fail(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         nonlocal calls
@@ -177,12 +179,14 @@ def test_a_failing_denoiser_leaves_nothing_behind(model, denoiser, images, untou
         if calls == call:
             raise error("injected")
 
-    hook = denoiser.network.blocks[1].register_forward_pre_hook(fail)
+    denoiser.network.blocks[1].register_forward_pre_hook(fail)
+    adapter = Adapter(model, denoiser, CONFIG.replace(mode=mode, chunk=2, denoiser_parameters="all"))
+    adapter.adapt(images)
+    before, calls = copy.deepcopy(adapter.state_dict()), 0
     with untouched(model, denoiser), pytest.raises(error, match="injected"):
         adapter.adapt(images)
-    hook.remove()
     torch.testing.assert_close(adapter.state_dict(), before, rtol=0, atol=0)
-    again, twin = adapter.adapt(images), Adapter(model, denoiser, adapter.problem.config)
+    again, twin = adapter.adapt(images), Adapter(model, denoiser, adapter.config)
     twin.load_state_dict(before)
     assert torch.equal(again.outputs, twin.adapt(images).outputs)
 
@@ -248,7 +252,7 @@ def test_guard_keeps_the_answer_with_the_lower_loss(model, denoiser, images, thr
     assert changed.any()
     assert guarded.evaluations.tolist() == [6 + 6 * int(c) for c in changed]
     ids, step = torch.arange(4), torch.tensor(1 + 2**31)
-    timesteps = Problem(model, denoiser, Classification(), config).draws(3).timesteps(ids, step)
+    timesteps = problem_of(model, denoiser, config).draws(3).timesteps(ids, step)
     noise = normal(3 * 16 * 16, torch.arange(3), ids, config.seed, step).view(4, 3, 3, 16, 16).double()
     for i in range(4):
         losses = []

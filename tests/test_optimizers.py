@@ -28,13 +28,13 @@ def test_as_torch_optim(device, dtype, name, momentum, weight_decay):
         optimizer = torch.optim.SGD(theirs, 1e-2, momentum=momentum, weight_decay=weight_decay)
     else:
         optimizer = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](theirs, 1e-2, weight_decay=weight_decay)
-    slots = init_slots(name, own)
+    slots, lr = init_slots(name, own), torch.tensor(1e-2, dtype=torch.float64, device=device)
     for step in range(6):
         gradients = [torch.randn(p.shape, dtype=dtype, generator=generator).to(device) for p in own]
         for p, gradient in zip(theirs, gradients, strict=True):
             p.grad = gradient.clone()
         optimizer.step()
-        update_(name, own, gradients, slots, torch.tensor(step, device=device), 1e-2, momentum, weight_decay)
+        update_(name, own, gradients, slots, torch.tensor(step, device=device), lr, momentum, weight_decay)
         tolerance = 1e-12 if dtype == torch.float64 else 2e-6
         for mine, other in zip(own, theirs, strict=True):
             torch.testing.assert_close(mine, other.detach(), rtol=tolerance, atol=tolerance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,10 +16,13 @@ class Denoiser(nn.Module, ABC):
     """A diffusion model with a differentiable condition. Its parameters are what may adapt; its forward is the prediction."""
 
     process: NoiseProcess
+    can_checkpoint = False  # whether forward makes its activations again in the backward where `checkpointing` is set
+    checkpointing = False
+    keep_in_float32: tuple[str, ...] = ()  # parameters that mixed precision leaves as they are
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1], any size, to x0 [B, C, h, w]; no gradient."""
+        """Images [B, 3, H, W] in [0, 1], any size, to x0 [B, C, h, w] in float32 (float64 for a float64 denoiser); no gradient."""
 
     @property
     @abstractmethod
@@ -32,6 +36,16 @@ class Denoiser(nn.Module, ABC):
     @abstractmethod
     def adaptable(self) -> list[str]:
         """Names of the parameters that move when the denoiser adapts."""
+
+    def regions(self) -> list[nn.Module]:
+        """Submodules to compile one by one, of equal structure where that saves compilations; the whole denoiser by default."""
+        return [self]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its activations: of its first floating-point parameter that mixed precision converts."""
+        converted = (p.dtype for name, p in self.named_parameters() if name not in self.keep_in_float32 and p.is_floating_point())
+        return next(converted, torch.float32)
 
     @abstractmethod
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:

@@ -28,6 +28,9 @@ class DiT(Denoiser):
         vae: a diffusers AutoencoderKL for latent models; None for pixel models. It never adapts.
     """
 
+    can_checkpoint = True
+    keep_in_float32 = (LABEL_TABLE,)  # conditions are its mixtures, and gradients to them add up over chunks
+
     def __init__(self, network: DiTNetwork, process: NoiseProcess, vae: nn.Module | None = None) -> None:
         super().__init__()
         self.network = network
@@ -42,7 +45,7 @@ class DiT(Denoiser):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] to x0: pixels in [-1, 1], or the posterior mean times the scaling factor."""
-        dtype = self.network.x_embedder.proj.weight.dtype
+        dtype = torch.promote_types(self.dtype, torch.float32)
         if self.vae is None:
             if images.shape[1] != self.network.in_channels:
                 channels = f"images have {images.shape[1]} channels and the denoiser works on {self.network.in_channels}"
@@ -51,6 +54,9 @@ class DiT(Denoiser):
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         pixels = to_model_range(images, self.network.input_size * factor).to(self.vae.dtype)
         return (self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor).to(dtype)
+
+    def regions(self) -> list[nn.Module]:
+        return list(self.network.blocks)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -64,7 +70,7 @@ class DiT(Denoiser):
         return [name for name, _ in self.named_parameters() if name.startswith("network.")]
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        return self.network(x_t, self.process.model_time[timesteps], condition)
+        return self.network(x_t, self.process.model_time[timesteps], condition, self.checkpointing)
 
     @classmethod
     def from_original(

@@ -1,0 +1,194 @@
+"""Runs the steps of a session: private modules, compiled parts, fixed state storage, and what to do where one of them fails."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtta_fast import optimizers, step
+from dtta_fast.config import AdaptConfig
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.parameters import Parameters, call, in_dtypes_of, select
+from dtta_fast.runtime import compiling, memory
+from dtta_fast.runtime.precision import private_denoiser, private_model
+from dtta_fast.step import Problem, State
+from dtta_fast.tasks.base import Task
+
+
+def anchor(model: nn.Module) -> Tensor:
+    """A tensor with the model's device and dtype."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+
+
+class Engine:
+    """What Adapter asks for, one batch at a time: refresh, plan, start, step, forward, guard.
+
+    failed() says what an exception means for the next call.
+    """
+
+    def __init__(self, model: nn.Module, denoiser: Denoiser, task: Task, config: AdaptConfig) -> None:
+        self.model, self.denoiser, self.task, self.config = model, denoiser, task, config
+        self._compile = config.compile
+        self._loop = False  # vmap is known to fail on these modules
+        self._limit: int | None = None  # rows at once, after running out of memory
+        self._build()
+
+    def _build(self) -> None:
+        """Private copies of the modules as they are now, and what is compiled of them."""
+        config = self.config
+        self._stale = False
+        self._batched = False  # vmap is known to work on these modules
+        self._row_bytes: tuple[int, int | None] | None = None
+        self._storage: State | None = None
+        self._model = private_model(self.model, select(self.model, config.parameters), config.precision)
+        self._denoiser = private_denoiser(self.denoiser, config.precision)
+        denoiser: Any = self._denoiser.module
+        device = anchor(self.model).device
+        lr, denoiser_lr = (torch.tensor(rate, dtype=torch.float64, device=device) for rate in (config.lr, config.denoiser_lr))
+        self.problem = Problem(self._model.module, denoiser, self.task, config, lr, denoiser_lr, loop=self._loop)
+        self._step, self._forward = step.adaptation_step, step.forward
+        if self._compile == "off":
+            return
+        compiling.compile_regions(denoiser.regions())
+        self._forward = compiling.compiled(step.forward)
+        if self._compile == "step":
+            self._step = compiling.compiled(step.adaptation_step)
+            self.problem = dataclasses.replace(self.problem, pad=True)
+        else:
+            self.problem = dataclasses.replace(self.problem, pad=True, forward=self._forward, update=compiling.compiled(step.update))
+
+    def refresh(self) -> None:
+        """The private copies take over what the caller has written into the modules since the last call."""
+        with torch.no_grad():
+            if self._stale or not (self._model.refresh() and self._denoiser.refresh()):
+                self._build()
+
+    def failed(self, error: BaseException) -> bool:
+        """Whether another attempt may succeed; what the failed call may have left half done is made anew by the next refresh()."""
+        if not isinstance(error, Exception):  # an interrupt in mid-swap leaves tensors in the private modules
+            self._stale = True
+        if isinstance(error, compiling.FAILURES) and self._compile != "off" and os.environ.get("DTTA_FAST_STRICT") != "1":
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"compile is {self._compile!r}, and the compilation failed: {reason} Going on in eager mode", stacklevel=4)
+            self._compile, self._stale = "off", True
+            return True
+        if memory.out_of_memory(error) and self._at_once > 1:
+            self._limit = self._at_once // 2
+            return True
+        return False
+
+    def source(self) -> tuple[Parameters, Parameters]:
+        """The caller's weights that are to move: the model's and the denoiser's."""
+        own = dict(self.denoiser.named_parameters())
+        names = self.denoiser.adaptable() if self.config.denoiser_parameters == "all" else []
+        return select(self.model, self.config.parameters), {name: own[name] for name in names}
+
+    def plan(self, inputs: Tensor, x0: Tensor, pairs: int) -> int:
+        """Fits the step to the memory budget; returns how many images run at once.
+
+        Raises:
+            ValueError: the budget is too small for one pair of one image.
+        """
+        config, together = self.config, len(inputs)
+        budget = config.memory_budget or memory.default_budget(x0.device)
+        rows, checkpoint = memory.ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * together, False
+        if budget is not None:
+            most = pairs if config.chunk == "auto" else min(pairs, config.chunk)
+            image, (row, checkpointed) = self._bytes_per_image(), self._bytes_per_row(inputs, x0)
+            rows, together, checkpoint = memory.plan(budget, together, most, row, image, checkpointed)
+        if self._limit is not None:
+            rows = min(rows, self._limit)
+            together = min(rows, together)
+        chunk = max(1, rows // together)
+        self._at_once = together * min(chunk, pairs)
+        self.problem.denoiser.checkpointing = checkpoint
+        guard_rows = together * min(chunk, max(1, config.guard))
+        self.problem = dataclasses.replace(self.problem, chunk=chunk, guard_rows=guard_rows)
+        return together
+
+    @torch.no_grad()
+    def _bytes_per_row(self, inputs: Tensor, x0: Tensor) -> tuple[int, int | None]:
+        """Without and with activations made again in the backward; measured once."""
+        if self._row_bytes is None:
+            denoiser = self.problem.denoiser
+            condition = self.task.condition(self._outputs(inputs[:1]), denoiser, {}, self.config)
+            sizes: list[int | None] = []
+            for denoiser.checkpointing in (False, True):
+                possible = denoiser.can_checkpoint or not denoiser.checkpointing
+                sizes.append(memory.row_bytes(denoiser, x0[:1], condition) if possible else None)
+            self._row_bytes = sizes[0] or 1, sizes[1]
+        return self._row_bytes
+
+    def _bytes_per_image(self) -> int:
+        """Weights of its own, their gradients, optimizer memory, and one temporary of an update."""
+        if not self.problem.per_image:
+            return 0
+        moving = sum(p.numel() * 4 for parameters in self.source() for p in parameters.values())
+        return moving * (3 + optimizers.slots(self.config.optimizer))
+
+    def _outputs(self, inputs: Tensor) -> Tensor:
+        """Of the source model, checked."""
+        outputs: Tensor = self._forward(self.problem, {}, inputs)
+        self.task.check(outputs, self.problem.denoiser, self.config)
+        return outputs
+
+    @torch.no_grad()
+    def start(self, inputs: Tensor, x0: Tensor, online: State | None) -> tuple[State, Tensor]:
+        """A state of this call's own to adapt, and the outputs before."""
+        if online is not None:
+            state = copy.deepcopy(online)  # steps write in place, and a call that fails must leave no trace
+            return state, self.forward(state, inputs)
+        problem, (theta, phi) = self.problem, self.source()
+        outputs = self._outputs(inputs)
+        kept, images = self._storage, len(inputs)
+        if kept is None or not problem.per_image or any(len(p) != images for p in (*kept.theta.values(), *kept.phi.values())):
+            kept = step.initial_state(problem, theta, phi, outputs)
+            self._storage = kept if problem.per_image else None
+        else:
+            step.restore_(kept, theta, phi, outputs)
+        if problem.per_image and images > 1 and not (self._loop or self._batched):
+            self._try_batching(kept, inputs, x0)
+        return kept, outputs
+
+    def _try_batching(self, state: State, inputs: Tensor, x0: Tensor) -> None:
+        """Images run at once by vmap, or one by one where a module's operators cannot be batched."""
+        try:
+            outputs = step.forward(self.problem, state.theta, inputs)
+            if state.phi:
+                conditions = self.task.condition(outputs, self.problem.denoiser, state.phi, self.config)[:, None]
+                timesteps = torch.zeros(len(x0), 1, dtype=torch.int64, device=x0.device)
+                moving = in_dtypes_of(self.problem.denoiser, state.phi)
+                x_t = x0[:, None].to(self.problem.denoiser.dtype)
+                call(self.problem.denoiser, moving, x_t, timesteps, conditions, per_image=True)
+            self._batched = True
+        except Exception as error:  # whatever a module raises under vmap
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            warnings.warn(f"images with weights of their own run one by one: vmap fails ({reason})", stacklevel=5)
+            self._loop = True
+            self.problem = dataclasses.replace(self.problem, loop=True)
+
+    def step(self, state: State, *inputs: Tensor | None) -> Tensor:
+        """One update of the state in place; the loss [B] before it."""
+        loss: Tensor = self._step(self.problem, state, *inputs)  # type: ignore[arg-type]
+        return loss
+
+    @torch.no_grad()
+    def forward(self, state: State, inputs: Tensor) -> Tensor:
+        """The model's outputs [B, ...] under the state's weights."""
+        outputs: Tensor = self._forward(self.problem, state.theta, inputs)
+        return outputs
+
+    def guard(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return step.guard(self.problem, *inputs)
+
+    def warm_guard(self, outputs: Tensor, x0: Tensor, image_ids: Tensor, at: Tensor) -> None:
+        """Runs the guard's forwards whether an answer changed or not, so that they are compiled."""
+        if self.config.guard:
+            decision = self.task.decision(outputs, self.problem.denoiser)
+            step.compare(self.problem, decision, decision, x0, image_ids, at)

@@ -1,0 +1,84 @@
+"""Checks of a call's arguments: each raises an error that names the argument, and changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtta_fast.config import AdaptConfig
+from dtta_fast.denoisers.base import Denoiser
+
+
+def checked_tensor(name: str, value: Any, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; give a tensor")
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device} and the model on {device}; move one of them")
+    value = value.detach()
+    return value.clone() if value.is_inference() else value  # autograd refuses to save a tensor made under inference_mode
+
+
+def checked_images(images: Tensor, device: torch.device) -> Tensor:
+    images = checked_tensor("images", images, device)
+    if images.ndim != 4 or 0 in images.shape or images.shape[1] != 3:
+        raise ValueError(f"images has shape {tuple(images.shape)}; give [B, 3, H, W] with at least one image")
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise ValueError(f"images has dtype {images.dtype}; give uint8, or floating point in [0, 1]")
+    if not images.isfinite().all():
+        raise ValueError("images holds NaN or infinity")
+    low, high = float(images.min()), float(images.max())
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"images lies in [{low:.3g}, {high:.3g}]; give [0, 1], not normalised: that is done as the model's config says")
+    return images
+
+
+def checked_ids(image_ids: Tensor | None, images: Tensor) -> Tensor:
+    if image_ids is None:
+        return torch.arange(len(images), device=images.device)
+    image_ids = checked_tensor("image_ids", image_ids, images.device)
+    if image_ids.shape != images.shape[:1] or image_ids.dtype != torch.int64:
+        raise ValueError(f"image_ids is {image_ids.dtype} {tuple(image_ids.shape)}; give int64 [{len(images)}]")
+    if int(image_ids.min()) < 0 or int(image_ids.max()) >= 2**32:
+        raise ValueError(f"image_ids lies in {int(image_ids.min())} .. {int(image_ids.max())}; give 0 .. 2^32 - 1")
+    return image_ids
+
+
+def checked_latents(latents: Tensor, images: Tensor, denoiser: Denoiser) -> Tensor:
+    latents = checked_tensor("latents", latents, images.device)
+    expected = (len(images), *denoiser.latent_shape)
+    if tuple(latents.shape) != expected:
+        raise ValueError(f"latents has shape {tuple(latents.shape)}; give [B, C, h, w] = {list(expected)}")
+    if not latents.is_floating_point() or not latents.isfinite().all():
+        raise ValueError(f"latents ({latents.dtype}) has to be floating point without NaN or infinity")
+    return latents.to(torch.promote_types(denoiser.dtype, torch.float32))
+
+
+def check_draws(timesteps: Tensor | None, noise: Tensor | None, x0: Tensor, config: AdaptConfig, rows: int) -> None:
+    pairs = config.pairs
+    if timesteps is not None:
+        timesteps = checked_tensor("timesteps", timesteps, x0.device)
+        fits = timesteps.ndim == 3 and timesteps.shape[:2] == (len(x0), config.steps) and timesteps.shape[2] > 0
+        if not fits or timesteps.dtype != torch.int64:
+            found = f"{timesteps.dtype} {tuple(timesteps.shape)}"
+            raise ValueError(f"timesteps is {found}; give int64 [B, steps, P] with B = {len(x0)} and steps = {config.steps}")
+        low, high = int(timesteps.min()), int(timesteps.max())
+        if low < 0 or high >= rows:
+            raise ValueError(f"timesteps lies in {low} .. {high}; the denoiser's process has 0 .. {rows - 1}")
+        pairs = timesteps.shape[2]
+    if noise is not None:
+        noise = checked_tensor("noise", noise, x0.device)
+        expected = (len(x0), config.steps, pairs, *x0.shape[1:])
+        if tuple(noise.shape) != expected or not noise.is_floating_point():
+            raise ValueError(f"noise is {noise.dtype} {tuple(noise.shape)}; give floating point [B, steps, P, C, h, w] = {list(expected)}")
+        if not noise.isfinite().all():
+            raise ValueError("noise holds NaN or infinity")
+
+
+def checked_deadline(deadline_ms: float) -> float:
+    if isinstance(deadline_ms, bool) or not isinstance(deadline_ms, (int, float)) or not deadline_ms > 0:
+        raise ValueError(f"deadline_ms is {deadline_ms!r}; give a positive number of milliseconds, counted from the call")
+    return float(deadline_ms)

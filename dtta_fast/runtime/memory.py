@@ -1,0 +1,81 @@
+"""How many pairs run at once: what a row of the denoiser keeps for its backward, measured, against a budget."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtta_fast.denoisers.base import Denoiser
+
+ROWS_AT_ONCE = 64  # rows of a denoiser's forward where no budget says otherwise; more did not run faster
+TRANSIENT = 3  # tensors of the largest size that live beside the saved ones while an operator runs, forward or backward
+
+
+class Plan(NamedTuple):
+    """rows: rows of the denoiser at once. images: images at once. checkpoint: whether activations are made again in the backward."""
+
+    rows: int
+    images: int
+    checkpoint: bool = False
+
+
+def row_bytes(denoiser: Denoiser, x0: Tensor, condition: Tensor) -> int:
+    """Bytes that one more row takes: its saved activations, measured on one and two rows, and the largest of them TRANSIENT times.
+
+    x0 [1, C, h, w], condition [1, ...].
+    """
+    (total, largest), (total2, largest2) = (_saved(denoiser, x0, condition, rows) for rows in (1, 2))
+    # x_t, the prediction and its gradient
+    return max(1, total2 - total + TRANSIENT * (largest2 - largest) + 4 * x0[0].numel() * x0.dtype.itemsize)
+
+
+def _saved(denoiser: Denoiser, x0: Tensor, condition: Tensor, rows: int) -> tuple[int, int]:
+    constants = {p.untyped_storage().data_ptr() for p in (*denoiser.parameters(), *denoiser.buffers())}
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []  # as long as autograd would hold them, or an address would be counted once for two
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in constants:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    x_t = x0.to(denoiser.dtype).expand(rows, *x0.shape[1:]).contiguous()
+    timesteps = torch.zeros(rows, dtype=torch.int64, device=x0.device)
+    leaf = condition.detach().clone().requires_grad_()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        denoiser(x_t, timesteps, leaf.expand(rows, *leaf.shape[1:]))
+    return sum(sizes.values()), max(sizes.values(), default=0)
+
+
+def plan(budget: int, images: int, pairs: int, row: int, image: int, checkpointed_row: int | None) -> Plan:
+    """What fits `budget` bytes: as many images as leave room for a row each, then rows, as even as they come.
+
+    row: bytes a row. image: bytes of an image's own weights, gradients and optimizer memory. checkpointed_row: bytes a row where
+    activations are made again; None where the denoiser cannot.
+
+    Raises:
+        ValueError: not one row of one image fits.
+    """
+    for size, checkpoint in ((row, False), (checkpointed_row, True)):
+        if size is not None and image + size <= budget:
+            together = min(images, budget // (image + size))
+            return Plan(min((budget - together * image) // size, together * pairs), together, checkpoint)
+    least = image + min(size for size in (row, checkpointed_row) if size is not None)
+    raise ValueError(f"memory_budget is {budget} bytes; one (timestep, noise) pair of one image takes about {least}: give more")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU (where torch raises a plain RuntimeError)."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
+
+
+def default_budget(device: torch.device) -> int | None:
+    """Four fifths of a GPU's free memory; None on the CPU, where free memory is other processes' too."""
+    if device.type != "cuda":
+        return None
+    free: Any = torch.cuda.mem_get_info(device)[0]
+    return int(free) * 4 // 5
