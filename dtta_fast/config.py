@@ -37,9 +37,10 @@ class AdaptConfig:
         guard: pairs on which the answers before and after are compared; where the loss is not lower after, the answer from before
             stands. 0 is off.
         guard_threshold: how much lower: the mean of the pairs' differences is below -guard_threshold standard errors (a paired test).
-        precision: fp32, or mixed: the denoiser and the model's frozen matrices in bf16 or fp16, losses, gradients to the condition and
-            optimizers in float32; None runs the modules as they are.
-        compile: off; regional, the denoiser's blocks, the model and the update each by torch.compile; or step, the whole step as one
+        precision: of the denoiser's weights and activations, nearly all of the work; None leaves them as they are. Losses, the sum of
+            the gradients to the condition, optimizers and weights that move are float32, these cast to it for each step. The model
+            keeps its own precision: an update of 1e-5 would be lost in a bfloat16 weight.
+        compile: off; regional, the denoiser's blocks and the model each by torch.compile; or step, the whole step as one
             graph, whose compilation takes as often as long as a step has chunks. For sessions: see Adapter.warmup.
         memory_budget: bytes for activations, and for the weights, gradients and optimizer memory of images that have their own; it
             bounds the chunk, then how many images of a batch run at once. None is four fifths of what is free on a GPU, and no bound

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from dtta_fast import optimizers, step
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.parameters import Parameters, call, in_dtypes_of, select
+from dtta_fast.parameters import Parameters, select
 from dtta_fast.runtime import compiling, memory
-from dtta_fast.runtime.precision import private_denoiser, private_model
+from dtta_fast.runtime.precision import private_denoiser
+from dtta_fast.runtime.private import PrivateCopy
 from dtta_fast.step import Problem, State
 from dtta_fast.tasks.base import Task
 
@@ -46,7 +47,7 @@ class Engine:
         self._batched = False  # vmap is known to work on these modules
         self._row_bytes: tuple[int, int | None] | None = None
         self._storage: State | None = None
-        self._model = private_model(self.model, select(self.model, config.parameters), config.precision)
+        self._model = PrivateCopy(self.model)
         self._denoiser = private_denoiser(self.denoiser, config.precision)
         denoiser: Any = self._denoiser.module
         device = anchor(self.model).device
@@ -61,7 +62,7 @@ class Engine:
             self._step = compiling.compiled(step.adaptation_step)
             self.problem = dataclasses.replace(self.problem, pad=True)
         else:
-            self.problem = dataclasses.replace(self.problem, pad=True, forward=self._forward, update=compiling.compiled(step.update))
+            self.problem = dataclasses.replace(self.problem, pad=True, forward=self._forward)
 
     def refresh(self) -> None:
         """The private copies take over what the caller has written into the modules since the last call."""
@@ -97,7 +98,9 @@ class Engine:
         """
         config, together = self.config, len(inputs)
         budget = config.memory_budget or memory.default_budget(x0.device)
-        rows, checkpoint = memory.ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * together, False
+        # a denoiser with weights of its own for each image runs image by image
+        abreast = 1 if self.problem.per_image and config.denoiser_parameters == "all" else together
+        rows, checkpoint = memory.ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * abreast, False
         if budget is not None:
             most = pairs if config.chunk == "auto" else min(pairs, config.chunk)
             image, (row, checkpointed) = self._bytes_per_image(), self._bytes_per_row(inputs, x0)
@@ -105,8 +108,9 @@ class Engine:
         if self._limit is not None:
             rows = min(rows, self._limit)
             together = min(rows, together)
-        chunk = max(1, rows // together)
-        self._at_once = together * min(chunk, pairs)
+        abreast = min(abreast, together)
+        chunk = max(1, rows // abreast)
+        self._at_once = abreast * min(chunk, pairs)
         self.problem.denoiser.checkpointing = checkpoint
         guard_rows = together * min(chunk, max(1, config.guard))
         self.problem = dataclasses.replace(self.problem, chunk=chunk, guard_rows=guard_rows)
@@ -153,19 +157,13 @@ class Engine:
         else:
             step.restore_(kept, theta, phi, outputs)
         if problem.per_image and images > 1 and not (self._loop or self._batched):
-            self._try_batching(kept, inputs, x0)
+            self._try_batching(kept, inputs)
         return kept, outputs
 
-    def _try_batching(self, state: State, inputs: Tensor, x0: Tensor) -> None:
+    def _try_batching(self, state: State, inputs: Tensor) -> None:
         """Images run at once by vmap, or one by one where a module's operators cannot be batched."""
         try:
-            outputs = step.forward(self.problem, state.theta, inputs)
-            if state.phi:
-                conditions = self.task.condition(outputs, self.problem.denoiser, state.phi, self.config)[:, None]
-                timesteps = torch.zeros(len(x0), 1, dtype=torch.int64, device=x0.device)
-                moving = in_dtypes_of(self.problem.denoiser, state.phi)
-                x_t = x0[:, None].to(self.problem.denoiser.dtype)
-                call(self.problem.denoiser, moving, x_t, timesteps, conditions, per_image=True)
+            step.forward(self.problem, state.theta, inputs)
             self._batched = True
         except Exception as error:  # whatever a module raises under vmap
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,4 +1,4 @@
-"""SGD, Adam and AdamW on plain tensors, with torch.optim's formulas.
+"""SGD, Adam and AdamW on plain tensors, by torch.optim's kernels.
 
 Elementwise, so parameters stacked over images are updated as if each image had an optimizer of its own.
 """
@@ -38,11 +38,58 @@ def update_(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """One update of parameters and slots in place; `step` is a 0-dim tensor, 0 at the first call, `lr` a 0-dim float64 tensor: exact,
-    and no reason for PyTorch to promote the parameters.
+    """One update of contiguous parameters and slots in place. `step` is a 0-dim int64 tensor, 0 at the first call; `lr` 0-dim float64.
 
-    In place since, with weights of their own for 50 images, making new tensors took half of an adaptation's time on a CPU.
+    By torch's fused kernels, one pass over memory, where one operator after the other took a third of an adaptation of 16 images on a
+    CPU. torch.compile has no form of them (SGD's has no meta kernel), and fuses the operators itself.
     """
+    if torch.compiler.is_compiling():
+        _by_operators_(optimizer, parameters, gradients, slots, step, lr, momentum, weight_decay)
+        return
+    gradients = [gradient.contiguous() for gradient in gradients]  # the kernels walk memory, whatever the strides
+    if optimizer == "sgd":
+        velocity = slots[0] if momentum else []
+        torch._fused_sgd_(
+            parameters,
+            gradients,
+            velocity,
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+        )
+        return
+    kernel = torch._fused_adamw_ if optimizer == "adamw" else torch._fused_adam_
+    kernel(
+        parameters,
+        gradients,
+        slots[0],
+        slots[1],
+        [],
+        [(step + 1).float()] * len(parameters),
+        lr=lr,
+        beta1=BETA1,
+        beta2=BETA2,
+        weight_decay=weight_decay,
+        eps=EPSILON,
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+def _by_operators_(
+    optimizer: Optimizer,
+    parameters: Tensors,
+    gradients: Tensors,
+    slots: Slots,
+    step: Tensor,
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> None:
     if weight_decay and optimizer == "adamw":
         torch._foreach_mul_(parameters, 1 - lr * weight_decay)
     elif weight_decay:

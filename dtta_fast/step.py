@@ -15,7 +15,6 @@ from dtta_fast.draws import Draws
 from dtta_fast.objectives import Pairs, embedding_mix, pair_losses
 from dtta_fast.optimizers import Slots, Tensors, init_slots, update_
 from dtta_fast.parameters import Parameters, call, copies, in_dtypes_of
-from dtta_fast.runtime.precision import DTYPES
 from dtta_fast.tasks.base import Task
 
 FREE_LOGITS = "logits"
@@ -27,8 +26,8 @@ class Problem:
     """What stays the same from step to step. The modules are private copies.
 
     lr, denoiser_lr: 0-dim float64, on the modules' device. chunk: pairs of an image that run at once. guard_rows: rows of a guard's
-    forward, at most; with `pad` exactly as many. loop: images with weights of their own run one by one. forward, update: compiled
-    forms of the functions of those names, where there are.
+    forward, at most; with `pad` exactly as many. loop: images with weights of their own run one by one. forward: the compiled form of
+    the function of that name, where there is one.
     """
 
     model: nn.Module
@@ -42,7 +41,6 @@ class Problem:
     pad: bool = False
     loop: bool = False
     forward: Callable[..., Tensor] | None = None
-    update: Callable[..., None] | None = None
 
     @property
     def per_image(self) -> bool:
@@ -91,17 +89,13 @@ def restore_(state: State, theta: Parameters, phi: Parameters, outputs: Tensor) 
 
 
 def forward(problem: Problem, theta: Parameters, inputs: Tensor) -> Tensor:
-    """The model's outputs [B, ...] under the weights `theta` for inputs [B, 3, H, W]; float32 under mixed precision."""
+    """The model's outputs [B, ...] under the weights `theta` for inputs [B, 3, H, W]."""
     if FREE_LOGITS in theta:
         return theta[FREE_LOGITS].clone()  # the step updates its state in place
-    half = DTYPES[problem.config.precision] if problem.config.precision in ("bf16", "fp16") else None
-    weights = theta if half else in_dtypes_of(problem.model, theta)
-    with torch.autocast(inputs.device.type, half, enabled=half is not None, cache_enabled=False):
-        if problem.per_image and theta:
-            outputs = call(problem.model, weights, inputs[:, None], per_image=True, loop=problem.loop)[:, 0]
-        else:
-            outputs = call(problem.model, weights, inputs, per_image=False)
-    return outputs.float() if half else outputs
+    weights = in_dtypes_of(problem.model, theta)
+    if problem.per_image and theta:
+        return call(problem.model, weights, inputs[:, None], per_image=True, loop=problem.loop)[:, 0]
+    return call(problem.model, weights, inputs, per_image=False)
 
 
 def gradients(
@@ -126,7 +120,7 @@ def gradients(
     conditions = problem.task.condition((problem.forward or forward)(problem, theta, inputs), problem.denoiser, phi, config)
     drawn = Pairs(x0, timesteps, image_ids, config.seed, state.step, noise)
     loss, to_conditions, to_phi, scale = embedding_mix(
-        problem.denoiser, phi, conditions, drawn, problem.chunk, config.loss == "l1", problem.per_image, problem.loop
+        problem.denoiser, phi, conditions, drawn, problem.chunk, config.loss == "l1", problem.per_image
     )
     through = torch.autograd.grad(
         conditions, [*theta.values(), *phi.values()], to_conditions.to(conditions.dtype), allow_unused=True, materialize_grads=True
@@ -159,7 +153,7 @@ def adaptation_step(
 ) -> Tensor:
     """One update of the state, in place; returns the loss [B] before it. The unit that compile="step" compiles."""
     loss, to_theta, to_phi = gradients(problem, state, inputs, x0, image_ids, timesteps, noise)
-    (problem.update or update)(problem, state, to_theta, to_phi)
+    update(problem, state, to_theta, to_phi)
     return loss
 
 

@@ -1,0 +1,54 @@
+"""An honest engine with the reference recipe's schedule, to measure the engine against.
+
+Micro-batches of 15 pairs, their gradients accumulated; the classifier runs inside every micro-batch; float32; the loss is read by
+.item() in each; for every image the whole state dict is loaded again and the optimizer rebuilt. Written from the paper's description
+(arXiv 2311.16102) and what its reference implementation is known to do.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtta_fast.config import AdaptConfig
+from dtta_fast.denoisers.dit import DiT
+
+MICRO_BATCH = 15
+
+
+class Naive:
+    """Adapts `model` (and the DiT, where config.denoiser_parameters is "all") in place, one image at a time, with SGD or Adam."""
+
+    def __init__(self, model: nn.Module, denoiser: DiT, config: AdaptConfig) -> None:
+        self.model, self.denoiser, self.config = model.eval(), denoiser.eval(), config
+        self.both = config.denoiser_parameters == "all"
+        denoiser.requires_grad_(self.both)
+        self.source = copy.deepcopy((model.state_dict(), denoiser.state_dict()))
+
+    def adapt(self, inputs: Tensor, x0: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, list[float]]:
+        """inputs [1, 3, H, W], x0 [1, C, h, w], timesteps [steps, P], noise [steps, P, C, h, w] -> logits [1, K], losses by step."""
+        config, process = self.config, self.denoiser.process
+        self.model.load_state_dict(self.source[0])
+        self.denoiser.load_state_dict(self.source[1])
+        groups = [{"params": list(self.model.parameters()), "lr": config.lr}]
+        if self.both:
+            groups.append({"params": list(self.denoiser.network.parameters()), "lr": config.denoiser_lr})
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum) if config.optimizer == "sgd" else torch.optim.Adam(groups)
+        losses = []
+        for t_step, noise_step in zip(timesteps, noise, strict=True):
+            optimizer.zero_grad()
+            total = 0.0
+            for t, eps in zip(t_step.split(MICRO_BATCH), noise_step.split(MICRO_BATCH), strict=True):
+                embedding = self.model(inputs).softmax(1) @ self.denoiser.network.y_embedder.embedding_table.weight[:-1]
+                a, s = process.table[t, :2].view(-1, 2, 1, 1, 1).unbind(1)
+                prediction = self.denoiser(a * x0 + s * eps, t, embedding.expand(len(t), -1))
+                loss = F.mse_loss(prediction[:, : eps.shape[1]], eps) * len(t) / len(t_step)
+                loss.backward()
+                total += loss.item()
+            optimizer.step()
+            losses.append(total)
+        with torch.no_grad():
+            return self.model(inputs), losses

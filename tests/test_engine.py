@@ -1,0 +1,251 @@
+"""How a step runs: precision, compilation, memory, deadlines, and what happens where one of them fails."""
+
+from __future__ import annotations
+
+import resource
+import time
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from dtta_fast import AdaptConfig, Adapter, adapt
+
+CONFIG = AdaptConfig(steps=3, pairs=6, lr=1e-2, guard=3)
+
+
+@pytest.fixture
+def floats(model, denoiser, images):
+    return model.float(), denoiser.float(), images.float()
+
+
+def change(result) -> torch.Tensor:
+    return result.outputs.float() - result.outputs_before.float()
+
+
+def relative(found, expected) -> float:
+    return float((change(found) - change(expected)).norm() / change(expected).norm())
+
+
+# What may differ from the plain engine, as a share of the adaptation's effect on the logits: float32's rounding over three steps;
+# of one step in half precision, whose gradient has 8 or 11 bits. More steps would measure how chaotic a random model is.
+LADDER = [
+    ({"chunk": 1}, 1e-3),
+    ({"chunk": 4}, 1e-3),
+    ({"memory_budget": 10**7}, 1e-3),
+    ({"compile": "regional"}, 1e-3),
+    ({"compile": "step"}, 1e-3),
+    ({"precision": "fp32"}, 0.0),
+    ({"precision": "bf16"}, 0.05),
+    ({"precision": "fp16"}, 0.01),
+    ({"precision": "bf16", "compile": "regional"}, 0.05),
+]
+
+
+@pytest.mark.parametrize("denoiser_parameters", ["frozen", "all"])
+@pytest.mark.parametrize(("rung", "tolerance"), LADDER)
+def test_every_way_to_run_gives_the_same(floats, rung, tolerance, denoiser_parameters):
+    steps = 1 if "precision" in rung else 3
+    config = CONFIG.replace(steps=steps, denoiser_parameters=denoiser_parameters, guard=0, optimizer="sgd", lr=0.02, denoiser_lr=0.02)
+    plain = adapt(*floats, config=config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(compilation failed|one by one)")
+        found = adapt(*floats, config=config.replace(**rung))
+    assert change(plain).norm() > 1e-2
+    assert relative(found, plain) <= tolerance
+
+
+def test_warm_sessions_do_not_compile_again(floats):
+    model, denoiser, images = floats
+    torch._dynamo.reset()
+    adapter = Adapter(model, denoiser, CONFIG.replace(compile="regional", lr=0.3))
+    adapter.warmup(images)
+    counters.clear()
+    asked = set()
+    for first in range(0, 40, 4):
+        result = adapter.adapt(images, image_ids=torch.arange(first, first + 4))
+        asked.add(int((result.evaluations > CONFIG.steps * CONFIG.pairs).sum()))
+    assert len(asked) > 1  # the guard met different numbers of changed answers
+    assert counters["stats"]["unique_graphs"] == 0
+    assert not counters["graph_break"]
+
+
+def test_no_memory_is_left_behind_by_200_images(floats):
+    model, denoiser, images = floats
+    adapter = Adapter(model, denoiser, CONFIG)
+
+    def run(batches: int) -> int:
+        for _ in range(batches):
+            adapter.adapt(images)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+
+    settled = run(25)
+    assert run(50) - settled < 4096
+
+
+@pytest.mark.parametrize("denoiser_parameters", ["frozen", "all"])
+def test_a_budget_bounds_rows_and_images(floats, denoiser_parameters):
+    model, denoiser, images = floats
+    rows: list[int] = []
+    denoiser.network.blocks[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    config = CONFIG.replace(denoiser_parameters=denoiser_parameters, guard=0)
+    plain = adapt(model, denoiser, images, config=config)
+    most = []
+    for budget in (10**7, 2 * 10**6):
+        rows.clear()
+        found = adapt(model, denoiser, images, config=config.replace(memory_budget=budget))
+        most.append(max(rows))
+        torch.testing.assert_close(found.outputs, plain.outputs, rtol=1e-3, atol=1e-3)
+    if denoiser_parameters == "frozen":  # under vmap a module sees one image's rows
+        assert most[1] < most[0]
+    with pytest.raises(ValueError, match=r"memory_budget is 1000 bytes; one \(timestep, noise\) pair of one image takes about \d+"):
+        adapt(model, denoiser, images, config=config.replace(memory_budget=1000))
+
+
+def test_activations_are_made_again_where_one_pair_does_not_fit(floats):
+    from dtta_fast.engine import Engine
+    from dtta_fast.tasks import Classification
+
+    model, denoiser, images = floats
+    config = CONFIG.replace(guard=0, steps=1)
+    engine = Engine(model, denoiser, Classification(), config)
+    x0 = engine.problem.denoiser.encode(images)
+    row, checkpointed = engine._bytes_per_row(images, x0)
+    assert checkpointed is not None
+    assert checkpointed < row
+    calls: list[int] = []
+    denoiser.network.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    budget = engine._bytes_per_image() + (row + checkpointed) // 2
+    plain = adapt(model, denoiser, images, config=config.replace(chunk=1), image_ids=torch.arange(4))
+    once, calls[:] = len(calls), []
+    found = adapt(model, denoiser, images, config=config.replace(memory_budget=budget))
+    assert len(calls) > 4 * once  # one image at a time, and every block twice
+    torch.testing.assert_close(found.outputs, plain.outputs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("injected"), RuntimeError("DefaultCPUAllocator: not enough memory: injected")])
+def test_out_of_memory_halves_the_rows(floats, error):
+    model, denoiser, images = floats
+    plain = adapt(model, denoiser, images, config=CONFIG)
+    failures: list[int] = []
+
+    def full(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) > 7:
+            failures.append(len(inputs[0]))
+            raise error
+
+    denoiser.network.blocks[1].register_forward_pre_hook(full)
+    adapter = Adapter(model, denoiser, CONFIG)
+    torch.testing.assert_close(adapter.adapt(images).outputs, plain.outputs, rtol=1e-3, atol=1e-3)
+    assert 1 <= len(failures) <= 3
+    adapter.adapt(images)
+    assert len(failures) <= 3  # it has learnt
+    denoiser.network.blocks[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error), match="injected"):
+        adapt(model, denoiser, images, config=CONFIG)
+
+
+def test_a_deadline_stops_after_the_last_step_that_fits(floats):
+    model, denoiser, images = floats
+    denoiser.network.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+    config = CONFIG.replace(steps=10, guard=0)
+    adapter = Adapter(model, denoiser, config)
+    adapter.warmup(images)
+    start = time.perf_counter()
+    result = adapter.adapt(images, deadline_ms=400)
+    assert time.perf_counter() - start < 0.5
+    assert 1 <= result.steps_run < 8
+    assert result.loss.shape == (4, result.steps_run)
+    assert result.evaluations.tolist() == [6 * result.steps_run] * 4
+    fewer = adapt(model, denoiser, images, config=config.replace(steps=result.steps_run))
+    assert torch.equal(result.outputs, fewer.outputs)
+    none = adapter.adapt(images, deadline_ms=1e-3)
+    assert none.steps_run == 0
+    assert none.loss.shape == (4, 0)
+    assert torch.equal(none.outputs, none.outputs_before)
+    for wrong in (0, -1, float("nan"), True, "soon"):
+        with pytest.raises(ValueError, match="deadline_ms is"):
+            adapter.adapt(images, deadline_ms=wrong)
+    tight = Adapter(model, denoiser, config.replace(memory_budget=2 * 10**6, denoiser_parameters="all"))
+    with pytest.raises(ValueError, match="images holds 4, and memory_budget has room for"):
+        tight.adapt(images, deadline_ms=1000)
+
+
+class Branching(nn.Module):
+    """Reads a value in its forward: vmap cannot batch that, and torch.compile cannot make one graph of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * 16 * 16, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.head(x.flatten(1))
+        return z if float(z.detach().sum()) > -1e9 else -z
+
+
+def test_models_that_vmap_cannot_batch_run_one_by_one(denoiser, images):
+    torch.manual_seed(0)
+    model, denoiser, images = Branching(), denoiser.float(), images.float()
+    adapter = Adapter(model, denoiser, CONFIG.replace(guard=0))
+    with pytest.warns(UserWarning, match="run one by one: vmap fails"):
+        first = adapter.adapt(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        adapter.adapt(images)
+    each = [adapt(model, denoiser, images[i : i + 1], config=CONFIG.replace(guard=0), image_ids=torch.tensor([i])) for i in range(4)]
+    torch.testing.assert_close(first.outputs, torch.cat([r.outputs for r in each]), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["regional", "step"])
+def test_a_failed_compilation_goes_on_in_eager_mode(denoiser, images, monkeypatch, how):
+    torch.manual_seed(0)
+    model, denoiser, images = Branching(), denoiser.float(), images[:1].float()
+    plain = adapt(model, denoiser, images, config=CONFIG)
+    adapter = Adapter(model, denoiser, CONFIG.replace(compile=how))
+    with pytest.warns(UserWarning, match=f"compile is '{how}', and the compilation failed"):
+        found = adapter.adapt(images)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        adapter.adapt(images)
+    assert torch.equal(found.outputs, plain.outputs)
+    monkeypatch.setenv("DTTA_FAST_STRICT", "1")
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException):
+        Adapter(model, denoiser, CONFIG.replace(compile=how)).adapt(images)
+
+
+@pytest.mark.parametrize("precision", [None, "bf16"])
+def test_what_the_caller_writes_between_calls_is_seen(floats, precision):
+    model, denoiser, images = floats
+    config = CONFIG.replace(precision=precision, parameters="head")
+    adapter = Adapter(model, denoiser, config)
+    adapter.adapt(images)
+    with torch.no_grad():
+        for p in (*model.parameters(), *denoiser.parameters()):
+            p.mul_(1.1)  # in place
+    assert torch.equal(adapter.adapt(images).outputs, adapt(model, denoiser, images, config=config).outputs)
+    head = model.get_classifier()
+    head.weight = nn.Parameter(head.weight.detach() * 0.5)  # another tensor
+    assert torch.equal(adapter.adapt(images).outputs, adapt(model, denoiser, images, config=config).outputs)
+
+
+def test_half_precision_holds_frozen_weights_and_leaves_the_caller_s(floats, untouched):
+    model, denoiser, images = floats
+    adapter = Adapter(model, denoiser, CONFIG.replace(precision="bf16", parameters="head"))
+    with untouched(model, denoiser):
+        adapter.adapt(images)
+    problem = adapter._engine.problem
+    kinds = {name: p.dtype for name, p in problem.denoiser.named_parameters()}
+    assert kinds.pop("network.y_embedder.embedding_table.weight") == torch.float32
+    assert set(kinds.values()) == {torch.bfloat16}
+    assert {p.dtype for p in problem.model.parameters()} == {torch.float32}
+
+
+def test_models_that_cannot_be_copied_are_named(denoiser):
+    class Singular(Branching):
+        def __deepcopy__(self, memo: dict) -> None:
+            raise NotImplementedError("one of a kind")
+
+    with pytest.raises(TypeError, match="Singular cannot be copied"):
+        Adapter(Singular(), denoiser, CONFIG)
