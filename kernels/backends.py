@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -20,7 +21,9 @@ def serving(device_type: str) -> tuple[str, str]:
     """The backend of a device type ("native", "triton" or "torch") for float32, bfloat16 and float16, and the reason."""
     if device_type == "cpu":
         if native.library() is None:
-            return "torch", f"{native.NAME} was not built: install a C++17 compiler and reinstall dtta-fast"
+            return "torch", native.missing()
+        if native.instruction_set() == "portable" and platform.machine().lower() in ("x86_64", "amd64", "i386", "i686"):
+            return "torch", "without AVX2 and FMA the native kernels are slower than plain torch"
         return "native", f"C++, {native.instruction_set()}, {native.thread_pool()}"
     if device_type == "cuda":
         try:
@@ -33,7 +36,8 @@ def serving(device_type: str) -> tuple[str, str]:
 def choose(dtype: torch.dtype, *tensors: Tensor | None) -> ModuleType:
     """The module that computes an op on these tensors with results in `dtype`.
 
-    float64 is plain torch's everywhere.
+    float64, and what is neither float32, bfloat16 nor float16, is plain torch's everywhere. (The native backend hands mixtures that are
+    one matrix product to torch's.)
 
     Raises:
         RuntimeError: DTTA_FAST_STRICT=1 is set and the device's kernels are missing.

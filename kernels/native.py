@@ -17,6 +17,7 @@ from dtta_fast.kernels import reference
 
 NAME = {"win32": "dtta_kernels.dll", "darwin": "libdtta_kernels.dylib"}.get(sys.platform, "libdtta_kernels.so")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ABI_VERSION = 1  # dtta_ops.h
 BAD_TIMESTEP, BAD_IMAGE_ID = 2, 3  # dtta_ops.h
 
 
@@ -48,6 +49,7 @@ _SIGNATURES = {
     "dtta_instruction_set": (c_char_p, []),
     "dtta_use_instruction_set": (c_int32, [c_char_p]),
     "dtta_use_thread_pool": (None, [c_void_p]),
+    "dtta_abi": (c_int64, []),
 }
 
 
@@ -58,8 +60,8 @@ def library() -> ctypes.CDLL | None:
         path = Path(folder) / NAME
         if path.is_file():
             native = ctypes.CDLL(str(path))
-            if not hasattr(native, "dtta_use_thread_pool"):
-                return None  # left by an older build
+            if not _matches(native):
+                return None
             for name, (result, arguments) in _SIGNATURES.items():
                 function = getattr(native, name)
                 function.restype, function.argtypes = result, arguments
@@ -68,21 +70,39 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def _matches(native: ctypes.CDLL) -> bool:
+    """Whether the library has the structs of this file: one left by an older build would read past them."""
+    if not hasattr(native, "dtta_abi"):
+        return False
+    native.dtta_abi.restype = c_int64
+    return bool(native.dtta_abi() == ABI_VERSION * 10**6 + ctypes.sizeof(_Draws) * 1000 + ctypes.sizeof(_Mixture))
+
+
+def missing() -> str:
+    """Why there is no library, and what to do."""
+    stale = any((Path(folder) / NAME).is_file() for folder in dtta_fast.kernels.__path__)
+    what = "is of an older build: " if stale else "was not built: install a C++17 compiler and "
+    return f"{NAME} {what}run pip install --force-reinstall --no-deps again"
+
+
 def _openmp() -> int | None:
-    """Torch's own OpenMP threads: two pools would spin against each other on the same cores."""
+    """The OpenMP threads of this process, torch's: two pools would spin against each other on the same cores.
+
+    As everywhere in torch, a process forked after they have run cannot use them.
+    """
     function = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform != "win32" else None
     return None if function is None else ctypes.cast(function, c_void_p).value
 
 
 def thread_pool() -> str:
     """Whose threads the kernels run on, in words."""
-    return "torch's OpenMP threads" if _openmp() else "threads of its own"
+    return "the process's OpenMP threads" if _openmp() else "threads of its own"
 
 
 def _loaded() -> ctypes.CDLL:
     native = library()
     if native is None:
-        raise RuntimeError(f"{NAME} was not built: install a C++17 compiler and run pip install --force-reinstall --no-deps again")
+        raise RuntimeError(missing())
     return native
 
 
@@ -190,16 +210,19 @@ def _mixture(logits: Tensor, embeddings: Tensor, chosen: Tensor | None, logit_sc
     return _Mixture(*pointers, *sizes, logit_scale or 0.0, _type(logits), _type(embeddings), per_image)
 
 
-def _is_product(logits: Tensor, chosen: Tensor | None, per_image: bool) -> bool:
-    """Several images under one whole table: a matrix product, and torch's takes 0.4 of our time (16 images, 1000 classes of 1152)."""
-    return chosen is None and not per_image and len(logits) > 1
+def _is_product(logits: Tensor, embeddings: Tensor, chosen: Tensor | None, per_image: bool) -> bool:
+    """Several images under one whole table: a matrix product, and torch's takes 0.4 of our time (16 images, 1000 classes of 1152).
+
+    A half-precision table it first converts, which pays for many images only: 4 images take it 5 times our time.
+    """
+    return chosen is None and not per_image and len(logits) > (1 if embeddings.dtype == torch.float32 else 15)
 
 
 def mix_condition(
     logits: Tensor, embeddings: Tensor, chosen: Tensor | None, logit_scale: float | None, per_image: bool
 ) -> tuple[Tensor, Tensor]:
     """reference.mix_condition for contiguous tensors of float32, bfloat16 and float16."""
-    if _is_product(logits, chosen, per_image):
+    if _is_product(logits, embeddings, chosen, per_image):
         return reference.mix_condition(logits, embeddings, chosen, logit_scale, per_image)
     mixture = _mixture(logits, embeddings, chosen, logit_scale, per_image)
     mixed = embeddings.new_empty((len(logits), *embeddings.shape[1 + per_image :]))
@@ -219,7 +242,7 @@ def mix_condition_backward(
     with_embeddings: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """reference.mix_condition_backward for contiguous tensors of float32, bfloat16 and float16."""
-    if _is_product(logits, chosen, per_image):
+    if _is_product(logits, embeddings, chosen, per_image):
         return reference.mix_condition_backward(upstream, logits, embeddings, chosen, weights, logit_scale, per_image, with_embeddings)
     mixture = _mixture(logits, embeddings, chosen, logit_scale, per_image)
     to_logits = torch.empty_like(logits)

@@ -72,7 +72,8 @@ def denoising_loss(
         return loss, None
     factor = upstream[..., None, None, None].to(compute) * w / x0[0].numel()
     gradient = torch.zeros_like(prediction)
-    gradient[:, : x0.shape[1]] = ((difference.sign() if l1 else 2 * difference) * factor).flatten(0, 1)
+    sign = torch.where(difference.isnan(), difference, difference.sign())  # torch.sign(NaN) is 0
+    gradient[:, : x0.shape[1]] = ((sign if l1 else 2 * difference) * factor).flatten(0, 1)
     return loss, gradient
 
 

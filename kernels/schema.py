@@ -30,6 +30,7 @@ def _check_draws(
     _check(x0.is_floating_point(), f"x0 has dtype {x0.dtype}; give a floating-point one")
     _check(x0[0].numel() <= 2**26, f"x0 has shape {tuple(x0.shape)}; an image may have 2^26 elements at most")
     _check(table.ndim == 2 and table.shape[1] == 5, f"table has shape {tuple(table.shape)}; give NoiseProcess.table, [T, 5]")
+    _check(len(table) > 0, "table has no rows; give NoiseProcess.table, a row a timestep")
     _check(table.dtype == torch.float32, f"table has dtype {table.dtype}; give NoiseProcess.table, float32")
     _check(
         timesteps.ndim == 2 and timesteps.shape[0] == x0.shape[0] and timesteps.shape[1] > 0,
@@ -44,6 +45,7 @@ def _check_draws(
     _check(0 <= pair0 <= last, f"pair0 is {pair0}; give 0 .. {last} for {timesteps.shape[1]} pairs")
     expected = (*timesteps.shape, *x0.shape[1:])
     if noise is not None:
+        _check(noise.is_floating_point(), f"noise has dtype {noise.dtype}; give a floating-point one")
         _check(tuple(noise.shape) == expected, f"noise has shape {tuple(noise.shape)}; give [B, P, C, H, W] = {list(expected)}")
     named = {"table": table, "timesteps": timesteps, "image_ids": image_ids, "step": step, "noise": noise}
     _check_devices(x0, named)
@@ -84,7 +86,7 @@ def _check_mixture(logits: Tensor, embeddings: Tensor, top_k: int | None, logit_
     for name, value in (("logits", logits), ("embeddings", embeddings)):
         _check(value.is_floating_point(), f"{name} has dtype {value.dtype}; give a floating-point one")
     _check(top_k is None or 1 <= top_k <= classes, f"top_k is {top_k}; give 1 .. {classes}")
-    _check(logit_scale is None or logit_scale > 0, f"logit_scale is {logit_scale}; give a positive number")
+    _check(logit_scale is None or 0 < logit_scale < float("inf"), f"logit_scale is {logit_scale}; give a positive, finite number")
     _check_devices(logits, {"embeddings": embeddings})
 
 
@@ -105,6 +107,7 @@ def _add_noise(
     noise: Tensor | None,
 ) -> Tensor:
     _check_draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
+    _check(dtype.is_floating_point, f"dtype is {dtype}; give a floating-point one")
     backend = backends.choose(dtype, x0, noise)
     _check_values(backend, table, timesteps, image_ids, step)
     x0, table, timesteps, image_ids, noise = _contiguous(x0, table, timesteps, image_ids, noise)  # type: ignore[assignment]
@@ -307,9 +310,23 @@ def _mix_condition_backward(
     with_embeddings: bool,
 ) -> tuple[Tensor, Tensor]:
     _check_mixture(logits, embeddings, None, logit_scale, per_image)
-    classes = chosen if chosen.shape[1] else None
+    expected = (len(logits), *embeddings.shape[1 + per_image :])
+    _check(
+        upstream.shape == expected and upstream.dtype == embeddings.dtype,
+        f"upstream is {upstream.dtype} {tuple(upstream.shape)}; give {embeddings.dtype} {expected}, like the mixed embedding",
+    )
+    computed = _weight_dtype(logits, embeddings)
+    _check(
+        weights.shape == logits.shape and weights.dtype == computed,
+        f"weights is {weights.dtype} {tuple(weights.shape)}; give the forward's, {computed} {tuple(logits.shape)}",
+    )
+    _check(
+        chosen.ndim == 2 and chosen.shape[0] == len(logits) and chosen.dtype == torch.int64,
+        f"chosen is {chosen.dtype} {tuple(chosen.shape)}; give the forward's, int64 [{len(logits)}, top_k]",
+    )
     backend = backends.choose(torch.float32, logits, embeddings)
-    upstream, logits, embeddings, weights = _contiguous(upstream, logits, embeddings, weights)  # type: ignore[assignment]
+    upstream, logits, embeddings, weights, chosen = _contiguous(upstream, logits, embeddings, weights, chosen)  # type: ignore[assignment]
+    classes = chosen if chosen.shape[1] else None
     to_logits, to_embeddings = backend.mix_condition_backward(
         upstream, logits, embeddings, classes, weights, logit_scale, per_image, with_embeddings
     )

@@ -33,7 +33,7 @@ def test_without_the_library_plain_torch_serves_and_says_so(without_library, mon
     x0 = torch.randn(2, 3, 4, 5)
     backend, reason = backends.serving("cpu")
     assert backend == "torch"
-    assert "C++17 compiler" in reason
+    assert "pip install" in reason
     given = draws(3)
     expected = reference.add_noise(x0, TABLE, given["timesteps"], given["image_ids"], 5, given["step"], 0, torch.float32, None)
     assert torch.equal(add_noise(x0, **given), expected)
@@ -46,6 +46,39 @@ def test_without_the_library_plain_torch_serves_and_says_so(without_library, mon
 def test_the_native_library_serves_the_cpu():
     assert backends.serving("cpu")[0] == "native"
     assert backends.choose(torch.float32, torch.zeros(1)) is native
+
+
+def test_a_portable_build_on_x86_leaves_the_ops_to_torch(monkeypatch):
+    monkeypatch.setattr(native, "instruction_set", lambda: "portable")
+    for machine, backend in (("x86_64", "torch"), ("arm64", "native")):
+        monkeypatch.setattr(backends.platform, "machine", lambda machine=machine: machine)
+        backends.serving.cache_clear()
+        assert backends.serving("cpu")[0] == backend
+    backends.serving.cache_clear()
+
+
+def test_a_library_of_another_build_is_refused(monkeypatch):
+    monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
+    native.library.cache_clear()
+    backends.serving.cache_clear()
+    backend, reason = backends.serving("cpu")
+    assert backend == "torch"
+    assert "older build" in reason
+    native.library.cache_clear()
+    backends.serving.cache_clear()
+
+
+def test_the_backward_of_a_mixture_checks_what_it_is_given():
+    logits, table = torch.randn(2, 4), torch.randn(4, 3)
+    mixed, weights, chosen = torch.ops.dtta_fast.mix_condition(logits, table, 2, None, False)
+    run = torch.ops.dtta_fast.mix_condition_backward
+    expected = run(mixed, logits, table, weights, chosen, None, False, True)
+    strided = run(mixed, logits, table, weights, chosen.T.contiguous().T, None, False, True)
+    assert all(torch.equal(a, b) for a, b in zip(expected, strided, strict=True))
+    for name, wrong in (("upstream", mixed[:, :1]), ("upstream", mixed.double()), ("weights", weights.double()), ("chosen", chosen.int())):
+        given = {"upstream": mixed, "weights": weights, "chosen": chosen, name: wrong}
+        with pytest.raises(ValueError, match=f"{name} is"):
+            run(given["upstream"], logits, table, given["weights"], given["chosen"], None, False, True)
 
 
 def allocated(run) -> int:
@@ -75,7 +108,7 @@ def test_nothing_large_is_allocated_beside_the_results():
 def test_strided_tensors_give_what_contiguous_ones_give(dtype):
     generator = torch.Generator().manual_seed(1)
     x0 = torch.randn(2, 6, 6, 3, generator=generator, dtype=dtype).permute(0, 3, 1, 2)
-    prediction = torch.randn(8, 6, 6, 6, generator=generator, dtype=dtype)[:, :, :, :].to(memory_format=torch.channels_last)
+    prediction = torch.randn(8, 6, 6, 6, generator=generator, dtype=dtype).to(memory_format=torch.channels_last)
     given = {**draws(8), "timesteps": draws(8)["timesteps"][:, ::2]}
     assert not x0.is_contiguous()
     assert not prediction.is_contiguous()

@@ -61,11 +61,11 @@ def check_noise_ops(shape, dtype, explicit, learned_variance, l1):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 70), st.sampled_from(DTYPES), st.booleans(), st.booleans(), st.booleans())
-def check_mixture(classes, numbers, dtype, per_image, scaled, top):
+@given(st.integers(1, 40), st.integers(1, 70), st.integers(1, 3), st.sampled_from(DTYPES), st.booleans(), st.booleans(), st.booleans())
+def check_mixture(classes, numbers, images, dtype, per_image, scaled, top):
     generator = torch.Generator().manual_seed(0)
-    logits, upstream = (torch.randn(3, n, generator=generator).to(dtype) for n in (classes, numbers))
-    embeddings = torch.randn(*((3,) if per_image else ()), classes, numbers, generator=generator).to(dtype)
+    logits, upstream = (torch.randn(images, n, generator=generator).to(dtype) for n in (classes, numbers))
+    embeddings = torch.randn(*((images,) if per_image else ()), classes, numbers, generator=generator).to(dtype)
     chosen = logits.topk((classes + 1) // 2, dim=1).indices if top else None
     scale = 3.0 if scaled else None
     results = []
@@ -79,20 +79,46 @@ def check_mixture(classes, numbers, dtype, per_image, scaled, top):
 
 @pytest.mark.parametrize("check", [check_noise_ops, check_mixture])
 def test_errors_are_those_of_the_precision(instruction_set, check, monkeypatch):
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))  # what is left unwritten shows
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):  # what is left unwritten shows
+        allocate = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, allocate=allocate, **k: allocate(*a, **k).fill_(float("nan")))
+    monkeypatch.setattr(native, "_is_product", lambda *_: False)  # the kernel of ours, not torch's product
     check()
 
 
-def test_same_bits_for_every_number_of_threads(instruction_set):
+def test_several_images_under_a_float32_table_are_torch_s_product(monkeypatch):
+    called = []
+    monkeypatch.setattr(reference, "mix_condition", lambda *_: called.append(1))
+    for images, dtype, product in ((1, torch.float32, 0), (2, torch.float32, 1), (2, torch.bfloat16, 0), (16, torch.bfloat16, 1)):
+        called.clear()
+        native.mix_condition(torch.randn(images, 5, dtype=dtype), torch.randn(5, 6, dtype=dtype), None, None, False)
+        assert len(called) == product
+
+
+def test_a_gradient_at_a_prediction_that_is_not_finite_is_nan(instruction_set):
+    prediction, upstream = torch.full((6, 1, 3, 3), float("nan")), torch.ones(2, 3)
+    for module in (native, reference):
+        loss, gradient = module.denoising_loss(prediction, torch.zeros(2, 1, 3, 3), TABLE, *DRAWS, True, upstream, None)
+        assert loss.isnan().all()
+        assert gradient.isnan().all()
+
+
+@pytest.mark.parametrize("pool", ["openmp", "own"])
+def test_same_bits_for_every_number_of_threads(instruction_set, pool):
+    logits, table = torch.randn(1, 70), torch.randn(70, 1000)
+    if pool == "own":
+        native.library().dtta_use_thread_pool(None)
     x0, prediction, upstream = torch.randn(2, 4, 64, 64), torch.randn(6, 4, 64, 64), torch.ones(2, 3)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
             loss = native.denoising_loss(prediction, x0, TABLE, *DRAWS, False, upstream, None)
-            found.append((native.add_noise(x0, TABLE, *DRAWS, torch.float32, None), *loss))
+            mixed, weights = native.mix_condition(logits, table, None, 2.0, False)
+            back = native.mix_condition_backward(mixed, logits, table, None, weights, 2.0, False, True)
+            found.append((native.add_noise(x0, TABLE, *DRAWS, torch.float32, None), *loss, mixed, *back))
     finally:
+        native.library().dtta_use_thread_pool(native._openmp())
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 

@@ -40,4 +40,9 @@ int dtta_use_instruction_set(const char* name) {
   return DTTA_OK;
 }
 
+int64_t dtta_abi(void) {
+  return int64_t{1000000} * DTTA_ABI_VERSION + int64_t{1000} * static_cast<int64_t>(sizeof(dtta_draws)) +
+         static_cast<int64_t>(sizeof(dtta_mixture));
+}
+
 const char* dtta_instruction_set(void) { return dtta::kernels().name; }

@@ -21,6 +21,10 @@ enum {
   DTTA_NO_MEMORY = 5
 };
 
+/* 10^6 * DTTA_ABI_VERSION + 1000 * sizeof(dtta_draws) + sizeof(dtta_mixture): a caller compares it with what it was written for. */
+#define DTTA_ABI_VERSION 1
+DTTA_API int64_t dtta_abi(void);
+
 /* What the noise of images * pairs rows depends on. Row n is pair n % pairs of image n / pairs. */
 typedef struct {
   const void* x0;           /* [images][elements] */

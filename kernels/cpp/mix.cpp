@@ -32,7 +32,7 @@ const void* advance(const void* base, int type, int64_t count) {
   return static_cast<const char*>(base) + count * (type == DTTA_FLOAT32 ? 4 : 2);
 }
 
-void* advance(void* base, int type, int64_t count) { return static_cast<char*>(base) + count * (type == DTTA_FLOAT32 ? 4 : 2); }
+void* advance(void* base, int type, int64_t count) { return const_cast<void*>(advance(static_cast<const void*>(base), type, count)); }
 
 int check(const dtta_mixture* mixture) {
   if (mixture == nullptr || !mixture->logits || !mixture->embeddings) return DTTA_BAD_ARGUMENT;

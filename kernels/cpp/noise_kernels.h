@@ -1,4 +1,6 @@
 // add_noise and denoising_loss of one row. The noise is drawn, or read, a tile of four vectors at a time.
+#include <string.h>
+
 namespace dtta {
 namespace DTTA_ISA {
 

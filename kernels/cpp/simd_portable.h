@@ -1,4 +1,4 @@
-// Vectors of 8 as plain arrays, in loops that a compiler can turn into what the processor has.
+// Vectors of 8 as plain arrays, in loops that a compiler can vectorise, but for fmaf: on x86 without FMA it is a call a lane.
 #include <math.h>
 #include <stdint.h>
 

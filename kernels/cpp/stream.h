@@ -1,5 +1,4 @@
 // Vectors from and to tensors of a type known at run time, whole or the first `count` lanes.
-#include <string.h>
 
 namespace dtta {
 namespace DTTA_ISA {
@@ -21,16 +20,27 @@ inline int64_t bytes_of(int type) { return type == DTTA_FLOAT32 ? 4 : 2; }
 // The lanes past `count` are zero, and memory past it is not touched.
 DTTA_INLINE Float load_some(const void* base, int type, int64_t index, int64_t count) {
   if (count >= kWidth) return load(base, type, index);
-  float buffer[kWidth] = {};
-  if (count > 0) memcpy(buffer, static_cast<const char*>(base) + index * bytes_of(type), static_cast<size_t>(count * bytes_of(type)));
+  if (type == DTTA_FLOAT32) {
+    float buffer[kWidth] = {};
+    for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<const float*>(base)[index + i];
+    return load_float32(buffer);
+  }
+  uint16_t buffer[kWidth] = {};
+  for (int64_t i = 0; i < count; ++i) buffer[i] = static_cast<const uint16_t*>(base)[index + i];
   return load(buffer, type, 0);
 }
 
 DTTA_INLINE void store_some(void* base, int type, int64_t index, const Float& a, int64_t count) {
   if (count >= kWidth) return store(base, type, index, a);
-  float buffer[kWidth];
+  if (type == DTTA_FLOAT32) {
+    float buffer[kWidth];
+    store_float32(buffer, a);
+    for (int64_t i = 0; i < count; ++i) static_cast<float*>(base)[index + i] = buffer[i];
+    return;
+  }
+  uint16_t buffer[kWidth];
   store(buffer, type, 0, a);
-  if (count > 0) memcpy(static_cast<char*>(base) + index * bytes_of(type), buffer, static_cast<size_t>(count * bytes_of(type)));
+  for (int64_t i = 0; i < count; ++i) static_cast<uint16_t*>(base)[index + i] = buffer[i];
 }
 
 DTTA_INLINE Float first_lanes(const Float& a, int64_t count) {
