@@ -98,4 +98,4 @@ def test_step(benchmark, size, classifier, adapting, form):
         case=[size, classifier, adapting, form],
         environment=describe(),
     )
-    benchmark.pedantic(run, rounds=5, iterations=1, warmup_rounds=1)
+    benchmark.pedantic(run, rounds=4, iterations=1, warmup_rounds=1)

@@ -1,0 +1,71 @@
+"""Whole calls of adapt() on the digits zoo under FAST; ratios hold within one run.
+
+pytest bench/end_to_end --benchmark-json=bench/results/end_to_end_cpu.json --benchmark-save-data --benchmark-disable-gc
+
+16 images in one call against 16 calls; one image again and again, for its percentiles; and, in processes of their own, the first
+image with an empty compile cache and with a kept one, and the peak memory of long and short steps.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtta_fast import Adapter, presets, zoo
+from dtta_fast.environment import describe
+
+BENCH = Path(__file__).parents[1]
+WAYS = {
+    "float32": {},
+    "float32, compiled step": {"compile": "step"},
+    "bf16": {"precision": "bf16"},
+}
+
+
+def run(script: str, *arguments: str, **environment: str) -> list[float]:
+    command = [sys.executable, str(BENCH / script), *arguments]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **environment})
+    return [float(value) for value in found.stdout.split()]
+
+
+@pytest.mark.parametrize("form", ["16 calls", "one call"])
+@pytest.mark.parametrize("way", WAYS)
+def test_sixteen_images(benchmark, way, form):
+    model, denoiser = zoo.load("digits")
+    images, ids = zoo.example("digits")[0][:16], torch.arange(16)
+    adapter = Adapter(model, denoiser, presets.FAST.replace(**WAYS[way]))
+    parts = [slice(0, 16)] if form == "one call" else [slice(i, i + 1) for i in range(16)]
+    warmup = adapter.warmup(images[parts[0]])
+    benchmark.extra_info.update(way=way, form=form, images=16, warmup=warmup, environment=describe())
+    benchmark.pedantic(lambda: [adapter.adapt(images[p], image_ids=ids[p]) for p in parts], rounds=7, iterations=1, warmup_rounds=1)
+
+
+def test_one_image(benchmark):
+    model, denoiser = zoo.load("digits")
+    images, _ = zoo.example("digits")
+    adapter = Adapter(model, denoiser, presets.FAST)
+    benchmark.extra_info.update(environment=describe())
+    benchmark.pedantic(lambda: adapter.adapt(images[:1]), rounds=100, iterations=1, warmup_rounds=5)
+
+
+@pytest.mark.parametrize("compile", ["off", "regional", "step"])
+def test_first_image(benchmark, tmp_path, compile):
+    def start() -> list[float]:
+        return run("end_to_end/first_image.py", compile, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+
+    cold = start()
+    kept: list[list[float]] = []
+    benchmark.pedantic(lambda: kept.append(start()), rounds=3, iterations=1, warmup_rounds=0)
+    benchmark.extra_info.update(compile=compile, cold=cold, kept=kept, environment=describe())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_peak_memory(benchmark, precision):
+    found = {pairs: run("step/memory.py", str(pairs), precision) for pairs in (15, 180)}
+    benchmark.extra_info.update(precision=precision, mebibytes=found, environment=describe())
+    benchmark.pedantic(lambda: None, rounds=1, iterations=1)
