@@ -10,6 +10,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -61,7 +62,57 @@ def kernels() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"digits-c": digits_c, "kernels": kernels}
+def _benchmarks(name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((RESULTS / f"{name}_cpu.json").read_text())["benchmarks"]
+    return found
+
+
+def step() -> str:
+    """The step beside the naive engine, with its rate and the share of the matrix products' peak in the same precision and run."""
+    runs = {tuple(run["extra_info"]["case"]): run for run in _benchmarks("step")}
+    lines = [
+        "| models | denoiser | engine | s | times naive | evaluations/s | TFLOP/s | share of peak |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (size, classifier, adapting, form), run in runs.items():
+        seconds, info = run["stats"]["median"], run["extra_info"]
+        times = runs[size, classifier, adapting, "naive"]["stats"]["median"] / seconds
+        rate = info["flops"] / seconds
+        what = {"frozen": "frozen", "all": "adapts"}[adapting]
+        cells = f"{seconds:.2f} | {times:.1f} | {info['evaluations'] / seconds:.1f} | {rate / 1e12:.2f} | {rate / info['peak']:.0%}"
+        lines.append(f"| {size} + {classifier} | {what} | {form} | {cells} |")
+    return "\n".join(lines)
+
+
+def end_to_end() -> str:
+    """Calls of adapt() on the digits zoo: throughput, latency, first image, memory."""
+    lines, medians = ["| what | how | figure |", "|---|---|---|"], {}
+    for run in _benchmarks("end_to_end"):
+        info, stats = run["extra_info"], run["stats"]
+        if run["name"].startswith("test_sixteen"):
+            medians[info["way"], info["form"]] = stats["median"]
+        elif run["name"] == "test_one_image":
+            p50, p95, p99 = (1e3 * statistics.quantiles(stats["data"], n=100)[q - 1] for q in (50, 95, 99))
+            lines.append(f"| one image, ms | float32, {len(stats['data'])} calls | p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f} |")
+        elif run["name"].startswith("test_first"):
+            kept = statistics.median(whole for whole, _ in info["kept"])
+            lines.append(
+                f"| from the start of the process to the first image, s | compile {info['compile']} | "
+                f"{info['cold'][0]:.1f} with an empty cache, {kept:.1f} with a kept one |"
+            )
+        else:
+            sizes = {pairs: whole for pairs, (whole, _) in info["mebibytes"].items()}
+            lines.append(
+                f"| peak memory of the process, MiB (DiT-S/2 + ResNet-18, chunks of 15) | {info['precision']} | "
+                f"15 pairs {sizes['15']:.0f}, 180 pairs {sizes['180']:.0f}: {sizes['180'] / sizes['15']:.2f} times |"
+            )
+    for way in dict.fromkeys(way for way, _ in medians):
+        apart, together = medians[way, "16 calls"], medians[way, "one call"]
+        lines.append(f"| 16 images, s | {way} | {apart:.2f} in 16 calls, {together:.2f} in one: {apart / together:.1f} times |")
+    return "\n".join(lines)
+
+
+TABLES = {"digits-c": digits_c, "kernels": kernels, "step": step, "end-to-end": end_to_end}
 
 
 def main() -> None:

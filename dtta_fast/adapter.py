@@ -62,11 +62,15 @@ class _Group(NamedTuple):
 class Adapter:
     """A session: a model and a denoiser, adapted to many batches under one config.
 
-    Adapted weights live beside the caller's modules, which are bit for bit what they were after every call, also one that ends in an
-    exception or Ctrl-C. In episodic mode every image starts from the model's weights as they are at the call, and a batch of B
-    images is B independent adaptations (B copies of the weights that move). In online mode one set of weights and its optimizer go
-    on from call to call, until reset(); where the guard refuses an answer there, the weights have moved all the same, and a batch
-    after which they are not finite leaves no trace. During a call the modules are in use: one thread at a time.
+    The caller's modules are never written to: the engine works on private copies that share their memory, made here, and again where
+    weights were replaced. Weights are those at the call; a module's structure and its hooks are those of the time of the copy. In
+    episodic mode every image starts from the model's weights, and a batch of B images is B independent adaptations (B copies of the
+    weights that move). In online mode one set of weights and its optimizer go on from call to call, until reset(); where the guard
+    refuses an answer there, the weights have moved all the same, and a batch after which they are not finite leaves no trace.
+    One thread at a time.
+
+    A model that torch.vmap cannot batch runs image by image, and a compilation that fails gives way to eager mode, each with one
+    warning (DTTA_FAST_STRICT=1: a failed compilation raises). Where memory runs out, the call starts again with half the rows.
 
     Args:
         model: the model to adapt, e.g. a timm classifier. denoiser: the diffusion model, e.g. a DiT.
@@ -133,7 +137,7 @@ class Adapter:
         deadline = None if deadline_ms is None else start + checked_deadline(deadline_ms) / 1000
         for _ in range(ATTEMPTS):
             try:
-                with torch.enable_grad(), torch.autocast(origin.device.type, enabled=False):
+                with torch.enable_grad(), torch.autocast(origin.device.type, enabled=False), engine.context():
                     engine.refresh()
                     state, result = self._adapt(images, image_ids, latents, timesteps, noise, deadline)
                 break

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -63,6 +64,10 @@ class Engine:
             self.problem = dataclasses.replace(self.problem, pad=True)
         else:
             self.problem = dataclasses.replace(self.problem, pad=True, forward=self._forward)
+
+    def context(self) -> AbstractContextManager[None]:
+        """What a call runs under."""
+        return nullcontext() if self._compile == "off" else compiling.tracing()
 
     def refresh(self) -> None:
         """The private copies take over what the caller has written into the modules since the last call."""

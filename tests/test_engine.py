@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from dtta_fast import AdaptConfig, Adapter, adapt
+from dtta_fast.runtime import compiling
 
 CONFIG = AdaptConfig(steps=3, pairs=6, lr=1e-2, guard=3)
 
@@ -70,6 +71,13 @@ def test_warm_sessions_do_not_compile_again(floats):
     assert len(asked) > 1  # the guard met different numbers of changed answers
     assert counters["stats"]["unique_graphs"] == 0
     assert not counters["graph_break"]
+
+
+def test_a_process_may_hold_many_compiled_sessions():
+    double = compiling.compiled(lambda x: 2 * x)
+    with compiling.tracing():
+        for size in range(2, 14):  # torch's own limit is 8
+            assert torch.equal(double(torch.ones(size)), torch.full((size,), 2.0))
 
 
 def test_no_memory_is_left_behind_by_200_images(floats):

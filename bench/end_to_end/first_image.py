@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 
-START = time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - int(open("/proc/self/stat").read().split()[21]) / os.sysconf("SC_CLK_TCK"))
+_ticks = int(Path("/proc/self/stat").read_text().split()[21])  # when the process was created, since boot
+START = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + _ticks / os.sysconf("SC_CLK_TCK")
 
 if __name__ == "__main__":
     from dtta_fast import Adapter, presets, zoo

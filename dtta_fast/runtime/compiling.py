@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 F = TypeVar("F", bound=Callable[..., Any])
 FAILURES = (TorchDynamoException,)  # what torch.compile raises where it cannot trace or build, Inductor's errors included
+COMPILATIONS = 1024
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -24,15 +26,19 @@ def keep_cache() -> None:
 
 
 def compiled(function: F) -> F:
-    """The function as one graph, a graph a shape. Gradients inside it are traced too."""
+    """The function as one graph, a graph a shape; to be called under tracing()."""
     keep_cache()
-    traced = torch.compile(function, fullgraph=True, dynamic=False)
+    return cast(F, torch.compile(function, fullgraph=True, dynamic=False))
 
-    def run(*arguments: Any, **keywords: Any) -> Any:
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            return traced(*arguments, **keywords)
 
-    return run  # type: ignore[return-value]
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Gradients inside a compiled function are traced, and a process may hold many sessions.
+
+    Torch counts compilations by function, not by session, and with its limit of 8 the ninth model would not compile.
+    """
+    with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=COMPILATIONS, accumulated_recompile_limit=COMPILATIONS):
+        yield
 
 
 def compile_regions(regions: list[nn.Module]) -> None:
