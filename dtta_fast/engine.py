@@ -39,6 +39,9 @@ class Engine:
         self._compile = config.compile
         self._loop = False  # vmap is known to fail on these modules
         self._limit: int | None = None  # rows at once, after running out of memory
+        self._at_once = 1  # rows of the last plan
+        # asked for once: a GPU's free memory changes from call to call, and the chunk shall not
+        self._budget = config.memory_budget or memory.default_budget(anchor(model).device)
         self._build()
 
     def _build(self) -> None:
@@ -102,14 +105,13 @@ class Engine:
             ValueError: the budget is too small for one pair of one image.
         """
         config, together = self.config, len(inputs)
-        budget = config.memory_budget or memory.default_budget(x0.device)
         # a denoiser with weights of its own for each image runs image by image
         abreast = 1 if self.problem.per_image and config.denoiser_parameters == "all" else together
         rows, checkpoint = memory.ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * abreast, False
-        if budget is not None:
+        if self._budget is not None:
             most = pairs if config.chunk == "auto" else min(pairs, config.chunk)
             image, (row, checkpointed) = self._bytes_per_image(), self._bytes_per_row(inputs, x0)
-            rows, together, checkpoint = memory.plan(budget, together, most, row, image, checkpointed)
+            rows, together, checkpoint = memory.plan(self._budget, together, most, row, image, checkpointed)
         if self._limit is not None:
             rows = min(rows, self._limit)
             together = min(rows, together)

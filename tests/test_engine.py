@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import resource
-import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from dtta_fast import AdaptConfig, Adapter, adapt
-from dtta_fast.runtime import compiling
+from dtta_fast import adapter as adapter_module
+from dtta_fast.runtime import clock, compiling
 
 CONFIG = AdaptConfig(steps=3, pairs=6, lr=1e-2, guard=3)
 
@@ -155,16 +156,30 @@ def test_out_of_memory_halves_the_rows(floats, error):
         adapt(model, denoiser, images, config=CONFIG)
 
 
-def test_a_deadline_stops_after_the_last_step_that_fits(floats):
+def test_out_of_memory_before_the_first_step_is_the_caller_s(floats, monkeypatch):
     model, denoiser, images = floats
-    denoiser.network.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+
+    def full(_: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(type(denoiser), "encode", full)
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        adapt(model, denoiser, images, config=CONFIG)
+
+
+def test_a_deadline_stops_after_the_last_step_that_fits(floats, monkeypatch):
+    """On a clock that only the denoiser moves: 50 ms a forward, one forward a step."""
+    model, denoiser, images = floats
+    now = [0.0]
+    for module in (adapter_module, clock):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    denoiser.network.register_forward_pre_hook(lambda *_: now.__setitem__(0, now[0] + 0.05))
     config = CONFIG.replace(steps=10, guard=0)
     adapter = Adapter(model, denoiser, config)
-    adapter.warmup(images)
-    start = time.perf_counter()
-    result = adapter.adapt(images, deadline_ms=400)
-    assert time.perf_counter() - start < 0.5
-    assert 1 <= result.steps_run < 8
+    assert adapter.warmup(images) == pytest.approx({"cold": 0.5, "warm": 0.5})
+    result = adapter.adapt(images, deadline_ms=420)
+    assert result.steps_run == 8
+    assert result.seconds["adapt"] == pytest.approx(0.4)
     assert result.loss.shape == (4, result.steps_run)
     assert result.evaluations.tolist() == [6 * result.steps_run] * 4
     fewer = adapt(model, denoiser, images, config=config.replace(steps=result.steps_run))
