@@ -47,13 +47,19 @@ def _heads(model: nn.Module) -> Sequence[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
 
 
-def copies(parameters: Mapping[str, Tensor], images: int | None) -> Parameters:
+def copies(parameters: Mapping[str, Tensor], images: int | None, batched: bool = False) -> Parameters:
     """Detached copies: one shared, or `images` of them stacked along a new first dimension; float32 where they were half precision.
 
     An update of 1e-5 is lost in a bfloat16 weight, so the weights that move are kept in float32 and cast for each forward.
+    batched: matrices lie in memory as vmap's products hand their gradients over, transposed, and an update need not turn those round.
     """
-    stacked = {name: p.detach() if images is None else p.detach().expand(images, *p.shape) for name, p in parameters.items()}
-    return {name: p.to(torch.promote_types(p.dtype, torch.float32), copy=True).contiguous() for name, p in stacked.items()}
+    own: Parameters = {}
+    for name, p in parameters.items():
+        stacked = p.detach() if images is None else p.detach().expand(images, *p.shape)
+        turned = batched and images != 1 and p.ndim == 2
+        laid = (stacked.mT if turned else stacked).to(torch.promote_types(p.dtype, torch.float32), copy=True).contiguous()
+        own[name] = laid.mT if turned else laid
+    return own
 
 
 def in_dtypes_of(module: nn.Module, moving: Mapping[str, Tensor]) -> Parameters:

@@ -67,7 +67,7 @@ def initial_state(problem: Problem, theta: Parameters, phi: Parameters, outputs:
     `outputs` [B, ...] of the source are where free logits start.
     """
     images = len(outputs) if problem.per_image else None
-    theta, phi = copies(theta, images), copies(phi, images)
+    theta, phi = copies(theta, images, batched=problem.per_image), copies(phi, images)
     if problem.config.parameters == "logits":
         theta = {FREE_LOGITS: outputs.detach().clone()}
     kind = problem.config.optimizer
