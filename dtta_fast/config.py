@@ -31,8 +31,10 @@ class AdaptConfig:
         parameters: which of the model's weights move: all, its norm layers, its head, or the logits themselves. Their requires_grad
             is not asked.
         denoiser_parameters: frozen, or all.
-        optimizer: sgd, adam or adamw, with learning rate lr for the model and denoiser_lr for the denoiser.
-        momentum: of sgd. weight_decay: of every optimizer, on the model and the denoiser alike.
+        optimizer: sgd, adam, adamw, or adam8bit (bitsandbytes' Adam, whose two moments take a byte each), with learning rate lr for the
+            model and denoiser_lr for the denoiser.
+        momentum: of sgd. weight_decay: of every optimizer, on the model and the denoiser alike; decoupled for adamw and
+            adam8bit.
         mode: episodic starts every image from the source weights; online carries weights and optimizer on through the stream.
         guard: pairs on which the answers before and after are compared; where the loss is not lower after, the answer from before
             stands. 0 is off.
@@ -118,6 +120,8 @@ class AdaptConfig:
             object.__setattr__(self, "timestep_range", tuple(self.timestep_range))  # hashable, also when read from JSON
         if self.guard_threshold and self.guard == 1:
             raise ValueError(f"guard is 1 with guard_threshold {self.guard_threshold}; a standard error takes 2 pairs and more")
+        if self.optimizer == "adam8bit" and self.compile == "step":
+            raise ValueError("optimizer is 'adam8bit' with compile 'step', and bitsandbytes' kernels cannot be traced: use regional")
         if self.mode == "online" and self.parameters == "logits":
             raise ValueError("parameters is 'logits' with mode 'online'; free logits belong to one image: use episodic")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtta_fast import optimizers, step
+from dtta_fast import adam8bit, optimizers, step
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.parameters import Parameters, select
@@ -35,6 +35,8 @@ class Engine:
     """
 
     def __init__(self, model: nn.Module, denoiser: Denoiser, task: Task, config: AdaptConfig) -> None:
+        if config.optimizer == "adam8bit":
+            adam8bit.require()
         self.model, self.denoiser, self.task, self.config = model, denoiser, task, config
         self._compile = config.compile
         self._loop = False  # vmap is known to fail on these modules
@@ -140,8 +142,9 @@ class Engine:
         """Weights of its own, their gradients, optimizer memory, and one temporary of an update."""
         if not self.problem.per_image:
             return 0
-        moving = sum(p.numel() * 4 for parameters in self.source() for p in parameters.values())
-        return moving * (3 + optimizers.slots(self.config.optimizer))
+        moving = [torch.empty_like(p, dtype=torch.float32, device="meta") for own in self.source() for p in own.values()]
+        kept = optimizers.init_slots(self.config.optimizer, moving)
+        return sum(3 * p.nbytes for p in moving) + sum(slot.nbytes for slots in kept for slot in slots)
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         """Of the source model, checked."""

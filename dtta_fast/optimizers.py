@@ -1,6 +1,6 @@
-"""SGD, Adam and AdamW on plain tensors, by torch.optim's kernels.
+"""SGD, Adam and AdamW on plain tensors, by torch.optim's kernels, and Adam with moments of 8 bits by bitsandbytes'.
 
-Elementwise, so parameters stacked over images are updated as if each image had an optimizer of its own.
+Parameters stacked over images are updated as if each image had an optimizer of its own.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Optimizer = Literal["sgd", "adam", "adamw"]
+from dtta_fast import adam8bit
+
+Optimizer = Literal["sgd", "adam", "adamw", "adam8bit"]
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim's defaults
 
 Tensors = list[Tensor]
 Slots = list[Tensors]
 
 
-def init_slots(optimizer: Optimizer, parameters: Tensors) -> Slots:
-    """The optimizer's memory at step 0: momentum for SGD, first and second moments for Adam and AdamW."""
-    return [[torch.zeros_like(p) for p in parameters] for _ in range(slots(optimizer))]
+def init_slots(optimizer: Optimizer, parameters: Tensors, images: int = 1) -> Slots:
+    """The optimizer's memory at step 0: momentum for SGD, first and second moments for Adam, and their scales where they are of 8 bits.
 
-
-def slots(optimizer: Optimizer) -> int:
-    """Tensors of memory that it keeps for each parameter."""
-    return 1 if optimizer == "sgd" else 2
+    images: how many stand along the parameters' first dimension.
+    """
+    if optimizer != "adam8bit":
+        return [[torch.zeros_like(p) for p in parameters] for _ in range(1 if optimizer == "sgd" else 2)]
+    dtypes = [torch.uint8 if adam8bit.fits(p, images) else p.dtype for p in parameters]
+    moments = [[torch.zeros_like(p, dtype=dtype) for p, dtype in zip(parameters, dtypes, strict=True)] for _ in range(2)]
+    return moments + [[adam8bit.init_scales(p, images) for p in parameters] for _ in range(2)]
 
 
 @torch.no_grad()
@@ -38,13 +42,18 @@ def update_(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """One update in place, of dense parameters, each laid out in memory as its slots are. `step` is a 0-dim int64 tensor, 0 at the first call; `lr` 0-dim float64.
+    """One update in place, of dense parameters, each laid out in memory as its slots are.
+
+    `step` is a 0-dim int64 tensor, 0 at the first call; `lr` 0-dim float64.
 
     By torch's fused kernels, one pass over memory, where one operator after the other took a third of an adaptation of 16 images on a
     CPU. torch.compile has no form of them (SGD's has no meta kernel), and fuses the operators itself.
     """
     if torch.compiler.is_compiling():
         _by_operators_(optimizer, parameters, gradients, slots, step, lr, momentum, weight_decay)
+        return
+    if optimizer == "adam8bit":
+        _with_8_bits_(parameters, gradients, slots, step, lr, weight_decay)
         return
     # the kernels walk memory, whatever the strides
     gradients = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in zip(gradients, parameters, strict=True)]
@@ -79,6 +88,18 @@ def update_(
         amsgrad=False,
         maximize=False,
     )
+
+
+def _with_8_bits_(parameters: Tensors, gradients: Tensors, slots: Slots, step: Tensor, lr: Tensor, weight_decay: float) -> None:
+    """Decoupled weight decay, as in bitsandbytes. Its kernel takes the step as a number, so a GPU is waited for."""
+    small = [i for i, first in enumerate(slots[0]) if first.dtype != torch.uint8]
+    if small:
+        chosen = [[tensors[i] for i in small] for tensors in (parameters, gradients, *slots[:2])]
+        update_("adamw", chosen[0], chosen[1], chosen[2:], step, lr, 0.0, weight_decay)
+    count, rate = int(step) + 1, float(lr)
+    for p, gradient, first, second, scale1, scale2 in zip(parameters, gradients, *slots, strict=True):
+        if first.dtype == torch.uint8:
+            adam8bit.update_(p, gradient.contiguous(), [first, second], [scale1, scale2], count, rate, weight_decay)
 
 
 def _by_operators_(

@@ -56,7 +56,7 @@ def copies(parameters: Mapping[str, Tensor], images: int | None, batched: bool =
     own: Parameters = {}
     for name, p in parameters.items():
         stacked = p.detach() if images is None else p.detach().expand(images, *p.shape)
-        turned = batched and images != 1 and p.ndim == 2
+        turned = batched and images not in (None, 1) and p.ndim == 2
         laid = (stacked.mT if turned else stacked).to(torch.promote_types(p.dtype, torch.float32), copy=True).contiguous()
         own[name] = laid.mT if turned else laid
     return own

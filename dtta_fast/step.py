@@ -67,11 +67,11 @@ def initial_state(problem: Problem, theta: Parameters, phi: Parameters, outputs:
     `outputs` [B, ...] of the source are where free logits start.
     """
     images = len(outputs) if problem.per_image else None
-    theta, phi = copies(theta, images, batched=problem.per_image), copies(phi, images)
+    kind = problem.config.optimizer
+    theta, phi = copies(theta, images, batched=kind != "adam8bit"), copies(phi, images)  # whose blocks follow the weights' own order
     if problem.config.parameters == "logits":
         theta = {FREE_LOGITS: outputs.detach().clone()}
-    kind = problem.config.optimizer
-    theta_slots, phi_slots = (init_slots(kind, list(moving.values())) for moving in (theta, phi))
+    theta_slots, phi_slots = (init_slots(kind, list(moving.values()), images or 1) for moving in (theta, phi))
     return State(theta, phi, theta_slots, phi_slots, torch.zeros((), dtype=torch.int64, device=outputs.device))
 
 

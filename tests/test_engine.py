@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -272,3 +273,23 @@ def test_models_that_cannot_be_copied_are_named(denoiser):
 
     with pytest.raises(TypeError, match="Singular cannot be copied"):
         Adapter(Singular(), denoiser, CONFIG)
+
+
+def test_adam_of_8_bits(denoiser, images, monkeypatch):
+    """Close to 32 bits; an image's own update whatever stands beside it, and again from call to call; a clear error without the library."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.Flatten(), nn.LazyLinear(64), nn.GELU(), nn.Linear(64, 7))
+    floats, config = (model, denoiser.float(), images.float()), CONFIG.replace(guard=0, optimizer="adam8bit")
+    model(floats[2])
+    session = Adapter(*floats[:2], config)
+    found, again = session.adapt(floats[2]), session.adapt(floats[2])
+    assert torch.equal(found.outputs, again.outputs)
+    assert 0 < relative(found, adapt(*floats, config=config.replace(optimizer="adamw"))) < 0.05
+    for i in range(len(images)):
+        alone = session.adapt(floats[2][i : i + 1], image_ids=torch.tensor([i]))
+        torch.testing.assert_close(alone.outputs, found.outputs[i : i + 1], rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="compile 'step'"):
+        config.replace(compile="step")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match="pip install"):
+        Adapter(*floats[:2], config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bitsandbytes
 import pytest
 import torch
 
@@ -43,3 +44,24 @@ def test_as_torch_optim(device, dtype, name, momentum, weight_decay, update):
             tolerance = 2e-6
         for mine, other in zip(own, theirs, strict=True):
             torch.testing.assert_close(mine, other.detach(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_8_bits_as_bitsandbytes(images):
+    """Large and small tensors, sizes that no block divides; images side by side as if each had an optimizer of its own."""
+    generator = torch.Generator().manual_seed(0)
+    own = [torch.randn(images, *shape, generator=generator) for shape in ((67, 111), (4096,), (31, 5))]
+    theirs = [[p[i].clone().requires_grad_() for p in own] for i in range(images)]
+    optimizers = [bitsandbytes.optim.AdamW8bit(parameters, 1e-2, weight_decay=0.1) for parameters in theirs]
+    slots, lr = init_slots("adam8bit", own, images), torch.tensor(1e-2, dtype=torch.float64)
+    assert [slot.dtype for slot in slots[0]] == [torch.uint8, torch.uint8, torch.float32]
+    for step in range(6):
+        gradients = [torch.randn(p.shape, generator=generator) * 10 ** torch.randn(len(p), *[1] * (p.ndim - 1)) for p in own]
+        for i in range(images):
+            for p, gradient in zip(theirs[i], gradients, strict=True):
+                p.grad = gradient[i].clone()
+            optimizers[i].step()
+        update_("adam8bit", own, gradients, slots, torch.tensor(step), lr, 0.0, 0.1)
+        for i in range(images):
+            for mine, other in zip(own, theirs[i], strict=True):
+                torch.testing.assert_close(mine[i], other.detach(), rtol=2e-6, atol=2e-6)
