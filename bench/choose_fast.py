@@ -18,13 +18,16 @@ RESULTS = Path(__file__).parent / "results" / "choose_fast.jsonl"
 
 CANDIDATES: dict[str, dict[str, object]] = {
     "preset": {},
+    "nothing matched": {"match": "off"},
+    "denoiser sees matched": {"match": "denoiser"},
     "no guard": {"guard": 0, "guard_threshold": 0.0},
-    "guard 8, no test": {"guard": 8, "guard_threshold": 0.0},
     "guard 8, 1 error": {"guard": 8, "guard_threshold": 1.0},
+    "guard 16, 2 errors": {"guard": 16, "guard_threshold": 2.0},
+    "5 steps": {"steps": 5},
     "lr 1e-3": {"lr": 1e-3},
-    "lr 2e-4": {"lr": 2e-4},
+    "lr 3e-4": {"lr": 3e-4},
     "logit_scale 3": {"logit_scale": 3.0},
-    "range 450-700": {"timestep_range": (450, 700)},
+    "range 450-800": {"timestep_range": (450, 800)},
     "denoiser adapts": {"denoiser_parameters": "all", "denoiser_lr": 1e-4},
 }
 

@@ -18,25 +18,28 @@ RESULTS = ROOT / "bench" / "results"
 
 
 def digits_c() -> str:
-    """FAST beside PAPER, a row a corruption; each column names its own number of images."""
+    """FAST beside PAPER, a row a corruption; each column names its own number of images. In brackets the 95 % interval of the mean gain."""
     fast, paper = (json.loads((RESULTS / f"digits_c_{name}.json").read_text()) for name in ("fast", "paper"))
 
     def cells(row: dict[str, float]) -> str:
         source, adapted = 100 * row["source_accuracy"], 100 * row["adapted_accuracy"]
-        return f"{source:.1f} | {adapted:.1f} | {adapted - source:+.1f}"
+        matched = f"{100 * row['matched_accuracy']:.1f} | " if "matched_accuracy" in row else ""
+        return f"{source:.1f} | {matched}{adapted:.1f} | {adapted - source:+.1f}"
 
     lines = [
-        f"| | FAST, {fast['images']} images: source % | adapted % | gain | PAPER, {paper['images']} images: source % | adapted % | gain |",
-        "|---|---|---|---|---|---|---|",
+        f"| | FAST, {fast['images']} images: source % | matched % | adapted % | gain "
+        f"| PAPER, {paper['images']} images: source % | adapted % | gain |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in fast["corruptions"].items():
         lines.append(f"| {name} {row['severity']} | {cells(row)} | {cells(paper['corruptions'][name])} |")
-    lines.append(f"| **mean of {len(fast['corruptions'])}** | {cells(fast)} | {cells(paper)} |")
+    low, high = (f"{100 * bound:+.1f}" for bound in fast["gain_interval"])
+    lines.append(f"| **mean of {len(fast['corruptions'])}** | {cells(fast)} ({low} .. {high}) | {cells(paper)} |")
     lines.append(f"| clean | {cells(fast['clean'])} | {cells(paper['clean'])} |")
     costs = []
     for run in (fast, paper):
         seconds = statistics.median(row["seconds_per_image"] for row in run["corruptions"].values())
-        costs.append(f"{run['evaluations_per_image']:.1f} | {seconds:.2f} s |")
+        costs.append(f"{run['evaluations_per_image']:.1f} | {seconds:.2f} s |" + (" |" if "matched_accuracy" in run else ""))
     lines.append(f"| evaluations, seconds an image (median over the rows) | {costs[0]} | {costs[1]} |")
     return "\n".join(lines)
 

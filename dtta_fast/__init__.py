@@ -2,7 +2,8 @@
 
 from dtta_fast import presets, zoo
 from dtta_fast.adapter import Adapter, AdaptResult, adapt
+from dtta_fast.calibration import Calibration
 from dtta_fast.config import AdaptConfig
 
-__all__ = ["AdaptConfig", "AdaptResult", "Adapter", "adapt", "presets", "zoo"]
+__all__ = ["AdaptConfig", "AdaptResult", "Adapter", "Calibration", "adapt", "presets", "zoo"]
 __version__ = "0.1.0"

@@ -27,7 +27,7 @@ def fits(parameter: Tensor, images: int) -> bool:
 def init_scales(parameter: Tensor, images: int) -> Tensor:
     """Scales of a moment, [images, blocks]: no block reaches over two images."""
     blocks = -(-parameter.numel() // images // BLOCK) if fits(parameter, images) else 0
-    return torch.zeros(images, blocks, device=parameter.device)
+    return torch.zeros(images, blocks, dtype=torch.float32, device=parameter.device)
 
 
 def update_(parameter: Tensor, gradient: Tensor, moments: list[Tensor], scales: list[Tensor], step: int, lr: float, decay: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,7 +21,6 @@ from dtta_fast.tasks.base import Task
 from dtta_fast.tasks.classification import Classification
 
 ATTEMPTS = 20  # out of memory halves the chunk, and a failed compilation falls back to eager mode: neither goes on for ever
-WARMUP = math.inf  # a deadline that never comes, but has every step timed, and the guard run
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,10 @@ class AdaptResult:
 
     Attributes:
         outputs, outputs_before: the model's outputs [B, ...] after and before (logits, for a classifier); where the guard refused
-            the change, after is before.
+            the change, after is before; with match "both" it may also be the source's outputs for the matched image.
         predictions, predictions_before: the task's answers, [B] class indices for a classifier.
         loss: [B, steps], the denoising loss before each update.
-        accepted: [B] bool, whether the adapted answer stands. steps_run: updates made.
+        accepted: [B] bool, False where the answer before stands. steps_run: updates made.
         evaluations: [B], an image's forwards of the denoiser for one (timestep, noise, condition), the guard's included.
         seconds: wall time of the batch by phase: encode, adapt, guard.
     """
@@ -53,7 +51,7 @@ class AdaptResult:
 class _Group(NamedTuple):
     state: State
     before: Tensor
-    after: Tensor
+    outputs: Tensor
     loss: Tensor
     accepted: Tensor
     evaluations: Tensor
@@ -93,9 +91,13 @@ class Adapter:
             raise ValueError(f"timestep_range is {config.timestep_range}, and the denoiser's process has timesteps 0 .. {rows - 1}")
         if task is not None and not hasattr(task, "condition"):
             raise TypeError(f"task is a {type(task).__name__}; give a Task, such as Classification()")
+        if config.match != "off" and denoiser.calibration is None:
+            remedy = "set denoiser.calibration = Calibration.measure(denoiser, clean_images), or match='off'"
+            raise ValueError(f"match is {config.match!r}, and the denoiser has no calibration; {remedy}")
         select(model, config.parameters)
         self._engine = Engine(model, denoiser, task or Classification(), config)
         self._state: State | None = None
+        self._warming = False  # every step is timed, and the guard run whether an answer changed or not
         self._paces: dict[tuple[int, int | None], Pace] = {}  # by images at once, and pairs where they are given
 
     @property
@@ -120,8 +122,9 @@ class Adapter:
                 (seed, image_id, config) alone in episodic mode.
             latents: [B, C, h, w], x0 where it is encoded already. timesteps [B, steps, P] and noise [B, steps, P, C, h, w]
                 replace the drawn ones.
-            deadline_ms: milliseconds from now within which to answer: no step is begun that would end later, going by the slowest of
-                this session's steps for a batch of this shape, and by its guard. The first call has nothing to go by: see warmup.
+            deadline_ms: milliseconds from now within which to answer: no step is begun that would end later, going by the upper
+                quartile of this session's last steps for a batch of this shape, and of what comes after them. The first call has
+                nothing to go by: see warmup.
 
         Raises:
             ValueError: bad input; nothing has changed. RuntimeError: called under torch.inference_mode().
@@ -142,6 +145,7 @@ class Adapter:
                     state, result = self._adapt(images, image_ids, latents, timesteps, noise, deadline)
                 break
             except BaseException as error:  # Ctrl-C too leaves tensors of ours in the private modules
+                self._paces.clear()  # what follows runs otherwise
                 if not engine.failed(error):
                     raise
         if config.mode == "online" and all(bool(p.isfinite().all()) for p in (*state.theta.values(), *state.phi.values())):
@@ -161,11 +165,15 @@ class Adapter:
         problem, clock = engine.problem, Clock(images.device)
         with clock.phase("encode"):
             crop = problem.task.crop(problem.model, images)
-            x0 = problem.denoiser.encode(crop) if latents is None else checked_latents(latents, images, problem.denoiser)
-            inputs = problem.task.normalise(problem.model, crop).to(anchor(engine.model).dtype)
+            calibration = engine.denoiser.calibration
+            matched = crop if config.match == "off" or calibration is None else calibration.match(crop)
+            x0 = problem.denoiser.encode(matched) if latents is None else checked_latents(latents, images, problem.denoiser)
+            dtype = anchor(engine.model).dtype
+            original = problem.task.normalise(problem.model, crop).to(dtype)
+            inputs = problem.task.normalise(problem.model, matched).to(dtype) if config.match == "both" else None
         check_draws(timesteps, noise, x0, config, len(problem.denoiser.process))
         pairs = config.pairs if timesteps is None else timesteps.shape[2]
-        together = engine.plan(inputs, x0, pairs)
+        together = engine.plan(original, x0, pairs)
         if together < len(images) and (deadline is not None or not problem.per_image):
             asked = "deadline_ms" if deadline is not None else "mode 'online'"
             raise ValueError(f"images holds {len(images)}, and memory_budget has room for {together} at once; {asked} takes no more")
@@ -173,12 +181,12 @@ class Adapter:
         for first in range(0, len(images), together):
             part = slice(first, first + together)
             given = [None if draw is None else draw[part] for draw in (timesteps, noise)]
-            groups.append(self._group(inputs[part], x0[part], image_ids[part], given, deadline, clock))
+            matched_part = None if inputs is None else inputs[part]
+            groups.append(self._group(original[part], matched_part, x0[part], image_ids[part], given, deadline, clock))
         state = groups[-1].state
-        before, after, loss, accepted, evaluations = (
-            torch.cat([getattr(group, field) for group in groups]) for field in ("before", "after", "loss", "accepted", "evaluations")
+        before, outputs, loss, accepted, evaluations = (
+            torch.cat([getattr(group, field) for group in groups]) for field in ("before", "outputs", "loss", "accepted", "evaluations")
         )
-        outputs = torch.where(accepted.view(-1, *(1,) * (after.ndim - 1)), after, before)
         return state, AdaptResult(
             outputs=outputs,
             outputs_before=before,
@@ -192,29 +200,40 @@ class Adapter:
         )
 
     def _group(
-        self, inputs: Tensor, x0: Tensor, image_ids: Tensor, given: list[Tensor | None], deadline: float | None, clock: Clock
+        self,
+        original: Tensor,
+        matched: Tensor | None,
+        x0: Tensor,
+        image_ids: Tensor,
+        given: list[Tensor | None],
+        deadline: float | None,
+        clock: Clock,
     ) -> _Group:
-        """Adapts images that run at once."""
-        engine, losses = self._engine, []
+        """Adapts images that run at once, on matched inputs where there are some; the answers before are to the original ones."""
+        engine, losses, timed = self._engine, [], self._warming or deadline is not None
+        inputs = original if matched is None else matched
         pace = self._paces.setdefault((len(inputs), None if given[0] is None else given[0].shape[2]), Pace())
         with clock.phase("adapt"):
-            state, before = engine.start(inputs, x0, self._state)
+            state, start = engine.start(inputs, self._state)
+            before = start if matched is None else engine.before(original, self._state)
             for i in range(self.config.steps):
-                if deadline is not None and clock.now() + pace.step.expected + pace.end.expected > deadline:
+                if deadline is not None and clock.now() + pace.step.expected + pace.end.expected + pace.guard.expected > deadline:
                     break
-                with pace.step.timed(clock, deadline is not None):
+                with pace.step.timed(clock, timed):
                     losses.append(engine.step(state, inputs, x0, image_ids, *(None if draw is None else draw[:, i] for draw in given)))
-        with pace.end.timed(clock, deadline is not None):
-            with clock.phase("adapt"):
-                after = engine.forward(state, inputs) if losses else before
-            with clock.phase("guard"):
-                if deadline == WARMUP:
-                    engine.warm_guard(before, x0, image_ids, state.step)
-                accepted, evaluations = engine.guard(before, after, x0, image_ids, state.step)
+        with clock.phase("adapt"), pace.end.timed(clock, timed):
+            candidates = [engine.forward(state, inputs), start] if losses else [start]
+        begun = clock.now()
+        with clock.phase("guard"):
+            if self._warming:
+                engine.warm_guard(before, x0, image_ids, state.step)
+            outputs, accepted, evaluations = engine.guard(before, candidates, x0, image_ids, state.step)
+        if self._warming or (timed and bool(evaluations.any())):  # where no answer changed, there was nothing to time
+            pace.guard.note(clock.now() - begun)
         loss = torch.stack(losses, dim=1) if losses else x0.new_empty(len(inputs), 0)
-        return _Group(state, before, after, loss, accepted, evaluations)
+        return _Group(state, before, outputs, loss, accepted, evaluations)
 
-    def warmup(self, images: Tensor, **keywords: Tensor) -> dict[str, float]:
+    def warmup(self, images: Tensor, **keywords: Any) -> dict[str, float]:
         """Compiles and measures what adapt() needs for batches of this shape; nothing of it stays in an online adapter's state.
 
         Args: those of adapt().
@@ -223,12 +242,14 @@ class Adapter:
             Seconds of the first call, `cold`, compilation included, and of the second, `warm`.
         """
         online, seconds = self._state, {}
+        self._warming = True
         try:
             for name in ("cold", "warm"):
                 start = time.perf_counter()
-                self.adapt(images, deadline_ms=WARMUP, **keywords)
+                self.adapt(images, **keywords)
                 seconds[name] = time.perf_counter() - start
         finally:
+            self._warming = False
             self._state = online
         return seconds
 

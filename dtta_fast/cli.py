@@ -14,7 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dtta_fast import demo, environment, presets
+from dtta_fast.calibration import Calibration
 from dtta_fast.data.corruptions import DIGITS_C
+from dtta_fast.data.folder import read_images
+from dtta_fast.denoisers.dit import DiT
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,10 @@ class Demo:
             self.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _check_path(json: Path | None) -> None:
+def _check_path(path: Path | None) -> None:
     """Before the work, not after it."""
-    if json is not None and (json.is_dir() or not json.resolve().parent.is_dir()):
-        raise ValueError(f"json is {str(json)!r}; give a file in a folder that exists")
+    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise ValueError(f"the result cannot be written to {str(path)!r}: give a file in a folder that exists")
 
 
 def _print_demo(result: dict[str, Any]) -> None:
@@ -99,12 +102,41 @@ class Env:
             self.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-Command = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Env, tyro.conf.subcommand("env")]
+@dataclass(frozen=True)
+class Calibrate:
+    """Measure a denoiser's own images, without labels, so that adaptation can match a corrupted image to them (--match)."""
+
+    denoiser: tyro.conf.Positional[str]
+    """A DiT's folder, or its id on the hub."""
+    images: tyro.conf.Positional[Path]
+    """A folder of clean images, 8 and more, like those that the denoiser was trained on; subfolders are searched too."""
+    most: int = 256
+    """Images to read at most, in the order of their names."""
+    out: Path | None = None
+    """Where to write; calibration.json in the denoiser's folder where it is left out."""
+
+    def run(self) -> None:
+        """Raises ValueError for a folder without images, and where the denoiser has no folder and out is left out."""
+        folder = Path(self.denoiser)
+        if self.out is None and not folder.is_dir():
+            raise ValueError(f"denoiser is {self.denoiser!r}, which is no folder here; say where to write by --out FILE")
+        path = self.out or folder / "calibration.json"
+        _check_path(path)
+        denoiser = DiT.from_pretrained(self.denoiser)
+        Calibration.measure(denoiser, read_images(self.images, denoiser.image_size, self.most)).save(path)
+        print(f"{path}: written")
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
+    | Annotated[Env, tyro.conf.subcommand("env")]
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; bad input ends it with one line and exit status 2."""
-    command: Demo | Env = tyro.cli(Command, prog="dtta", args=arguments)
+    command: Demo | Calibrate | Env = tyro.cli(Command, prog="dtta", args=arguments)
     try:
         command.run()
     except (ValueError, TypeError, ImportError, OSError) as error:

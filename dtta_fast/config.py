@@ -13,6 +13,7 @@ from dtta_fast.parameters import ParameterSet
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Compile = Literal["off", "regional", "step"]
+Match = Literal["off", "denoiser", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class AdaptConfig:
         timestep_range: rows low <= t < high of the noise process; None is all of it.
         top_k: classes that take part in the condition; None is all.
         logit_scale: the condition is softmax(logit_scale · logits / ‖logits‖₂); None is softmax(logits).
+        match: who sees an image with the statistics of the denoiser's own images (see Calibration.match): nobody, the denoiser, or the
+            model too. Takes a denoiser with a calibration.
         parameters: which of the model's weights move: all, its norm layers, its head, or the logits themselves. Their requires_grad
             is not asked.
         denoiser_parameters: frozen, or all.
@@ -58,6 +61,7 @@ class AdaptConfig:
     timestep_range: tuple[int, int] | None = None
     top_k: int | None = None
     logit_scale: float | None = None
+    match: Match = "off"
     parameters: ParameterSet = "all"
     denoiser_parameters: Literal["frozen", "all"] = "frozen"
     optimizer: Optimizer = "adam"
@@ -85,6 +89,7 @@ class AdaptConfig:
 
         choices = {
             "loss": ("mse", "l1"),
+            "match": get_args(Match),
             "timesteps": get_args(TimestepDraw),
             "parameters": get_args(ParameterSet),
             "denoiser_parameters": ("frozen", "all"),

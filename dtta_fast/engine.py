@@ -49,7 +49,7 @@ class Engine:
     def _build(self) -> None:
         """Private copies of the modules as they are now, and what is compiled of them."""
         config = self.config
-        self._stale = False
+        self._stale = True  # until all of it is built
         self._batched = False  # vmap is known to work on these modules
         self._row_bytes: tuple[int, int | None] | None = None
         self._storage: State | None = None
@@ -60,6 +60,10 @@ class Engine:
         lr, denoiser_lr = (torch.tensor(rate, dtype=torch.float64, device=device) for rate in (config.lr, config.denoiser_lr))
         self.problem = Problem(self._model.module, denoiser, self.task, config, lr, denoiser_lr, loop=self._loop)
         self._step, self._forward = step.adaptation_step, step.forward
+        self._compile_parts(denoiser)
+        self._stale = False
+
+    def _compile_parts(self, denoiser: Denoiser) -> None:
         if self._compile == "off":
             return
         compiling.compile_regions(denoiser.regions())
@@ -77,6 +81,7 @@ class Engine:
     def refresh(self) -> None:
         """The private copies take over what the caller has written into the modules since the last call."""
         with torch.no_grad():
+            self._at_once = 1  # of this attempt: before its plan, fewer rows would not help
             if self._stale or not (self._model.refresh() and self._denoiser.refresh()):
                 self._build()
 
@@ -90,7 +95,7 @@ class Engine:
             self._compile, self._stale = "off", True
             return True
         if memory.out_of_memory(error) and self._at_once > 1:
-            self._limit = self._at_once // 2
+            self._limit, self._at_once = self._at_once // 2, 1
             return True
         return False
 
@@ -118,10 +123,10 @@ class Engine:
             rows = min(rows, self._limit)
             together = min(rows, together)
         abreast = min(abreast, together)
-        chunk = max(1, rows // abreast)
+        chunk = max(1, rows // abreast) if config.chunk == "auto" else max(1, min(config.chunk, rows // abreast))
         self._at_once = abreast * min(chunk, pairs)
         self.problem.denoiser.checkpointing = checkpoint
-        guard_rows = together * min(chunk, max(1, config.guard))
+        guard_rows = min(max(rows, together), together * max(1, config.guard))
         self.problem = dataclasses.replace(self.problem, chunk=chunk, guard_rows=guard_rows)
         return together
 
@@ -132,9 +137,9 @@ class Engine:
             denoiser = self.problem.denoiser
             condition = self.task.condition(self._outputs(inputs[:1]), denoiser, {}, self.config)
             sizes: list[int | None] = []
-            for denoiser.checkpointing in (False, True):
-                possible = denoiser.can_checkpoint or not denoiser.checkpointing
-                sizes.append(memory.row_bytes(denoiser, x0[:1], condition) if possible else None)
+            for checkpointing in (False, True):
+                possible = denoiser.can_checkpoint or not checkpointing
+                sizes.append(memory.row_bytes(denoiser, x0[:1], condition, checkpointing) if possible else None)
             self._row_bytes = sizes[0] or 1, sizes[1]
         return self._row_bytes
 
@@ -153,7 +158,12 @@ class Engine:
         return outputs
 
     @torch.no_grad()
-    def start(self, inputs: Tensor, x0: Tensor, online: State | None) -> tuple[State, Tensor]:
+    def before(self, inputs: Tensor, online: State | None) -> Tensor:
+        """The outputs of the source, or under the online state."""
+        return self._outputs(inputs) if online is None else self.forward(online, inputs)
+
+    @torch.no_grad()
+    def start(self, inputs: Tensor, online: State | None) -> tuple[State, Tensor]:
         """A state of this call's own to adapt, and the outputs before."""
         if online is not None:
             state = copy.deepcopy(online)  # steps write in place, and a call that fails must leave no trace
@@ -162,6 +172,7 @@ class Engine:
         outputs = self._outputs(inputs)
         kept, images = self._storage, len(inputs)
         if kept is None or not problem.per_image or any(len(p) != images for p in (*kept.theta.values(), *kept.phi.values())):
+            self._storage = kept = None  # before the new one is made
             kept = step.initial_state(problem, theta, phi, outputs)
             self._storage = kept if problem.per_image else None
         else:
@@ -176,6 +187,8 @@ class Engine:
             step.forward(self.problem, state.theta, inputs)
             self._batched = True
         except Exception as error:  # whatever a module raises under vmap
+            if memory.out_of_memory(error):
+                raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             warnings.warn(f"images with weights of their own run one by one: vmap fails ({reason})", stacklevel=5)
             self._loop = True
@@ -192,11 +205,15 @@ class Engine:
         outputs: Tensor = self._forward(self.problem, state.theta, inputs)
         return outputs
 
-    def guard(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return step.guard(self.problem, *inputs)
+    def guard(
+        self, before: Tensor, candidates: list[Tensor], x0: Tensor, image_ids: Tensor, step_number: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """step.guard: outputs that stand, whether they are others than before, evaluations."""
+        return step.guard(self.problem, before, candidates, x0, image_ids, step_number)
 
     def warm_guard(self, outputs: Tensor, x0: Tensor, image_ids: Tensor, at: Tensor) -> None:
-        """Runs the guard's forwards whether an answer changed or not, so that they are compiled."""
+        """Runs the guard's forwards whether an answer changed or not, so that they are compiled and timed."""
         if self.config.guard:
             decision = self.task.decision(outputs, self.problem.denoiser)
-            step.compare(self.problem, decision, decision, x0, image_ids, at)
+            for _ in range(3 if self.config.match == "both" else 2):
+                step.held_out_losses(self.problem, decision, x0, image_ids, at)

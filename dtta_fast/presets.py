@@ -16,17 +16,18 @@ PAPER = AdaptConfig(
     momentum=0.9,
 )
 
-# Chosen on the validation split of digits-C by bench/choose_fast.py.
+# Chosen on the validation split of digits-C (bench/choose_fast.py, docs/log.md). Takes a denoiser with a calibration.
 FAST = AdaptConfig(
-    steps=5,
+    steps=3,
     pairs=4,
     timesteps="stratified",
-    timestep_range=(450, 800),
+    timestep_range=(450, 700),
     logit_scale=6.0,
+    match="both",
     optimizer="adam",
     lr=5e-4,
-    guard=16,
-    guard_threshold=2.0,
+    guard=12,
+    guard_threshold=1.75,
 )
 
 ALL = {"PAPER": PAPER, "FAST": FAST}

@@ -17,7 +17,7 @@ from dtta_fast.optimizers import Slots, Tensors, init_slots, update_
 from dtta_fast.parameters import Parameters, call, copies, in_dtypes_of
 from dtta_fast.tasks.base import Task
 
-FREE_LOGITS = "logits"
+FREE_LOGITS = "<logits>"  # no parameter's name
 GUARD_STEP = 2**31  # the guard's draws lie beyond every step's
 
 
@@ -70,7 +70,7 @@ def initial_state(problem: Problem, theta: Parameters, phi: Parameters, outputs:
     kind = problem.config.optimizer
     theta, phi = copies(theta, images, batched=kind != "adam8bit"), copies(phi, images)  # whose blocks follow the weights' own order
     if problem.config.parameters == "logits":
-        theta = {FREE_LOGITS: outputs.detach().clone()}
+        theta = {FREE_LOGITS: outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32), copy=True)}
     theta_slots, phi_slots = (init_slots(kind, list(moving.values()), images or 1) for moving in (theta, phi))
     return State(theta, phi, theta_slots, phi_slots, torch.zeros((), dtype=torch.int64, device=outputs.device))
 
@@ -164,36 +164,63 @@ def _update_(config: AdaptConfig, moving: Parameters, gradients: Tensors, slots:
 
 
 @torch.no_grad()
-def guard(problem: Problem, before: Tensor, after: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Which images keep their adapted answer, [B] bool, and the denoiser evaluations spent on it, [B].
+def guard(
+    problem: Problem, before: Tensor, candidates: list[Tensor], x0: Tensor, image_ids: Tensor, step: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which outputs stand, [B, ...]; whether they are others than those from before, [B] bool; denoiser evaluations spent on it, [B].
 
-    Where the answer changed, both answers condition the source denoiser on the same pairs, held out from the adaptation; the new
-    one stands where its loss is lower, by a paired test. Outputs that are not finite never stand.
+    Where an answer changed, every answer conditions the source denoiser on the same pairs, held out from the adaptation, and the one
+    with the lowest loss stands: the one from before, unless another's is lower by a paired test. Of equal answers the earlier
+    candidate stands. Outputs that are not finite never do. Without a guard the first candidate stands.
     """
     task, config = problem.task, problem.config
-    accepted = after.isfinite().flatten(1).all(1)
     evaluations = torch.zeros_like(image_ids)
+    finite = [outputs.isfinite().flatten(1).all(1) for outputs in candidates]
     if not config.guard:
-        return accepted, evaluations
-    old, new = (task.decision(outputs, problem.denoiser) for outputs in (before, after))
-    rows = (accepted & (old != new).flatten(1).any(1)).nonzero()[:, 0]
-    if not len(rows):
-        return accepted, evaluations
-    change = compare(problem, old[rows], new[rows], x0[rows], image_ids[rows], step)
-    standard_error = change.std(1) / config.guard**0.5 if config.guard_threshold else 0.0
-    accepted[rows] = change.mean(1) + config.guard_threshold * standard_error < 0
-    evaluations[rows] = 2 * config.guard
-    return accepted, evaluations
+        return _where(finite[0], candidates[0], before), finite[0], evaluations
+    source = task.decision(before, problem.denoiser)
+    answers = [task.decision(outputs, problem.denoiser) for outputs in candidates]
+    # an answer is asked about once: where it is not the one from before, nor an earlier candidate's
+    fresh = [
+        usable & torch.stack([(answer != other).flatten(1).any(1) for other in (source, *answers[:k])]).all(0)
+        for k, (answer, usable) in enumerate(zip(answers, finite, strict=True))
+    ]
+    same = finite[0] & (answers[0] == source).flatten(1).all(1)  # the same answer by the adapted weights
+    standing, score = _where(same, candidates[0], before), torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
+    asked = torch.stack(fresh).any(0)
+    accepted = same
+    if not asked.any():
+        return standing, accepted, evaluations
+    losses = _losses_where(problem, source, asked, x0, image_ids, step)
+    evaluations += config.guard * asked
+    for outputs, answer, wanted in zip(candidates, answers, fresh, strict=True):
+        if not wanted.any():
+            continue
+        change = _losses_where(problem, answer, wanted, x0, image_ids, step) - losses
+        standard_error = change.std(1) / config.guard**0.5 if config.guard_threshold else torch.zeros_like(score)
+        found = (change.mean(1) + config.guard_threshold * standard_error).double()
+        better = wanted & (found < score)
+        standing, score, accepted = _where(better, outputs, standing), torch.where(better, found, score), accepted | better
+        evaluations += config.guard * wanted
+    return standing, accepted, evaluations
+
+
+def _where(mask: Tensor, chosen: Tensor, otherwise: Tensor) -> Tensor:
+    return torch.where(mask.view(-1, *(1,) * (chosen.ndim - 1)), chosen, otherwise)
+
+
+def _losses_where(problem: Problem, conditions: Tensor, wanted: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor) -> Tensor:
+    """held_out_losses [B, guard] of the images that are wanted; zeros for the others."""
+    rows = wanted.nonzero()[:, 0]
+    found = held_out_losses(problem, conditions[rows], x0[rows], image_ids[rows], step)
+    return found.new_zeros(len(x0), found.shape[1]).index_copy_(0, rows, found)
 
 
 @torch.no_grad()
-def compare(problem: Problem, old: Tensor, new: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor) -> Tensor:
-    """Losses of the source denoiser under conditions `new` [B, ...] less those under `old`, [B, guard], on the same held-out pairs."""
+def held_out_losses(problem: Problem, conditions: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor) -> Tensor:
+    """Losses [B, guard] of the source denoiser under conditions [B, ...], on pairs that no step draws and all conditions share."""
     config, step = problem.config, step + GUARD_STEP
     drawn = Pairs(x0, problem.draws(config.guard).timesteps(image_ids, step), image_ids, config.seed, step)
     parts = list(drawn.chunks(max(1, problem.guard_rows // len(x0))))
     rows, l1 = problem.guard_rows if problem.pad else None, config.loss == "l1"
-    old_losses, new_losses = (
-        torch.cat([pair_losses(problem.denoiser, conditions, part, l1, rows) for part in parts], dim=1) for conditions in (old, new)
-    )
-    return new_losses - old_losses
+    return torch.cat([pair_losses(problem.denoiser, conditions, part, l1, rows) for part in parts], dim=1)

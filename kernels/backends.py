@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 import torch
@@ -27,9 +26,10 @@ def serving(device_type: str) -> tuple[str, str]:
         return "native", f"C++, {native.instruction_set()}, {native.thread_pool()}"
     if device_type == "cuda":
         try:
-            return "triton", f"Triton {version('triton')}"
-        except PackageNotFoundError:
+            import triton  # by its module: ROCm's and Windows' builds are distributed under other names
+        except ImportError:
             return "torch", "Triton is not installed: pip install triton"
+        return "triton", f"Triton {triton.__version__}"
     return "torch", f"there are no kernels for {device_type} devices"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dtta_fast.kernels import backends, native
 
+LARGEST = 65_535 * 1024  # elements of an image: blocks of a CUDA grid's second axis, 1024 elements each
 WORDS = 2**32  # image_ids, steps and pairs are words of a counter; the last pair is the timesteps'
 
 
@@ -28,7 +29,7 @@ def _check_draws(
 ) -> None:
     _check(x0.ndim == 4 and x0.numel() > 0, f"x0 has shape {tuple(x0.shape)}; give a non-empty [B, C, H, W]")
     _check(x0.is_floating_point(), f"x0 has dtype {x0.dtype}; give a floating-point one")
-    _check(x0[0].numel() <= 2**26, f"x0 has shape {tuple(x0.shape)}; an image may have 2^26 elements at most")
+    _check(x0[0].numel() <= LARGEST, f"x0 has shape {tuple(x0.shape)}; an image may have {LARGEST} elements at most")
     _check(table.ndim == 2 and table.shape[1] == 5, f"table has shape {tuple(table.shape)}; give NoiseProcess.table, [T, 5]")
     _check(len(table) > 0, "table has no rows; give NoiseProcess.table, a row a timestep")
     _check(table.dtype == torch.float32, f"table has dtype {table.dtype}; give NoiseProcess.table, float32")

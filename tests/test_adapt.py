@@ -12,9 +12,11 @@ from scipy import stats
 from torch import Tensor, nn
 
 from dtta_fast import AdaptConfig, Adapter, adapt
+from dtta_fast.engine import Engine
+from dtta_fast.kernels import add_noise, denoising_loss
 from dtta_fast.kernels.philox import normal
 from dtta_fast.parameters import select
-from dtta_fast.step import Problem, adaptation_step, initial_state
+from dtta_fast.step import GUARD_STEP, Problem, adaptation_step, initial_state
 from dtta_fast.tasks.classification import Classification
 
 CONFIG = AdaptConfig(steps=5, pairs=6, timesteps="uniform", lr=1e-2, denoiser_lr=1e-3)
@@ -322,3 +324,32 @@ def test_other_architectures(denoiser, images, name):
     whole = adapt(net, denoiser, images, config=CONFIG)
     alone = adapt(net, denoiser, images[2:3], config=CONFIG, image_ids=torch.tensor([2]))
     torch.testing.assert_close(whole.outputs[2:3], alone.outputs, rtol=1e-8, atol=1e-8)
+
+
+def test_the_guard_chooses_the_answer_with_the_lowest_held_out_loss(model, denoiser, images, process):
+    """Of three answers, against losses computed here one by one; each distinct answer is paid for once."""
+    config = AdaptConfig(guard=5, guard_threshold=0.5, pairs=4, timesteps="uniform")
+    engine = Engine(model, denoiser, Classification(), config)
+    x0, ids, at = denoiser.encode(images), torch.arange(4), torch.tensor(3)
+    engine.plan(images, x0, 4)
+    answers = torch.tensor([[0, 1, 2], [3, 3, 4], [5, 6, 6], [2, 2, 2]])  # before, first and second candidate, an image a row
+    outputs = [F.one_hot(column, 7).double() for column in answers.T]
+    found, accepted, evaluations = engine.guard(outputs[0], outputs[1:], x0, ids, at)
+    assert evaluations.tolist() == [15, 10, 10, 0]
+    timesteps = engine.problem.draws(5).timesteps(ids, at + GUARD_STEP)
+    draw = {"table": process.table, "x0": x0, "timesteps": timesteps, "image_ids": ids, "seed": 0, "step": at + GUARD_STEP}
+    draw |= {"pair0": 0, "noise": None}
+    x_t, table = add_noise(**draw, dtype=torch.float64), denoiser.class_embeddings({})
+    losses = []
+    for column in answers.T:
+        with torch.no_grad():
+            prediction = denoiser(x_t, timesteps.flatten(), table[column].repeat_interleave(5, 0))
+        losses.append(denoising_loss(prediction, **draw, l1=False))
+    for i, row in enumerate(answers):
+        scores = [0.0]
+        for k in (1, 2):
+            change = losses[k][i] - losses[0][i]
+            scores.append(float(change.mean() + 0.5 * change.std() / 5**0.5))
+        best = int(torch.tensor(scores).argmin())
+        assert found[i].argmax() == row[best]
+        assert accepted[i] == (best > 0 or row[1] == row[0])

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torchvision.transforms.functional import to_pil_image
 
+from dtta_fast import Calibration, zoo
 from dtta_fast.cli import main
 from dtta_fast.data.corruptions import DIGITS_C
+from dtta_fast.data.digits import load_digits
+from dtta_fast.denoisers.dit import DiT
 
 DTTA = Path(sys.executable).with_name("dtta")
 
@@ -22,8 +27,9 @@ def test_demo_prints_a_table_and_writes_its_result(tmp_path, capsys):
     result = json.loads(path.read_text())
     assert (result["benchmark"], result["preset"], result["images"], result["config"]["seed"]) == ("digits-C", "FAST", 6, 3)
     assert set(result["corruptions"]) == set(DIGITS_C)
-    keys = ("source_accuracy", "adapted_accuracy", "evaluations_per_image", "seconds_per_image")
+    keys = ("source_accuracy", "matched_accuracy", "adapted_accuracy", "evaluations_per_image", "seconds_per_image")
     rows = result["corruptions"].values()
+    assert result["gain_interval"][0] <= result["adapted_accuracy"] - result["source_accuracy"] <= result["gain_interval"][1]
     for key in keys:
         assert result[key] == pytest.approx(sum(row[key] for row in rows) / len(DIGITS_C))
         assert key in result["clean"]
@@ -55,6 +61,30 @@ def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
     assert message in printed.err
     assert printed.err.count("\n") == 1
     assert not printed.out
+
+
+def test_calibrate_writes_what_the_denoiser_then_loads(tmp_path, capsys):
+    denoiser, images = tmp_path / "denoiser", tmp_path / "images" / "inner"
+    shutil.copytree(Path(zoo.__file__).parent / "digits" / "denoiser", denoiser)
+    (denoiser / "calibration.json").unlink()
+    assert DiT.from_pretrained(denoiser).calibration is None
+    images.mkdir(parents=True)
+    for i, image in enumerate(load_digits("train")[0][:12]):
+        to_pil_image(image).save(images / f"{i:02}.png")
+    main(["calibrate", str(denoiser), str(tmp_path / "images")])
+    assert "calibration.json: written" in capsys.readouterr().out
+    found = DiT.from_pretrained(denoiser).calibration
+    again = Calibration.measure(DiT.from_pretrained(denoiser), (load_digits("train")[0][:12] * 255).round() / 255)
+    assert found.mean == pytest.approx(again.mean, abs=1e-3)
+    assert found.power[:6] == pytest.approx(again.power[:6], rel=0.02)
+    for arguments, message in (
+        (["calibrate", str(denoiser), str(tmp_path / "nowhere")], "is no folder"),
+        (["calibrate", str(denoiser), str(denoiser / "scheduler")], "holds no file"),
+        (["calibrate", "some/hub-id", str(images)], "--out FILE"),
+    ):
+        test_bad_input_is_one_line_and_status_2(capsys, arguments, message)
+    (images / "00.png").write_bytes(b"no image")
+    test_bad_input_is_one_line_and_status_2(capsys, ["calibrate", str(denoiser), str(images)], "00.png is no image")
 
 
 def test_env_names_versions_and_backends(tmp_path, capsys):

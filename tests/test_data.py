@@ -10,6 +10,7 @@ from sklearn import datasets
 from dtta_fast import zoo
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import SPLITS, load_digits
+from dtta_fast.demo import bootstrap_interval
 
 
 def test_splits_share_no_image_and_cover_all():
@@ -63,3 +64,12 @@ def test_bad_input_is_named():
         corrupt(torch.zeros(1, 3, 32, 32), "rain", 1)
     with pytest.raises(ValueError, match="severity is 6"):
         corrupt(torch.zeros(1, 3, 32, 32), "fog", 6)
+
+
+def test_bootstrap_interval_is_the_textbook_s():
+    """Of a mean of 400 values: 1.96 standard errors to both sides."""
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    low, high = bootstrap_interval(values)
+    error = float(values.std()) / 20
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.08)
+    assert (high + low) / 2 == pytest.approx(float(values.mean()), abs=0.1 * error)

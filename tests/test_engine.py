@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 from dtta_fast import AdaptConfig, Adapter, adapt
 from dtta_fast import adapter as adapter_module
+from dtta_fast import engine as engine_module
 from dtta_fast.runtime import clock, compiling
 
 CONFIG = AdaptConfig(steps=3, pairs=6, lr=1e-2, guard=3)
@@ -293,3 +294,73 @@ def test_adam_of_8_bits(denoiser, images, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="pip install"):
         Adapter(*floats[:2], config)
+
+
+def test_a_failed_rebuild_is_made_again(floats, monkeypatch):
+    """Weights were replaced, and memory ran out while the copies were made anew: the next call sees the new weights all the same."""
+    model, denoiser, images = floats
+    session = Adapter(model, denoiser, CONFIG.replace(guard=0))
+    session.adapt(images)
+    model.stem[0].weight = nn.Parameter(model.stem[0].weight.detach() * 1.5)
+    whole = engine_module.private_denoiser
+
+    def fail(*arguments):
+        monkeypatch.setattr(engine_module, "private_denoiser", whole)
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(engine_module, "private_denoiser", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        session.adapt(images)
+    fresh = adapt(model, denoiser, images, config=CONFIG.replace(guard=0))
+    torch.testing.assert_close(session.adapt(images).outputs_before, fresh.outputs_before, rtol=1e-4, atol=1e-4)
+
+
+def test_out_of_memory_before_a_later_call_s_plan_is_the_caller_s(floats, monkeypatch):
+    session = Adapter(*floats[:2], CONFIG.replace(guard=0))
+    rows = session.adapt(floats[2])
+    monkeypatch.setattr(type(floats[1]), "encode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
+    with pytest.raises(torch.OutOfMemoryError):
+        session.adapt(floats[2])
+    monkeypatch.undo()
+    assert torch.equal(session.adapt(floats[2]).outputs, rows.outputs)
+
+
+def test_out_of_memory_is_no_failure_of_vmap(floats, monkeypatch):
+    session, tried = Adapter(*floats[:2], CONFIG.replace(guard=0)), []
+    plain = engine_module.step.forward
+
+    def once(*arguments):
+        if not tried:
+            tried.append(True)
+            return plain(*arguments)
+        if len(tried) == 1:
+            tried.append(True)
+            raise torch.OutOfMemoryError("injected")
+        return plain(*arguments)
+
+    monkeypatch.setattr(engine_module.step, "forward", once)
+    session._engine._forward = once
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.adapt(floats[2])
+    assert len(tried) == 2
+    assert not session._engine.problem.loop
+
+
+def test_warmup_takes_what_adapt_takes(floats):
+    """Also a batch that a budget divides into groups."""
+    session = Adapter(*floats[:2], CONFIG.replace(denoiser_parameters="all", memory_budget=2 * 10**6))
+    assert set(session.warmup(floats[2])) == {"cold", "warm"}
+
+
+def test_a_parameter_may_be_called_logits(floats):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.logits = floats[0], nn.Parameter(torch.zeros(7))
+
+        def forward(self, x):
+            return self.body(x) + self.logits
+
+    found = adapt(Named(), *floats[1:], config=CONFIG.replace(lr=0.0, guard=0))
+    torch.testing.assert_close(found.outputs, found.outputs_before, rtol=1e-4, atol=1e-5)

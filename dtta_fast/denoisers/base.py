@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtta_fast.calibration import Calibration
 from dtta_fast.process import NoiseProcess
 
 
@@ -16,6 +17,7 @@ class Denoiser(nn.Module, ABC):
     """A diffusion model with a differentiable condition. Its parameters are what may adapt; its forward is the prediction."""
 
     process: NoiseProcess
+    calibration: Calibration | None = None  # statistics of the images that it was trained on
     can_checkpoint = False  # whether forward makes its activations again in the backward where `checkpointing` is set
     checkpointing = False
     keep_in_float32: tuple[str, ...] = ()  # parameters that mixed precision leaves as they are

@@ -13,10 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dtta_fast.calibration import Calibration
 from dtta_fast.denoisers.base import Denoiser, to_model_range
 from dtta_fast.denoisers.dit_network import DiTNetwork
 from dtta_fast.process import NoiseProcess
 
+CALIBRATION = "calibration.json"
 LABEL_TABLE = "network.y_embedder.embedding_table.weight"
 
 
@@ -51,9 +53,14 @@ class DiT(Denoiser):
                 channels = f"images have {images.shape[1]} channels and the denoiser works on {self.network.in_channels}"
                 raise ValueError(f"{channels}; a latent model needs vae= when it is loaded, or latents= at the call")
             return to_model_range(images, self.network.input_size).to(dtype)
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        pixels = to_model_range(images, self.network.input_size * factor).to(self.vae.dtype)
+        pixels = to_model_range(images, self.image_size).to(self.vae.dtype)
         return (self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor).to(dtype)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the images that it works on."""
+        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return self.network.input_size * factor
 
     def regions(self) -> list[nn.Module]:
         return list(self.network.blocks)
@@ -102,7 +109,7 @@ class DiT(Denoiser):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, vae: nn.Module | None = None) -> DiT:
-        """Reads a folder: our own (`save_pretrained`), a diffusers DiTTransformer2DModel, or a diffusers DiT pipeline.
+        """Reads a folder: our own (`save_pretrained`, its calibration too), a diffusers DiTTransformer2DModel, or a DiT pipeline.
 
         Anything that is no folder is taken for a model id of the hub. `vae` overrides the pipeline's own.
 
@@ -128,15 +135,21 @@ class DiT(Denoiser):
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{folder / 'config.json'} describes no DiT: {error}") from error
         _load(network, _read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
-        return cls(network, _read_process(folder), vae)
+        denoiser = cls(network, _read_process(folder), vae)
+        if (folder / CALIBRATION).is_file():
+            denoiser.calibration = Calibration.load(folder / CALIBRATION, denoiser)
+        return denoiser
 
     def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
-        """Writes config.json, model.safetensors and scheduler/scheduler_config.json (of the diffusers scheduler trained with)."""
+        """Writes config.json, model.safetensors, scheduler/scheduler_config.json (of the diffusers scheduler trained with), and
+        calibration.json where the denoiser has one."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"_class_name": "DiT", **self.network.sizes}, indent=2) + "\n")
         save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, folder / "model.safetensors")
         scheduler.save_pretrained(folder / "scheduler")
+        if self.calibration is not None:
+            self.calibration.save(folder / CALIBRATION)
 
 
 def _network_from_original(state: Mapping[str, Tensor], num_heads: int) -> DiTNetwork:

@@ -49,14 +49,21 @@ class Durations:
         """Notes the block's time if it is wanted: it takes a wait for the device."""
         start = clock.now() if wanted else 0.0
         yield
-        if wanted and not self._first:
-            self._last.append(clock.now() - start)
+        if wanted:
+            self.note(clock.now() - start)
+        self._first = False
+
+    def note(self, seconds: float) -> None:
+        """Of one more run."""
+        if not self._first:
+            self._last.append(seconds)
         self._first = False
 
 
 @dataclass
 class Pace:
-    """Of a batch's steps, and of what comes after the last one."""
+    """Of a batch's steps, of the forward after the last one, and of the guard, where it has something to compare."""
 
     step: Durations = field(default_factory=Durations)
     end: Durations = field(default_factory=Durations)
+    guard: Durations = field(default_factory=Durations)

@@ -10,10 +10,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 F = TypeVar("F", bound=Callable[..., Any])
-FAILURES = (TorchDynamoException,)  # what torch.compile raises where it cannot trace or build, Inductor's errors included
+FAILURES = (
+    TorchDynamoException,
+    FailOnRecompileLimitHit,
+)  # what torch.compile raises where it cannot trace or build, Inductor's errors included
 COMPILATIONS = 1024
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 

@@ -21,17 +21,22 @@ class Plan(NamedTuple):
     checkpoint: bool = False
 
 
-def row_bytes(denoiser: Denoiser, x0: Tensor, condition: Tensor) -> int:
+def row_bytes(denoiser: Denoiser, x0: Tensor, condition: Tensor, checkpointing: bool) -> int:
     """Bytes that one more row takes: its saved activations, measured on one and two rows, and the largest of them TRANSIENT times.
 
     x0 [1, C, h, w], condition [1, ...].
     """
-    (total, largest), (total2, largest2) = (_saved(denoiser, x0, condition, rows) for rows in (1, 2))
+    kept = {}
+    for whether in {False, checkpointing}:
+        (total, largest), (total2, largest2) = (_saved(denoiser, x0, condition, rows, whether) for rows in (1, 2))
+        kept[whether] = total2 - total + TRANSIENT * (largest2 - largest)
+    # of a checkpointed denoiser one region's activations are there again while its backward runs
+    again = kept[False] // len(denoiser.regions()) if checkpointing else 0
     # x_t, the prediction and its gradient
-    return max(1, total2 - total + TRANSIENT * (largest2 - largest) + 4 * x0[0].numel() * x0.dtype.itemsize)
+    return max(1, kept[checkpointing] + again + 4 * x0[0].numel() * x0.dtype.itemsize)
 
 
-def _saved(denoiser: Denoiser, x0: Tensor, condition: Tensor, rows: int) -> tuple[int, int]:
+def _saved(denoiser: Denoiser, x0: Tensor, condition: Tensor, rows: int, checkpointing: bool) -> tuple[int, int]:
     constants = {p.untyped_storage().data_ptr() for p in (*denoiser.parameters(), *denoiser.buffers())}
     sizes: dict[int, int] = {}
     alive: list[Tensor] = []  # as long as autograd would hold them, or an address would be counted once for two
@@ -46,13 +51,17 @@ def _saved(denoiser: Denoiser, x0: Tensor, condition: Tensor, rows: int) -> tupl
     x_t = x0.to(denoiser.dtype).expand(rows, *x0.shape[1:]).contiguous()
     timesteps = torch.zeros(rows, dtype=torch.int64, device=x0.device)
     leaf = condition.detach().clone().requires_grad_()
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        denoiser(x_t, timesteps, leaf.expand(rows, *leaf.shape[1:]))
+    before, denoiser.checkpointing = denoiser.checkpointing, checkpointing
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            denoiser(x_t, timesteps, leaf.expand(rows, *leaf.shape[1:]))
+    finally:
+        denoiser.checkpointing = before
     return sum(sizes.values()), max(sizes.values(), default=0)
 
 
 def plan(budget: int, images: int, pairs: int, row: int, image: int, checkpointed_row: int | None) -> Plan:
-    """What fits `budget` bytes: as many images as leave room for a row each, then rows, as even as they come.
+    """What fits `budget` bytes: as many images as leave room for a row each, then rows.
 
     row: bytes a row. image: bytes of an image's own weights, gradients and optimizer memory. checkpointed_row: bytes a row where
     activations are made again; None where the denoiser cannot.

@@ -46,13 +46,13 @@ def mix_kernel(
     for start in range(0, count, ROW):
         here = start + tl.arange(0, ROW)
         z = tl.load(logits + row * classes + _chosen(chosen, row, here, count), mask=here < count, other=-float("inf")).to(tl.float32)
-        top = tl.maximum(top, z * scale)
+        top = tl.maximum(top, tl.where(here < count, z * scale, -float("inf")))  # a scale of 0 makes a padded place NaN
     highest = tl.max(top)
     exponentials = tl.zeros((ROW,), tl.float32)
     for start in range(0, count, ROW):
         here = start + tl.arange(0, ROW)
         z = tl.load(logits + row * classes + _chosen(chosen, row, here, count), mask=here < count, other=-float("inf")).to(tl.float32)
-        exponentials += tl.exp(z * scale - highest)
+        exponentials += tl.where(here < count, tl.exp(z * scale - highest), 0.0)
     total = tl.sum(exponentials)
     number = block * NUMBERS + tl.arange(0, NUMBERS)
     table = embeddings + row * classes * numbers if PER_IMAGE else embeddings
@@ -61,7 +61,7 @@ def mix_kernel(
         here = start + tl.arange(0, CLASSES)
         known, which = here < count, _chosen(chosen, row, here, count)
         z = tl.load(logits + row * classes + which, mask=known, other=-float("inf")).to(tl.float32)
-        weight = tl.exp(z * scale - highest) / total
+        weight = tl.where(known, tl.exp(z * scale - highest) / total, 0.0)
         tl.store(weights + row * classes + which, weight, mask=known & (block == 0))
         inside = known[:, None] & (number < numbers)[None, :]
         rows = tl.load(table + which[:, None] * numbers + number[None, :], mask=inside, other=0.0).to(tl.float32)

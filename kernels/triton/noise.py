@@ -16,7 +16,8 @@ from dtta_fast.kernels.triton.philox import normals
 WIDTH = 1024
 THREADS = 128  # of a program: 8 elements a thread, 16 bytes of a 16-bit type
 WARPS = THREADS // (64 if torch.version.hip else 32)
-VARYING = ["table_rows", "pairs", "seed", "pair0"]  # no new compilation for their values
+VARYING = ["table_rows", "pairs", "seed", "pair0"]  # no new compilation for their values, but for the step from 32 to 64 bits
+SLICED = ["timesteps", "image_ids", "step", "upstream"]  # read one by one: none for where in a tensor they begin either
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def _draw(row, first, here, inside, image_ids, step, noise, pairs, elements, see
     return drawn
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SLICED[:3])
 def add_noise_kernel(
     x0, table, timesteps, image_ids, step, noise, x_t, table_rows, pairs, elements, seed, pair0, WIDTH: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
@@ -50,7 +51,7 @@ def add_noise_kernel(
     tl.store(x_t + row * elements + here, (a * clean + s * drawn).to(x_t.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=VARYING, do_not_specialize_on_alignment=SLICED)
 def denoising_loss_kernel(
     prediction, x0, table, timesteps, image_ids, step, noise, upstream, partial, gradient, table_rows, pairs, elements, row_stride, seed,
     pair0, L1: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr

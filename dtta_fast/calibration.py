@@ -1,0 +1,139 @@
+"""What a denoiser's own images look like, measured without labels, and how an image is brought to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LEAST = 8  # images to measure on: the mean power of fewer is one image's own
+MOST_GAIN = 4.0  # a frequency is raised and lowered by at most that: what blur has taken altogether does not come back
+NOTHING = 1e-12  # a power that is none: where neither side has any, the gain is 1
+FLAT = 1e-4  # standard deviation in [0, 1] under which an image has no contrast to bring back
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of clean images of a denoiser's domain, and the denoiser that they belong to.
+
+    A denoising loss compares a corrupted image with what the denoiser makes of clean ones, so the first thing that it sees is the
+    corruption: contrast, brightness, blur. Matching takes that away, and leaves the class.
+
+    Attributes:
+        fingerprint: of the denoiser (see fingerprint()).
+        mean, deviation: of an image's values in [0, 1], over its pixels and channels; means over images.
+        power: mean power of images of mean 0 and deviation 1 by spatial frequency, 0, 1, 2 .. cycles an image side.
+    """
+
+    fingerprint: str
+    mean: float
+    deviation: float
+    power: tuple[float, ...]
+
+    @classmethod
+    @torch.no_grad()
+    def measure(cls, denoiser: nn.Module, images: Tensor) -> Calibration:
+        """Of clean images [N, C, H, W] in [0, 1], 8 and more, at the crop that the denoiser looks at.
+
+        Raises:
+            ValueError: fewer images, values outside [0, 1], or images without contrast.
+        """
+        if images.ndim != 4 or len(images) < LEAST or min(images.shape[-2:]) < 4:
+            raise ValueError(
+                f"images has shape {tuple(images.shape)}; give [N, C, H, W] with N of {LEAST} and more, 4 pixels a side and more"
+            )
+        if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
+            raise ValueError("images holds values outside [0, 1]; give floating point, not normalised")
+        images = images.float()
+        unit, mean, deviation = _standardised(images)
+        if float(deviation.mean()) < FLAT:
+            raise ValueError("images have no contrast: their standard deviation is 0")
+        power = _power(torch.fft.rfft2(unit, norm="forward"), _radius(unit)).mean(0)
+        return cls(fingerprint(denoiser), float(mean.mean()), float(deviation.mean()), tuple(power.tolist()))
+
+    @torch.no_grad()
+    def match(self, images: Tensor) -> Tensor:
+        """Each image [B, C, H, W] with the mean, the deviation and the radial power spectrum of these statistics; of any size.
+
+        One gain a frequency for all of an image's channels, from 1/4 to 4. Phases, and so shapes and places, stay. Values may leave [0, 1].
+        """
+        unit, _, _ = _standardised(images.float())
+        spectrum, radius = torch.fft.rfft2(unit, norm="forward"), _radius(unit)
+        lower = radius.long()
+        bins = int(lower.max()) + 2
+        wanted = _extended(torch.tensor(self.power, device=images.device), bins)
+        found = _extended(_power(spectrum, radius), bins)
+        gain = ((wanted + NOTHING) / (found + NOTHING)).sqrt().clamp(1 / MOST_GAIN, MOST_GAIN)
+        share = radius - lower
+        gains = gain[:, lower] * (1 - share) + gain[:, lower + 1] * share
+        unit, _, _ = _standardised(torch.fft.irfft2(spectrum * gains[:, None], s=images.shape[-2:], norm="forward"))
+        return (unit * self.deviation + self.mean).to(images.dtype)
+
+    def save(self, path: str | Path) -> None:
+        """As JSON."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, denoiser: nn.Module) -> Calibration:
+        """What save() wrote.
+
+        Raises:
+            ValueError: the file is damaged, or belongs to another denoiser.
+        """
+        try:
+            found: dict[str, Any] = json.loads(Path(path).read_text())
+            read = cls(str(found["fingerprint"]), float(found["mean"]), float(found["deviation"]), tuple(map(float, found["power"])))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no calibration: {type(error).__name__}: {error}") from error
+        numbers = (read.mean, read.deviation, *read.power)
+        if len(read.power) < 3 or not all(map(math.isfinite, numbers)) or read.deviation <= 0 or min(read.power) < 0:
+            raise ValueError(f"{path} is no calibration: mean, deviation and power have to be finite, deviation positive")
+        if read.fingerprint != fingerprint(denoiser):
+            raise ValueError(f"{path} belongs to another denoiser (fingerprint {read.fingerprint}): measure this one by `dtta calibrate`")
+        return read
+
+
+@torch.no_grad()
+def fingerprint(denoiser: nn.Module) -> str:
+    """Twelve hexadecimal digits of the names, the shapes and the first values of its parameters, whatever the device."""
+    found = hashlib.sha256()
+    for name, parameter in denoiser.named_parameters():
+        values = parameter.detach().flatten()[:8].to("cpu", torch.bfloat16).float().tolist()
+        found.update(f"{name} {tuple(parameter.shape)} {values}".encode())
+    return found.hexdigest()[:12]
+
+
+def _standardised(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, C, H, W] at mean 0 and deviation 1 an image, with what they were, [B, 1, 1, 1] each."""
+    deviation, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True, correction=0)
+    return (images - mean) / deviation.clamp(min=FLAT), mean, deviation
+
+
+def _radius(images: Tensor) -> Tensor:
+    """Of each of rfft2's coefficients, in cycles an image side."""
+    height, width = images.shape[-2:]
+    rows, columns = torch.fft.fftfreq(height, 1 / height), torch.fft.rfftfreq(width, 1 / width)
+    return torch.hypot(rows[:, None], columns[None, :]).to(images.device)
+
+
+def _power(spectrum: Tensor, radius: Tensor) -> Tensor:
+    """Mean power [B, R] of coefficients [B, C, H, W/2+1] at each whole radius below half the height, the rest in the last."""
+    last = spectrum.shape[-2] // 2
+    ring = radius.round().long().clamp(max=last).flatten()
+    weight = torch.full_like(radius, 2.0)  # rfft2 leaves out one of each conjugate pair
+    weight[:, 0] = 1.0
+    power = (spectrum.abs().square().mean(1) * weight).flatten(1)
+    total = power.new_zeros(len(power), last + 1).index_add_(1, ring, power)
+    return total / total.new_zeros(last + 1).index_add_(0, ring, weight.flatten())
+
+
+def _extended(power: Tensor, bins: int) -> Tensor:
+    """The first `bins` along the last dimension, the last one repeated where there are fewer."""
+    return power[..., torch.arange(bins, device=power.device).clamp(max=power.shape[-1] - 1)]

@@ -1,0 +1,35 @@
+"""Images of a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms import functional as T
+
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+
+def read_images(folder: str | Path, size: int, most: int) -> Tensor:
+    """The first `most` images of a folder and its subfolders, by name, as [N, 3, size, size] in [0, 1]: short side resized, centre cropped.
+
+    Raises:
+        ValueError: no folder, a folder without images, or a file that is no image; the message names it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"images is {str(folder)!r}, which is no folder")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())[:most]
+    if not files:
+        raise ValueError(f"images is {str(folder)!r}, which holds no file ending in {', '.join(sorted(SUFFIXES))}")
+    read = []
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                colours = image.convert("RGB")
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} is no image that can be read: {error}") from error
+        read.append(T.to_tensor(T.center_crop(T.resize(colours, size, T.InterpolationMode.BICUBIC), [size, size])))
+    return torch.stack(read)

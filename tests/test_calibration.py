@@ -1,0 +1,136 @@
+"""Matching an image to the statistics of a denoiser's own images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dtta_fast import AdaptConfig, Adapter, Calibration, adapt, presets, zoo
+from dtta_fast.data.corruptions import DIGITS_C, corrupt
+from dtta_fast.data.digits import load_digits
+
+
+@pytest.fixture
+def clean() -> torch.Tensor:
+    """Smooth images of two colours: what most of the power of a photograph is like."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(16, 3, 8, 8, generator=generator)
+    return F.interpolate(coarse, size=(32, 32), mode="bicubic").clamp(0, 1) * 0.8 + 0.1
+
+
+@pytest.fixture
+def calibration(clean) -> Calibration:
+    return Calibration.measure(nn.Linear(2, 2), clean)
+
+
+def test_power_is_that_of_a_direct_sum(clean, calibration):
+    """Parseval: the powers of all frequencies, each as often as it occurs, add up to the variance, 1."""
+    rows = torch.fft.fftfreq(32, 1 / 32)
+    ring = torch.hypot(rows[:, None], rows[None, :]).round().long().clamp(max=16)
+    total = sum(calibration.power[int(r)] for r in ring.flatten())
+    assert total == pytest.approx(1, abs=0.02)  # two columns of rfft2 count a little wrong
+    assert calibration.mean == pytest.approx(float(clean.mean()))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (48, 33)])
+def test_matched_images_have_the_statistics(clean, calibration, size):
+    images = F.interpolate(clean, size=size, mode="bilinear") * 0.2 + 0.7  # low contrast, bright, another size
+    matched = calibration.match(images)
+    assert matched.shape == images.shape
+    torch.testing.assert_close(matched.mean((1, 2, 3)), torch.full((16,), calibration.mean), rtol=0, atol=1e-5)
+    torch.testing.assert_close(matched.std((1, 2, 3), correction=0), torch.full((16,), calibration.deviation), rtol=0, atol=1e-5)
+
+
+def test_matching_does_not_see_contrast_and_brightness(clean, calibration):
+    torch.testing.assert_close(calibration.match(clean * 0.1 + 0.5), calibration.match(clean), rtol=0, atol=2e-4)
+
+
+def test_matching_gives_back_what_blur_took(clean, calibration):
+    taps = torch.tensor([1.0, 4, 6, 4, 1]) / 16
+    kernel = (taps[:, None] * taps)[None, None].repeat(3, 1, 1, 1)
+    blurred = F.conv2d(F.pad(clean, (2, 2, 2, 2), mode="circular"), kernel, groups=3)
+    before, after = ((images - calibration.match(clean)).square().mean() for images in (blurred, calibration.match(blurred)))
+    assert after < before / 2
+
+
+def test_images_without_contrast_stay_finite(calibration):
+    assert calibration.match(torch.full((2, 3, 32, 32), 0.3)).isfinite().all()
+
+
+def test_an_image_s_match_is_its_own(clean, calibration):
+    torch.testing.assert_close(calibration.match(clean)[3:4], calibration.match(clean[3:4]), rtol=0, atol=1e-6)
+
+
+def test_files(tmp_path, calibration):
+    denoiser = nn.Linear(2, 2)
+    own = dataclasses.replace(calibration, fingerprint=Calibration.measure(denoiser, torch.rand(8, 3, 8, 8)).fingerprint)
+    own.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json", denoiser) == own
+    with pytest.raises(ValueError, match="belongs to another denoiser"):
+        Calibration.load(tmp_path / "c.json", nn.Linear(2, 2))
+    written = json.loads((tmp_path / "c.json").read_text())
+    for damage in ({"deviation": 0.0}, {"power": [1.0]}, {"mean": "grey"}, {"power": [float("nan")] * 5}):
+        (tmp_path / "c.json").write_text(json.dumps({**written, **damage}))
+        with pytest.raises(ValueError, match="is no calibration"):
+            Calibration.load(tmp_path / "c.json", denoiser)
+
+
+@pytest.mark.parametrize("images", [torch.rand(4, 3, 8, 8), torch.rand(8, 8), torch.rand(8, 3, 8, 8) * 255, torch.full((8, 3, 8, 8), 0.5)])
+def test_too_little_to_measure_on(images):
+    with pytest.raises(ValueError, match="images h"):
+        Calibration.measure(nn.Linear(2, 2), images)
+
+
+def test_a_denoiser_without_one_is_refused(model, denoiser):
+    with pytest.raises(ValueError, match="match is 'both', and the denoiser has no calibration"):
+        Adapter(model, denoiser, presets.FAST.replace(match="both"))
+
+
+def test_the_answer_before_is_to_the_image_as_it_is(model, denoiser, images):
+    """match "both" adapts on the matched image, and where no step runs or the guard refuses, the answer is the source's own."""
+    model, denoiser, images = model.float(), denoiser.float(), images.float()
+    denoiser.calibration = Calibration.measure(denoiser, torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(3)) ** 2)
+    config = AdaptConfig(steps=2, pairs=4, lr=1e-2)
+    found = {match: adapt(model, denoiser, images, config=config.replace(match=match)) for match in ("off", "denoiser", "both")}
+    for match in ("denoiser", "both"):
+        torch.testing.assert_close(found[match].outputs_before, found["off"].outputs_before)
+        assert not torch.allclose(found[match].loss, found["off"].loss, rtol=1e-3)
+        assert not torch.allclose(found[match].outputs, found["off"].outputs, rtol=1e-3)  # without a guard the adapted answer stands
+    on_matched = adapt(model, denoiser, denoiser.calibration.match(images).clamp(0, 1), config=config)
+    torch.testing.assert_close(found["both"].loss, on_matched.loss, rtol=0.1, atol=0.05)  # but for the clamp
+    one = adapt(model, denoiser, images[2:3], config=config.replace(match="both"), image_ids=torch.tensor([2]))
+    torch.testing.assert_close(one.outputs, found["both"].outputs[2:3], rtol=1e-3, atol=1e-4)
+
+
+def test_the_zoo_s_is_of_its_training_images():
+    _, denoiser = zoo.load("digits")
+    again = Calibration.measure(denoiser, load_digits("train")[0])
+    assert again.fingerprint == denoiser.calibration.fingerprint
+    torch.testing.assert_close(torch.tensor(again.power), torch.tensor(denoiser.calibration.power), rtol=1e-3, atol=1e-9)
+
+
+def test_matching_takes_low_contrast_away_from_the_digits():
+    """The denoiser tells the classes apart again: its classification by 8 pairs a class, before and after."""
+    from dtta_fast.kernels import add_noise, denoising_loss
+
+    _, denoiser = zoo.load("digits")
+    images, labels = (part[:24] for part in load_digits("validation"))
+    faint = corrupt(images, "contrast", DIGITS_C["contrast"])
+    right = []
+    for seen in (faint, denoiser.calibration.match(faint)):
+        timesteps = torch.arange(500, 740, 30).expand(24, -1).contiguous()
+        draw = {"table": denoiser.process.table, "x0": denoiser.encode(seen), "timesteps": timesteps, "image_ids": torch.arange(24)}
+        draw |= {"seed": 0, "step": torch.tensor(0), "pair0": 0, "noise": None}
+        x_t, losses = add_noise(**draw, dtype=torch.float32), []
+        for row in denoiser.class_embeddings({}):
+            with torch.no_grad():
+                prediction = denoiser(x_t, timesteps.flatten(), row.expand(len(x_t), -1))
+            losses.append(denoising_loss(prediction, **draw, l1=False).mean(1))
+        right.append(int((torch.stack(losses).argmin(0) == labels).sum()))
+    assert right[1] >= right[0] + 4
+    assert right[1] >= 20
