@@ -8,6 +8,7 @@ Micro-batches of 15 pairs, their gradients accumulated; the classifier runs insi
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,19 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.dit import DiT
 
 MICRO_BATCH = 15
+KNOWN = ("steps", "pairs", "chunk", "denoiser_parameters", "optimizer", "lr", "denoiser_lr", "momentum", "seed")
 
 
 class Naive:
     """Adapts `model` (and the DiT, where config.denoiser_parameters is "all") in place, one image at a time, with SGD or Adam."""
 
     def __init__(self, model: nn.Module, denoiser: DiT, config: AdaptConfig) -> None:
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if field.name not in KNOWN and value != field.default:
+                raise ValueError(f"{field.name} is {value!r}; the naive engine knows {', '.join(KNOWN)} alone")
+        if config.optimizer not in ("sgd", "adam"):
+            raise ValueError(f"optimizer is {config.optimizer!r}; the naive engine knows sgd and adam")
         self.model, self.denoiser, self.config = model.eval(), denoiser.eval(), config
         self.both = config.denoiser_parameters == "all"
         denoiser.requires_grad_(self.both)

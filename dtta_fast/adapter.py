@@ -14,7 +14,7 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.engine import Engine, anchor
 from dtta_fast.inputs import check_draws, checked_deadline, checked_ids, checked_images, checked_latents
-from dtta_fast.parameters import select
+from dtta_fast.parameters import attention_switches, restore_attention, select
 from dtta_fast.runtime.clock import Clock, Pace
 from dtta_fast.step import State, initial_state
 from dtta_fast.tasks.base import Task
@@ -138,6 +138,7 @@ class Adapter:
             raise ValueError(f"denoiser is on {anchor(engine.denoiser).device} and model on {origin.device}; move one of them")
         image_ids = checked_ids(image_ids, images)
         deadline = None if deadline_ms is None else start + checked_deadline(deadline_ms) / 1000
+        switches = attention_switches()
         for _ in range(ATTEMPTS):
             try:
                 with torch.enable_grad(), torch.autocast(origin.device.type, enabled=False), engine.context():
@@ -146,10 +147,13 @@ class Adapter:
                 break
             except BaseException as error:  # Ctrl-C too leaves tensors of ours in the private modules
                 self._paces.clear()  # what follows runs otherwise
+                restore_attention(switches)
                 if not engine.failed(error):
                     raise
-        if config.mode == "online" and all(bool(p.isfinite().all()) for p in (*state.theta.values(), *state.phi.values())):
-            self._state = state
+        if config.mode == "online":
+            moved = [*state.theta.values(), *state.phi.values()]
+            if bool(torch.stack([p.isfinite().all() for p in moved]).all()):
+                self._state = state
         return result
 
     def _adapt(
@@ -285,7 +289,8 @@ class Adapter:
         expected = initial_state(engine.problem, *engine.source(), torch.empty(0, device=anchor(engine.model).device))
         for field in ("theta", "phi"):
             shapes = [{name: p.shape for name, p in getattr(s, field).items()} for s in (new, expected)]
-            if shapes[0] != shapes[1] or len(getattr(new, f"{field}_slots")) != len(getattr(expected, f"{field}_slots")):
+            slots = [[[(p.shape, p.dtype) for p in tensors] for tensors in getattr(s, f"{field}_slots")] for s in (new, expected)]
+            if shapes[0] != shapes[1] or slots[0] != slots[1]:
                 raise ValueError(f"state's {field} holds other weights, or another optimizer's memory, than this adapter's")
         self._state = new
 

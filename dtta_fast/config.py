@@ -23,7 +23,8 @@ class AdaptConfig:
     Attributes:
         steps: updates an image (episodic) or a batch (online).
         pairs: (timestep, noise) pairs an image and step, fresh in every step.
-        chunk: pairs of an image that run through the denoiser at once; "auto" keeps a forward near 64 rows. No effect on the result.
+        chunk: pairs of an image that run through the denoiser at once; "auto" keeps a forward near 64 rows, or
+            what memory_budget has room for. No effect on the result beyond rounding.
         loss: mse, or l1.
         timesteps: uniform, or stratified: one timestep in each of `pairs` equal parts of the range.
         timestep_range: rows low <= t < high of the noise process; None is all of it.
@@ -49,7 +50,7 @@ class AdaptConfig:
             graph, whose compilation takes as often as long as a step has chunks. For sessions: see Adapter.warmup.
         memory_budget: bytes for activations, and for the weights, gradients and optimizer memory of images that have their own; it
             bounds the chunk, then how many images of a batch run at once. None is four fifths of what is free on a GPU, and no bound
-            on the CPU. No effect on the result.
+            on the CPU. The model's own activations and the frozen weights are not counted. No effect on the result beyond rounding.
         seed: of the timesteps and the noise, 0 .. 2^63 - 1.
     """
 

@@ -137,9 +137,11 @@ class Engine:
             denoiser = self.problem.denoiser
             condition = self.task.condition(self._outputs(inputs[:1]), denoiser, {}, self.config)
             sizes: list[int | None] = []
-            for checkpointing in (False, True):
-                possible = denoiser.can_checkpoint or not checkpointing
-                sizes.append(memory.row_bytes(denoiser, x0[:1], condition, checkpointing) if possible else None)
+            moving = list(self.source()[1])
+            with torch.compiler.set_stance("force_eager"):  # sizes that no step runs at are not worth a compilation
+                for checkpointing in (False, True):
+                    possible = denoiser.can_checkpoint or not checkpointing
+                    sizes.append(memory.row_bytes(denoiser, x0[:1], condition, moving, checkpointing) if possible else None)
             self._row_bytes = sizes[0] or 1, sizes[1]
         return self._row_bytes
 

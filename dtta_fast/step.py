@@ -122,12 +122,11 @@ def gradients(
     loss, to_conditions, to_phi, scale = embedding_mix(
         problem.denoiser, phi, conditions, drawn, problem.chunk, config.loss == "l1", problem.per_image
     )
-    through = torch.autograd.grad(
-        conditions, [*theta.values(), *phi.values()], to_conditions.to(conditions.dtype), allow_unused=True, materialize_grads=True
-    )
-    to_theta, to_phi_too = list(through[: len(theta)]), list(through[len(theta) :])
+    moving = [*theta.values(), *phi.values()]
+    through = torch.autograd.grad(conditions, moving, to_conditions.to(conditions.dtype), allow_unused=True)
+    to_theta = [torch.zeros_like(p) if g is None else g for p, g in zip(theta.values(), through, strict=False)]
     # the label table is reached through the condition, everything else through the prediction
-    to_phi = list(torch._foreach_add(to_phi, to_phi_too)) if phi else []
+    to_phi = [g if more is None else g + more for g, more in zip(to_phi, through[len(theta) :], strict=True)]
     return loss, unscaled(to_theta, scale), unscaled(to_phi, scale)
 
 

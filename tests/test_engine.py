@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -38,7 +39,7 @@ def relative(found, expected) -> float:
 LADDER = [
     ({"chunk": 1}, 1e-3),
     ({"chunk": 4}, 1e-3),
-    ({"memory_budget": 10**7}, 1e-3),
+    ({"memory_budget": 2 * 10**6}, 1e-3),
     ({"compile": "regional"}, 1e-3),
     ({"compile": "step"}, 1e-3),
     ({"precision": "fp32"}, 0.0),
@@ -61,10 +62,11 @@ def test_every_way_to_run_gives_the_same(floats, rung, tolerance, denoiser_param
     assert relative(found, plain) <= tolerance
 
 
-def test_warm_sessions_do_not_compile_again(floats):
+@pytest.mark.parametrize("how", ["regional", "step"])
+def test_warm_sessions_do_not_compile_again(floats, how):
     model, denoiser, images = floats
     torch._dynamo.reset()
-    adapter = Adapter(model, denoiser, CONFIG.replace(compile="regional", lr=0.3))
+    adapter = Adapter(model, denoiser, CONFIG.replace(compile=how, lr=0.3))
     adapter.warmup(images)
     counters.clear()
     asked = set()
@@ -90,10 +92,10 @@ def test_no_memory_is_left_behind_by_200_images(floats):
     def run(batches: int) -> int:
         for _ in range(batches):
             adapter.adapt(images)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # resident, not the process's highest ever
 
     settled = run(25)
-    assert run(50) - settled < 4096
+    assert run(50) - settled < 4 * 2**20
 
 
 @pytest.mark.parametrize("denoiser_parameters", ["frozen", "all"])
@@ -249,6 +251,8 @@ def test_what_the_caller_writes_between_calls_is_seen(floats, precision):
     with torch.no_grad():
         for p in (*model.parameters(), *denoiser.parameters()):
             p.mul_(1.1)  # in place
+        denoiser.network.pos_embed.data.mul_(1.1)  # unseen by version counters
+        denoiser.network.blocks[0].mlp.fc1.weight.data.mul_(1.1)
     assert torch.equal(adapter.adapt(images).outputs, adapt(model, denoiser, images, config=config).outputs)
     head = model.get_classifier()
     head.weight = nn.Parameter(head.weight.detach() * 0.5)  # another tensor

@@ -38,3 +38,8 @@ def test_naive_and_engine_agree(model, denoiser, images, optimizer, denoiser_par
         torch.testing.assert_close(ours.loss[0], torch.tensor(losses), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ours.outputs, logits, rtol=1e-3, atol=1e-3)
     assert float((ours.outputs - ours.outputs_before).abs().max()) > 1e-2
+
+
+def test_settings_that_the_naive_engine_lacks_are_refused(model, denoiser):
+    with pytest.raises(ValueError, match=r"logit_scale is 5\.0; the naive engine knows steps"):
+        naive_engine()(model, denoiser, AdaptConfig(optimizer="sgd", logit_scale=5.0))

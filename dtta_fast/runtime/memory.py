@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from dtta_fast.denoisers.base import Denoiser
 
@@ -21,14 +23,14 @@ class Plan(NamedTuple):
     checkpoint: bool = False
 
 
-def row_bytes(denoiser: Denoiser, x0: Tensor, condition: Tensor, checkpointing: bool) -> int:
+def row_bytes(denoiser: Denoiser, x0: Tensor, condition: Tensor, moving: Collection[str], checkpointing: bool) -> int:
     """Bytes that one more row takes: its saved activations, measured on one and two rows, and the largest of them TRANSIENT times.
 
-    x0 [1, C, h, w], condition [1, ...].
+    x0 [1, C, h, w], condition [1, ...]. moving: names of the denoiser's weights that adapt, whose gradient takes activations too.
     """
     kept = {}
     for whether in {False, checkpointing}:
-        (total, largest), (total2, largest2) = (_saved(denoiser, x0, condition, rows, whether) for rows in (1, 2))
+        (total, largest), (total2, largest2) = (_saved(denoiser, x0, condition, moving, rows, whether) for rows in (1, 2))
         kept[whether] = total2 - total + TRANSIENT * (largest2 - largest)
     # of a checkpointed denoiser one region's activations are there again while its backward runs
     again = kept[False] // len(denoiser.regions()) if checkpointing else 0
@@ -36,7 +38,7 @@ def row_bytes(denoiser: Denoiser, x0: Tensor, condition: Tensor, checkpointing: 
     return max(1, kept[checkpointing] + again + 4 * x0[0].numel() * x0.dtype.itemsize)
 
 
-def _saved(denoiser: Denoiser, x0: Tensor, condition: Tensor, rows: int, checkpointing: bool) -> tuple[int, int]:
+def _saved(denoiser: Denoiser, x0: Tensor, condition: Tensor, moving: Collection[str], rows: int, checkpointing: bool) -> tuple[int, int]:
     constants = {p.untyped_storage().data_ptr() for p in (*denoiser.parameters(), *denoiser.buffers())}
     sizes: dict[int, int] = {}
     alive: list[Tensor] = []  # as long as autograd would hold them, or an address would be counted once for two
@@ -52,9 +54,11 @@ def _saved(denoiser: Denoiser, x0: Tensor, condition: Tensor, rows: int, checkpo
     timesteps = torch.zeros(rows, dtype=torch.int64, device=x0.device)
     leaf = condition.detach().clone().requires_grad_()
     before, denoiser.checkpointing = denoiser.checkpointing, checkpointing
+    own = dict(denoiser.named_parameters())
+    weights = {name: own[name].detach().requires_grad_() for name in moving}
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            denoiser(x_t, timesteps, leaf.expand(rows, *leaf.shape[1:]))
+            functional_call(denoiser, weights, (x_t, timesteps, leaf.expand(rows, *leaf.shape[1:])))
     finally:
         denoiser.checkpointing = before
     return sum(sizes.values()), max(sizes.values(), default=0)
@@ -74,7 +78,8 @@ def plan(budget: int, images: int, pairs: int, row: int, image: int, checkpointe
             together = min(images, budget // (image + size))
             return Plan(min((budget - together * image) // size, together * pairs), together, checkpoint)
     least = image + min(size for size in (row, checkpointed_row) if size is not None)
-    raise ValueError(f"memory_budget is {budget} bytes; one (timestep, noise) pair of one image takes about {least}: give more")
+    remedy = "give more (on a GPU the default is four fifths of what is free)"
+    raise ValueError(f"memory_budget is {budget} bytes; one (timestep, noise) pair of one image takes about {least}: {remedy}")
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -83,8 +88,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def default_budget(device: torch.device) -> int | None:
-    """Four fifths of a GPU's free memory; None on the CPU, where free memory is other processes' too."""
+    """Four fifths of what a GPU has free, torch's cache included; None on the CPU, where free memory is other processes' too."""
     if device.type != "cuda":
         return None
     free: Any = torch.cuda.mem_get_info(device)[0]
-    return int(free) * 4 // 5
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (int(free) + cached) * 4 // 5

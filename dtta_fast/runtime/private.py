@@ -36,25 +36,22 @@ class PrivateCopy:
             own = buffer.detach().to(dtype if dtype is not None and name in converted else buffer.dtype, copy=True)
             memo[id(buffer)] = own
             self._own.append((buffer, own))
-        self._versions = self._current()
         try:
             self.module: nn.Module = copy.deepcopy(source, memo).eval()
         except Exception as error:  # whatever a module's own __deepcopy__ raises
             raise TypeError(f"{type(source).__name__} cannot be copied ({error}); give a module that copy.deepcopy accepts") from error
 
     def refresh(self) -> bool:
-        """Takes over what was written into the source's tensors; False where tensors were replaced, and a new copy is due."""
+        """Takes over what was written into the source's tensors; False where tensors were replaced, and a new copy is due.
+
+        Whether something was written is not asked: tensors' version counters do not see writes through `.data`.
+        """
         if _identity(self._source) != self._identity:
             return False
-        versions = self._current()
-        if versions != self._versions:
-            for theirs, own in self._own:
-                own.copy_(theirs.detach())
-            self._versions = versions
+        if self._own:
+            theirs, own = zip(*self._own, strict=True)
+            torch._foreach_copy_(list(own), [tensor.detach() for tensor in theirs])
         return True
-
-    def _current(self) -> list[int]:
-        return [0 if theirs.is_inference() else theirs._version for theirs, _ in self._own]
 
 
 def _identity(module: nn.Module) -> list[tuple[str, int, int]]:
