@@ -50,7 +50,7 @@ class AdaptConfig:
             graph, whose compilation takes as often as long as a step has chunks. For sessions: see Adapter.warmup.
         memory_budget: bytes for activations, and for the weights, gradients and optimizer memory of images that have their own; it
             bounds the chunk, then how many images of a batch run at once. None is four fifths of what is free on a GPU, and no bound
-            on the CPU. The model's own activations and the frozen weights are not counted. No effect on the result beyond rounding.
+            on the CPU. Frozen weights are not counted. No effect on the result beyond rounding.
         seed: of the timesteps and the noise, 0 .. 2^63 - 1.
     """
 

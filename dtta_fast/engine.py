@@ -52,6 +52,7 @@ class Engine:
         self._stale = True  # until all of it is built
         self._batched = False  # vmap is known to work on these modules
         self._row_bytes: tuple[int, int | None] | None = None
+        self._image_bytes: int | None = None
         self._storage: State | None = None
         self._model = PrivateCopy(self.model)
         self._denoiser = private_denoiser(self.denoiser, config.precision)
@@ -117,7 +118,7 @@ class Engine:
         rows, checkpoint = memory.ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * abreast, False
         if self._budget is not None:
             most = pairs if config.chunk == "auto" else min(pairs, config.chunk)
-            image, (row, checkpointed) = self._bytes_per_image(), self._bytes_per_row(inputs, x0)
+            image, (row, checkpointed) = self._bytes_per_image(inputs), self._bytes_per_row(inputs, x0)
             rows, together, checkpoint = memory.plan(self._budget, together, most, row, image, checkpointed)
         if self._limit is not None:
             rows = min(rows, self._limit)
@@ -145,13 +146,18 @@ class Engine:
             self._row_bytes = sizes[0] or 1, sizes[1]
         return self._row_bytes
 
-    def _bytes_per_image(self) -> int:
-        """Weights of its own, their gradients, optimizer memory, and one temporary of an update."""
-        if not self.problem.per_image:
-            return 0
-        moving = [torch.empty_like(p, dtype=torch.float32, device="meta") for own in self.source() for p in own.values()]
-        kept = optimizers.init_slots(self.config.optimizer, moving)
-        return sum(3 * p.nbytes for p in moving) + sum(slot.nbytes for slots in kept for slot in slots)
+    @torch.no_grad()
+    def _bytes_per_image(self, inputs: Tensor) -> int:
+        """The model's activations; weights of its own, their gradients, optimizer memory, one temporary of an update. Measured once."""
+        if self._image_bytes is None:
+            theta, phi = self.source()
+            with torch.compiler.set_stance("force_eager"):
+                self._image_bytes = sum(memory.saved_bytes(self.problem.model, list(theta), inputs[:1])) if theta else 0
+            if self.problem.per_image:
+                moving = [torch.empty_like(p, dtype=torch.float32, device="meta") for own in (theta, phi) for p in own.values()]
+                kept = optimizers.init_slots(self.config.optimizer, moving)
+                self._image_bytes += sum(3 * p.nbytes for p in moving) + sum(slot.nbytes for slots in kept for slot in slots)
+        return self._image_bytes
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         """Of the source model, checked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import sys
 import warnings
@@ -130,7 +131,7 @@ def test_activations_are_made_again_where_one_pair_does_not_fit(floats):
     assert checkpointed < row
     calls: list[int] = []
     denoiser.network.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    budget = engine._bytes_per_image() + (row + checkpointed) // 2
+    budget = engine._bytes_per_image(images) + (row + checkpointed) // 2
     plain = adapt(model, denoiser, images, config=config.replace(chunk=1), image_ids=torch.arange(4))
     once, calls[:] = len(calls), []
     found = adapt(model, denoiser, images, config=config.replace(memory_budget=budget))
@@ -368,3 +369,22 @@ def test_a_parameter_may_be_called_logits(floats):
 
     found = adapt(Named(), *floats[1:], config=CONFIG.replace(lr=0.0, guard=0))
     torch.testing.assert_close(found.outputs, found.outputs_before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("denoiser_parameters", ["frozen", "all"])
+def test_a_budget_holds(floats, denoiser_parameters, tmp_path):
+    """What torch allocates beside the modules, at its highest, from the first call on."""
+    model, denoiser, images = floats
+    peaks = []
+    for budget in (4 * 10**6, 10**7):
+        config = CONFIG.replace(memory_budget=budget, denoiser_parameters=denoiser_parameters, pairs=40)
+        session = Adapter(model, denoiser, config)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            session.adapt(images)
+        profile.export_chrome_trace(str(tmp_path / "trace.json"))
+        events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        moments = sorted((event["ts"], event["args"]["Total Allocated"]) for event in events if event.get("name") == "[memory]")
+        peaks.append(max(total for _, total in moments) - moments[0][1])
+        print(budget, peaks[-1])
+        assert peaks[-1] <= budget
+    assert peaks[0] < peaks[1]  # room is used

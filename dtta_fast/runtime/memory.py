@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from dtta_fast.denoisers.base import Denoiser
@@ -39,7 +39,19 @@ def row_bytes(denoiser: Denoiser, x0: Tensor, condition: Tensor, moving: Collect
 
 
 def _saved(denoiser: Denoiser, x0: Tensor, condition: Tensor, moving: Collection[str], rows: int, checkpointing: bool) -> tuple[int, int]:
-    constants = {p.untyped_storage().data_ptr() for p in (*denoiser.parameters(), *denoiser.buffers())}
+    x_t = x0.to(denoiser.dtype).expand(rows, *x0.shape[1:]).contiguous()
+    timesteps = torch.zeros(rows, dtype=torch.int64, device=x0.device)
+    leaf = condition.detach().clone().requires_grad_()
+    before, denoiser.checkpointing = denoiser.checkpointing, checkpointing
+    try:
+        return saved_bytes(denoiser, moving, x_t, timesteps, leaf.expand(rows, *leaf.shape[1:]))
+    finally:
+        denoiser.checkpointing = before
+
+
+def saved_bytes(module: nn.Module, moving: Collection[str], *inputs: Tensor) -> tuple[int, int]:
+    """Bytes of the activations that module(*inputs) keeps for a backward to its weights `moving`, and of the largest of them."""
+    constants = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
     sizes: dict[int, int] = {}
     alive: list[Tensor] = []  # as long as autograd would hold them, or an address would be counted once for two
 
@@ -47,20 +59,13 @@ def _saved(denoiser: Denoiser, x0: Tensor, condition: Tensor, moving: Collection
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in constants:
             sizes[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
+            alive.append(tensor.detach())
+        return tensor.detach()  # an output that its own node holds would keep the graph alive for ever
 
-    x_t = x0.to(denoiser.dtype).expand(rows, *x0.shape[1:]).contiguous()
-    timesteps = torch.zeros(rows, dtype=torch.int64, device=x0.device)
-    leaf = condition.detach().clone().requires_grad_()
-    before, denoiser.checkpointing = denoiser.checkpointing, checkpointing
-    own = dict(denoiser.named_parameters())
+    own = dict(module.named_parameters())
     weights = {name: own[name].detach().requires_grad_() for name in moving}
-    try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            functional_call(denoiser, weights, (x_t, timesteps, leaf.expand(rows, *leaf.shape[1:])))
-    finally:
-        denoiser.checkpointing = before
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        functional_call(module, weights, inputs)
     return sum(sizes.values()), max(sizes.values(), default=0)
 
 
