@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from dtta_fast.calibration import Calibration
+from dtta_fast.calibrating import calibrate
 from dtta_fast.data.digits import load_digits
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
@@ -140,7 +140,7 @@ def main() -> None:
         scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="sample")
         network = train_denoiser(images, labels, NoiseProcess.from_scheduler(scheduler), 29, args.iterations)
         denoiser = DiT(network.half(), NoiseProcess.from_scheduler(scheduler))
-        denoiser.calibration = Calibration.measure(denoiser, images)
+        denoiser.calibration = calibrate(denoiser, images)
         denoiser.save_pretrained(args.out / "denoiser", scheduler)
 
 
