@@ -2,8 +2,9 @@
 
 from dtta_fast import presets, zoo
 from dtta_fast.adapter import Adapter, AdaptResult, adapt
+from dtta_fast.calibrating import calibrate
 from dtta_fast.calibration import Calibration
 from dtta_fast.config import AdaptConfig
 
-__all__ = ["AdaptConfig", "AdaptResult", "Adapter", "Calibration", "adapt", "presets", "zoo"]
+__all__ = ["AdaptConfig", "AdaptResult", "Adapter", "Calibration", "adapt", "calibrate", "presets", "zoo"]
 __version__ = "0.1.0"

@@ -92,8 +92,11 @@ class Adapter:
         if task is not None and not hasattr(task, "condition"):
             raise TypeError(f"task is a {type(task).__name__}; give a Task, such as Classification()")
         if config.match != "off" and denoiser.calibration is None:
-            remedy = "set denoiser.calibration = Calibration.measure(denoiser, clean_images), or match='off'"
+            remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or match='off'"
             raise ValueError(f"match is {config.match!r}, and the denoiser has no calibration; {remedy}")
+        if config.timesteps == "calibrated" and (denoiser.calibration is None or not denoiser.calibration.signal):
+            remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or timesteps='stratified'"
+            raise ValueError(f"timesteps is 'calibrated', and the denoiser has no calibration of its timesteps; {remedy}")
         select(model, config.parameters)
         self._engine = Engine(model, denoiser, task or Classification(), config)
         self._state: State | None = None
@@ -199,7 +202,7 @@ class Adapter:
             loss=loss,
             accepted=accepted,
             steps_run=loss.shape[1],
-            evaluations=evaluations + loss.shape[1] * pairs,
+            evaluations=evaluations + loss.shape[1] * pairs * engine.forwards(),
             seconds=clock.seconds,
         )
 
@@ -216,6 +219,8 @@ class Adapter:
         """Adapts images that run at once, on matched inputs where there are some; the answers before are to the original ones."""
         engine, losses, timed = self._engine, [], self._warming or deadline is not None
         inputs = original if matched is None else matched
+        if self.config.method != "adapt":
+            return self._classified(original, matched, x0, image_ids, clock)
         pace = self._paces.setdefault((len(inputs), None if given[0] is None else given[0].shape[2]), Pace())
         with clock.phase("adapt"):
             state, start = engine.start(inputs, self._state)
@@ -236,6 +241,15 @@ class Adapter:
             pace.guard.note(clock.now() - begun)
         loss = torch.stack(losses, dim=1) if losses else x0.new_empty(len(inputs), 0)
         return _Group(state, before, outputs, loss, accepted, evaluations)
+
+    def _classified(self, original: Tensor, matched: Tensor | None, x0: Tensor, image_ids: Tensor, clock: Clock) -> _Group:
+        """By a method that trains nothing: its state is empty, and every answer is accepted."""
+        engine = self._engine
+        with clock.phase("adapt"):
+            before = engine.before(original, None)
+            outputs, evaluations = engine.classify(before if matched is None else engine.before(matched, None), x0, image_ids)
+        state = State({}, {}, [], [], torch.zeros((), dtype=torch.int64))
+        return _Group(state, before, outputs, x0.new_empty(len(x0), 0), torch.ones_like(image_ids, dtype=torch.bool), evaluations)
 
     def warmup(self, images: Tensor, **keywords: Any) -> dict[str, float]:
         """Compiles and measures what adapt() needs for batches of this shape; nothing of it stays in an online adapter's state.

@@ -30,12 +30,16 @@ class Calibration:
         fingerprint: of the denoiser (see fingerprint()).
         mean, deviation: of an image's values in [0, 1], over its pixels and channels; means over images.
         power: mean power of images of mean 0 and deviation 1 by spatial frequency, 0, 1, 2 .. cycles an image side.
+        signal, spread: in equal parts of the noise process, mean and standard deviation of how much higher the loss of one pair is
+            under a rival class than under an image's own (see calibrate()); empty where they were not measured.
     """
 
     fingerprint: str
     mean: float
     deviation: float
     power: tuple[float, ...]
+    signal: tuple[float, ...] = ()
+    spread: tuple[float, ...] = ()
 
     @classmethod
     @torch.no_grad()
@@ -76,6 +80,21 @@ class Calibration:
         unit, _, _ = _standardised(torch.fft.irfft2(spectrum * gains[:, None], s=images.shape[-2:], norm="forward"))
         return (unit * self.deviation + self.mean).to(images.dtype)
 
+    def density(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Proposal density and loss weights [rows], up to constants, for a noise process of that many timesteps.
+
+        Losses weighted by ω = signal / spread² have the highest signal-to-noise ratio of their sum; the proposal under which that sum
+        has the least variance is ω · spread (Neyman 1934), and weight = ω / proposal.
+
+        Raises:
+            ValueError: signal and spread were not measured.
+        """
+        if not self.signal:
+            raise ValueError("the denoiser's calibration has no signal of its timesteps; measure it by calibrate() or `dtta calibrate`")
+        bins = torch.arange(rows) * len(self.signal) // rows
+        signal, spread = (torch.tensor(values, dtype=torch.float64)[bins] for values in (self.signal, self.spread))
+        return signal.clamp(min=0) / spread, 1 / spread
+
     def save(self, path: str | Path) -> None:
         """As JSON."""
         Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
@@ -89,12 +108,15 @@ class Calibration:
         """
         try:
             found: dict[str, Any] = json.loads(Path(path).read_text())
-            read = cls(str(found["fingerprint"]), float(found["mean"]), float(found["deviation"]), tuple(map(float, found["power"])))
+            series = [tuple(map(float, found.get(name, ()))) for name in ("power", "signal", "spread")]
+            read = cls(str(found["fingerprint"]), float(found["mean"]), float(found["deviation"]), *series)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is no calibration: {type(error).__name__}: {error}") from error
-        numbers = (read.mean, read.deviation, *read.power)
+        numbers = (read.mean, read.deviation, *read.power, *read.signal, *read.spread)
         if len(read.power) < 3 or not all(map(math.isfinite, numbers)) or read.deviation <= 0 or min(read.power) < 0:
             raise ValueError(f"{path} is no calibration: mean, deviation and power have to be finite, deviation positive")
+        if len(read.signal) != len(read.spread) or min(read.spread, default=1) <= 0:
+            raise ValueError(f"{path} is no calibration: signal and spread have to be of one length, spread positive")
         if read.fingerprint != fingerprint(denoiser):
             raise ValueError(f"{path} belongs to another denoiser (fingerprint {read.fingerprint}): measure this one by `dtta calibrate`")
         return read

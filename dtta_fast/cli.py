@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dtta_fast import demo, environment, presets
-from dtta_fast.calibration import Calibration
+from dtta_fast.calibrating import calibrate
 from dtta_fast.data.corruptions import DIGITS_C
 from dtta_fast.data.folder import read_images
 from dtta_fast.denoisers.dit import DiT
@@ -104,7 +104,7 @@ class Env:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Measure a denoiser's own images, without labels, so that adaptation can match a corrupted image to them (--match)."""
+    """Measure a denoiser on clean images, without labels: what adaptation matches corrupted images to, and which timesteps it draws."""
 
     denoiser: tyro.conf.Positional[str]
     """A DiT's folder, or its id on the hub."""
@@ -123,7 +123,7 @@ class Calibrate:
         path = self.out or folder / "calibration.json"
         _check_path(path)
         denoiser = DiT.from_pretrained(self.denoiser)
-        Calibration.measure(denoiser, read_images(self.images, denoiser.image_size, self.most)).save(path)
+        calibrate(denoiser, read_images(self.images, denoiser.image_size, self.most)).save(path)
         print(f"{path}: written")
 
 

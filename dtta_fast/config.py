@@ -14,6 +14,8 @@ from dtta_fast.parameters import ParameterSet
 Precision = Literal["fp32", "bf16", "fp16"]
 Compile = Literal["off", "regional", "step"]
 Match = Literal["off", "denoiser", "both"]
+Method = Literal["adapt", "diffusion_classifier", "ensemble"]
+Objective = Literal["embedding_mix", "noise_mix"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +23,27 @@ class AdaptConfig:
     """Settings of an adaptation; a wrong value raises ValueError naming the field, the value and what is allowed.
 
     Attributes:
+        method: adapt; diffusion_classifier, which trains nothing and answers with the class under which the denoising loss is lowest
+            (arXiv 2303.16203); or ensemble, the mean of the model's and the diffusion classifier's probabilities. Those two take
+            `steps` stages of `pairs` pairs, the same for all classes; after each a class falls out whose loss is higher than the
+            lowest by more than guard_threshold standard errors (0: none does). top_k is then how many classes of the model's are
+            looked at.
         steps: updates an image (episodic) or a batch (online).
-        pairs: (timestep, noise) pairs an image and step, fresh in every step.
+        pairs: (timestep, noise) pairs an image and step, fresh in every step unless common_draws.
+        objective: embedding_mix, the loss under the mixed class embedding (Diffusion-TTA); or noise_mix, the loss of the mixture of the
+            predictions under each class (DUSA, NeurIPS 2024), which takes a forward a class: choose few by top_k and drawn_classes.
+        null_condition: of noise_mix with an adapting denoiser: it learns from a forward without a class, and those under the classes
+            leave no gradient in it.
         chunk: pairs of an image that run through the denoiser at once; "auto" keeps a forward near 64 rows, or
             what memory_budget has room for. No effect on the result beyond rounding.
         loss: mse, or l1.
-        timesteps: uniform, or stratified: one timestep in each of `pairs` equal parts of the range.
+        timesteps: uniform; stratified, one timestep in each of `pairs` equal parts of the range; or calibrated, stratified under the
+            density that `dtta calibrate` measured for this denoiser, with its importance weights on the losses.
         timestep_range: rows low <= t < high of the noise process; None is all of it.
-        top_k: classes that take part in the condition; None is all.
+        antithetic: two pairs each share a timestep and have opposite noise. share_noise: an image has one noise a step. Either holds
+            the noise in memory, which is else drawn where it is used. common_draws: all steps of an image see the same pairs.
+        top_k: classes that take part in the condition; None is all. drawn_classes: that many more, drawn without replacement from
+            the others by their probability, anew in every step.
         logit_scale: the condition is softmax(logit_scale · logits / ‖logits‖₂); None is softmax(logits).
         match: who sees an image with the statistics of the denoiser's own images (see Calibration.match): nobody, the denoiser, or the
             model too. Takes a denoiser with a calibration.
@@ -54,13 +69,20 @@ class AdaptConfig:
         seed: of the timesteps and the noise, 0 .. 2^63 - 1.
     """
 
+    method: Method = "adapt"
     steps: int = 5
     pairs: int = 4
     chunk: int | Literal["auto"] = "auto"
+    objective: Objective = "embedding_mix"
+    null_condition: bool = False
     loss: Literal["mse", "l1"] = "mse"
     timesteps: TimestepDraw = "stratified"
     timestep_range: tuple[int, int] | None = None
+    antithetic: bool = False
+    share_noise: bool = False
+    common_draws: bool = False
     top_k: int | None = None
+    drawn_classes: int = 0
     logit_scale: float | None = None
     match: Match = "off"
     parameters: ParameterSet = "all"
@@ -88,7 +110,14 @@ class AdaptConfig:
         def real(value: Any) -> bool:
             return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
+        flags = (True, False)
         choices = {
+            "method": get_args(Method),
+            "objective": get_args(Objective),
+            "null_condition": flags,
+            "antithetic": flags,
+            "share_noise": flags,
+            "common_draws": flags,
             "loss": ("mse", "l1"),
             "match": get_args(Match),
             "timesteps": get_args(TimestepDraw),
@@ -102,7 +131,7 @@ class AdaptConfig:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 refuse(field, ", ".join(map(str, allowed)))
-        for field, low in (("steps", 1), ("pairs", 1), ("guard", 0), ("seed", 0)):
+        for field, low in (("steps", 1), ("pairs", 1), ("drawn_classes", 0), ("guard", 0), ("seed", 0)):
             if not whole(getattr(self, field), low):
                 refuse(field, f"a whole number of {low} and more")
         if self.seed >= 2**63:
@@ -126,6 +155,15 @@ class AdaptConfig:
             object.__setattr__(self, "timestep_range", tuple(self.timestep_range))  # hashable, also when read from JSON
         if self.guard_threshold and self.guard == 1:
             raise ValueError(f"guard is 1 with guard_threshold {self.guard_threshold}; a standard error takes 2 pairs and more")
+        if self.antithetic and self.pairs % 2:
+            raise ValueError(f"antithetic with pairs {self.pairs}; opposite noises take an even number of pairs")
+        if self.drawn_classes and self.top_k is None:
+            raise ValueError(f"drawn_classes is {self.drawn_classes} without top_k; all classes take part already")
+        if self.null_condition and (self.objective, self.denoiser_parameters) != ("noise_mix", "all"):
+            found = f"objective {self.objective!r} and denoiser_parameters {self.denoiser_parameters!r}"
+            raise ValueError(f"null_condition with {found}; it belongs to noise_mix with a denoiser that adapts")
+        if self.method != "adapt" and self.mode == "online":
+            raise ValueError(f"method is {self.method!r} with mode 'online', and nothing is carried on: use episodic")
         if self.optimizer == "adam8bit" and self.compile == "step":
             raise ValueError("optimizer is 'adam8bit' with compile 'step', and bitsandbytes' kernels cannot be traced: use regional")
         if self.mode == "online" and self.parameters == "logits":

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtta_fast import adam8bit, optimizers, step
+from dtta_fast import adam8bit, diffusion_classifier, optimizers, step
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.draws import Density
 from dtta_fast.parameters import Parameters, select
 from dtta_fast.runtime import compiling, memory
 from dtta_fast.runtime.precision import private_denoiser
@@ -59,10 +60,20 @@ class Engine:
         denoiser: Any = self._denoiser.module
         device = anchor(self.model).device
         lr, denoiser_lr = (torch.tensor(rate, dtype=torch.float64, device=device) for rate in (config.lr, config.denoiser_lr))
-        self.problem = Problem(self._model.module, denoiser, self.task, config, lr, denoiser_lr, loop=self._loop)
+        self.problem = Problem(
+            self._model.module, denoiser, self.task, config, lr, denoiser_lr, loop=self._loop, density=self._density(device)
+        )
         self._step, self._forward = step.adaptation_step, step.forward
         self._compile_parts(denoiser)
         self._stale = False
+
+    def _density(self, device: torch.device) -> Density | None:
+        """Of timesteps, for those that are calibrated."""
+        calibration, config = self.denoiser.calibration, self.config
+        if config.timesteps != "calibrated" or calibration is None:
+            return None
+        rows = len(self.denoiser.process)
+        return Density.of(*calibration.density(rows), *(config.timestep_range or (0, rows))).to(device)
 
     def _compile_parts(self, denoiser: Denoiser) -> None:
         if self._compile == "off":
@@ -113,23 +124,33 @@ class Engine:
             ValueError: the budget is too small for one pair of one image.
         """
         config, together = self.config, len(inputs)
+        forwards = self.forwards()
         # a denoiser with weights of its own for each image runs image by image
         abreast = 1 if self.problem.per_image and config.denoiser_parameters == "all" else together
-        rows, checkpoint = memory.ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * abreast, False
+        rows, checkpoint = memory.ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * abreast * forwards, False
         if self._budget is not None:
             most = pairs if config.chunk == "auto" else min(pairs, config.chunk)
             image, (row, checkpointed) = self._bytes_per_image(inputs), self._bytes_per_row(inputs, x0)
-            rows, together, checkpoint = memory.plan(self._budget, together, most, row, image, checkpointed)
+            sizes = (row * forwards, image, None if checkpointed is None else checkpointed * forwards)
+            rows, together, checkpoint = memory.plan(self._budget, together, most, *sizes)
+            rows *= forwards
         if self._limit is not None:
             rows = min(rows, self._limit)
             together = min(rows, together)
         abreast = min(abreast, together)
-        chunk = max(1, rows // abreast) if config.chunk == "auto" else max(1, min(config.chunk, rows // abreast))
-        self._at_once = abreast * min(chunk, pairs)
+        fitting = max(1, rows // (abreast * forwards))
+        chunk = fitting if config.chunk == "auto" else min(config.chunk, fitting)
+        self._at_once = abreast * forwards * min(chunk, pairs)
         self.problem.denoiser.checkpointing = checkpoint
-        guard_rows = min(max(rows, together), together * max(1, config.guard))
+        guard_rows = max(rows, together)
+        if config.method == "adapt":
+            guard_rows = min(guard_rows, together * max(1, config.guard))
         self.problem = dataclasses.replace(self.problem, chunk=chunk, guard_rows=guard_rows)
         return together
+
+    def forwards(self) -> int:
+        """Of the denoiser, for one pair of a step."""
+        return self.problem.forwards(len(self.problem.denoiser.class_embeddings({})))
 
     @torch.no_grad()
     def _bytes_per_row(self, inputs: Tensor, x0: Tensor) -> tuple[int, int | None]:
@@ -218,6 +239,13 @@ class Engine:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """step.guard: outputs that stand, whether they are others than before, evaluations."""
         return step.guard(self.problem, before, candidates, x0, image_ids, step_number)
+
+    def classify(self, outputs: Tensor, x0: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The answers of the methods that train nothing, [B, K], and evaluations [B]."""
+        found, evaluations = diffusion_classifier.classify(self.problem, outputs, x0, image_ids)
+        if self.config.method == "ensemble":
+            found = diffusion_classifier.mean_probability(outputs, found)
+        return found, evaluations
 
     def warm_guard(self, outputs: Tensor, x0: Tensor, image_ids: Tensor, at: Tensor) -> None:
         """Runs the guard's forwards whether an answer changed or not, so that they are compiled and timed."""

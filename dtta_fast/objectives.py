@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ class Pairs(NamedTuple):
     """The (timestep, noise) pairs that a batch is noised with.
 
     x0 [B, C, h, w], timesteps [B, P], image_ids [B], step 0-dim; the noise is drawn from (seed, step, image_id, pair0 + pair)
-    unless `noise` [B, P, C, h, w] is given.
+    unless `noise` [B, P, C, h, w] is given. weights [B, P] of the losses; None is 1.
     """
 
     x0: Tensor
@@ -28,12 +28,14 @@ class Pairs(NamedTuple):
     step: Tensor
     noise: Tensor | None = None
     pair0: int = 0
+    weights: Tensor | None = None
 
     def image(self, i: int) -> Pairs:
         """Those of the i-th image alone."""
-        noise = None if self.noise is None else self.noise[i : i + 1]
         one = slice(i, i + 1)
-        return self._replace(x0=self.x0[one], timesteps=self.timesteps[one], image_ids=self.image_ids[one], noise=noise)
+        noise, weights = (None if own is None else own[one] for own in (self.noise, self.weights))
+        parts = self._replace(x0=self.x0[one], timesteps=self.timesteps[one], image_ids=self.image_ids[one])
+        return parts._replace(noise=noise, weights=weights)
 
     def chunks(self, size: int) -> Iterator[Pairs]:
         """Parts of at most `size` pairs an image, as even as they come, with the noise that they have here."""
@@ -41,8 +43,8 @@ class Pairs(NamedTuple):
         width = -(-pairs // -(-pairs // size))
         for first in range(0, pairs, width):
             here = slice(first, first + width)
-            noise = None if self.noise is None else self.noise[:, here]
-            yield self._replace(timesteps=self.timesteps[:, here], noise=noise, pair0=self.pair0 + first)
+            noise, weights = (None if own is None else own[:, here] for own in (self.noise, self.weights))
+            yield self._replace(timesteps=self.timesteps[:, here], noise=noise, weights=weights, pair0=self.pair0 + first)
 
 
 def _draws(denoiser: Denoiser, drawn: Pairs) -> dict[str, Any]:
@@ -65,26 +67,77 @@ def pair_losses(denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool, 
     else:
         numbers = torch.arange(-(-len(x_t) // rows) * rows, device=x_t.device).clamp(max=len(x_t) - 1)
         prediction = torch.cat([denoiser(*(x[part] for x in inputs)) for part in numbers.split(rows)])[: len(x_t)]
-    return denoising_loss(prediction, **_draws(denoiser, drawn), l1=l1)
+    losses = denoising_loss(prediction, **_draws(denoiser, drawn), l1=l1)
+    return losses if drawn.weights is None else losses * drawn.weights
 
 
-def embedding_mix(
+class Noised(NamedTuple):
+    """A chunk's rows: x_t [N, C, h, w], timesteps [N]; N = images * pairs."""
+
+    x_t: Tensor
+    timesteps: Tensor
+    images: int
+    pairs: int
+
+    def denoised(self, denoiser: Denoiser, weights: Parameters, conditions: Tensor) -> Tensor:
+        """Predictions [N, M, C', h, w] for every row under each of its image's conditions [B, M, ...]."""
+        count = conditions.shape[1]
+        shared = conditions[:, None].expand(self.images, self.pairs, *conditions.shape[1:]).flatten(0, 2)
+        x_t, timesteps = (rows.repeat_interleave(count, dim=0) if count > 1 else rows for rows in (self.x_t, self.timesteps))
+        return call(denoiser, weights, x_t, timesteps, shared, per_image=False).unflatten(0, (-1, count))
+
+
+# of heads, which the task makes of its outputs, the predictions [N, C', h, w] that are held against the target; the first one's loss counts
+Predict = Callable[[Denoiser, Parameters, list[Tensor], Noised], list[Tensor]]
+
+
+def embedding_mix(denoiser: Denoiser, weights: Parameters, heads: list[Tensor], rows: Noised) -> list[Tensor]:
+    """Diffusion-TTA's prediction (arXiv 2311.16102): under the mixed embedding, heads = [conditions [B, ...]]."""
+    return [rows.denoised(denoiser, weights, heads[0][:, None])[:, 0]]
+
+
+def noise_mix(denoiser: Denoiser, weights: Parameters, heads: list[Tensor], rows: Noised) -> list[Tensor]:
+    """DUSA's prediction (NeurIPS 2024): the predictions under each class, mixed; heads = [probabilities [B, M], conditions [B, M, ...]].
+
+    Where no weight of the denoiser moves, the gradient to the probabilities takes no backward pass of the denoiser.
+    """
+    with torch.set_grad_enabled(bool(weights)):
+        each = rows.denoised(denoiser, weights, heads[1])
+    return [_mixed(heads[0], each, rows.pairs)]
+
+
+def noise_mix_null(denoiser: Denoiser, weights: Parameters, heads: list[Tensor], rows: Noised) -> list[Tensor]:
+    """The same with predictions that leave no gradient in the denoiser, which learns from one without a class: its null condition."""
+    with torch.no_grad():
+        each = rows.denoised(denoiser, weights, heads[1])
+    null = denoiser.null_embedding(weights).expand(rows.images, 1, *heads[1].shape[2:])
+    return [_mixed(heads[0], each, rows.pairs), rows.denoised(denoiser, weights, null)[:, 0]]
+
+
+def _mixed(probabilities: Tensor, each: Tensor, pairs: int) -> Tensor:
+    """Σ_k p_k · prediction_k: probabilities [B, M], each [N, M, C', h, w] -> [N, C', h, w]."""
+    shares = probabilities.repeat_interleave(pairs, dim=0).to(each.dtype)
+    return torch.einsum("nm,nmchw->nchw", shares, each)
+
+
+def accumulated_gradients(
+    predict: Predict,
     denoiser: Denoiser,
     phi: Parameters,
-    conditions: Tensor,
+    heads: list[Tensor],
     drawn: Pairs,
     chunk: int,
     l1: bool,
     per_image: bool,
-) -> tuple[Tensor, Tensor, list[Tensor], float]:
-    """Diffusion-TTA's loss (arXiv 2311.16102): the denoising loss under the mixed embedding, averaged over the pairs.
+) -> tuple[Tensor, list[Tensor], list[Tensor], float]:
+    """The loss of what `predict` gives, averaged over the pairs, and its gradients.
 
     Pairs run in chunks of `chunk` an image; each leaves only its part of the gradient, so memory is that of one chunk.
 
     Returns:
-        loss [B]; the gradient to `conditions` [B, ...]; the gradients to phi's tensors, in its order; the scale that the gradients
-        are multiplied by. They are gradients of the sum of the losses over images where per_image, of their mean otherwise (one set
-        of weights for the batch).
+        loss [B]; the gradients to `heads` [B, ...], in their order, to those that require one; the gradients to phi's tensors, in its
+        order; the scale that the gradients are multiplied by. They are gradients of the sum of the losses over images where per_image,
+        of their mean otherwise (one set of weights for the batch).
     """
     images, pairs = drawn.timesteps.shape
     if per_image and phi:
@@ -92,24 +145,29 @@ def embedding_mix(
         each = []
         for i in range(images):
             own = {name: p[i] for name, p in phi.items()}
-            each.append(embedding_mix(denoiser, own, conditions[i : i + 1], drawn.image(i), chunk, l1, per_image=False))
-        losses, to_condition, to_phi, scales = zip(*each, strict=True)
-        return torch.cat(losses), torch.cat(to_condition), [torch.stack(found) for found in zip(*to_phi, strict=True)], scales[0]
-    leaf = conditions.detach().requires_grad_()
+            one = [head[i : i + 1] for head in heads]
+            each.append(accumulated_gradients(predict, denoiser, own, one, drawn.image(i), chunk, l1, per_image=False))
+        losses, to_heads, to_phi, scales = zip(*each, strict=True)
+        joined = [torch.cat(found) for found in zip(*to_heads, strict=True)]
+        return torch.cat(losses), joined, [torch.stack(found) for found in zip(*to_phi, strict=True)], scales[0]
+    leaves = [head.detach().requires_grad_(head.requires_grad) for head in heads]
     # cast once a step, not once a chunk
     weights = {name: p.detach().requires_grad_() for name, p in in_dtypes_of(denoiser, phi).items()} if phi else {}
-    wanted = [leaf, *weights.values()]
+    moving = [leaf for leaf in leaves if leaf.requires_grad]
+    wanted = [*moving, *weights.values()]
     loss = torch.zeros(images, dtype=torch.promote_types(drawn.x0.dtype, torch.float32), device=drawn.x0.device)
     # float32 at least: adding up chunks in bfloat16 would make the result depend on their size
     gradients = [torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in wanted]
     dtype, divisor = denoiser.dtype, pairs if per_image else pairs * images
     scale = gradient_scale(dtype, drawn.x0[0].numel(), divisor)
     for part in drawn.chunks(chunk):
-        x_t, timesteps = add_noise(**_draws(denoiser, part), dtype=dtype), part.timesteps
-        shared = leaf[:, None].expand(*timesteps.shape, *leaf.shape[1:]).flatten(0, 1)
-        prediction = call(denoiser, weights, x_t, timesteps.flatten(), shared, per_image=False)
-        upstream = torch.full_like(timesteps, scale / divisor, dtype=torch.float64)
-        losses, gradient = denoising_loss_and_gradient(prediction.detach(), upstream, **_draws(denoiser, part), l1=l1)
-        torch._foreach_add_(gradients, torch.autograd.grad(prediction, wanted, gradient, materialize_grads=True))
-        loss += losses.sum(1) / pairs
-    return loss, gradients[0], gradients[1:], scale
+        x_t = add_noise(**_draws(denoiser, part), dtype=dtype)
+        predictions = predict(denoiser, weights, leaves, Noised(x_t, part.timesteps.flatten(), *part.timesteps.shape))
+        upstream = torch.full_like(part.timesteps, scale / divisor, dtype=torch.float64)
+        if part.weights is not None:
+            upstream = upstream * part.weights
+        found = [denoising_loss_and_gradient(p.detach(), upstream, **_draws(denoiser, part), l1=l1) for p in predictions]
+        torch._foreach_add_(gradients, torch.autograd.grad(predictions, wanted, [g for _, g in found], materialize_grads=True))
+        losses = found[0][0]
+        loss += (losses if part.weights is None else losses * part.weights).sum(1) / pairs
+    return loss, gradients[: len(moving)], gradients[len(moving) :], scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.draws import Draws
-from dtta_fast.objectives import Pairs, embedding_mix, pair_losses
+from dtta_fast.draws import Density, Draws
+from dtta_fast.objectives import Pairs, accumulated_gradients, embedding_mix, noise_mix, noise_mix_null, pair_losses
 from dtta_fast.optimizers import Slots, Tensors, init_slots, update_
 from dtta_fast.parameters import Parameters, call, copies, in_dtypes_of
 from dtta_fast.tasks.base import Task
@@ -27,7 +28,7 @@ class Problem:
 
     lr, denoiser_lr: 0-dim float64, on the modules' device. chunk: pairs of an image that run at once. guard_rows: rows of a guard's
     forward, at most; with `pad` exactly as many. loop: images with weights of their own run one by one. forward: the compiled form of
-    the function of that name, where there is one.
+    the function of that name, where there is one. density: of timesteps "calibrated".
     """
 
     model: nn.Module
@@ -41,14 +42,30 @@ class Problem:
     pad: bool = False
     loop: bool = False
     forward: Callable[..., Tensor] | None = None
+    density: Density | None = None
 
     @property
     def per_image(self) -> bool:
         return self.config.mode == "episodic"
 
     def draws(self, pairs: int) -> Draws:
+        """A step's."""
+        config = self.config
+        return dataclasses.replace(
+            self.held_out(pairs), antithetic=config.antithetic, share_noise=config.share_noise, common=config.common_draws
+        )
+
+    def held_out(self, pairs: int) -> Draws:
+        """A guard's, or the diffusion classifier's: each pair on its own."""
         low, high = self.config.timestep_range or (0, len(self.denoiser.process))
-        return Draws(self.config.seed, pairs, self.config.timesteps, low, high)
+        return Draws(self.config.seed, pairs, self.config.timesteps, low, high, self.density)
+
+    def forwards(self, classes: int) -> int:
+        """Of the denoiser, for one pair of a step; classes: how many the task has."""
+        config = self.config
+        if config.objective == "embedding_mix":
+            return 1
+        return (classes if config.top_k is None else config.top_k + config.drawn_classes) + config.null_condition
 
 
 class State(NamedTuple):
@@ -112,18 +129,28 @@ def gradients(
     The model runs forward and backward once, whatever the number of chunks: they add up the gradient to the condition, and one
     vector-Jacobian product carries it into the weights.
     """
-    config = problem.config
+    config, task, denoiser = problem.config, problem.task, problem.denoiser
+    draws = problem.draws(config.pairs)
     if timesteps is None:
-        timesteps = problem.draws(config.pairs).timesteps(image_ids, state.step)
+        timesteps = draws.timesteps(image_ids, state.step)
+        noise = draws.noise(x0, image_ids, state.step) if noise is None else noise
     theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
     phi = {name: p.detach().requires_grad_() for name, p in state.phi.items()}
-    conditions = problem.task.condition((problem.forward or forward)(problem, theta, inputs), problem.denoiser, phi, config)
-    drawn = Pairs(x0, timesteps, image_ids, config.seed, state.step, noise)
-    loss, to_conditions, to_phi, scale = embedding_mix(
-        problem.denoiser, phi, conditions, drawn, problem.chunk, config.loss == "l1", problem.per_image
+    outputs = (problem.forward or forward)(problem, theta, inputs)
+    chosen = task.choose(outputs, config, image_ids, state.step)
+    if config.objective == "embedding_mix":
+        predict, heads = embedding_mix, [task.condition(outputs, denoiser, phi, config, chosen)]
+    else:
+        predict = noise_mix_null if config.null_condition else noise_mix
+        heads = list(task.candidates(outputs, denoiser, phi, config, chosen))
+    step, weights = draws.step(state.step), draws.weights(timesteps)
+    drawn = Pairs(x0, timesteps, image_ids, config.seed, step, noise, weights=weights)
+    loss, to_heads, to_phi, scale = accumulated_gradients(
+        predict, denoiser, phi, heads, drawn, problem.chunk, config.loss == "l1", problem.per_image
     )
-    moving = [*theta.values(), *phi.values()]
-    through = torch.autograd.grad(conditions, moving, to_conditions.to(conditions.dtype), allow_unused=True)
+    moving, through_heads = [*theta.values(), *phi.values()], [head for head in heads if head.requires_grad]
+    upstream = [gradient.to(head.dtype) for gradient, head in zip(to_heads, through_heads, strict=True)]
+    through = torch.autograd.grad(through_heads, moving, upstream, allow_unused=True)
     to_theta = [torch.zeros_like(p) if g is None else g for p, g in zip(theta.values(), through, strict=False)]
     # the label table is reached through the condition, everything else through the prediction
     to_phi = [g if more is None else g + more for g, more in zip(to_phi, through[len(theta) :], strict=True)]
@@ -219,7 +246,9 @@ def _losses_where(problem: Problem, conditions: Tensor, wanted: Tensor, x0: Tens
 def held_out_losses(problem: Problem, conditions: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor) -> Tensor:
     """Losses [B, guard] of the source denoiser under conditions [B, ...], on pairs that no step draws and all conditions share."""
     config, step = problem.config, step + GUARD_STEP
-    drawn = Pairs(x0, problem.draws(config.guard).timesteps(image_ids, step), image_ids, config.seed, step)
+    draws = problem.held_out(config.guard)
+    timesteps = draws.timesteps(image_ids, step)
+    drawn = Pairs(x0, timesteps, image_ids, config.seed, step, weights=draws.weights(timesteps))
     parts = list(drawn.chunks(max(1, problem.guard_rows // len(x0))))
     rows, l1 = problem.guard_rows if problem.pad else None, config.loss == "l1"
     return torch.cat([pair_losses(problem.denoiser, conditions, part, l1, rows) for part in parts], dim=1)

@@ -36,6 +36,10 @@ class Denoiser(nn.Module, ABC):
         """The table [K, ...] whose mixtures are conditions; read from `parameters` where they hold it, with gradient."""
 
     @abstractmethod
+    def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The condition [...] without a class; read from `parameters` where they hold it, with gradient."""
+
+    @abstractmethod
     def adaptable(self) -> list[str]:
         """Names of the parameters that move when the denoiser adapts."""
 

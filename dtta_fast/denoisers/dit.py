@@ -73,6 +73,10 @@ class DiT(Denoiser):
         own = self.network.y_embedder.embedding_table.weight
         return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., : self.network.num_classes, :]
 
+    def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        own = self.network.y_embedder.embedding_table.weight
+        return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., self.network.num_classes, :]
+
     def adaptable(self) -> list[str]:
         return [name for name, _ in self.named_parameters() if name.startswith("network.")]
 

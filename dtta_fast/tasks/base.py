@@ -23,8 +23,18 @@ class Task(Protocol):
     def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig) -> None:
         """Raises ValueError where these outputs cannot condition this denoiser under this config."""
 
-    def condition(self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig) -> Tensor:
+    def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:
+        """The classes [B, M] that take part in a step, by number, where the config asks for fewer than all; None is all."""
+
+    def condition(
+        self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None = None
+    ) -> Tensor:
         """Outputs [B, ...] to conditions [B, ...], differentiable; `moving` holds the denoiser's adapted weights."""
+
+    def candidates(
+        self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Outputs [B, ...] to probabilities [B, M] and the conditions [B, M, ...] of the M chosen classes, differentiable."""
 
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
         """The condition of the prediction taken, [B, ...], without gradient."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.draws import class_uniforms
 from dtta_fast.kernels import mix_condition
 
 Transform = Callable[[Tensor], Tensor]
@@ -42,20 +45,60 @@ class Classification:
         classes = len(denoiser.class_embeddings({}))
         if outputs.shape[1] != classes:
             raise ValueError(f"model has {outputs.shape[1]} classes and denoiser has embeddings for {classes}; both need the same classes")
-        if config.top_k is not None and config.top_k > classes:
-            raise ValueError(f"top_k is {config.top_k}, and there are {classes} classes")
+        if config.top_k is not None and config.top_k + config.drawn_classes > classes:
+            more = f" with drawn_classes {config.drawn_classes}" if config.drawn_classes else ""
+            raise ValueError(f"top_k is {config.top_k}{more}, and there are {classes} classes")
 
-    def condition(self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig) -> Tensor:
+    def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:
+        if config.top_k is None:
+            return None
+        outputs = outputs.detach()
+        best = outputs.topk(config.top_k, dim=1).indices
+        if not config.drawn_classes:
+            return best
+        # the largest of log p + Gumbel noise are a draw without replacement from p (Kool et al. 2019, arXiv 1903.06059)
+        uniforms = class_uniforms(outputs.shape[1], image_ids, config.seed, step)
+        scores = outputs.double().log_softmax(1) - (-uniforms.log()).log()
+        drawn = scores.scatter(1, best, -torch.inf).topk(config.drawn_classes, dim=1).indices
+        return torch.cat([best, drawn], dim=1)
+
+    def condition(
+        self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None = None
+    ) -> Tensor:
+        table, per_image = self._table(denoiser, moving)
+        if not config.drawn_classes or chosen is None:
+            return mix_condition(outputs, table, config.top_k, config.logit_scale, per_image)
+        logits = _scaled(outputs, config.logit_scale).gather(1, chosen)
+        return mix_condition(logits, _gathered(table, chosen, per_image), per_image=True)
+
+    def candidates(
+        self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        table, per_image = self._table(denoiser, moving)
+        if chosen is None:
+            chosen = torch.arange(outputs.shape[1], device=outputs.device).expand(len(outputs), -1)
+        return _scaled(outputs, config.logit_scale).gather(1, chosen).softmax(1), _gathered(table, chosen, per_image)
+
+    def _table(self, denoiser: Denoiser, moving: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
+        """The embeddings of all classes, and whether each image has its own: where the denoiser adapts to each."""
         table = denoiser.class_embeddings(moving)
-        # where the denoiser adapts with weights of its own for each image: a table an image
-        per_image = table.ndim > denoiser.class_embeddings({}).ndim
-        return mix_condition(outputs, table, config.top_k, config.logit_scale, per_image)
+        return table, table.ndim > denoiser.class_embeddings({}).ndim
 
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
         return denoiser.class_embeddings({})[self.predict(outputs)]
 
     def predict(self, outputs: Tensor) -> Tensor:
         return outputs.argmax(dim=1)
+
+
+def _scaled(outputs: Tensor, logit_scale: float | None) -> Tensor:
+    """As mix_condition scales logits [B, K]."""
+    return outputs if logit_scale is None else logit_scale * F.normalize(outputs, dim=1)
+
+
+def _gathered(table: Tensor, chosen: Tensor, per_image: bool) -> Tensor:
+    """Rows [B, M, ...] of a table [K, ...], or of one for each image."""
+    return table[torch.arange(len(chosen), device=chosen.device)[:, None], chosen] if per_image else table[chosen]
 
 
 def _unchanged(images: Tensor) -> Tensor:

@@ -1,0 +1,69 @@
+"""Measures a denoiser on clean images, without labels: their statistics, and which timesteps tell classes apart."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from dtta_fast.calibration import Calibration
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.objectives import Pairs, pair_losses
+
+BINS = 20  # equal parts of the noise process
+DRAWS = 8  # pairs a bin and image
+RIVALS = 4  # classes an image's own is told from: the nearest ones
+IMAGES = 64  # more change the density less than another seed does
+ROWS = 64  # of the denoiser at once
+
+
+@torch.no_grad()
+def calibrate(denoiser: Denoiser, images: Tensor) -> Calibration:
+    """Of clean images [N, 3, H, W] in [0, 1], 8 and more, like those that the denoiser was trained on, at the crop that it looks at.
+
+    The first 64 serve for the timesteps: an image's own class is the one whose loss is lowest over all timesteps (its diffusion
+    classifier's answer), and each timestep is rated by how far, and how surely, one pair tells it from its nearest rivals.
+
+    Raises:
+        ValueError: what Calibration.measure refuses.
+    """
+    found = Calibration.measure(denoiser, images)
+    before = denoiser.training
+    denoiser.eval()
+    try:
+        signal, spread = class_signal(denoiser, denoiser.encode(images[:IMAGES].to(next(denoiser.parameters()).device)))
+    finally:
+        denoiser.train(before)
+    return dataclasses.replace(found, signal=tuple(signal.tolist()), spread=tuple(spread.tolist()))
+
+
+@torch.no_grad()
+def class_signal(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [BINS] of the loss under a rival class less the loss under the image's own, for latents [N, C, h, w].
+
+    The mean is over images, rivals and pairs; the deviation too, so it holds what differs between images as well.
+    """
+    table, width = denoiser.class_embeddings({}), len(denoiser.process) / BINS
+    ids = torch.arange(len(x0), device=x0.device)
+    starts = torch.arange(BINS, device=x0.device) * width
+    first = _losses(denoiser, x0, ids, (starts + width / 2).long().expand(len(x0), BINS), table.expand(len(x0), *table.shape), 0)
+    # the bins' losses differ by orders of magnitude: each counts by how much classes differ in it
+    scores = (first / first.std(1, keepdim=True).mean(0).clamp(min=1e-30)).mean(2)
+    nearest = scores.topk(min(1 + RIVALS, scores.shape[1]), dim=1, largest=False).indices  # [N, M], the image's own first
+    part = (torch.arange(DRAWS, device=x0.device) + 0.5) / DRAWS * width
+    timesteps = (starts[:, None] + part).long().flatten().clamp(max=len(denoiser.process) - 1)
+    losses = _losses(denoiser, x0, ids, timesteps.expand(len(x0), -1), table[nearest], 1)
+    margins = (losses[:, 1:] - losses[:, :1]).unflatten(2, (BINS, DRAWS)).transpose(0, 2).flatten(1)
+    return margins.mean(1), margins.std(1)
+
+
+def _losses(denoiser: Denoiser, x0: Tensor, ids: Tensor, timesteps: Tensor, conditions: Tensor, step: int) -> Tensor:
+    """[N, M, P] under conditions [N, M, ...], float64; the classes share the pairs."""
+    drawn = Pairs(x0, timesteps, ids, 0, torch.tensor(step, device=x0.device))
+    rows = max(1, ROWS // len(x0))
+    of_class = [
+        torch.cat([pair_losses(denoiser, conditions[:, k], part, l1=False) for part in drawn.chunks(rows)], dim=1)
+        for k in range(conditions.shape[1])
+    ]
+    return torch.stack(of_class, dim=1).double()

@@ -1,0 +1,67 @@
+"""The diffusion classifier: the class under which the denoising loss is lowest (Li et al., ICCV 2023, arXiv 2303.16203)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dtta_fast.objectives import Pairs, pair_losses
+from dtta_fast.step import GUARD_STEP, Problem
+
+OUT = -1e4  # logit of a class that was not looked at, below the lowest of those that were
+
+
+@torch.no_grad()
+def classify(problem: Problem, outputs: Tensor, x0: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, K] and evaluations [B] for latents [B, C, h, w].
+
+    All classes of an image meet the same pairs, in config.steps stages of config.pairs. After each stage a class is given up whose
+    loss is higher than the lowest by more than config.guard_threshold standard errors of the pairs' differences (where it is above
+    0). config.top_k: only the classes that are highest in the model's `outputs` [B, K] are looked at.
+
+    A logit is minus the squared error summed over the latent's elements, as in the paper's posterior; a class that was given up keeps
+    the distance to the lowest that it had.
+    """
+    config, table = problem.config, problem.denoiser.class_embeddings({})
+    images, classes = outputs.shape
+    alive = torch.ones_like(outputs, dtype=torch.bool)
+    if config.top_k is not None:
+        alive = torch.zeros_like(alive).scatter(1, outputs.topk(config.top_k, dim=1).indices, True)
+    looked_at, evaluations = alive.clone(), torch.zeros_like(image_ids)
+    losses = torch.empty(images, classes, 0, dtype=torch.float64, device=x0.device)
+    excess = torch.zeros(images, classes, dtype=torch.float64, device=x0.device)  # of the lowest, on the pairs that both have met
+    for stage in range(config.steps):
+        wanted = alive & (alive.sum(1, keepdim=True) > 1) if stage else alive
+        if not wanted.any():
+            break
+        rows, columns = wanted.nonzero(as_tuple=True)
+        found = losses.new_zeros(images, classes, config.pairs)
+        for part in torch.arange(len(rows), device=x0.device).split(max(1, problem.guard_rows // config.pairs)):
+            found[rows[part], columns[part]] = _losses(problem, table[columns[part]], x0[rows[part]], image_ids[rows[part]], stage)
+        evaluations += config.pairs * wanted.sum(1)
+        going = wanted.any(1)
+        losses = torch.cat([losses, found], dim=2)
+        means = losses.mean(2).masked_fill(~alive, torch.inf)
+        leader = means.argmin(1)
+        differences = losses - losses[torch.arange(images), leader][:, None]
+        excess = torch.where(alive & going[:, None], differences.mean(2), excess)
+        if config.guard_threshold:
+            error = differences.std(2) / losses.shape[2] ** 0.5
+            alive = alive & ~(going[:, None] & (excess > config.guard_threshold * error) & (means > means.amin(1, keepdim=True)))
+    logits = -(excess - excess.masked_fill(~looked_at, torch.inf).amin(1, keepdim=True)) * x0[0].numel()
+    lowest = logits.masked_fill(~looked_at, torch.inf).amin(1, keepdim=True)
+    return torch.where(looked_at, logits, lowest + OUT).to(torch.promote_types(outputs.dtype, torch.float32)), evaluations
+
+
+def _losses(problem: Problem, conditions: Tensor, x0: Tensor, image_ids: Tensor, stage: int) -> Tensor:
+    """[R, pairs] of R (image, class) rows."""
+    step = torch.tensor(GUARD_STEP + stage, device=x0.device)
+    draws = problem.held_out(problem.config.pairs)
+    timesteps = draws.timesteps(image_ids, step)
+    drawn = Pairs(x0, timesteps, image_ids, problem.config.seed, step, weights=draws.weights(timesteps))
+    return pair_losses(problem.denoiser, conditions, drawn, problem.config.loss == "l1").double()
+
+
+def mean_probability(first: Tensor, second: Tensor) -> Tensor:
+    """Logits [B, K] of the mean of two classifiers' probabilities."""
+    return torch.logaddexp(first.log_softmax(1), second.log_softmax(1))
