@@ -12,7 +12,7 @@ from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.objectives import Pairs, pair_losses
 
 BINS = 20  # equal parts of the noise process
-DRAWS = 8  # pairs a bin and image
+DRAWS = 16  # pairs a bin and image
 RIVALS = 4  # classes an image's own is told from: the nearest ones
 IMAGES = 64  # more change the density less than another seed does
 ROWS = 64  # of the denoiser at once
@@ -23,7 +23,7 @@ def calibrate(denoiser: Denoiser, images: Tensor) -> Calibration:
     """Of clean images [N, 3, H, W] in [0, 1], 8 and more, like those that the denoiser was trained on, at the crop that it looks at.
 
     The first 64 serve for the timesteps: an image's own class is the one whose loss is lowest over all timesteps (its diffusion
-    classifier's answer), and each timestep is rated by how far, and how surely, one pair tells it from its nearest rivals.
+    classifier's answer), and each timestep is rated by how far, and how surely, some pairs tell it from its nearest rivals.
 
     Raises:
         ValueError: what Calibration.measure refuses.
@@ -42,7 +42,8 @@ def calibrate(denoiser: Denoiser, images: Tensor) -> Calibration:
 def class_signal(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [BINS] of the loss under a rival class less the loss under the image's own, for latents [N, C, h, w].
 
-    The mean is over images, rivals and pairs; the deviation too, so it holds what differs between images as well.
+    Over images and rivals, each difference the mean of DRAWS pairs. One pair's would hide what many can tell: noise averages out, but
+    what no noise hides from a classifier of templates (the highest timesteps) stays wrong.
     """
     table, width = denoiser.class_embeddings({}), len(denoiser.process) / BINS
     ids = torch.arange(len(x0), device=x0.device)
@@ -54,8 +55,8 @@ def class_signal(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor]:
     part = (torch.arange(DRAWS, device=x0.device) + 0.5) / DRAWS * width
     timesteps = (starts[:, None] + part).long().flatten().clamp(max=len(denoiser.process) - 1)
     losses = _losses(denoiser, x0, ids, timesteps.expand(len(x0), -1), table[nearest], 1)
-    margins = (losses[:, 1:] - losses[:, :1]).unflatten(2, (BINS, DRAWS)).transpose(0, 2).flatten(1)
-    return margins.mean(1), margins.std(1)
+    margins = (losses[:, 1:] - losses[:, :1]).unflatten(2, (BINS, DRAWS)).mean(3).flatten(0, 1)
+    return margins.mean(0), margins.std(0)
 
 
 def _losses(denoiser: Denoiser, x0: Tensor, ids: Tensor, timesteps: Tensor, conditions: Tensor, step: int) -> Tensor:

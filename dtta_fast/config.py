@@ -38,7 +38,7 @@ class AdaptConfig:
             what memory_budget has room for. No effect on the result beyond rounding.
         loss: mse, or l1.
         timesteps: uniform; stratified, one timestep in each of `pairs` equal parts of the range; or calibrated, stratified under the
-            density that `dtta calibrate` measured for this denoiser, with its importance weights on the losses.
+            density that `dtta calibrate` measured for this denoiser.
         timestep_range: rows low <= t < high of the noise process; None is all of it.
         antithetic: two pairs each share a timestep and have opposite noise. share_noise: an image has one noise a step. Either holds
             the noise in memory, which is else drawn where it is used. common_draws: all steps of an image see the same pairs.

@@ -56,9 +56,8 @@ def classify(problem: Problem, outputs: Tensor, x0: Tensor, image_ids: Tensor) -
 def _losses(problem: Problem, conditions: Tensor, x0: Tensor, image_ids: Tensor, stage: int) -> Tensor:
     """[R, pairs] of R (image, class) rows."""
     step = torch.tensor(GUARD_STEP + stage, device=x0.device)
-    draws = problem.held_out(problem.config.pairs)
-    timesteps = draws.timesteps(image_ids, step)
-    drawn = Pairs(x0, timesteps, image_ids, problem.config.seed, step, weights=draws.weights(timesteps))
+    timesteps = problem.held_out(problem.config.pairs).timesteps(image_ids, step)
+    drawn = Pairs(x0, timesteps, image_ids, problem.config.seed, step)
     return pair_losses(problem.denoiser, conditions, drawn, problem.config.loss == "l1").double()
 
 

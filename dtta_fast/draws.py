@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,33 +14,18 @@ TimestepDraw = Literal["uniform", "stratified", "calibrated"]
 CLASS_PAIR = MASK - 1  # the stream of the drawn classes; MASK itself is the timesteps', and neither is a pair of noise
 
 
-class Density(NamedTuple):
-    """A proposal density of timesteps and the importance weights of their losses.
+def cumulative_density(proposal: Tensor, low: int, high: int) -> Tensor:
+    """Of a density [T] of 0 and more, cut to low <= t < high: [T + 1] int64, 0 .. 2^32, whole so that every backend draws the same.
 
-    cumulative [T + 1] int64: 0 .. 2^32, in whole numbers, so that every backend draws the same. weights [T], float32.
+    Raises:
+        ValueError: the density is 0 in all of the range.
     """
-
-    cumulative: Tensor
-    weights: Tensor
-
-    @classmethod
-    def of(cls, proposal: Tensor, weights: Tensor, low: int, high: int) -> Density:
-        """From a proposal [T] of 0 and more and weights [T], cut to low <= t < high; weights of mean 1 under it.
-
-        Raises:
-            ValueError: the proposal is 0 in all of the range.
-        """
-        inside = torch.zeros(len(proposal), dtype=torch.float64)
-        inside[low:high] = proposal[low:high].double()
-        if not inside.sum() > 0:
-            raise ValueError(f"timestep_range is ({low}, {high}), where the calibrated density is 0; choose another, or None")
-        inside /= inside.sum()
-        cumulative = torch.cat([inside.new_zeros(1), inside.cumsum(0)])
-        whole = (cumulative / cumulative[-1] * 2**32).round().long()
-        return cls(whole, (weights / (weights.double() * inside).sum()).float())
-
-    def to(self, device: torch.device) -> Density:
-        return Density(self.cumulative.to(device), self.weights.to(device))
+    inside = torch.zeros(len(proposal), dtype=torch.float64)
+    inside[low:high] = proposal[low:high].double()
+    if not inside.sum() > 0:
+        raise ValueError(f"timestep_range is ({low}, {high}), where the calibrated density is 0; choose another, or None")
+    cumulative = torch.cat([inside.new_zeros(1), inside.cumsum(0)])
+    return (cumulative / cumulative[-1] * 2**32).round().long()
 
 
 @dataclass(frozen=True)
@@ -48,8 +33,9 @@ class Draws:
     """P pairs an image and step, with timesteps low <= t < high.
 
     kind: uniform, each pair on its own; stratified, pair i falls into the i-th of P equal parts of the range, so the whole range is
-    covered in every step; calibrated, stratified under `density`. antithetic: pairs 2i and 2i + 1 share a timestep and have opposite
-    noise. share_noise: an image and step has one noise (and its opposite). common: every step has the first one's pairs.
+    covered in every step; calibrated, stratified under the density whose cumulative_density() is given. antithetic: pairs 2i and
+    2i + 1 share a timestep and have opposite noise. share_noise: an image and step has one noise (and its opposite). common: every
+    step has the first one's pairs.
     """
 
     seed: int
@@ -57,7 +43,7 @@ class Draws:
     kind: TimestepDraw
     low: int
     high: int
-    density: Density | None = None
+    cumulative: Tensor | None = None
     antithetic: bool = False
     share_noise: bool = False
     common: bool = False
@@ -70,18 +56,14 @@ class Draws:
     def _timesteps(self, pairs: int, image_ids: Tensor, step: Tensor) -> Tensor:
         words = timestep_words(pairs, image_ids, self.seed, step)
         pair = torch.arange(pairs, device=words.device)
-        if self.density is not None:
+        if self.cumulative is not None:
             position = ((pair << 32) + words) // pairs
-            return torch.searchsorted(self.density.cumulative[1:], position, right=True)
+            return torch.searchsorted(self.cumulative[1:], position, right=True)
         span = self.high - self.low
         if self.kind == "uniform":
             return self.low + ((words * span) >> 32)
         # floor(span · (pair + word / 2³²) / P) in whole numbers, so that every backend agrees
         return self.low + (pair * span + ((words * span) >> 32)) // pairs
-
-    def weights(self, timesteps: Tensor) -> Tensor | None:
-        """Of the losses at timesteps [B, P], float32; None where all are 1."""
-        return None if self.density is None else self.density.weights[timesteps]
 
     def step(self, step: Tensor) -> Tensor:
         """The step whose noise is drawn."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dtta_fast import adam8bit, diffusion_classifier, optimizers, step
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.draws import Density
+from dtta_fast.draws import cumulative_density
 from dtta_fast.parameters import Parameters, select
 from dtta_fast.runtime import compiling, memory
 from dtta_fast.runtime.precision import private_denoiser
@@ -61,19 +61,19 @@ class Engine:
         device = anchor(self.model).device
         lr, denoiser_lr = (torch.tensor(rate, dtype=torch.float64, device=device) for rate in (config.lr, config.denoiser_lr))
         self.problem = Problem(
-            self._model.module, denoiser, self.task, config, lr, denoiser_lr, loop=self._loop, density=self._density(device)
+            self._model.module, denoiser, self.task, config, lr, denoiser_lr, loop=self._loop, cumulative=self._cumulative(device)
         )
         self._step, self._forward = step.adaptation_step, step.forward
         self._compile_parts(denoiser)
         self._stale = False
 
-    def _density(self, device: torch.device) -> Density | None:
-        """Of timesteps, for those that are calibrated."""
+    def _cumulative(self, device: torch.device) -> Tensor | None:
+        """The timesteps' cumulative density, where they are calibrated."""
         calibration, config = self.denoiser.calibration, self.config
         if config.timesteps != "calibrated" or calibration is None:
             return None
         rows = len(self.denoiser.process)
-        return Density.of(*calibration.density(rows), *(config.timestep_range or (0, rows))).to(device)
+        return cumulative_density(calibration.density(rows), *(config.timestep_range or (0, rows))).to(device)
 
     def _compile_parts(self, denoiser: Denoiser) -> None:
         if self._compile == "off":

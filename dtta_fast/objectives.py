@@ -18,7 +18,7 @@ class Pairs(NamedTuple):
     """The (timestep, noise) pairs that a batch is noised with.
 
     x0 [B, C, h, w], timesteps [B, P], image_ids [B], step 0-dim; the noise is drawn from (seed, step, image_id, pair0 + pair)
-    unless `noise` [B, P, C, h, w] is given. weights [B, P] of the losses; None is 1.
+    unless `noise` [B, P, C, h, w] is given.
     """
 
     x0: Tensor
@@ -28,14 +28,12 @@ class Pairs(NamedTuple):
     step: Tensor
     noise: Tensor | None = None
     pair0: int = 0
-    weights: Tensor | None = None
 
     def image(self, i: int) -> Pairs:
         """Those of the i-th image alone."""
         one = slice(i, i + 1)
-        noise, weights = (None if own is None else own[one] for own in (self.noise, self.weights))
-        parts = self._replace(x0=self.x0[one], timesteps=self.timesteps[one], image_ids=self.image_ids[one])
-        return parts._replace(noise=noise, weights=weights)
+        noise = None if self.noise is None else self.noise[one]
+        return self._replace(x0=self.x0[one], timesteps=self.timesteps[one], image_ids=self.image_ids[one], noise=noise)
 
     def chunks(self, size: int) -> Iterator[Pairs]:
         """Parts of at most `size` pairs an image, as even as they come, with the noise that they have here."""
@@ -43,8 +41,8 @@ class Pairs(NamedTuple):
         width = -(-pairs // -(-pairs // size))
         for first in range(0, pairs, width):
             here = slice(first, first + width)
-            noise, weights = (None if own is None else own[:, here] for own in (self.noise, self.weights))
-            yield self._replace(timesteps=self.timesteps[:, here], noise=noise, weights=weights, pair0=self.pair0 + first)
+            noise = None if self.noise is None else self.noise[:, here]
+            yield self._replace(timesteps=self.timesteps[:, here], noise=noise, pair0=self.pair0 + first)
 
 
 def _draws(denoiser: Denoiser, drawn: Pairs) -> dict[str, Any]:
@@ -67,8 +65,7 @@ def pair_losses(denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool, 
     else:
         numbers = torch.arange(-(-len(x_t) // rows) * rows, device=x_t.device).clamp(max=len(x_t) - 1)
         prediction = torch.cat([denoiser(*(x[part] for x in inputs)) for part in numbers.split(rows)])[: len(x_t)]
-    losses = denoising_loss(prediction, **_draws(denoiser, drawn), l1=l1)
-    return losses if drawn.weights is None else losses * drawn.weights
+    return denoising_loss(prediction, **_draws(denoiser, drawn), l1=l1)
 
 
 class Noised(NamedTuple):
@@ -164,10 +161,7 @@ def accumulated_gradients(
         x_t = add_noise(**_draws(denoiser, part), dtype=dtype)
         predictions = predict(denoiser, weights, leaves, Noised(x_t, part.timesteps.flatten(), *part.timesteps.shape))
         upstream = torch.full_like(part.timesteps, scale / divisor, dtype=torch.float64)
-        if part.weights is not None:
-            upstream = upstream * part.weights
         found = [denoising_loss_and_gradient(p.detach(), upstream, **_draws(denoiser, part), l1=l1) for p in predictions]
         torch._foreach_add_(gradients, torch.autograd.grad(predictions, wanted, [g for _, g in found], materialize_grads=True))
-        losses = found[0][0]
-        loss += (losses if part.weights is None else losses * part.weights).sum(1) / pairs
+        loss += found[0][0].sum(1) / pairs
     return loss, gradients[: len(moving)], gradients[len(moving) :], scale

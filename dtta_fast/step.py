@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.draws import Density, Draws
+from dtta_fast.draws import Draws
 from dtta_fast.objectives import Pairs, accumulated_gradients, embedding_mix, noise_mix, noise_mix_null, pair_losses
 from dtta_fast.optimizers import Slots, Tensors, init_slots, update_
 from dtta_fast.parameters import Parameters, call, copies, in_dtypes_of
@@ -28,7 +28,8 @@ class Problem:
 
     lr, denoiser_lr: 0-dim float64, on the modules' device. chunk: pairs of an image that run at once. guard_rows: rows of a guard's
     forward, at most; with `pad` exactly as many. loop: images with weights of their own run one by one. forward: the compiled form of
-    the function of that name, where there is one. density: of timesteps "calibrated".
+    the function of that name, where there is one. cumulative: the timesteps' cumulative density, where they
+    are calibrated.
     """
 
     model: nn.Module
@@ -42,7 +43,7 @@ class Problem:
     pad: bool = False
     loop: bool = False
     forward: Callable[..., Tensor] | None = None
-    density: Density | None = None
+    cumulative: Tensor | None = None
 
     @property
     def per_image(self) -> bool:
@@ -58,7 +59,7 @@ class Problem:
     def held_out(self, pairs: int) -> Draws:
         """A guard's, or the diffusion classifier's: each pair on its own."""
         low, high = self.config.timestep_range or (0, len(self.denoiser.process))
-        return Draws(self.config.seed, pairs, self.config.timesteps, low, high, self.density)
+        return Draws(self.config.seed, pairs, self.config.timesteps, low, high, self.cumulative)
 
     def forwards(self, classes: int) -> int:
         """Of the denoiser, for one pair of a step; classes: how many the task has."""
@@ -143,8 +144,7 @@ def gradients(
     else:
         predict = noise_mix_null if config.null_condition else noise_mix
         heads = list(task.candidates(outputs, denoiser, phi, config, chosen))
-    step, weights = draws.step(state.step), draws.weights(timesteps)
-    drawn = Pairs(x0, timesteps, image_ids, config.seed, step, noise, weights=weights)
+    drawn = Pairs(x0, timesteps, image_ids, config.seed, draws.step(state.step), noise)
     loss, to_heads, to_phi, scale = accumulated_gradients(
         predict, denoiser, phi, heads, drawn, problem.chunk, config.loss == "l1", problem.per_image
     )
@@ -246,9 +246,7 @@ def _losses_where(problem: Problem, conditions: Tensor, wanted: Tensor, x0: Tens
 def held_out_losses(problem: Problem, conditions: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor) -> Tensor:
     """Losses [B, guard] of the source denoiser under conditions [B, ...], on pairs that no step draws and all conditions share."""
     config, step = problem.config, step + GUARD_STEP
-    draws = problem.held_out(config.guard)
-    timesteps = draws.timesteps(image_ids, step)
-    drawn = Pairs(x0, timesteps, image_ids, config.seed, step, weights=draws.weights(timesteps))
+    drawn = Pairs(x0, problem.held_out(config.guard).timesteps(image_ids, step), image_ids, config.seed, step)
     parts = list(drawn.chunks(max(1, problem.guard_rows // len(x0))))
     rows, l1 = problem.guard_rows if problem.pad else None, config.loss == "l1"
     return torch.cat([pair_losses(problem.denoiser, conditions, part, l1, rows) for part in parts], dim=1)

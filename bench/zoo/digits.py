@@ -140,8 +140,8 @@ def main() -> None:
         scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="sample")
         network = train_denoiser(images, labels, NoiseProcess.from_scheduler(scheduler), 29, args.iterations)
         denoiser = DiT(network.half(), NoiseProcess.from_scheduler(scheduler))
-        denoiser.calibration = calibrate(denoiser, images)
-        denoiser.save_pretrained(args.out / "denoiser", scheduler)
+        denoiser.calibration = calibrate(denoiser.float(), images)
+        denoiser.half().save_pretrained(args.out / "denoiser", scheduler)
 
 
 if __name__ == "__main__":
