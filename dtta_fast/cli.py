@@ -25,7 +25,7 @@ class Demo:
     """Adapt a classifier to corrupted handwritten digits, image by image, and show what it gains."""
 
     preset: str = "FAST"
-    """FAST or PAPER."""
+    """FAST, PAPER, ONLINE or DUSA."""
     images: int = 40
     """Test images for each corruption, at most 500; the default is a sample that fits a minute on 2 cores."""
     seed: int = 0

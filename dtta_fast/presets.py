@@ -30,7 +30,37 @@ FAST = AdaptConfig(
     guard_threshold=1.75,
 )
 
-ALL = {"PAPER": PAPER, "FAST": FAST}
+# A stream: one set of weights, one update a batch, no guard. Chosen like FAST; takes a denoiser with a calibration.
+ONLINE = AdaptConfig(
+    steps=1,
+    pairs=4,
+    timesteps="stratified",
+    timestep_range=(450, 700),
+    logit_scale=6.0,
+    match="both",
+    optimizer="adam",
+    lr=1e-4,
+    mode="online",
+)
+
+# Noise mixing over the top 4 classes and 2 drawn ones at a single timestep, model and denoiser adapting (DUSA, NeurIPS 2024). Timestep,
+# scale and learning rates are for the digits zoo, chosen like FAST; the paper's are t = 100 and 1e-5 for a DiT-XL/2.
+DUSA = AdaptConfig(
+    objective="noise_mix",
+    steps=1,
+    pairs=1,
+    timestep_range=(500, 501),
+    top_k=4,
+    drawn_classes=2,
+    logit_scale=1.0,
+    denoiser_parameters="all",
+    optimizer="adam",
+    lr=1e-4,
+    denoiser_lr=1e-5,
+    mode="online",
+)
+
+ALL = {"PAPER": PAPER, "FAST": FAST, "ONLINE": ONLINE, "DUSA": DUSA}
 
 
 def get(name: str) -> AdaptConfig:

@@ -1,12 +1,14 @@
-"""Chooses digits-C: for each corruption the severity at which the source's accuracy on the validation split is nearest to 60 %.
+"""Chooses a corrupted benchmark: for each corruption the severity at which the source's validation accuracy is nearest to 60 %.
 
-    python bench/zoo/severities.py
+    python bench/zoo/severities.py [digits|fashion]
 
-Families on which it still exceeds 90 % there are left out: they leave nothing to adapt. Looks at the source alone, never at an
-adapted result. Prints the table and the dictionary that stands in dtta_fast/data/corruptions.py.
+On the first 300 images. Families on which it still exceeds 90 % there are left out: they leave nothing to adapt. Looks at the source
+alone, never at an adapted result. Prints the table and the dictionary that stands in dtta_fast/data/corruptions.py.
 """
 
 from __future__ import annotations
+
+import sys
 
 import imagecorruptions
 import torch
@@ -14,12 +16,13 @@ import torch
 from dtta_fast import zoo
 from dtta_fast.data.corruptions import corrupt
 from dtta_fast.data.digits import load_digits
+from dtta_fast.data.fashion import load_fashion
 
 
 @torch.no_grad()
-def main() -> None:
-    model, _ = zoo.load("digits")
-    images, labels = load_digits("validation")
+def main(benchmark: str) -> None:
+    model = zoo.load_classifier(benchmark)
+    images, labels = (part[:300] for part in {"digits": load_digits, "fashion": load_fashion}[benchmark]("validation"))
     chosen = {}
     for name in imagecorruptions.get_corruption_names("all"):
         accuracy = {s: float((model(corrupt(images, name, s) * 2 - 1).argmax(1) == labels).float().mean()) for s in range(1, 6)}
@@ -31,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*(sys.argv[1:] or ["digits"]))

@@ -9,28 +9,32 @@ from torch import Tensor, nn
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
 
-NAMES = ("digits",)
+NAMES = ("digits", "fashion")
 
 
 def load(name: str) -> tuple[nn.Module, Denoiser]:
-    """The model and the denoiser of that name, on the CPU, in eval mode. "digits": a timm ConvNeXt and a pixel DiT.
+    """The model and the denoiser of that name, on the CPU, in eval mode: a timm ConvNeXt and a pixel DiT, of "digits" or of "fashion".
 
     Raises:
         ValueError: there is none of that name.
     """
+    return load_classifier(name), DiT.from_pretrained(_folder(name) / "denoiser").eval()
+
+
+def load_classifier(name: str) -> nn.Module:
+    """The model of that name alone."""
     import timm
 
-    folder = _folder(name)
-    model = timm.create_model(f"local-dir:{folder / 'classifier'}", pretrained=True)
-    return model.eval(), DiT.from_pretrained(folder / "denoiser").eval()
+    return timm.create_model(f"local-dir:{_folder(name) / 'classifier'}", pretrained=True).eval()
 
 
 def example(name: str) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, H, W] in [0, 1] and labels [N] of the test split. "digits" needs the extra `demo`."""
+    """Images [N, 3, H, W] in [0, 1] and labels [N] of the test split. "digits" needs the extra `demo`, "fashion" load_fashion's files."""
     from dtta_fast.data.digits import load_digits
+    from dtta_fast.data.fashion import load_fashion
 
     _folder(name)
-    return load_digits("test")
+    return (load_digits if name == "digits" else load_fashion)("test")
 
 
 def _folder(name: str) -> Path:

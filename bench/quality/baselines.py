@@ -1,0 +1,221 @@
+"""Test-time adaptation without a diffusion model: TENT, EATA, SAR, CoTTA and MEMO, each written from its paper, to measure against.
+
+Each wraps a copy of a classifier for normalised inputs: images [B, 3, H, W] in, logits [B, K] out, adapting as it goes; reset() starts
+again from the source. The answer to a batch is what the model said before that batch's update, except MEMO's, which adapts to each image
+and answers after it. Settings are the papers' but for the learning rate, which bench/quality takes from the validation split.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Augment = Callable[[Tensor], Tensor]
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Of softmax(logits) [B, K], in nats: [B]."""
+    return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+
+
+def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Scales and shifts of the normalisation layers."""
+    layers = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    return [p for layer in layers for p in layer.parameters(recurse=False)]
+
+
+class Baseline:
+    """A copy of the model whose `moving` parameters are updated by `optimizer`."""
+
+    def __init__(self, model: nn.Module, lr: float) -> None:
+        self.source, self.lr = model, lr
+        self.reset()
+
+    def reset(self) -> None:
+        """The source's weights, and empty memory."""
+        self.model = copy.deepcopy(self.source).eval().requires_grad_(False)
+        self.moving = self.chosen()
+        for p in self.moving:
+            p.requires_grad_(True)
+        self.optimizer = self.make_optimizer()
+
+    def chosen(self) -> list[nn.Parameter]:
+        return norm_parameters(self.model)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.moving, lr=self.lr)
+
+    def step(self, loss: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def __call__(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Source(Baseline):
+    """No adaptation."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.model(images)
+
+
+class Tent(Baseline):
+    """Entropy minimisation of the normalisation layers (Wang et al., ICLR 2021, arXiv 2006.10726)."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = self.model(images)
+        self.step(entropy(logits).mean())
+        return logits.detach()
+
+
+class Eata(Baseline):
+    """Entropy minimisation of reliable and non-redundant samples, weighted, without forgetting (Niu et al., ICML 2022, arXiv 2204.02610).
+
+    fisher: the diagonal Fisher information of the moving parameters, by fisher_information().
+    """
+
+    MARGIN, REDUNDANT, FORGETTING, MOMENTUM = 0.4, 0.05, 2000.0, 0.1
+
+    def __init__(self, model: nn.Module, lr: float, fisher: list[Tensor]) -> None:
+        self.fisher = fisher
+        super().__init__(model, lr)
+
+    def reset(self) -> None:
+        super().reset()
+        self.start = [p.detach().clone() for p in self.moving]
+        self.average: Tensor | None = None  # of the probabilities that it learnt from
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = self.model(images)
+        uncertainty, limit = entropy(logits), self.MARGIN * math.log(logits.shape[1])
+        used, probabilities = uncertainty.detach() < limit, logits.detach().softmax(1)
+        if self.average is not None:
+            used &= F.cosine_similarity(self.average[None], probabilities).abs() < self.REDUNDANT
+        if used.any():
+            mean = probabilities[used].mean(0)
+            self.average = mean if self.average is None else (1 - self.MOMENTUM) * self.average + self.MOMENTUM * mean
+            weights = (limit - uncertainty.detach()[used]).exp()
+            drift = [(f * (p - start).square()).sum() for f, p, start in zip(self.fisher, self.moving, self.start, strict=True)]
+            self.step((weights * uncertainty[used]).mean() + self.FORGETTING * torch.stack(drift).sum())
+        return logits.detach()
+
+
+def fisher_information(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Mean squared gradient of the log-likelihood of the model's own answers, for the normalisation layers' parameters."""
+    model = copy.deepcopy(model).eval()
+    moving = norm_parameters(model)
+    total = [torch.zeros_like(p) for p in moving]
+    for image in images:
+        logits = model(image[None])
+        gradients = torch.autograd.grad(F.cross_entropy(logits, logits.argmax(1)), moving)
+        torch._foreach_addcmul_(total, gradients, gradients)
+    return [f / len(images) for f in total]
+
+
+class Sar(Baseline):
+    """Sharpness-aware minimisation of the entropy of reliable samples, started again where it collapses (Niu et al., ICLR 2023,
+    arXiv 2302.12400)."""
+
+    MARGIN, RADIUS, COLLAPSED, MOMENTUM = 0.4, 0.05, 0.2, 0.1
+
+    def reset(self) -> None:
+        super().reset()
+        self.average: float | None = None
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.moving, lr=self.lr, momentum=0.9)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = self.model(images)
+        uncertainty, limit = entropy(logits), self.MARGIN * math.log(logits.shape[1])
+        used = uncertainty.detach() < limit
+        if not used.any():
+            return logits.detach()
+        gradients = torch.autograd.grad(uncertainty[used].mean(), self.moving)
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        ascent = [g * (self.RADIUS / (norm + 1e-12)) for g in gradients]
+        with torch.no_grad():
+            torch._foreach_add_(self.moving, ascent)
+        there = entropy(self.model(images[used]))
+        kept = there.detach() < limit
+        loss = there[kept].mean() if kept.any() else None
+        gradients = torch.autograd.grad(loss, self.moving) if loss is not None else ()
+        with torch.no_grad():
+            torch._foreach_sub_(self.moving, ascent)
+        if loss is not None:
+            for p, gradient in zip(self.moving, gradients, strict=True):
+                p.grad = gradient
+            self.optimizer.step()
+            value = float(loss.detach())
+            self.average = value if self.average is None else (1 - self.MOMENTUM) * self.average + self.MOMENTUM * value
+            if self.average < self.COLLAPSED:
+                self.reset()
+        return logits.detach()
+
+
+class Cotta(Baseline):
+    """A student that follows an averaged teacher, on augmentations where the source is unsure, with weights restored at random
+    (Wang et al., CVPR 2022, arXiv 2203.13591). All parameters move."""
+
+    TEACHER, RESTORE, SURE, VIEWS = 0.999, 0.01, 0.92, 32
+
+    def __init__(self, model: nn.Module, lr: float, augment: Augment, seed: int = 0) -> None:
+        self.augment, self.generator = augment, torch.Generator().manual_seed(seed)
+        super().__init__(model, lr)
+
+    def chosen(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def reset(self) -> None:
+        super().reset()
+        self.teacher = copy.deepcopy(self.source).eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = self.teacher(images)
+            if float(self.source(images).softmax(1).amax(1).mean()) < self.SURE:
+                target = torch.stack([self.teacher(self.augment(images)) for _ in range(self.VIEWS)]).mean(0)
+        self.step(-(target.softmax(1) * self.model(images).log_softmax(1)).sum(1).mean())
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.teacher.parameters()), self.moving, 1 - self.TEACHER)
+            for p, start in zip(self.moving, self.source.parameters(), strict=True):
+                back = torch.rand(p.shape, generator=self.generator) < self.RESTORE
+                p.copy_(torch.where(back, start, p))
+        return target
+
+
+class Memo(Baseline):
+    """One step on the entropy of the mean prediction over augmentations of each image (Zhang et al., NeurIPS 2022, arXiv 2110.09506).
+
+    All parameters move, from the source for every image.
+    """
+
+    VIEWS = 32
+
+    def __init__(self, model: nn.Module, lr: float, augment: Augment) -> None:
+        self.augment = augment
+        super().__init__(model, lr)
+
+    def chosen(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.moving, lr=self.lr)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        answers = []
+        for image in images:
+            self.reset()
+            mean = self.model(self.augment(image.expand(self.VIEWS, *image.shape))).softmax(1).mean(0)
+            self.step(-(mean * mean.clamp(min=1e-12).log()).sum())
+            with torch.no_grad():
+                answers.append(self.model(image[None]))
+        return torch.cat(answers)

@@ -1,0 +1,145 @@
+"""Every method under one call: images and their ids in, logits and the denoiser's work out.
+
+Settings of the presets are the library's; learning rates and timesteps of the others were chosen on the validation split of digits-C by
+bench/quality/choose.py, and are the same on every benchmark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from baselines import Baseline, Cotta, Eata, Memo, Sar, Source, Tent, fisher_information
+from torch import Tensor, nn
+
+from dtta_fast import AdaptConfig, Adapter, presets
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.tasks.classification import Classification
+
+
+class Answer(NamedTuple):
+    """logits [B, K]; forwards and backwards of the denoiser, the sums over the images."""
+
+    logits: Tensor
+    forwards: int
+    backwards: int
+
+
+class Setting(NamedTuple):
+    """What a method may look at beside the stream."""
+
+    model: nn.Module
+    denoiser: Denoiser
+    train: Tensor  # clean images of the train split, without labels
+    seed: int
+
+
+Run = Callable[[Tensor, Tensor], Answer]
+
+
+@dataclass(frozen=True)
+class Method:
+    """batch: images a call. online: what it has learnt goes on through a corruption's images. family: a curve of the plot."""
+
+    make: Callable[[Setting], tuple[Run, Callable[[], None]]]
+    batch: int
+    online: bool
+    family: str
+
+
+def by_adapter(config: AdaptConfig) -> Callable[[Setting], tuple[Run, Callable[[], None]]]:
+    def make(setting: Setting) -> tuple[Run, Callable[[], None]]:
+        adapter = Adapter(setting.model, setting.denoiser, config.replace(seed=setting.seed))
+
+        def run(images: Tensor, ids: Tensor) -> Answer:
+            result = adapter.adapt(images, image_ids=ids)
+            trained = result.steps_run * config.pairs * len(images)
+            per_pair = 1 if config.null_condition or config.objective == "embedding_mix" else config.top_k + config.drawn_classes
+            backward = config.objective == "embedding_mix" or config.denoiser_parameters == "all"
+            return Answer(result.outputs, int(result.evaluations.sum()), trained * per_pair * backward)
+
+        return run, adapter.reset
+
+    return make
+
+
+def by_baseline(build: Callable[[Setting], Baseline]) -> Callable[[Setting], tuple[Run, Callable[[], None]]]:
+    def make(setting: Setting) -> tuple[Run, Callable[[], None]]:
+        baseline, task = build(setting), Classification()
+
+        def run(images: Tensor, ids: Tensor) -> Answer:
+            return Answer(baseline(task.normalise(setting.model, images)), 0, 0)
+
+        return run, baseline.reset
+
+    return make
+
+
+def matched_alone(setting: Setting) -> tuple[Run, Callable[[], None]]:
+    """The source on matched images, nothing adapted."""
+
+    def run(images: Tensor, ids: Tensor) -> Answer:
+        assert setting.denoiser.calibration is not None
+        with torch.no_grad():
+            return Answer(setting.model(Classification().normalise(setting.model, setting.denoiser.calibration.match(images))), 0, 0)
+
+    return run, lambda: None
+
+
+def augmented(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """Small shifts, and noise: what the digits and the clothes bear (flips would change their class)."""
+
+    def augment(images: Tensor) -> Tensor:
+        shifts = torch.randint(-2, 3, (len(images), 2), generator=generator)
+        moved = torch.stack([image.roll((int(y), int(x)), (1, 2)) for image, (y, x) in zip(images, shifts, strict=True)])
+        return moved + 0.05 * torch.randn(images.shape, generator=generator)
+
+    return augment
+
+
+def eata(lr: float) -> Callable[[Setting], Baseline]:
+    return lambda setting: Eata(
+        setting.model, lr, fisher_information(setting.model, Classification().normalise(setting.model, setting.train[:500]))
+    )
+
+
+def _generator(setting: Setting) -> torch.Generator:
+    return torch.Generator().manual_seed(setting.seed)
+
+
+FAST, ONLINE, DUSA, PAPER = presets.FAST, presets.ONLINE, presets.DUSA, presets.PAPER
+CLASSIFIER = FAST.replace(method="diffusion_classifier", match="denoiser", guard=0, guard_threshold=0.0)
+BATCH = 50
+
+METHODS: dict[str, Method] = {
+    "source": Method(by_baseline(lambda s: Source(s.model, 0.0)), BATCH, False, "source"),
+    "matched alone": Method(matched_alone, BATCH, False, "source"),
+    "FAST": Method(by_adapter(FAST), BATCH, False, "FAST"),
+    "FAST, unmatched": Method(by_adapter(FAST.replace(match="off")), BATCH, False, "FAST, unmatched"),
+    "FAST, 1 step": Method(by_adapter(FAST.replace(steps=1)), BATCH, False, "FAST"),
+    "FAST, guard of 6": Method(by_adapter(FAST.replace(guard=6)), BATCH, False, "FAST"),
+    "FAST, 8 steps": Method(by_adapter(FAST.replace(steps=8)), BATCH, False, "FAST"),
+    "FAST, calibrated": Method(by_adapter(FAST.replace(timesteps="calibrated", timestep_range=None)), BATCH, False, "FAST"),
+    **{
+        f"diffusion classifier, {pairs}": Method(by_adapter(CLASSIFIER.replace(steps=1, pairs=pairs)), BATCH, False, "diffusion classifier")
+        for pairs in (1, 2, 4, 8, 20)
+    },
+    "diffusion classifier, pruned": Method(
+        by_adapter(CLASSIFIER.replace(steps=6, pairs=2, guard_threshold=3.0)), BATCH, False, "diffusion classifier, pruned"
+    ),
+    "diffusion classifier, unmatched, 2": Method(
+        by_adapter(CLASSIFIER.replace(steps=1, pairs=2, match="off")), BATCH, False, "diffusion classifier, unmatched"
+    ),
+    "top 3 ranked again": Method(by_adapter(CLASSIFIER.replace(steps=1, pairs=8, top_k=3)), BATCH, False, "top 3 ranked again"),
+    "ensemble": Method(by_adapter(CLASSIFIER.replace(method="ensemble", steps=1, pairs=2)), BATCH, False, "ensemble"),
+    "ONLINE": Method(by_adapter(ONLINE), 10, True, "ONLINE"),
+    "DUSA": Method(by_adapter(DUSA), 10, True, "DUSA"),
+    "PAPER": Method(by_adapter(PAPER), 4, False, "PAPER"),
+    "TENT": Method(by_baseline(lambda s: Tent(s.model, 1e-3)), 10, True, "TENT"),
+    "EATA": Method(by_baseline(eata(1e-3)), 10, True, "EATA"),
+    "SAR": Method(by_baseline(lambda s: Sar(s.model, 1e-2)), 10, True, "SAR"),
+    "CoTTA": Method(by_baseline(lambda s: Cotta(s.model, 1e-4, augmented(_generator(s)), s.seed)), 10, True, "CoTTA"),
+    "MEMO": Method(by_baseline(lambda s: Memo(s.model, 1e-3, augmented(_generator(s)))), BATCH, False, "MEMO"),
+}

@@ -1,0 +1,138 @@
+"""Accuracy and cost of every method on a corrupted benchmark: one command, one table.
+
+    python bench/quality/run.py digits|fashion [--images 500] [--seeds 3] [--only NAME ...] [--unseen] [--split test]
+
+Each method meets the same images of each corruption, and clean ones; seeds are those of its draws. Writes
+bench/results/quality_BENCHMARK.json, a record a method (a method that is run again takes the place of its record): accuracy by
+corruption, with every image's answer; forwards and backwards of the denoiser and seconds an image; answers that turned wrong; expected
+calibration error. bench/readme.py makes the table and bench/quality/plot.py the picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from methods import METHODS, Method, Setting
+from torch import Tensor
+
+from dtta_fast import environment, zoo
+from dtta_fast.data.corruptions import DIGITS_C, FASHION_C, UNSEEN, corrupt
+from dtta_fast.data.digits import load_digits
+from dtta_fast.data.fashion import load_fashion
+from dtta_fast.demo import bootstrap_interval
+
+RESULTS = Path(__file__).parents[1] / "results"
+LOADERS = {"digits": (load_digits, DIGITS_C), "fashion": (load_fashion, FASHION_C)}
+CALIBRATION_BINS = 15
+
+
+def calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017, arXiv 1706.04599)."""
+    confidence, answers = logits.double().softmax(1).max(1)
+    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add(0, bins, confidence - (answers == labels).double())
+    return float(gaps.abs().sum() / len(labels))
+
+
+def measure(method: Method, setting: Setting, streams: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
+    """By stream: every image's answer right or wrong as a string of 1 and 0, passes and seconds an image, calibration error."""
+    run, reset = method.make(setting)
+    rows = {}
+    for name, images in streams.items():
+        reset()
+        ids, start = torch.arange(len(images)), time.perf_counter()
+        answers = [run(images[part], ids[part]) for part in ids.split(method.batch)]
+        seconds = time.perf_counter() - start
+        logits = torch.cat([answer.logits for answer in answers])
+        right = logits.argmax(1) == labels
+        rows[name] = {
+            "accuracy": float(right.float().mean()),
+            "right": "".join(str(int(r)) for r in right),
+            "forwards": sum(answer.forwards for answer in answers) / len(images),
+            "backwards": sum(answer.backwards for answer in answers) / len(images),
+            "seconds": seconds / len(images),
+            "calibration_error": calibration_error(logits, labels),
+        }
+    return rows
+
+
+def bits(rows: dict[str, Any], names: list[str]) -> Tensor:
+    """[corruptions, images] 0 or 1."""
+    return torch.tensor([[float(r) for r in rows[name]["right"]] for name in names])
+
+
+def summary(runs: list[dict[str, Any]], source: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Means over corruptions and seeds, the 95 % interval of accuracy and of gain over images, and answers that turned wrong."""
+    before, after = bits(source, names), torch.stack([bits(rows, names) for rows in runs])
+    mean = {
+        key: sum(rows[name][key] for rows in runs for name in names) / (len(runs) * len(names))
+        for key in ("forwards", "backwards", "seconds")
+    }
+    return {
+        "accuracy": float(after.mean()),
+        "interval": bootstrap_interval(after.mean((0, 1))),
+        "gain": float((after - before).mean()),
+        "gain_interval": bootstrap_interval((after - before).mean((0, 1))),
+        "of_seeds": [float(one.mean()) for one in after],
+        "negative_flips": float(((before == 1) & (after == 0)).float().mean()),
+        "worst": min(((float((after[:, i] - before[i]).mean()), name) for i, name in enumerate(names)), default=None),
+        "calibration_error": sum(rows[name]["calibration_error"] for rows in runs for name in names) / (len(runs) * len(names)),
+        **mean,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=LOADERS)
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--unseen", action="store_true", help="the corruptions that nothing was chosen on")
+    parser.add_argument("--split", default="test", choices=["test", "validation"])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    load, severities = LOADERS[args.benchmark]
+    severities = UNSEEN if args.unseen else severities
+    clean, labels = (part[: args.images] for part in load(args.split))
+    streams = {"clean": clean, **{name: corrupt(clean, name, severity) for name, severity in severities.items()}}
+    model, denoiser = zoo.load(args.benchmark)
+    train = load("train")[0][:1000]
+    path = args.out or RESULTS / f"quality_{args.benchmark}{'_unseen' if args.unseen else ''}.json"
+    records = json.loads(path.read_text()) if path.is_file() else {}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=False).stdout.strip()
+    source = measure(METHODS["source"], Setting(model, denoiser, train, 0), streams, labels)
+    for name in args.only:
+        method = METHODS[name]
+        runs = [measure(method, Setting(model, denoiser, train, seed), streams, labels) for seed in range(args.seeds)]
+        records[name] = {
+            "family": method.family,
+            "online": method.online,
+            "split": args.split,
+            "images": len(clean),
+            "severities": severities,
+            "corrupted": summary(runs, source, list(severities)),
+            "clean": summary(runs, source, ["clean"]),
+            "runs": runs,
+            "commit": commit,
+            "environment": environment.describe(),
+        }
+        path.write_text(json.dumps(records) + "\n")
+        found, whole = records[name]["corrupted"], records[name]["clean"]
+        low, high = found["gain_interval"]
+        print(
+            f"{name:34} {found['accuracy']:6.1%} gain {found['gain']:+6.1%} ({low:+.1%} .. {high:+.1%})  clean {whole['accuracy']:6.1%}  "
+            f"worst {found['worst'][0]:+.1%} {found['worst'][1]}  flips {found['negative_flips']:.1%}  "
+            f"error {found['calibration_error']:.3f}  "
+            f"{found['forwards']:.1f} + {found['backwards']:.1f} passes, {found['seconds']:.3f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The methods that the project is measured against, each against a step worked by hand on a linear model."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+spec = importlib.util.spec_from_file_location("baselines", Path(__file__).parents[1] / "bench" / "quality" / "baselines.py")
+baselines = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(baselines)
+
+
+@pytest.fixture
+def linear() -> nn.Module:
+    """LayerNorm, then a linear classifier of 4 features and 3 classes, in float64: z = W (g * n(x) + b)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3, bias=False)).double()
+    nn.init.normal_(model[1].weight, std=2.0)
+    return model
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return 4 * torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def probabilities(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return linear(x).softmax(1).detach()
+
+
+def entropy_gradient(linear: nn.Module, x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of Σ weights · H: dH/dz_k = -p_k (log p_k + H); to the scale and the shift of the LayerNorm."""
+    p = probabilities(linear, x)
+    h = -(p * p.log()).sum(1)
+    to_z = -p * (p.log() + h[:, None]) * weights[:, None]
+    to_features = to_z @ linear[1].weight.detach()
+    normal = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    return (to_features * normal).sum(0), to_features.sum(0)
+
+
+def adam(p: torch.Tensor, gradient: torch.Tensor, lr: float) -> torch.Tensor:
+    """Adam's first step."""
+    return p.detach() - lr * gradient / (gradient.abs() + 1e-8)
+
+
+def moved(baseline) -> tuple[torch.Tensor, torch.Tensor]:
+    return baseline.model[0].weight.detach(), baseline.model[0].bias.detach()
+
+
+def test_tent(linear, x):
+    tent = baselines.Tent(linear, 0.01)
+    torch.testing.assert_close(tent(x), linear(x).detach())  # the answer is from before
+    for found, p, g in zip(moved(tent), linear[0].parameters(), entropy_gradient(linear, x, torch.full((6,), 1 / 6)), strict=True):
+        torch.testing.assert_close(found, adam(p, g, 0.01), rtol=1e-7, atol=1e-9)
+    assert torch.equal(tent.model[1].weight, linear[1].weight)
+    tent.reset()
+    assert all(torch.equal(a, b) for a, b in zip(moved(tent), linear[0].parameters(), strict=True))
+
+
+def test_eata(linear, x):
+    fisher = [torch.full((4,), 0.3, dtype=torch.float64)] * 2
+    eata = baselines.Eata(linear, 0.01, fisher)
+    p = probabilities(linear, x)
+    h, limit = -(p * p.log()).sum(1), 0.4 * math.log(3)
+    used = h < limit
+    assert 0 < int(used.sum()) < 6
+    eata(x)
+    weights = torch.where(used, (limit - h).exp(), torch.zeros_like(h)) / used.sum()
+    for found, start, g in zip(moved(eata), linear[0].parameters(), entropy_gradient(linear, x, weights), strict=True):
+        torch.testing.assert_close(found, adam(start, g, 0.01), rtol=1e-7, atol=1e-9)  # nothing to forget yet
+    torch.testing.assert_close(eata.average, p[used].mean(0))
+    before = moved(eata)
+    near = x[used][:1]  # like the average: redundant
+    eata.average = probabilities(eata.model, near)[0]
+    eata(near)
+    assert all(torch.equal(a, b) for a, b in zip(before, moved(eata), strict=True))
+
+
+def test_eata_is_drawn_back(linear, x):
+    fisher = [torch.full((4,), 0.3, dtype=torch.float64)] * 2
+    eata = baselines.Eata(linear, 0.01, fisher)
+    with torch.no_grad():
+        eata.model[0].bias.add_(1.0)
+    drift = eata.moving[1].detach() - eata.start[1]
+    sure = eata.model(x).detach().softmax(1)
+    h = -(sure * sure.log()).sum(1)
+    used, limit = h < 0.4 * math.log(3), 0.4 * math.log(3)
+    weights = torch.where(used, (limit - h).exp(), torch.zeros_like(h)) / used.sum()
+    _, to_shift = entropy_gradient(eata.model, x, weights)
+    eata(x)
+    torch.testing.assert_close(eata.moving[1].grad, to_shift + 2000 * 2 * 0.3 * drift, rtol=1e-7, atol=1e-9)
+
+
+def test_fisher_information(linear, x):
+    p = probabilities(linear, x)
+    to_z = p - torch.eye(3, dtype=torch.float64)[p.argmax(1)]
+    expected = (to_z @ linear[1].weight.detach()).square().mean(0)  # of the shift
+    torch.testing.assert_close(baselines.fisher_information(linear, x)[1], expected)
+
+
+def test_sar(linear, x):
+    sar = baselines.Sar(linear, 0.1)
+    p = probabilities(linear, x)
+    used = -(p * p.log()).sum(1) < 0.4 * math.log(3)
+    first = entropy_gradient(linear, x[used], torch.full((int(used.sum()),), 1 / int(used.sum()), dtype=torch.float64))
+    norm = torch.cat(first).norm()
+    there = nn.Sequential(nn.LayerNorm(4), linear[1]).double()
+    with torch.no_grad():
+        for target, start, g in zip(there[0].parameters(), linear[0].parameters(), first, strict=True):
+            target.copy_(start + 0.05 * g / norm)
+    q = probabilities(there, x[used])
+    kept = -(q * q.log()).sum(1) < 0.4 * math.log(3)
+    sharp = entropy_gradient(there, x[used][kept], torch.full((int(kept.sum()),), 1 / int(kept.sum()), dtype=torch.float64))
+    sar.COLLAPSED = 0.0
+    sar(x)
+    for found, start, g in zip(moved(sar), linear[0].parameters(), sharp, strict=True):
+        torch.testing.assert_close(found, start.detach() - 0.1 * g, rtol=1e-7, atol=1e-9)
+    sar.COLLAPSED = 10.0  # any entropy is a collapse
+    sar(x)
+    assert all(torch.equal(a, b) for a, b in zip(moved(sar), linear[0].parameters(), strict=True))
+
+
+def test_cotta(linear, x):
+    calls = []
+
+    def augment(images):
+        calls.append(1)
+        return images + 0.1
+
+    cotta = baselines.Cotta(linear, 0.01, augment)
+    cotta.RESTORE, cotta.SURE = 0.0, 2.0  # never sure
+    target = cotta(x)
+    assert len(calls) == 32
+    torch.testing.assert_close(target, linear(x + 0.1).detach())
+    to_z = (probabilities(linear, x) - target.softmax(1)) / 6
+    normal = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+    to_weight = to_z.T @ (normal * linear[0].weight + linear[0].bias).detach()
+    student = adam(linear[1].weight, to_weight, 0.01)
+    torch.testing.assert_close(cotta.model[1].weight.detach(), student, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(cotta.teacher[1].weight, 0.999 * linear[1].weight + 0.001 * student, rtol=1e-9, atol=1e-12)
+    cotta.SURE = 0.0
+    cotta(x)
+    assert len(calls) == 32  # the teacher alone where the source is sure
+    cotta.RESTORE = 1.0
+    cotta(x)
+    assert torch.equal(cotta.model[1].weight, linear[1].weight)
+
+
+def test_memo(linear, x):
+    memo = baselines.Memo(linear, 0.05, lambda views: views + torch.linspace(0, 1, len(views), dtype=torch.float64)[:, None] * x[1])
+    found = memo(x[:2])
+    for i in range(2):
+        views = x[i] + torch.linspace(0, 1, 32, dtype=torch.float64)[:, None] * x[1]
+        p = probabilities(linear, views)
+        mean = p.mean(0)
+        to_p = -(mean.log() + 1) / 32
+        to_z = p * (to_p - (p * to_p).sum(1, keepdim=True))
+        normal = (views - views.mean(1, keepdim=True)) / (views.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+        features = normal * linear[0].weight.detach() + linear[0].bias.detach()
+        weight = linear[1].weight.detach() - 0.05 * to_z.T @ features
+        scale = linear[0].weight.detach() - 0.05 * ((to_z @ linear[1].weight.detach()) * normal).sum(0)
+        shift = linear[0].bias.detach() - 0.05 * (to_z @ linear[1].weight.detach()).sum(0)
+        own = (x[i] - x[i].mean()) / (x[i].var(correction=0) + 1e-5).sqrt()
+        torch.testing.assert_close(found[i], weight @ (own * scale + shift), rtol=1e-7, atol=1e-9)
