@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from baselines import Baseline, Cotta, Eata, Memo, Sar, Source, Tent, fisher_information
@@ -36,16 +36,21 @@ class Setting(NamedTuple):
     seed: int
 
 
+Protocol = Literal["single-sample", "online", "continual"]
 Run = Callable[[Tensor, Tensor], Answer]
 
 
 @dataclass(frozen=True)
 class Method:
-    """batch: images a call. online: what it has learnt goes on through a corruption's images. family: a curve of the plot."""
+    """batch: images a call. family: a curve of the plot.
+
+    protocol: single-sample, every image from the source; online, what was learnt goes on through the images of a corruption;
+    continual, through all corruptions one after the other, and clean images last.
+    """
 
     make: Callable[[Setting], tuple[Run, Callable[[], None]]]
     batch: int
-    online: bool
+    protocol: Protocol
     family: str
 
 
@@ -111,35 +116,38 @@ def _generator(setting: Setting) -> torch.Generator:
 
 FAST, ONLINE, DUSA, PAPER = presets.FAST, presets.ONLINE, presets.DUSA, presets.PAPER
 CLASSIFIER = FAST.replace(method="diffusion_classifier", match="denoiser", guard=0, guard_threshold=0.0)
-BATCH = 50
+BATCH, SINGLE = 50, "single-sample"
 
 METHODS: dict[str, Method] = {
-    "source": Method(by_baseline(lambda s: Source(s.model, 0.0)), BATCH, False, "source"),
-    "matched alone": Method(matched_alone, BATCH, False, "source"),
-    "FAST": Method(by_adapter(FAST), BATCH, False, "FAST"),
-    "FAST, unmatched": Method(by_adapter(FAST.replace(match="off")), BATCH, False, "FAST, unmatched"),
-    "FAST, 1 step": Method(by_adapter(FAST.replace(steps=1)), BATCH, False, "FAST"),
-    "FAST, guard of 6": Method(by_adapter(FAST.replace(guard=6)), BATCH, False, "FAST"),
-    "FAST, 8 steps": Method(by_adapter(FAST.replace(steps=8)), BATCH, False, "FAST"),
-    "FAST, calibrated": Method(by_adapter(FAST.replace(timesteps="calibrated", timestep_range=None)), BATCH, False, "FAST"),
+    "source": Method(by_baseline(lambda s: Source(s.model, 0.0)), BATCH, SINGLE, "source"),
+    "matched alone": Method(matched_alone, BATCH, SINGLE, "source"),
+    "FAST": Method(by_adapter(FAST), BATCH, SINGLE, "FAST"),
+    "FAST, unmatched": Method(by_adapter(FAST.replace(match="off")), BATCH, SINGLE, "FAST, unmatched"),
+    "FAST, 1 step": Method(by_adapter(FAST.replace(steps=1)), BATCH, SINGLE, "FAST"),
+    "FAST, guard of 6": Method(by_adapter(FAST.replace(guard=6)), BATCH, SINGLE, "FAST"),
+    "FAST, 8 steps": Method(by_adapter(FAST.replace(steps=8)), BATCH, SINGLE, "FAST"),
+    "FAST, calibrated": Method(by_adapter(FAST.replace(timesteps="calibrated", timestep_range=None)), BATCH, SINGLE, "FAST"),
     **{
-        f"diffusion classifier, {pairs}": Method(by_adapter(CLASSIFIER.replace(steps=1, pairs=pairs)), BATCH, False, "diffusion classifier")
+        f"diffusion classifier, {pairs}": Method(
+            by_adapter(CLASSIFIER.replace(steps=1, pairs=pairs)), BATCH, SINGLE, "diffusion classifier"
+        )
         for pairs in (1, 2, 4, 8, 20)
     },
     "diffusion classifier, pruned": Method(
-        by_adapter(CLASSIFIER.replace(steps=6, pairs=2, guard_threshold=3.0)), BATCH, False, "diffusion classifier, pruned"
+        by_adapter(CLASSIFIER.replace(steps=6, pairs=2, guard_threshold=3.0)), BATCH, SINGLE, "diffusion classifier, pruned"
     ),
     "diffusion classifier, unmatched, 2": Method(
-        by_adapter(CLASSIFIER.replace(steps=1, pairs=2, match="off")), BATCH, False, "diffusion classifier, unmatched"
+        by_adapter(CLASSIFIER.replace(steps=1, pairs=2, match="off")), BATCH, SINGLE, "diffusion classifier, unmatched"
     ),
-    "top 3 ranked again": Method(by_adapter(CLASSIFIER.replace(steps=1, pairs=8, top_k=3)), BATCH, False, "top 3 ranked again"),
-    "ensemble": Method(by_adapter(CLASSIFIER.replace(method="ensemble", steps=1, pairs=2)), BATCH, False, "ensemble"),
-    "ONLINE": Method(by_adapter(ONLINE), 10, True, "ONLINE"),
-    "DUSA": Method(by_adapter(DUSA), 10, True, "DUSA"),
-    "PAPER": Method(by_adapter(PAPER), 4, False, "PAPER"),
-    "TENT": Method(by_baseline(lambda s: Tent(s.model, 1e-3)), 10, True, "TENT"),
-    "EATA": Method(by_baseline(eata(1e-3)), 10, True, "EATA"),
-    "SAR": Method(by_baseline(lambda s: Sar(s.model, 1e-2)), 10, True, "SAR"),
-    "CoTTA": Method(by_baseline(lambda s: Cotta(s.model, 1e-4, augmented(_generator(s)), s.seed)), 10, True, "CoTTA"),
-    "MEMO": Method(by_baseline(lambda s: Memo(s.model, 1e-3, augmented(_generator(s)))), BATCH, False, "MEMO"),
+    "top 3 ranked again": Method(by_adapter(CLASSIFIER.replace(steps=1, pairs=8, top_k=3)), BATCH, SINGLE, "top 3 ranked again"),
+    "ensemble": Method(by_adapter(CLASSIFIER.replace(method="ensemble", steps=1, pairs=2)), BATCH, SINGLE, "ensemble"),
+    "ONLINE": Method(by_adapter(ONLINE), 10, "online", "ONLINE"),
+    "ONLINE, continual": Method(by_adapter(ONLINE), 10, "continual", "ONLINE, continual"),
+    "DUSA": Method(by_adapter(DUSA), 10, "online", "DUSA"),
+    "PAPER": Method(by_adapter(PAPER), 4, SINGLE, "PAPER"),
+    "TENT": Method(by_baseline(lambda s: Tent(s.model, 1e-3)), 10, "online", "TENT"),
+    "EATA": Method(by_baseline(eata(1e-3)), 10, "online", "EATA"),
+    "SAR": Method(by_baseline(lambda s: Sar(s.model, 1e-2)), 10, "online", "SAR"),
+    "CoTTA": Method(by_baseline(lambda s: Cotta(s.model, 1e-4, augmented(_generator(s)), s.seed)), 10, "online", "CoTTA"),
+    "MEMO": Method(by_baseline(lambda s: Memo(s.model, 1e-3, augmented(_generator(s)))), BATCH, SINGLE, "MEMO"),
 }

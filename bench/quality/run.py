@@ -1,6 +1,6 @@
 """Accuracy and cost of every method on a corrupted benchmark: one command, one table.
 
-    python bench/quality/run.py digits|fashion [--images 500] [--seeds 3] [--only NAME ...] [--unseen] [--split test]
+    python bench/quality/run.py digits|fashion [--images 500] [--seeds 3] [--only NAME ...] [--unseen | --ablations]
 
 Each method meets the same images of each corruption, and clean ones; seeds are those of its draws. Writes
 bench/results/quality_BENCHMARK.json, a record a method (a method that is run again takes the place of its record): accuracy by
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ablations import ABLATIONS
 from methods import METHODS, Method, Setting
 from torch import Tensor
 
@@ -45,7 +46,8 @@ def measure(method: Method, setting: Setting, streams: dict[str, Tensor], labels
     run, reset = method.make(setting)
     rows = {}
     for name, images in streams.items():
-        reset()
+        if method.protocol != "continual":
+            reset()
         ids, start = torch.arange(len(images)), time.perf_counter()
         answers = [run(images[part], ids[part]) for part in ids.split(method.batch)]
         seconds = time.perf_counter() - start
@@ -92,28 +94,33 @@ def main() -> None:
     parser.add_argument("benchmark", choices=LOADERS)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--unseen", action="store_true", help="the corruptions that nothing was chosen on")
-    parser.add_argument("--split", default="test", choices=["test", "validation"])
+    parser.add_argument("--only", nargs="*")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--unseen", action="store_true", help="the corruptions that nothing was chosen on")
+    kind.add_argument("--ablations", action="store_true", help="the paper's ablations instead of the methods")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    methods = ABLATIONS if args.ablations else METHODS
+    unknown = sorted(set(args.only or ()) - set(methods))
+    if unknown:
+        parser.error(f"--only names {', '.join(unknown)}; there are {', '.join(methods)}")
     load, severities = LOADERS[args.benchmark]
     severities = UNSEEN if args.unseen else severities
-    clean, labels = (part[: args.images] for part in load(args.split))
-    streams = {"clean": clean, **{name: corrupt(clean, name, severity) for name, severity in severities.items()}}
+    clean, labels = (part[: args.images] for part in load("test"))
+    streams = {**{name: corrupt(clean, name, severity) for name, severity in severities.items()}, "clean": clean}
     model, denoiser = zoo.load(args.benchmark)
     train = load("train")[0][:1000]
-    path = args.out or RESULTS / f"quality_{args.benchmark}{'_unseen' if args.unseen else ''}.json"
+    suffix = "_unseen" if args.unseen else "_ablations" if args.ablations else ""
+    path = args.out or RESULTS / f"quality_{args.benchmark}{suffix}.json"
     records = json.loads(path.read_text()) if path.is_file() else {}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=False).stdout.strip()
     source = measure(METHODS["source"], Setting(model, denoiser, train, 0), streams, labels)
-    for name in args.only:
-        method = METHODS[name]
+    for name in args.only or methods:
+        method = methods[name]
         runs = [measure(method, Setting(model, denoiser, train, seed), streams, labels) for seed in range(args.seeds)]
         records[name] = {
             "family": method.family,
-            "online": method.online,
-            "split": args.split,
+            "protocol": method.protocol,
             "images": len(clean),
             "severities": severities,
             "corrupted": summary(runs, source, list(severities)),

@@ -1,0 +1,118 @@
+"""Measures candidate settings on the validation split of digits-C; no test split is read.
+
+    python bench/quality/choose.py [--images 100] [--only WORD ...]
+
+Appends a JSON line a candidate to bench/results/choose.jsonl: settings, accuracy a corruption, cost. --only takes the candidates whose
+name holds one of the words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from baselines import Cotta, Eata, Memo, Sar, Tent, fisher_information
+from methods import BATCH, METHODS, SINGLE, Method, Setting, augmented, by_adapter, by_baseline
+from run import measure, summary
+
+from dtta_fast import AdaptConfig, environment, presets, zoo
+from dtta_fast.data.corruptions import DIGITS_C, corrupt
+from dtta_fast.data.digits import load_digits
+from dtta_fast.tasks.classification import Classification
+
+RESULTS = Path(__file__).parents[1] / "results" / "choose.jsonl"
+FAST, ONLINE, DUSA = presets.FAST, presets.ONLINE, presets.DUSA
+
+CONFIGS: dict[str, AdaptConfig] = {
+    "FAST": FAST,
+    "FAST nothing matched": FAST.replace(match="off"),
+    "FAST denoiser sees matched": FAST.replace(match="denoiser"),
+    "FAST no guard": FAST.replace(guard=0, guard_threshold=0.0),
+    "FAST guard 8, 1 error": FAST.replace(guard=8, guard_threshold=1.0),
+    "FAST guard 16, 2 errors": FAST.replace(guard=16, guard_threshold=2.0),
+    "FAST 5 steps, 3e-4": FAST.replace(steps=5, lr=3e-4),
+    "FAST lr 1e-3": FAST.replace(lr=1e-3),
+    "FAST logit_scale 3": FAST.replace(logit_scale=3.0),
+    **{f"FAST range {low}-{low + 300}": FAST.replace(timestep_range=(low, low + 300)) for low in (300, 500, 600)},
+    "FAST range 200-700": FAST.replace(timestep_range=(200, 700)),
+    "FAST calibrated": FAST.replace(timesteps="calibrated", timestep_range=None),
+    "FAST antithetic": FAST.replace(antithetic=True),
+    "FAST shared noise": FAST.replace(share_noise=True),
+    "FAST common draws": FAST.replace(common_draws=True),
+    "FAST uniform": FAST.replace(timesteps="uniform"),
+    "FAST top 3": FAST.replace(top_k=3),
+    "FAST top 3, 2 drawn": FAST.replace(top_k=3, drawn_classes=2),
+    "FAST noise mixing": FAST.replace(objective="noise_mix", top_k=3, pairs=2),
+    **{f"ONLINE lr {lr}": ONLINE.replace(lr=lr) for lr in (3e-5, 1e-4, 3e-4, 1e-3)},
+    "ONLINE denoiser adapts": ONLINE.replace(denoiser_parameters="all", denoiser_lr=1e-5),
+    "ONLINE calibrated": ONLINE.replace(timesteps="calibrated", timestep_range=None),
+    **{f"DUSA t {t}": DUSA.replace(timestep_range=(t, t + 1)) for t in (100, 300, 500, 650)},
+    "DUSA lr 1e-3": DUSA.replace(lr=1e-3),
+    "DUSA lr 1e-5": DUSA.replace(lr=1e-5),
+    "DUSA logit_scale 3": DUSA.replace(logit_scale=3.0),
+    "DUSA matched": DUSA.replace(match="both"),
+}
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+
+
+def generator(setting: Setting) -> torch.Generator:
+    return torch.Generator().manual_seed(setting.seed)
+
+
+def candidates() -> dict[str, tuple[Method, dict[str, object]]]:
+    found: dict[str, tuple[Method, dict[str, object]]] = {}
+    for name, config in CONFIGS.items():
+        online = config.mode == "online"
+        found[name] = Method(by_adapter(config), 10 if online else BATCH, "online" if online else SINGLE, name), dataclasses.asdict(config)
+    for lr in RATES:
+        builders = {
+            "TENT": lambda s, lr=lr: Tent(s.model, lr),
+            "EATA": lambda s, lr=lr: Eata(s.model, lr, fisher_information(s.model, Classification().normalise(s.model, s.train[:500]))),
+            "SAR": lambda s, lr=lr: Sar(s.model, lr),
+            "CoTTA": lambda s, lr=lr: Cotta(s.model, lr, augmented(generator(s)), s.seed),
+            "MEMO": lambda s, lr=lr: Memo(s.model, lr, augmented(generator(s))),
+        }
+        for name, build in builders.items():
+            found[f"{name} lr {lr}"] = Method(by_baseline(build), 10, SINGLE if name == "MEMO" else "online", name), {"lr": lr}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--only", nargs="*", default=[""])
+    args = parser.parse_args()
+    clean, labels = (part[: args.images] for part in load_digits("validation"))
+    streams = {"clean": clean, **{name: corrupt(clean, name, severity) for name, severity in DIGITS_C.items()}}
+    setting = Setting(*zoo.load("digits"), load_digits("train")[0], 0)
+    source = measure(METHODS["source"], setting, streams, labels)
+    for name, (method, settings) in candidates().items():
+        if not any(word in name for word in args.only):
+            continue
+        rows = measure(method, setting, streams, labels)
+        found = {key: summary([rows], source, names) for key, names in (("corrupted", list(DIGITS_C)), ("clean", ["clean"]))}
+        by_corruption = {corruption: row["accuracy"] for corruption, row in rows.items()}
+        record = {
+            "candidate": name,
+            "images": args.images,
+            "settings": settings,
+            **found,
+            "accuracy": by_corruption,
+            "versions": environment.describe(),
+        }
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        figures, worst = found["corrupted"], found["corrupted"]["worst"]
+        print(
+            f"{name:28} {figures['accuracy']:6.1%} gain {figures['gain']:+6.1%}  clean {found['clean']['accuracy']:6.1%}  "
+            f"worst {worst[0]:+.1%} {worst[1]}  flips {figures['negative_flips']:.1%}  "
+            f"{figures['forwards']:.1f} + {figures['backwards']:.1f} passes, {figures['seconds']:.3f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
