@@ -1,4 +1,4 @@
-"""Writes the README's tables from the results files; --check fails where the README says something else.
+"""Writes the tables of README.md and docs/quality.md from the results files; --check fails where they say something else.
 
 python bench/readme.py [--check]
 """
@@ -13,34 +13,43 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 
 
-def digits_c() -> str:
-    """FAST beside PAPER, a row a corruption; each column names its own number of images. In brackets the 95 % interval of the mean gain."""
-    fast, paper = (json.loads((RESULTS / f"digits_c_{name}.json").read_text()) for name in ("fast", "paper"))
+def _records(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"quality_{name}.json").read_text())
+    return found
 
-    def cells(row: dict[str, float]) -> str:
-        source, adapted = 100 * row["source_accuracy"], 100 * row["adapted_accuracy"]
-        matched = f"{100 * row['matched_accuracy']:.1f} | " if "matched_accuracy" in row else ""
-        return f"{source:.1f} | {matched}{adapted:.1f} | {adapted - source:+.1f}"
 
+def quality(name: str) -> str:
+    """A row a method: means over corruptions and seeds, with the 95 % interval over images."""
     lines = [
-        f"| | FAST, {fast['images']} images: source % | matched % | adapted % | gain "
-        f"| PAPER, {paper['images']} images: source % | adapted % | gain |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | protocol | images, seeds | corrupted % (95 %) | gain | worst corruption | clean | turned wrong | calibration error "
+        "| forward + backward | s an image |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in fast["corruptions"].items():
-        lines.append(f"| {name} {row['severity']} | {cells(row)} | {cells(paper['corruptions'][name])} |")
-    low, high = (f"{100 * bound:+.1f}" for bound in fast["gain_interval"])
-    lines.append(f"| **mean of {len(fast['corruptions'])}** | {cells(fast)} ({low} .. {high}) | {cells(paper)} |")
-    lines.append(f"| clean | {cells(fast['clean'])} | {cells(paper['clean'])} |")
-    costs = []
-    for run in (fast, paper):
-        seconds = statistics.median(row["seconds_per_image"] for row in run["corruptions"].values())
-        costs.append(f"{run['evaluations_per_image']:.1f} | {seconds:.2f} s |" + (" |" if "matched_accuracy" in run else ""))
-    lines.append(f"| evaluations, seconds an image (median over the rows) | {costs[0]} | {costs[1]} |")
+    for method, record in _records(name).items():
+        all_of_it, clean = record["corrupted"], record["clean"]
+        low, high = (100 * bound for bound in all_of_it["interval"])
+        worst, where = all_of_it["worst"]
+        lines.append(
+            f"| {method} | {record['protocol']} | {record['images']}, {len(record['runs'])} | {100 * all_of_it['accuracy']:.1f} "
+            f"({low:.1f} .. {high:.1f}) | {100 * all_of_it['gain']:+.1f} | {100 * worst:+.1f} {where} | {100 * clean['accuracy']:.1f} | "
+            f"{100 * all_of_it['negative_flips']:.1f} % | {all_of_it['calibration_error']:.2f} | "
+            f"{all_of_it['forwards']:.1f} + {all_of_it['backwards']:.1f} | {all_of_it['seconds']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def by_corruption(name: str) -> str:
+    """A row a method, a column a corruption: accuracy in %, the mean over seeds."""
+    records = _records(name)
+    severities = next(iter(records.values()))["severities"]
+    lines = ["| method | " + " | ".join(f"{corruption} {severity}" for corruption, severity in severities.items()) + " | clean |"]
+    lines.append("|---" * (len(severities) + 2) + "|")
+    for method, record in records.items():
+        cells = [statistics.mean(run[column]["accuracy"] for run in record["runs"]) for column in (*severities, "clean")]
+        lines.append(f"| {method} | " + " | ".join(f"{100 * cell:.1f}" for cell in cells) + " |")
     return "\n".join(lines)
 
 
@@ -120,24 +129,53 @@ def end_to_end() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"digits-c": digits_c, "kernels": kernels, "step": step, "end-to-end": end_to_end}
+def classes() -> str:
+    """One image's seconds and evaluations by the number of classes."""
+    runs = {(run["extra_info"]["form"], run["extra_info"]["classes"]): run for run in _benchmarks("classes")}
+    counts = sorted({count for _, count in runs})
+    lines = ["| | " + " | ".join(f"{count} classes" for count in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+    for form in dict.fromkeys(form for form, _ in runs):
+        cells = [f"{runs[form, n]['stats']['median']:.3f} s, {runs[form, n]['extra_info']['evaluations']} evaluations" for n in counts]
+        lines.append(f"| {form} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "README.md": {
+        "quality": lambda: quality("digits"),
+        "kernels": kernels,
+        "step": step,
+        "end-to-end": end_to_end,
+    },
+    "docs/quality.md": {
+        "fashion": lambda: quality("fashion"),
+        "digits by corruption": lambda: by_corruption("digits"),
+        "fashion by corruption": lambda: by_corruption("fashion"),
+        "digits unseen": lambda: quality("digits_unseen"),
+        "fashion unseen": lambda: quality("fashion_unseen"),
+        "ablations": lambda: quality("digits_ablations"),
+        "classes": classes,
+    },
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    old = new = README.read_text()
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name}: written by bench/readme.py -->", f"<!-- {name}: end -->"
-        if begin not in new or end not in new:
-            sys.exit(f"README.md has no place for {name}: {begin} ... {end}")
-        before, after = new.split(begin)[0], new.split(end)[1]
-        new = f"{before}{begin}\n{table()}\n{end}{after}"
-    if check and new != old:
-        sys.exit("README.md differs from the results files: run python bench/readme.py")
-    if not check:
-        README.write_text(new)
+    for file, tables in TABLES.items():
+        path = ROOT / file
+        old = new = path.read_text()
+        for name, table in tables.items():
+            begin, end = f"<!-- {name}: written by bench/readme.py -->", f"<!-- {name}: end -->"
+            if begin not in new or end not in new:
+                sys.exit(f"{file} has no place for {name}: {begin} ... {end}")
+            before, after = new.split(begin)[0], new.split(end)[1]
+            new = f"{before}{begin}\n{table()}\n{end}{after}"
+        if check and new != old:
+            sys.exit(f"{file} differs from the results files: run python bench/readme.py")
+        if not check:
+            path.write_text(new)
 
 
 if __name__ == "__main__":

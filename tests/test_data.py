@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+
 import numpy as np
 import pytest
 import torch
 from sklearn import datasets
 
 from dtta_fast import zoo
+from dtta_fast.data import fashion
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import SPLITS, load_digits
+from dtta_fast.data.fashion import load_fashion
 from dtta_fast.demo import bootstrap_interval
 
 
@@ -73,3 +77,30 @@ def test_bootstrap_interval_is_the_textbook_s():
     error = float(values.std()) / 20
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.08)
     assert (high + low) / 2 == pytest.approx(float(values.mean()), abs=0.1 * error)
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The files' format: two zero bytes, 8 for bytes, dimensions, sizes, values."""
+    return bytes([0, 0, 8, array.ndim]) + b"".join(int(size).to_bytes(4, "big") for size in array.shape) + array.tobytes()
+
+
+def test_fashion_is_read_from_a_folder_of_archives(tmp_path):
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (12, 28, 28), dtype=np.uint8), generator.integers(0, 10, 12, dtype=np.uint8)
+    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        for part, rows in (("train", slice(0, 9)), ("t10k", slice(9, 12))):
+            (tmp_path / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(idx(array[rows])))
+    found, truth = load_fashion("test", tmp_path)
+    assert found.shape == (3, 3, 32, 32)
+    assert torch.equal(truth, torch.from_numpy(labels[9:]).long())
+    assert torch.equal(found[:, 1, 2:-2, 2:-2], torch.from_numpy(images[9:]).float() / 255)
+    assert float(found[..., :2, :].sum() + found[..., -2:].sum()) == 0
+    assert len(load_fashion("train", tmp_path)[0]) == 9
+    with pytest.raises(ValueError, match="split is 'all'; choose one of train"):
+        load_fashion("all", tmp_path)
+
+
+def test_fashion_says_where_its_files_come_from(monkeypatch, tmp_path):
+    monkeypatch.setattr(fashion, "DEBIAN", tmp_path)
+    with pytest.raises(FileNotFoundError, match="apt install dataset-fashion-mnist"):
+        load_fashion("test")
