@@ -141,6 +141,10 @@ class Adapter:
             raise ValueError(f"denoiser is on {anchor(engine.denoiser).device} and model on {origin.device}; move one of them")
         image_ids = checked_ids(image_ids, images)
         deadline = None if deadline_ms is None else start + checked_deadline(deadline_ms) / 1000
+        if deadline is not None and config.method != "adapt":
+            raise ValueError(
+                f"deadline_ms is {deadline_ms!r} with method {config.method!r}, which makes no steps to stop after: leave it out"
+            )
         switches = attention_switches()
         for _ in range(ATTEMPTS):
             try:

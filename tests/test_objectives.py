@@ -278,3 +278,9 @@ def test_settings_that_do_not_go_together_are_refused(change, message):
 def test_more_classes_than_there_are_cannot_be_drawn(model, denoiser, images):
     with pytest.raises(ValueError, match="top_k is 5 with drawn_classes 3, and there are 7 classes"):
         adapt(model, denoiser, images, config=CONFIG.replace(top_k=5, drawn_classes=3))
+
+
+def test_a_method_without_steps_has_no_deadline(model, denoiser, images):
+    adapter = Adapter(model, denoiser, CONFIG.replace(method="diffusion_classifier"))
+    with pytest.raises(ValueError, match="deadline_ms is 50 with method 'diffusion_classifier'"):
+        adapter.adapt(images, deadline_ms=50)
