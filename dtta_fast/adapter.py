@@ -31,7 +31,7 @@ class AdaptResult:
         outputs, outputs_before: the model's outputs [B, ...] after and before (logits, for a classifier); where the guard refused
             the change, after is before; with match "both" it may also be the source's outputs for the matched image.
         predictions, predictions_before: the task's answers, [B] class indices for a classifier.
-        loss: [B, steps], the denoising loss before each update.
+        loss: [B, steps], the denoising loss before each update; NaN for an image that the pre-check left alone.
         accepted: [B] bool, False where the answer before stands. steps_run: updates made.
         evaluations: [B], an image's forwards of the denoiser for one (timestep, noise, condition), the guard's included.
         seconds: wall time of the batch by phase: encode, adapt, guard.
@@ -55,6 +55,33 @@ class _Group(NamedTuple):
     loss: Tensor
     accepted: Tensor
     evaluations: Tensor
+
+
+def _assembled(rows: Tensor, groups: list[_Group], outputs: Tensor | None, forwards: int) -> dict[str, Any]:
+    """AdaptResult's fields of all images: those of `rows` by the groups, the others as they were.
+
+    outputs [B, ...]: of the source, where some images were left alone. forwards: of the denoiser, an image and step.
+    """
+    names = ("before", "outputs", "loss", "accepted", "evaluations")
+    found = {name: torch.cat([getattr(group, name) for group in groups]) for name in names} if groups else {}
+    steps = found["loss"].shape[1] if found else 0
+    if found:
+        found["evaluations"] = found["evaluations"] + steps * forwards
+    if outputs is not None:
+        images = len(outputs)
+        whole = {
+            "before": outputs,
+            "outputs": outputs.clone(),
+            "loss": outputs.new_full((images, steps), torch.nan, dtype=torch.promote_types(outputs.dtype, torch.float32)),
+            "accepted": torch.zeros(images, dtype=torch.bool, device=outputs.device),
+            "evaluations": torch.zeros(images, dtype=torch.int64, device=outputs.device),
+        }
+        for name, values in found.items():
+            if name != "before":
+                whole[name][rows] = values.to(whole[name].dtype)
+        found = whole
+    found["outputs_before"] = found.pop("before")
+    return {**found, "steps_run": steps}
 
 
 class Adapter:
@@ -157,7 +184,7 @@ class Adapter:
                 restore_attention(switches)
                 if not engine.failed(error):
                     raise
-        if config.mode == "online":
+        if config.mode == "online" and state is not None:
             moved = [*state.theta.values(), *state.phi.values()]
             if bool(torch.stack([p.isfinite().all() for p in moved]).all()):
                 self._state = state
@@ -171,44 +198,41 @@ class Adapter:
         timesteps: Tensor | None,
         noise: Tensor | None,
         deadline: float | None,
-    ) -> tuple[State, AdaptResult]:
+    ) -> tuple[State | None, AdaptResult]:
         engine, config = self._engine, self.config
-        problem, clock = engine.problem, Clock(images.device)
+        problem, clock, count = engine.problem, Clock(images.device), len(images)
         with clock.phase("encode"):
             crop = problem.task.crop(problem.model, images)
             calibration = engine.denoiser.calibration
             matched = crop if config.match == "off" or calibration is None else calibration.match(crop)
-            x0 = problem.denoiser.encode(matched) if latents is None else checked_latents(latents, images, problem.denoiser)
             dtype = anchor(engine.model).dtype
             original = problem.task.normalise(problem.model, crop).to(dtype)
             inputs = problem.task.normalise(problem.model, matched).to(dtype) if config.match == "both" else None
-        check_draws(timesteps, noise, x0, config, len(problem.denoiser.process))
+        if latents is not None:
+            latents = checked_latents(latents, images, problem.denoiser)
+        check_draws(timesteps, noise, images, problem.denoiser.latent_shape, config, len(problem.denoiser.process))
         pairs = config.pairs if timesteps is None else timesteps.shape[2]
-        together = engine.plan(original, x0, pairs)
-        if together < len(images) and (deadline is not None or not problem.per_image):
-            asked = "deadline_ms" if deadline is not None else "mode 'online'"
-            raise ValueError(f"images holds {len(images)}, and memory_budget has room for {together} at once; {asked} takes no more")
-        groups = []
-        for first in range(0, len(images), together):
-            part = slice(first, first + together)
-            given = [None if draw is None else draw[part] for draw in (timesteps, noise)]
-            matched_part = None if inputs is None else inputs[part]
-            groups.append(self._group(original[part], matched_part, x0[part], image_ids[part], given, deadline, clock))
-        state = groups[-1].state
-        before, outputs, loss, accepted, evaluations = (
-            torch.cat([getattr(group, field) for group in groups]) for field in ("before", "outputs", "loss", "accepted", "evaluations")
-        )
-        return state, AdaptResult(
-            outputs=outputs,
-            outputs_before=before,
-            predictions=problem.task.predict(outputs),
-            predictions_before=problem.task.predict(before),
-            loss=loss,
-            accepted=accepted,
-            steps_run=loss.shape[1],
-            evaluations=evaluations + loss.shape[1] * pairs * engine.forwards(),
-            seconds=clock.seconds,
-        )
+        rows, outputs = torch.arange(count, device=images.device), None
+        if config.precheck and inputs is not None:
+            with clock.phase("adapt"):
+                rows, outputs = engine.precheck(original, inputs, everything=self._warming)
+        state, groups = None, []
+        if len(rows):
+            with clock.phase("encode"):
+                x0 = problem.denoiser.encode(matched[rows]) if latents is None else latents[rows]
+            together = engine.plan(original[rows], x0, pairs)
+            if together < len(rows) and (deadline is not None or not problem.per_image):
+                asked = "deadline_ms" if deadline is not None else "mode 'online'"
+                raise ValueError(f"images holds {count}, and memory_budget has room for {together} at once; {asked} takes no more")
+            for part in torch.arange(len(rows), device=rows.device).split(together):
+                here = rows[part]
+                given = [None if draw is None else draw[here] for draw in (timesteps, noise)]
+                matched_part = None if inputs is None else inputs[here]
+                groups.append(self._group(original[here], matched_part, x0[part], image_ids[here], given, deadline, clock))
+            state = groups[-1].state
+        result = _assembled(rows, groups, outputs, pairs * engine.forwards())
+        predictions, predictions_before = (problem.task.predict(found) for found in (result["outputs"], result["outputs_before"]))
+        return state, AdaptResult(**result, predictions=predictions, predictions_before=predictions_before, seconds=clock.seconds)
 
     def _group(
         self,

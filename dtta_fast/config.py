@@ -47,6 +47,9 @@ class AdaptConfig:
         logit_scale: the condition is softmax(logit_scale · logits / ‖logits‖₂); None is softmax(logits).
         match: who sees an image with the statistics of the denoiser's own images (see Calibration.match): nobody, the denoiser, or the
             model too. Takes a denoiser with a calibration.
+        precheck: with match "both", an image to which the source gives the same answer as it is and matched is left alone, without an
+            evaluation: there adaptation does more harm than good (docs/log.md). Compiled code, which is made for one size, adapts a
+            batch whole where one of its images asks for it.
         parameters: which of the model's weights move: all, its norm layers, its head, or the logits themselves. Their requires_grad
             is not asked.
         denoiser_parameters: frozen, or all.
@@ -85,6 +88,7 @@ class AdaptConfig:
     drawn_classes: int = 0
     logit_scale: float | None = None
     match: Match = "off"
+    precheck: bool = False
     parameters: ParameterSet = "all"
     denoiser_parameters: Literal["frozen", "all"] = "frozen"
     optimizer: Optimizer = "adam"
@@ -115,6 +119,7 @@ class AdaptConfig:
             "method": get_args(Method),
             "objective": get_args(Objective),
             "null_condition": flags,
+            "precheck": flags,
             "antithetic": flags,
             "share_noise": flags,
             "common_draws": flags,
@@ -162,6 +167,9 @@ class AdaptConfig:
         if self.null_condition and (self.objective, self.denoiser_parameters) != ("noise_mix", "all"):
             found = f"objective {self.objective!r} and denoiser_parameters {self.denoiser_parameters!r}"
             raise ValueError(f"null_condition with {found}; it belongs to noise_mix with a denoiser that adapts")
+        if self.precheck and (self.match, self.method, self.mode) != ("both", "adapt", "episodic"):
+            found = f"match {self.match!r}, method {self.method!r} and mode {self.mode!r}"
+            raise ValueError(f"precheck with {found}; it belongs to match 'both', method 'adapt' and mode 'episodic'")
         if self.method != "adapt" and self.mode == "online":
             raise ValueError(f"method is {self.method!r} with mode 'online', and nothing is carried on: use episodic")
         if self.optimizer == "adam8bit" and self.compile == "step":

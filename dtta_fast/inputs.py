@@ -57,21 +57,23 @@ def checked_latents(latents: Tensor, images: Tensor, denoiser: Denoiser) -> Tens
     return latents.to(torch.promote_types(denoiser.dtype, torch.float32))
 
 
-def check_draws(timesteps: Tensor | None, noise: Tensor | None, x0: Tensor, config: AdaptConfig, rows: int) -> None:
-    pairs = config.pairs
+def check_draws(
+    timesteps: Tensor | None, noise: Tensor | None, images: Tensor, latent_shape: tuple[int, ...], config: AdaptConfig, rows: int
+) -> None:
+    pairs, count = config.pairs, len(images)
     if timesteps is not None:
-        timesteps = checked_tensor("timesteps", timesteps, x0.device)
-        fits = timesteps.ndim == 3 and timesteps.shape[:2] == (len(x0), config.steps) and timesteps.shape[2] > 0
+        timesteps = checked_tensor("timesteps", timesteps, images.device)
+        fits = timesteps.ndim == 3 and timesteps.shape[:2] == (count, config.steps) and timesteps.shape[2] > 0
         if not fits or timesteps.dtype != torch.int64:
             found = f"{timesteps.dtype} {tuple(timesteps.shape)}"
-            raise ValueError(f"timesteps is {found}; give int64 [B, steps, P] with B = {len(x0)} and steps = {config.steps}")
+            raise ValueError(f"timesteps is {found}; give int64 [B, steps, P] with B = {count} and steps = {config.steps}")
         low, high = int(timesteps.min()), int(timesteps.max())
         if low < 0 or high >= rows:
             raise ValueError(f"timesteps lies in {low} .. {high}; the denoiser's process has 0 .. {rows - 1}")
         pairs = timesteps.shape[2]
     if noise is not None:
-        noise = checked_tensor("noise", noise, x0.device)
-        expected = (len(x0), config.steps, pairs, *x0.shape[1:])
+        noise = checked_tensor("noise", noise, images.device)
+        expected = (count, config.steps, pairs, *latent_shape)
         if tuple(noise.shape) != expected or not noise.is_floating_point():
             raise ValueError(f"noise is {noise.dtype} {tuple(noise.shape)}; give floating point [B, steps, P, C, h, w] = {list(expected)}")
         if not noise.isfinite().all():

@@ -16,17 +16,17 @@ PAPER = AdaptConfig(
     momentum=0.9,
 )
 
-# Chosen on the validation split of digits-C (bench/choose_fast.py, docs/log.md). Takes a denoiser with a calibration.
+# Chosen on the validation split of digits-C (bench/quality/choose.py, docs/log.md). Takes a denoiser with a calibration.
 FAST = AdaptConfig(
     steps=3,
     pairs=4,
-    timesteps="stratified",
-    timestep_range=(450, 700),
+    timesteps="calibrated",
     logit_scale=6.0,
     match="both",
+    precheck=True,
     optimizer="adam",
     lr=5e-4,
-    guard=12,
+    guard=24,
     guard_threshold=1.75,
 )
 

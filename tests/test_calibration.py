@@ -134,3 +134,42 @@ def test_matching_takes_low_contrast_away_from_the_digits():
         right.append(int((torch.stack(losses).argmin(0) == labels).sum()))
     assert right[1] >= right[0] + 4
     assert right[1] >= 20
+
+
+def test_the_pre_check_leaves_alone_what_the_source_says_twice():
+    model, denoiser = zoo.load("digits")
+    images, _ = (part[:12] for part in load_digits("validation"))
+    images = corrupt(images, "gaussian_blur", 5)
+    config = presets.FAST.replace(steps=1)
+    whole = adapt(model, denoiser, images, config=config.replace(precheck=False))
+    found = adapt(model, denoiser, images, config=config)
+    with torch.no_grad():
+        matched = model(denoiser.calibration.match(images) * 2 - 1).argmax(1)
+    asked = matched != found.predictions_before
+    assert 0 < int(asked.sum()) < 12
+    assert torch.equal(found.evaluations > 0, asked)
+    assert torch.equal(found.loss.isnan()[:, 0], ~asked)
+    torch.testing.assert_close(found.outputs[asked], whole.outputs[asked], rtol=1e-3, atol=1e-3)
+    assert torch.equal(found.outputs[~asked], found.outputs_before[~asked])
+    assert not found.accepted[~asked].any()
+    none = adapt(model, denoiser, images[~asked], config=config)
+    assert none.steps_run == 0
+    assert none.loss.shape == (int((~asked).sum()), 0)
+    assert not none.evaluations.any()
+    timesteps = torch.randint(300, 800, (12, 1, 4))
+    given = adapt(model, denoiser, images, config=config, timesteps=timesteps)
+    same = adapt(model, denoiser, images, config=config.replace(precheck=False), timesteps=timesteps)
+    torch.testing.assert_close(given.loss[asked], same.loss[asked])
+    for change in ({"match": "denoiser"}, {"mode": "online"}, {"method": "ensemble"}):
+        with pytest.raises(ValueError, match="precheck with match"):
+            config.replace(**change)
+
+
+def test_a_compiled_batch_is_adapted_whole_or_not_at_all():
+    model, denoiser = zoo.load("digits")
+    images = corrupt(load_digits("validation")[0][:12], "gaussian_blur", 5)
+    session = Adapter(model, denoiser, presets.FAST.replace(steps=1))
+    asked = session.adapt(images).evaluations > 0
+    session._engine.problem = dataclasses.replace(session._engine.problem, pad=True)
+    assert bool((session.adapt(images).evaluations > 0).all())
+    assert not bool((session.adapt(images[~asked]).evaluations > 0).any())

@@ -21,7 +21,9 @@ from dtta_fast.process import NoiseProcess
 
 FORMS = {
     "FAST": presets.FAST,
-    "diffusion classifier": presets.FAST.replace(method="diffusion_classifier", steps=1, pairs=2, guard=0, guard_threshold=0.0),
+    "diffusion classifier": presets.FAST.replace(
+        method="diffusion_classifier", steps=1, pairs=2, precheck=False, guard=0, guard_threshold=0.0
+    ),
 }
 SIZES = {"depths": (1, 1, 2, 1), "dims": (32, 64, 128, 256), "patch_size": 2, "ls_init_value": 1.0, "conv_mlp": False}
 PREPROCESSING = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}

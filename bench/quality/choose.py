@@ -3,7 +3,7 @@
     python bench/quality/choose.py [--images 100] [--only WORD ...]
 
 Appends a JSON line a candidate to bench/results/choose.jsonl: settings, accuracy a corruption, cost. --only takes the candidates whose
-name holds one of the words.
+name begins with one of the words.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ RESULTS = Path(__file__).parents[1] / "results" / "choose.jsonl"
 FAST, ONLINE, DUSA = presets.FAST, presets.ONLINE, presets.DUSA
 
 CONFIGS: dict[str, AdaptConfig] = {
-    "FAST": FAST,
-    "FAST nothing matched": FAST.replace(match="off"),
-    "FAST denoiser sees matched": FAST.replace(match="denoiser"),
+    "FAST as it is": FAST,
+    "FAST nothing matched": FAST.replace(match="off", precheck=False),
+    "FAST denoiser sees matched": FAST.replace(match="denoiser", precheck=False),
     "FAST no guard": FAST.replace(guard=0, guard_threshold=0.0),
-    "FAST guard 8, 1 error": FAST.replace(guard=8, guard_threshold=1.0),
-    "FAST guard 16, 2 errors": FAST.replace(guard=16, guard_threshold=2.0),
+    "FAST no pre-check": FAST.replace(precheck=False),
+    "FAST guard 12, 1 error": FAST.replace(guard=12, guard_threshold=1.0),
+    "FAST guard 12": FAST.replace(guard=12),
+    "FAST guard 16": FAST.replace(guard=16),
     "FAST 5 steps, 3e-4": FAST.replace(steps=5, lr=3e-4),
     "FAST lr 1e-3": FAST.replace(lr=1e-3),
     "FAST logit_scale 3": FAST.replace(logit_scale=3.0),
-    **{f"FAST range {low}-{low + 300}": FAST.replace(timestep_range=(low, low + 300)) for low in (300, 500, 600)},
-    "FAST range 200-700": FAST.replace(timestep_range=(200, 700)),
-    "FAST calibrated": FAST.replace(timesteps="calibrated", timestep_range=None),
+    **{f"FAST range {low}-{low + 300}": FAST.replace(timesteps="stratified", timestep_range=(low, low + 300)) for low in (300, 500, 600)},
+    "FAST range 200-700": FAST.replace(timesteps="stratified", timestep_range=(200, 700)),
+    "FAST range 450-700": FAST.replace(timesteps="stratified", timestep_range=(450, 700)),
     "FAST antithetic": FAST.replace(antithetic=True),
     "FAST shared noise": FAST.replace(share_noise=True),
     "FAST common draws": FAST.replace(common_draws=True),
@@ -90,7 +92,7 @@ def main() -> None:
     setting = Setting(*zoo.load("digits"), load_digits("train")[0], 0)
     source = measure(METHODS["source"], setting, streams, labels)
     for name, (method, settings) in candidates().items():
-        if not any(word in name for word in args.only):
+        if not any(name.startswith(word) for word in args.only):
             continue
         rows = measure(method, setting, streams, labels)
         found = {key: summary([rows], source, names) for key, names in (("corrupted", list(DIGITS_C)), ("clean", ["clean"]))}

@@ -60,7 +60,7 @@ def by_adapter(config: AdaptConfig) -> Callable[[Setting], tuple[Run, Callable[[
 
         def run(images: Tensor, ids: Tensor) -> Answer:
             result = adapter.adapt(images, image_ids=ids)
-            trained = result.steps_run * config.pairs * len(images)
+            trained = int((~result.loss.isnan()).sum()) * config.pairs
             per_pair = 1 if config.null_condition or config.objective == "embedding_mix" else config.top_k + config.drawn_classes
             backward = config.objective == "embedding_mix" or config.denoiser_parameters == "all"
             return Answer(result.outputs, int(result.evaluations.sum()), trained * per_pair * backward)
@@ -115,18 +115,19 @@ def _generator(setting: Setting) -> torch.Generator:
 
 
 FAST, ONLINE, DUSA, PAPER = presets.FAST, presets.ONLINE, presets.DUSA, presets.PAPER
-CLASSIFIER = FAST.replace(method="diffusion_classifier", match="denoiser", guard=0, guard_threshold=0.0)
+CLASSIFIER = FAST.replace(method="diffusion_classifier", match="denoiser", precheck=False, guard=0, guard_threshold=0.0)
 BATCH, SINGLE = 50, "single-sample"
 
 METHODS: dict[str, Method] = {
     "source": Method(by_baseline(lambda s: Source(s.model, 0.0)), BATCH, SINGLE, "source"),
     "matched alone": Method(matched_alone, BATCH, SINGLE, "source"),
     "FAST": Method(by_adapter(FAST), BATCH, SINGLE, "FAST"),
-    "FAST, unmatched": Method(by_adapter(FAST.replace(match="off")), BATCH, SINGLE, "FAST, unmatched"),
-    "FAST, 1 step": Method(by_adapter(FAST.replace(steps=1)), BATCH, SINGLE, "FAST"),
-    "FAST, guard of 6": Method(by_adapter(FAST.replace(guard=6)), BATCH, SINGLE, "FAST"),
-    "FAST, 8 steps": Method(by_adapter(FAST.replace(steps=8)), BATCH, SINGLE, "FAST"),
-    "FAST, calibrated": Method(by_adapter(FAST.replace(timesteps="calibrated", timestep_range=None)), BATCH, SINGLE, "FAST"),
+    "FAST, unmatched": Method(by_adapter(FAST.replace(match="off", precheck=False)), BATCH, SINGLE, "FAST, unmatched"),
+    "FAST, guard of 8": Method(by_adapter(FAST.replace(guard=8)), BATCH, SINGLE, "FAST"),
+    "FAST, no pre-check": Method(by_adapter(FAST.replace(precheck=False)), BATCH, SINGLE, "FAST, no pre-check"),
+    "FAST, timesteps 450-700": Method(
+        by_adapter(FAST.replace(timesteps="stratified", timestep_range=(450, 700))), BATCH, SINGLE, "FAST, timesteps 450-700"
+    ),
     **{
         f"diffusion classifier, {pairs}": Method(
             by_adapter(CLASSIFIER.replace(steps=1, pairs=pairs)), BATCH, SINGLE, "diffusion classifier"
