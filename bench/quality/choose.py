@@ -50,7 +50,7 @@ CONFIGS: dict[str, AdaptConfig] = {
     "FAST noise mixing": FAST.replace(objective="noise_mix", top_k=3, pairs=2),
     **{f"ONLINE lr {lr}": ONLINE.replace(lr=lr) for lr in (3e-5, 1e-4, 3e-4, 1e-3)},
     "ONLINE denoiser adapts": ONLINE.replace(denoiser_parameters="all", denoiser_lr=1e-5),
-    "ONLINE calibrated": ONLINE.replace(timesteps="calibrated", timestep_range=None),
+    "ONLINE range 450-700": ONLINE.replace(timesteps="stratified", timestep_range=(450, 700)),
     **{f"DUSA t {t}": DUSA.replace(timestep_range=(t, t + 1)) for t in (100, 300, 500, 650)},
     "DUSA lr 1e-3": DUSA.replace(lr=1e-3),
     "DUSA lr 1e-5": DUSA.replace(lr=1e-5),

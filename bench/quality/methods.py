@@ -132,7 +132,7 @@ METHODS: dict[str, Method] = {
         f"diffusion classifier, {pairs}": Method(
             by_adapter(CLASSIFIER.replace(steps=1, pairs=pairs)), BATCH, SINGLE, "diffusion classifier"
         )
-        for pairs in (1, 2, 4, 8, 20)
+        for pairs in (1, 2, 4, 8)
     },
     "diffusion classifier, pruned": Method(
         by_adapter(CLASSIFIER.replace(steps=6, pairs=2, guard_threshold=3.0)), BATCH, SINGLE, "diffusion classifier, pruned"
@@ -145,9 +145,10 @@ METHODS: dict[str, Method] = {
     "ONLINE": Method(by_adapter(ONLINE), 10, "online", "ONLINE"),
     "ONLINE, continual": Method(by_adapter(ONLINE), 10, "continual", "ONLINE, continual"),
     "DUSA": Method(by_adapter(DUSA), 10, "online", "DUSA"),
+    "DUSA, matched": Method(by_adapter(DUSA.replace(match="both")), 10, "online", "DUSA, matched"),
     "PAPER": Method(by_adapter(PAPER), 4, SINGLE, "PAPER"),
-    "TENT": Method(by_baseline(lambda s: Tent(s.model, 1e-3)), 10, "online", "TENT"),
-    "EATA": Method(by_baseline(eata(1e-3)), 10, "online", "EATA"),
+    "TENT": Method(by_baseline(lambda s: Tent(s.model, 3e-3)), 10, "online", "TENT"),
+    "EATA": Method(by_baseline(eata(3e-3)), 10, "online", "EATA"),
     "SAR": Method(by_baseline(lambda s: Sar(s.model, 1e-2)), 10, "online", "SAR"),
     "CoTTA": Method(by_baseline(lambda s: Cotta(s.model, 1e-4, augmented(_generator(s)), s.seed)), 10, "online", "CoTTA"),
     "MEMO": Method(by_baseline(lambda s: Memo(s.model, 1e-3, augmented(_generator(s)))), BATCH, SINGLE, "MEMO"),
