@@ -36,7 +36,9 @@ def test_demo_prints_a_table_and_writes_its_result(tmp_path, capsys):
     for name, row in result["corruptions"].items():
         assert name in printed
         assert row["seconds_per_image"] > 0
-        assert row["evaluations_per_image"] >= 0
+        settings = result["config"]
+        assert 0 <= row["evaluations_per_image"] <= settings["steps"] * settings["pairs"] + 3 * settings["guard"]
+    assert result["evaluations_per_image"] > 0
     main(["demo", "--images", "6", "--seed", "3", "--json", str(path)])
     again = json.loads(path.read_text())
     assert [row["adapted_accuracy"] for row in again["corruptions"].values()] == [row["adapted_accuracy"] for row in rows]

@@ -151,5 +151,5 @@ METHODS: dict[str, Method] = {
     "EATA": Method(by_baseline(eata(3e-3)), 10, "online", "EATA"),
     "SAR": Method(by_baseline(lambda s: Sar(s.model, 1e-2)), 10, "online", "SAR"),
     "CoTTA": Method(by_baseline(lambda s: Cotta(s.model, 1e-4, augmented(_generator(s)), s.seed)), 10, "online", "CoTTA"),
-    "MEMO": Method(by_baseline(lambda s: Memo(s.model, 1e-3, augmented(_generator(s)))), BATCH, SINGLE, "MEMO"),
+    "MEMO": Method(by_baseline(lambda s: Memo(s.model, 1e-4, augmented(_generator(s)))), BATCH, SINGLE, "MEMO"),
 }
