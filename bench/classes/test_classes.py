@@ -22,7 +22,7 @@ from dtta_fast.environment import describe
 from dtta_fast.process import NoiseProcess
 
 FORMS = {
-    "FAST": presets.FAST,
+    "FAST, of an image that is adapted": presets.FAST.replace(precheck=False),
     "diffusion classifier": presets.FAST.replace(
         method="diffusion_classifier", steps=1, pairs=2, precheck=False, guard=0, guard_threshold=0.0
     ),
