@@ -153,7 +153,6 @@ TABLES = {
         "fashion by corruption": lambda: by_corruption("fashion"),
         "digits unseen": lambda: quality("digits_unseen"),
         "fashion unseen": lambda: quality("fashion_unseen"),
-        "ablations": lambda: quality("digits_ablations"),
         "classes": classes,
     },
 }
