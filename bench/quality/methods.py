@@ -120,7 +120,7 @@ BATCH, SINGLE = 50, "single-sample"
 
 METHODS: dict[str, Method] = {
     "source": Method(by_baseline(lambda s: Source(s.model, 0.0)), BATCH, SINGLE, "source"),
-    "matched alone": Method(matched_alone, BATCH, SINGLE, "source"),
+    "matched alone": Method(matched_alone, BATCH, SINGLE, "matched alone"),
     "FAST": Method(by_adapter(FAST), BATCH, SINGLE, "FAST"),
     "FAST, unmatched": Method(by_adapter(FAST.replace(match="off", precheck=False)), BATCH, SINGLE, "FAST, unmatched"),
     "FAST, guard of 8": Method(by_adapter(FAST.replace(guard=8)), BATCH, SINGLE, "FAST"),
