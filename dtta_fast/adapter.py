@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dtta_fast import presets
+from dtta_fast import lora, presets
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.engine import Engine, anchor
@@ -113,19 +113,26 @@ class Adapter:
             raise TypeError(f"denoiser is a {type(denoiser).__name__}; give a Denoiser, such as DiT.from_pretrained(folder)")
         if not isinstance(config, AdaptConfig):
             raise TypeError(f"config is a {type(config).__name__}; give an AdaptConfig, such as presets.FAST")
+        if task is not None and not hasattr(task, "bind"):
+            raise TypeError(f"task is a {type(task).__name__}; give a Task, such as Classification()")
+        task = task or Classification()
+        model, denoiser = task.bind(model, denoiser)
         rows = len(denoiser.process)
         if config.timestep_range is not None and config.timestep_range[1] > rows:
             raise ValueError(f"timestep_range is {config.timestep_range}, and the denoiser's process has timesteps 0 .. {rows - 1}")
-        if task is not None and not hasattr(task, "condition"):
-            raise TypeError(f"task is a {type(task).__name__}; give a Task, such as Classification()")
         if config.match != "off" and denoiser.calibration is None:
             remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or match='off'"
             raise ValueError(f"match is {config.match!r}, and the denoiser has no calibration; {remedy}")
         if config.timesteps == "calibrated" and (denoiser.calibration is None or not denoiser.calibration.signal):
             remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or timesteps='stratified'"
             raise ValueError(f"timesteps is 'calibrated', and the denoiser has no calibration of its timesteps; {remedy}")
-        select(model, config.parameters)
-        self._engine = Engine(model, denoiser, task or Classification(), config)
+        if config.parameters == "lora":
+            lora.check(model, config.lora_targets, "model")
+        else:
+            select(model, config.parameters)
+        if config.denoiser_parameters == "lora":
+            lora.check(denoiser.network_to_adapt(), config.lora_targets, "denoiser")
+        self._engine = Engine(model, denoiser, task, config)
         self._state: State | None = None
         self._warming = False  # every step is timed, and the guard run whether an answer changed or not
         self._paces: dict[tuple[int, int | None], Pace] = {}  # by images at once, and pairs where they are given

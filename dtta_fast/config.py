@@ -16,6 +16,7 @@ Compile = Literal["off", "regional", "step"]
 Match = Literal["off", "denoiser", "both"]
 Method = Literal["adapt", "diffusion_classifier", "ensemble"]
 Objective = Literal["embedding_mix", "noise_mix"]
+DenoiserParameters = Literal["frozen", "all", "lora"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +51,11 @@ class AdaptConfig:
         precheck: with match "both", an image to which the source gives the same answer as it is and matched is left alone, without an
             evaluation: there adaptation does more harm than good (docs/log.md). Compiled code, which is made for one size, adapts a
             batch whole where one of its images asks for it.
-        parameters: which of the model's weights move: all, its norm layers, its head, or the logits themselves. Their requires_grad
-            is not asked.
-        denoiser_parameters: frozen, or all.
+        parameters: which of the model's weights move: all, its norm layers, its head, LoRA adapters (its own where it has some, else
+            new ones), or the logits themselves. Their requires_grad is not asked.
+        denoiser_parameters: frozen, all, or lora.
+        lora_rank: of new adapters. lora_targets: ends of the names of the linear layers that get one, such as ("q_proj", "v_proj"); None
+            is the attention's projections.
         optimizer: sgd, adam, adamw, or adam8bit (bitsandbytes' Adam, whose two moments take a byte each), with learning rate lr for the
             model and denoiser_lr for the denoiser.
         momentum: of sgd. weight_decay: of every optimizer, on the model and the denoiser alike; decoupled for adamw and
@@ -90,7 +93,9 @@ class AdaptConfig:
     match: Match = "off"
     precheck: bool = False
     parameters: ParameterSet = "all"
-    denoiser_parameters: Literal["frozen", "all"] = "frozen"
+    denoiser_parameters: DenoiserParameters = "frozen"
+    lora_rank: int = 8
+    lora_targets: tuple[str, ...] | None = None
     optimizer: Optimizer = "adam"
     lr: float = 1e-3
     denoiser_lr: float = 1e-4
@@ -127,7 +132,7 @@ class AdaptConfig:
             "match": get_args(Match),
             "timesteps": get_args(TimestepDraw),
             "parameters": get_args(ParameterSet),
-            "denoiser_parameters": ("frozen", "all"),
+            "denoiser_parameters": get_args(DenoiserParameters),
             "optimizer": get_args(Optimizer),
             "mode": ("episodic", "online"),
             "precision": (None, *get_args(Precision)),
@@ -136,7 +141,7 @@ class AdaptConfig:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 refuse(field, ", ".join(map(str, allowed)))
-        for field, low in (("steps", 1), ("pairs", 1), ("drawn_classes", 0), ("guard", 0), ("seed", 0)):
+        for field, low in (("steps", 1), ("pairs", 1), ("lora_rank", 1), ("drawn_classes", 0), ("guard", 0), ("seed", 0)):
             if not whole(getattr(self, field), low):
                 refuse(field, f"a whole number of {low} and more")
         if self.seed >= 2**63:
@@ -158,13 +163,18 @@ class AdaptConfig:
             if not (both and all(whole(t, 0) for t in self.timestep_range) and self.timestep_range[0] < self.timestep_range[1]):
                 refuse("timestep_range", "None or whole numbers (low, high) with 0 <= low < high")
             object.__setattr__(self, "timestep_range", tuple(self.timestep_range))  # hashable, also when read from JSON
+        if self.lora_targets is not None:
+            names = self.lora_targets
+            if not isinstance(names, (tuple, list)) or not names or not all(isinstance(name, str) and name for name in names):
+                refuse("lora_targets", "None or names such as ('q_proj', 'v_proj')")
+            object.__setattr__(self, "lora_targets", tuple(names))
         if self.guard_threshold and self.guard == 1:
             raise ValueError(f"guard is 1 with guard_threshold {self.guard_threshold}; a standard error takes 2 pairs and more")
         if self.antithetic and self.pairs % 2:
             raise ValueError(f"antithetic with pairs {self.pairs}; opposite noises take an even number of pairs")
         if self.drawn_classes and self.top_k is None:
             raise ValueError(f"drawn_classes is {self.drawn_classes} without top_k; all classes take part already")
-        if self.null_condition and (self.objective, self.denoiser_parameters) != ("noise_mix", "all"):
+        if self.null_condition and (self.objective != "noise_mix" or self.denoiser_parameters == "frozen"):
             found = f"objective {self.objective!r} and denoiser_parameters {self.denoiser_parameters!r}"
             raise ValueError(f"null_condition with {found}; it belongs to noise_mix with a denoiser that adapts")
         if self.precheck and (self.match, self.method, self.mode) != ("both", "adapt", "episodic"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtta_fast import adam8bit, diffusion_classifier, optimizers, step
+from dtta_fast import adam8bit, diffusion_classifier, lora, optimizers, step
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.draws import cumulative_density
@@ -58,6 +58,10 @@ class Engine:
         self._model = PrivateCopy(self.model)
         self._denoiser = private_denoiser(self.denoiser, config.precision)
         denoiser: Any = self._denoiser.module
+        if config.parameters == "lora":
+            lora.attach(self._model.module, config.lora_rank, config.lora_targets, "model", config.seed)
+        if config.denoiser_parameters == "lora":
+            lora.attach(denoiser.network_to_adapt(), config.lora_rank, config.lora_targets, "denoiser", config.seed)
         device = anchor(self.model).device
         lr, denoiser_lr = (torch.tensor(rate, dtype=torch.float64, device=device) for rate in (config.lr, config.denoiser_lr))
         self.problem = Problem(
@@ -113,9 +117,15 @@ class Engine:
 
     def source(self) -> tuple[Parameters, Parameters]:
         """The caller's weights that are to move: the model's and the denoiser's."""
-        own = dict(self.denoiser.named_parameters())
-        names = self.denoiser.adaptable() if self.config.denoiser_parameters == "all" else []
-        return select(self.model, self.config.parameters), {name: own[name] for name in names}
+        config, phi = self.config, Parameters()
+        # new adapters are in the private copy alone; a module's own ones share their memory with it
+        theta = select(self.problem.model if config.parameters == "lora" else self.model, config.parameters)
+        if config.denoiser_parameters == "lora":
+            phi = select(self.problem.denoiser, "lora")
+        elif config.denoiser_parameters == "all":
+            own = dict(self.denoiser.named_parameters())
+            phi = {name: own[name] for name in self.denoiser.adaptable()}
+        return theta, phi
 
     def plan(self, inputs: Tensor, x0: Tensor, pairs: int) -> int:
         """Fits the step to the memory budget; returns how many images run at once.
@@ -126,7 +136,7 @@ class Engine:
         config, together = self.config, len(inputs)
         forwards = self.forwards()
         # a denoiser with weights of its own for each image runs image by image
-        abreast = 1 if self.problem.per_image and config.denoiser_parameters == "all" else together
+        abreast = 1 if self.problem.per_image and config.denoiser_parameters != "frozen" else together
         rows, checkpoint = memory.ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * abreast * forwards, False
         if self._budget is not None:
             most = pairs if config.chunk == "auto" else min(pairs, config.chunk)

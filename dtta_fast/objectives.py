@@ -58,11 +58,11 @@ def pair_losses(denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool, 
     rows: forwards of exactly that many rows, the last filled up, so that a compiled denoiser meets one shape; None is one forward.
     """
     x_t = add_noise(**_draws(denoiser, drawn), dtype=denoiser.dtype)
-    shared = conditions[:, None].expand(*drawn.timesteps.shape, *conditions.shape[1:]).flatten(0, 1)
-    inputs = (x_t, drawn.timesteps.flatten(), shared)
     if rows is None:
-        prediction = denoiser(*inputs)
+        prediction = denoiser(x_t, drawn.timesteps.flatten(), conditions)
     else:
+        shared = conditions[:, None].expand(*drawn.timesteps.shape, *conditions.shape[1:]).flatten(0, 1)
+        inputs = (x_t, drawn.timesteps.flatten(), shared)
         numbers = torch.arange(-(-len(x_t) // rows) * rows, device=x_t.device).clamp(max=len(x_t) - 1)
         prediction = torch.cat([denoiser(*(x[part] for x in inputs)) for part in numbers.split(rows)])[: len(x_t)]
     return denoising_loss(prediction, **_draws(denoiser, drawn), l1=l1)
@@ -78,10 +78,15 @@ class Noised(NamedTuple):
 
     def denoised(self, denoiser: Denoiser, weights: Parameters, conditions: Tensor) -> Tensor:
         """Predictions [N, M, C', h, w] for every row under each of its image's conditions [B, M, ...]."""
-        count = conditions.shape[1]
-        shared = conditions[:, None].expand(self.images, self.pairs, *conditions.shape[1:]).flatten(0, 2)
-        x_t, timesteps = (rows.repeat_interleave(count, dim=0) if count > 1 else rows for rows in (self.x_t, self.timesteps))
-        return call(denoiser, weights, x_t, timesteps, shared, per_image=False).unflatten(0, (-1, count))
+        images, pairs, count = self.images, self.pairs, conditions.shape[1]
+        if count == 1:
+            return call(denoiser, weights, self.x_t, self.timesteps, conditions[:, 0], per_image=False)[:, None]
+        x_t, timesteps = (  # an image's rows once a condition: what is equal for the pairs of a condition is computed once
+            rows.unflatten(0, (images, pairs))[:, None].expand(images, count, pairs, *rows.shape[1:]).flatten(0, 2)
+            for rows in (self.x_t, self.timesteps)
+        )
+        found = call(denoiser, weights, x_t, timesteps, conditions.flatten(0, 1), per_image=False)
+        return found.unflatten(0, (images, count, pairs)).transpose(1, 2).flatten(0, 1)
 
 
 # of heads, which the task makes of its outputs, the predictions [N, C', h, w] that are held against the target; the first one's loss counts

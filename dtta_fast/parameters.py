@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ParameterSet = Literal["all", "norm", "head", "logits"]
+from dtta_fast import lora
+
+ParameterSet = Literal["all", "norm", "head", "logits", "lora"]
 Parameters = dict[str, Tensor]
 
 
 def select(model: nn.Module, which: ParameterSet) -> Parameters:
     """The model's own parameter tensors, by name: all of them, the normalisation layers' or the last layer's.
 
-    "logits" selects none: the logits themselves are the parameter (the free-logits ablation of the paper).
+    "logits" selects none: the logits themselves are the parameter (the free-logits ablation of the paper). "lora" selects the weights of
+    the adapters in it.
 
     Raises:
         ValueError: the model has no parameter of that kind, or parameters that are no floating-point numbers.
@@ -28,11 +31,15 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
         "norm": [module for module in model.modules() if "norm" in type(module).__name__.lower()],
         "head": _heads(model),
         "logits": [],
+        "lora": [],
     }[which]
     wanted = {id(p) for module in modules for p in module.parameters(recurse=which != "norm")}
+    if which == "lora":
+        named = set(lora.layers(model))
+        wanted = {id(p) for name, p in model.named_parameters() if name in named}
     chosen: Parameters = {name: p for name, p in model.named_parameters() if id(p) in wanted}
     if not chosen and which != "logits":
-        raise ValueError(f"parameters is {which!r}, and {type(model).__name__} has none of that kind; choose all, norm, head or logits")
+        raise ValueError(f"parameters is {which!r}, and {type(model).__name__} has none of that kind; choose all, norm, head, lora or logits")
     for name, parameter in chosen.items():
         if not parameter.is_floating_point():
             raise ValueError(f"model parameter {name} has dtype {parameter.dtype}, which no gradient reaches")

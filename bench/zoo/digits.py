@@ -12,6 +12,7 @@ import argparse
 import copy
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -87,24 +88,40 @@ def train_classifier(images: Tensor, labels: Tensor, iterations: int = 1200) -> 
     return model.eval()
 
 
-def train_denoiser(images: Tensor, labels: Tensor, process: NoiseProcess, minutes: float, iterations: int) -> nn.Module:
-    """`images` in [0, 1]. Stops at `iterations`; raises if that does not fit in `minutes`."""
-    network = DiTNetwork(**DENOISER)
+def classes_or_null(labels: Tensor) -> Tensor:
+    """Labels of the DiT's digits, one in ten of them the null class."""
+    return torch.where(torch.rand(len(labels)) < 0.1, DENOISER["num_classes"], labels)
+
+
+def dit_batches(network: DiTNetwork, images: Tensor, labels: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Draws 128 images in [-1, 1] and their conditions; `images` in [0, 1]."""
+
+    def draw() -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(images), (128,))
+        return augment(images[rows]) * 2 - 1, network.y_embedder.embedding_table(classes_or_null(labels[rows]))
+
+    return draw
+
+
+def train_denoiser(
+    network: nn.Module, draw: Callable[[], tuple[Tensor, Tensor]], process: NoiseProcess, minutes: float, iterations: int
+) -> nn.Module:
+    """The moving average of network(x_t, time, condition) trained on x0 and conditions from `draw`.
+
+    Stops at `iterations`; raises if that does not fit in `minutes`.
+    """
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, iterations, pct_start=0.05)
     compiled = torch.compile(network)
     start, running = time.monotonic(), 0.0
     for iteration in range(iterations):
-        rows = torch.randint(len(images), (128,))
-        x0 = augment(images[rows]) * 2 - 1
-        t = torch.randint(len(process), (128,))
+        x0, condition = draw()
+        t = torch.randint(len(process), (len(x0),))
         coefficients = process.table[t][:, :, None, None, None]
         noise = torch.randn_like(x0)
         x_t = coefficients[:, SIGNAL] * x0 + coefficients[:, NOISE] * noise
         target = coefficients[:, TARGET_SIGNAL] * x0 + coefficients[:, TARGET_NOISE] * noise
-        classes = torch.where(torch.rand(128) < 0.1, DENOISER["num_classes"], labels[rows])  # one in ten: the null class
-        condition = network.y_embedder.embedding_table(classes)
         loss = F.mse_loss(compiled(x_t, process.model_time[t], condition), target)
         optimizer.zero_grad()
         loss.backward()
@@ -138,7 +155,9 @@ def main() -> None:
     if args.only != "classifier":
         torch.manual_seed(0)
         scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="sample")
-        network = train_denoiser(images, labels, NoiseProcess.from_scheduler(scheduler), 29, args.iterations)
+        network = DiTNetwork(**DENOISER)
+        draw = dit_batches(network, images, labels)
+        network = train_denoiser(network, draw, NoiseProcess.from_scheduler(scheduler), 29, args.iterations)
         denoiser = DiT(network.half(), NoiseProcess.from_scheduler(scheduler))
         denoiser.calibration = calibrate(denoiser.float(), images)
         denoiser.half().save_pretrained(args.out / "denoiser", scheduler)

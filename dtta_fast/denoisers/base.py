@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,10 @@ class Denoiser(nn.Module, ABC):
     def adaptable(self) -> list[str]:
         """Names of the parameters that move when the denoiser adapts."""
 
+    def network_to_adapt(self) -> nn.Module:
+        """The submodule whose weights are adaptable(): where adapters go."""
+        return self
+
     def regions(self) -> list[nn.Module]:
         """Submodules to compile one by one, of equal structure where that saves compilations; the whole denoiser by default."""
         return [self]
@@ -55,7 +60,10 @@ class Denoiser(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """x_t [N, C, h, w], timesteps [N] (rows of `process`), condition [N, ...] -> prediction [N, C or 2C, h, w]."""
+        """x_t [N, C, h, w], timesteps [N] (rows of `process`), condition [B, ...] -> prediction [N, C or 2C, h, w].
+
+        N is B times the rows of an image, which follow one another: what of a condition is equal for them is computed once.
+        """
 
 
 def to_model_range(images: Tensor, size: int) -> Tensor:
@@ -63,3 +71,16 @@ def to_model_range(images: Tensor, size: int) -> Tensor:
     if images.shape[-2:] != (size, size):
         images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
     return images * 2 - 1
+
+
+def to_latents(vae: Any, images: Tensor, size: int) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] to a diffusers AutoencoderKL's posterior mean, scaled as its diffusion model was trained."""
+    pixels = to_model_range(images, size).to(vae.dtype)
+    latents: Tensor = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+    return latents
+
+
+def image_size(vae: Any, latent_size: int) -> int:
+    """Pixels of a side, of a latent's side."""
+    size: int = latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    return size

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dtta_fast.calibration import Calibration
-from dtta_fast.denoisers.base import Denoiser, to_model_range
+from dtta_fast.denoisers.base import Denoiser, image_size, to_latents, to_model_range
 from dtta_fast.denoisers.dit_network import DiTNetwork
+from dtta_fast.denoisers.reading import CALIBRATION, download, read_json, read_process
 from dtta_fast.process import NoiseProcess
 
-CALIBRATION = "calibration.json"
 LABEL_TABLE = "network.y_embedder.embedding_table.weight"
 
 
@@ -53,14 +53,15 @@ class DiT(Denoiser):
                 channels = f"images have {images.shape[1]} channels and the denoiser works on {self.network.in_channels}"
                 raise ValueError(f"{channels}; a latent model needs vae= when it is loaded, or latents= at the call")
             return to_model_range(images, self.network.input_size).to(dtype)
-        pixels = to_model_range(images, self.image_size).to(self.vae.dtype)
-        return (self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor).to(dtype)
+        return to_latents(self.vae, images, self.image_size).to(dtype)
 
     @property
     def image_size(self) -> int:
         """Pixels of a side of the images that it works on."""
-        factor = 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-        return self.network.input_size * factor
+        return self.network.input_size if self.vae is None else image_size(self.vae, self.network.input_size)
+
+    def network_to_adapt(self) -> nn.Module:
+        return self.network
 
     def regions(self) -> list[nn.Module]:
         return list(self.network.blocks)
@@ -81,7 +82,8 @@ class DiT(Denoiser):
         return [name for name, _ in self.named_parameters() if name.startswith("network.")]
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        return self.network(x_t, self.process.model_time[timesteps], condition, self.checkpointing)
+        rows = condition.repeat_interleave(len(x_t) // len(condition), dim=0)
+        return self.network(x_t, self.process.model_time[timesteps], rows, self.checkpointing)
 
     @classmethod
     def from_original(
@@ -122,16 +124,16 @@ class DiT(Denoiser):
         """
         folder = Path(path)
         if not folder.is_dir():
-            folder = _download(str(path))
+            folder = download(str(path), ["*.json", "*.safetensors"])
         if (folder / "model_index.json").is_file():
             if vae is None:
                 from diffusers import AutoencoderKL
 
                 vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
-            return cls(_network_from_diffusers(folder / "transformer"), _read_process(folder), vae)
-        config = _read_json(folder / "config.json")
+            return cls(_network_from_diffusers(folder / "transformer"), read_process(folder), vae)
+        config = read_json(folder / "config.json")
         if config.get("_class_name") == "DiTTransformer2DModel":
-            return cls(_network_from_diffusers(folder), _read_process(folder if (folder / "scheduler").is_dir() else folder.parent), vae)
+            return cls(_network_from_diffusers(folder), read_process(folder if (folder / "scheduler").is_dir() else folder.parent), vae)
         if config.pop("_class_name", None) != "DiT":
             raise ValueError(f"{folder / 'config.json'} names no DiT: _class_name has to be DiT or DiTTransformer2DModel")
         try:
@@ -139,7 +141,7 @@ class DiT(Denoiser):
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{folder / 'config.json'} describes no DiT: {error}") from error
         _load(network, _read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
-        denoiser = cls(network, _read_process(folder), vae)
+        denoiser = cls(network, read_process(folder), vae)
         if (folder / CALIBRATION).is_file():
             denoiser.calibration = Calibration.load(folder / CALIBRATION, denoiser)
         return denoiser
@@ -240,33 +242,6 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -
         raise ValueError(f"{source} does not fit the network: {error}") from error
 
 
-def _read_process(folder: Path) -> NoiseProcess:
-    """The schedule of folder/scheduler, by whichever diffusers class its config names."""
-    import diffusers
-
-    path = folder / "scheduler" / "scheduler_config.json"
-    config = _read_json(path)
-    name = str(config.get("_class_name"))
-    if not name.endswith("Scheduler") or not hasattr(diffusers, name):
-        raise ValueError(f"{path} names {name}, which is no scheduler of diffusers")
-    try:
-        return NoiseProcess.from_scheduler(getattr(diffusers, name).from_config(config))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path} describes no noise process: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return config
-
-
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
@@ -287,13 +262,3 @@ def _read_torch_file(path: Path) -> Mapping[str, Tensor]:
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
     return state
-
-
-def _download(model_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model_id, allow_patterns=["*.json", "*.safetensors"]))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(f"{model_id} is no folder, and the hub gave no model of that id: {error}") from error

@@ -14,6 +14,9 @@ from dtta_fast.denoisers.base import Denoiser
 class Task(Protocol):
     """The way from images to a model's input, and from its outputs to a condition and to an answer."""
 
+    def bind(self, model: nn.Module, denoiser: Denoiser) -> tuple[nn.Module, Denoiser]:
+        """Model and denoiser as this task takes them, on the caller's own weights; once a session."""
+
     def crop(self, model: nn.Module, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] to what the model and the denoiser both look at, still in [0, 1]."""
 

@@ -30,6 +30,9 @@ class Classification:
         self._crop = crop
         self._normalise = normalise
 
+    def bind(self, model: nn.Module, denoiser: Denoiser) -> tuple[nn.Module, Denoiser]:
+        return model, denoiser
+
     def crop(self, model: nn.Module, images: Tensor) -> Tensor:
         return (self._crop or _timm_transforms(model)[0])(images)
 

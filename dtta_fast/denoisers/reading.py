@@ -1,0 +1,53 @@
+"""Reads what folders of the ecosystem's formats have in common: JSON, a scheduler, and where a hub id lies once it is here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dtta_fast.process import NoiseProcess
+
+CALIBRATION = "calibration.json"
+
+
+def read_process(folder: Path) -> NoiseProcess:
+    """The schedule of folder/scheduler, by whichever diffusers class its config names."""
+    import diffusers
+
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = read_json(path)
+    name = str(config.get("_class_name"))
+    if not name.endswith("Scheduler") or not hasattr(diffusers, name):
+        raise ValueError(f"{path} names {name}, which is no scheduler of diffusers")
+    try:
+        return NoiseProcess.from_scheduler(getattr(diffusers, name).from_config(config))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} describes no noise process: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return config
+
+
+def download(model_id: str, patterns: list[str]) -> Path:
+    """The folder of a model of the hub, with the files that match.
+
+    Raises:
+        FileNotFoundError: the hub has no such model, or is out of reach.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=patterns))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(f"{model_id} is no folder, and the hub gave no model of that id: {error}") from error

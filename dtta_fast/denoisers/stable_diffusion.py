@@ -1,0 +1,228 @@
+"""Stable Diffusion as a denoiser: conditions are mixtures of prompts' hidden states."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from dtta_fast.calibration import Calibration
+from dtta_fast.denoisers.base import Denoiser, image_size, to_latents
+from dtta_fast.denoisers.reading import CALIBRATION, download, read_json, read_process
+from dtta_fast.process import NoiseProcess
+
+
+class SharedCondition(AttnProcessor2_0):
+    """Attention of N = B · P rows to B conditions, without P copies of their keys and values.
+
+    A query's result depends on no other query, so the P rows of an image go in as one row of P times the length.
+    """
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args: Any, **keywords: Any
+    ) -> Tensor:
+        if encoder_hidden_states is None or len(encoder_hidden_states) == len(hidden_states):
+            alone: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, *args, **keywords)
+            return alone
+        joined = hidden_states.reshape(len(encoder_hidden_states), -1, hidden_states.shape[-1])  # [B, P * L, C]
+        found: Tensor = super().__call__(attn, joined, encoder_hidden_states, *args, **keywords)
+        return found.reshape(*hidden_states.shape[:2], -1)
+
+
+class StableDiffusion(Denoiser):
+    """A latent diffusion model under prompts (Stable Diffusion 1.x, 2.x), its UNet the network that may adapt.
+
+    Its classes are named by with_classes(), or by the task: see ZeroShot. The UNet's cross-attention is set to run once an image over all
+    of its pairs, with results equal to diffusers' own.
+
+    Args:
+        unet: a UNet2DConditionModel. process: its noise process. vae: an AutoencoderKL.
+        text_encoder, tokenizer: a CLIPTextModel and its CLIPTokenizer. They move along with the module, and are no part of its weights.
+
+    Raises:
+        ValueError: the UNet needs a condition beside prompts, or has an attention of its own kind.
+    """
+
+    can_checkpoint = True
+    keep_in_float32 = ("prompts", "no_prompt")  # conditions are their mixtures, and gradients to them add up over chunks
+    prompts: Tensor | None
+    no_prompt: Tensor | None
+
+    def __init__(self, unet: nn.Module, process: NoiseProcess, vae: nn.Module, text_encoder: nn.Module, tokenizer: Any) -> None:
+        super().__init__()
+        self.unet: Any = unet
+        self.vae: Any = vae
+        self.process = process
+        self._text: tuple[Any, Any] | None = (text_encoder, tokenizer)  # in a tuple: not a submodule, which precision and copies would take
+        self.register_buffer("prompts", None, persistent=False)
+        self.register_buffer("no_prompt", None, persistent=False)
+        for field in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type"):
+            if self.unet.config.get(field) is not None:
+                raise ValueError(f"unet has {field} {self.unet.config[field]!r}; supported are UNets conditioned on prompts alone")
+        processors = self.unet.attn_processors
+        for name, processor in processors.items():
+            if "attn2" in name:
+                if not isinstance(processor, (AttnProcessor, AttnProcessor2_0)):
+                    raise ValueError(f"unet's {name} is a {type(processor).__name__}; give a UNet with diffusers' standard attention")
+                processors[name] = SharedCondition()
+        self.unet.set_attn_processor(processors)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> StableDiffusion:
+        moved: StableDiffusion = super()._apply(fn, *args, **kwargs)
+        self.process = self.process.to(self.unet.device)
+        if self._text is not None:
+            self._text[0]._apply(fn, *args, **kwargs)
+        return moved
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] to the posterior mean times the scaling factor."""
+        return to_latents(self.vae, images, self.image_size).to(torch.promote_types(self.dtype, torch.float32))
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the images that it works on."""
+        return image_size(self.vae, self.unet.config.sample_size)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.unet.config.sample_size
+        return self.unet.config.in_channels, side, side
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = self.unet.dtype  # diffusers' own answer leaves out quantised weights
+        return found
+
+    @property
+    def checkpointing(self) -> bool:  # type: ignore[override]
+        found: bool = self.unet.is_gradient_checkpointing
+        return found
+
+    @checkpointing.setter
+    def checkpointing(self, wanted: bool) -> None:
+        if wanted:
+            self.unet.enable_gradient_checkpointing()
+        else:
+            self.unet.disable_gradient_checkpointing()
+
+    def network_to_adapt(self) -> nn.Module:
+        found: nn.Module = self.unet
+        return found
+
+    def regions(self) -> list[nn.Module]:
+        return [module for module in self.unet.modules() if isinstance(module, (BasicTransformerBlock, ResnetBlock2D))]
+
+    @torch.no_grad()
+    def with_classes(self, prompts: Sequence[str]) -> StableDiffusion:
+        """The same weights with a class for each prompt, in their order; this one stays as it is.
+
+        Raises:
+            ValueError: no prompts, an empty or a repeated one, one over the tokenizer's limit, or classes are set already.
+        """
+        if self._text is None:
+            raise ValueError("prompts were set already by with_classes(); call it on the denoiser that from_pretrained() gave")
+        check_names("prompts", prompts)
+        text_encoder, tokenizer = self._text
+        limit = text_encoder.config.max_position_embeddings
+        ids = prompt_tokens(tokenizer, [*prompts, ""], limit)
+        states = [text_encoder(part.to(text_encoder.device)).last_hidden_state for part in ids.split(64)]
+        table = torch.cat(states).to(self.unet.device, torch.promote_types(self.dtype, torch.float32))
+        view = copy.copy(self)
+        view._buffers = {**self._buffers, "prompts": table[:-1], "no_prompt": table[-1]}
+        view._text = None
+        return view
+
+    def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """[K, tokens, d]."""
+        if self.prompts is None:
+            raise ValueError("denoiser has no classes: give task=ZeroShot([...], processor), or denoiser.with_classes([...])")
+        return self.prompts
+
+    def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The hidden states [tokens, d] of an empty prompt."""
+        if self.no_prompt is None:
+            raise ValueError("denoiser has no classes: give task=ZeroShot([...], processor), or denoiser.with_classes([...])")
+        return self.no_prompt
+
+    def adaptable(self) -> list[str]:
+        return [name for name, _ in self.named_parameters() if name.startswith("unet.")]
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        prediction: Tensor = self.unet(x_t, self.process.model_time[timesteps], condition.to(x_t.dtype), return_dict=False)[0]
+        return prediction
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        quantization_config: Any = None,
+    ) -> StableDiffusion:
+        """Reads a pipeline's folder, or downloads the hub's model of that id: unet, vae, text_encoder, tokenizer, scheduler.
+
+        Args:
+            dtype: of the weights. variant: of the files, such as "fp16". quantization_config: diffusers' BitsAndBytesConfig for the UNet.
+
+        Raises:
+            FileNotFoundError, ValueError: a part is missing or damaged, or quantisation does not run here; the message names it.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            kept = "*" if variant is None else f"*.{variant}"
+            folder = download(str(path), ["*.json", "*.txt", *(f"{part}/{kept}.safetensors" for part in ("unet", "vae", "text_encoder"))])
+        read_json(folder / "model_index.json")
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
+        parts: dict[str, Any] = {}
+        for name, kind in kinds.items():
+            if not (folder / name).is_dir():
+                raise FileNotFoundError(f"{folder / name} is missing; a Stable Diffusion folder has {', '.join(kinds)} and scheduler")
+            own: dict[str, Any] = {} if name == "tokenizer" else {"variant": variant, "use_safetensors": True}
+            if own:
+                own["dtype" if name == "text_encoder" else "torch_dtype"] = dtype
+            if name == "unet" and quantization_config is not None:
+                own["quantization_config"] = quantization_config
+            try:
+                parts[name] = kind.from_pretrained(folder / name, **own)
+            except (OSError, SafetensorError, RuntimeError, ValueError, ImportError, KeyError, TypeError) as error:
+                raise ValueError(f"{folder / name} cannot be read as a {kind.__name__}: {error}") from error
+        denoiser = cls(parts["unet"], read_process(folder), parts["vae"], parts["text_encoder"].eval(), parts["tokenizer"])
+        if (folder / CALIBRATION).is_file():
+            denoiser.calibration = Calibration.load(folder / CALIBRATION, denoiser)
+        return denoiser.eval()
+
+
+def prompt_tokens(tokenizer: Any, prompts: Sequence[str], limit: int) -> Tensor:
+    """Token ids [N, limit] of a CLIPTokenizer, padded.
+
+    Raises:
+        ValueError: a prompt has more tokens than `limit`, its two marks counted.
+    """
+    for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
+        if len(ids) > limit:
+            raise ValueError(f"prompt {prompt!r} has {len(ids)} tokens, and the text encoder takes {limit}; give a shorter name")
+    found: Tensor = tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt").input_ids
+    return found
+
+
+def check_names(argument: str, names: Sequence[str]) -> None:
+    """Raises ValueError where these are no sequence of different, non-empty words."""
+    if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{argument} is {names!r}; give a sequence of one string and more")
+    stripped = [name.strip() for name in names]
+    for i, name in enumerate(stripped):
+        if not name or name in stripped[:i]:
+            raise ValueError(f"{argument} has {names[i]!r} {'twice' if name else ''}at {i}; give different names, none of them empty")

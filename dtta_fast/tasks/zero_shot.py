@@ -1,0 +1,183 @@
+"""Zero-shot classification: CLIP's image features against the text features of class names, any list of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.stable_diffusion import StableDiffusion, check_names, prompt_tokens
+from dtta_fast.tasks.classification import Classification
+
+PHOTO = "a photo of a {}."
+
+
+class ZeroShot(Classification):
+    """For a transformers CLIPModel or an open_clip CLIP, with Stable Diffusion; the classes are named here, by words.
+
+    Logits are CLIP's: its own scale times the cosine of image and text features; their mean over the classes is taken off, which leaves
+    their softmax as it is and makes their length (AdaptConfig.logit_scale) one of differences.
+
+    Args:
+        classes: names, such as ["a tabby cat", "a sports car"].
+        processor: of a transformers model its CLIPProcessor, or a pair of tokenizer and image processor; of open_clip the
+            tokenizer: open_clip.get_tokenizer(name).
+        templates: sentences with {} for the name; text features are their mean (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
+        diffusion_template: of the prompts that condition the diffusion model.
+        towers: which of CLIP's towers are the model to adapt: image, with text features made once; or both (transformers alone).
+        normalised: whether image features have length 1, as CLIP was trained; the reference implementation of Diffusion-TTA leaves that out.
+
+    Raises:
+        ValueError: no classes, an empty or a repeated name, or a template without its place.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        processor: Any,
+        *,
+        templates: Sequence[str] = (PHOTO,),
+        diffusion_template: str = PHOTO,
+        towers: str = "image",
+        normalised: bool = True,
+    ) -> None:
+        super().__init__()
+        check_names("classes", classes)
+        check_names("templates", templates)
+        for template in (*templates, diffusion_template):
+            if "{}" not in template:
+                raise ValueError(f"template is {template!r}; it needs {{}} where the class's name goes")
+        if towers not in ("image", "both"):
+            raise ValueError(f"towers is {towers!r}; allowed: image, both")
+        self.classes = tuple(classes)
+        self._processor, self._towers, self._normalised = processor, towers, normalised
+        self._prompts = [template.format(name) for name in classes for template in templates]
+        self._diffusion_prompts = [diffusion_template.format(name) for name in classes]
+
+    def bind(self, model: nn.Module, denoiser: Denoiser) -> tuple[nn.Module, Denoiser]:
+        """CLIP as a classifier of these classes, on the caller's own modules, and the denoiser with a prompt for each.
+
+        Raises:
+            TypeError: another kind of model or denoiser. ValueError: a name of more tokens than the models take.
+        """
+        if not isinstance(denoiser, StableDiffusion):
+            raise TypeError(f"denoiser is a {type(denoiser).__name__}, whose classes are fixed; ZeroShot takes a StableDiffusion")
+        clip: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft's wrapper, with the adapters in it
+        if hasattr(clip, "vision_model") and hasattr(clip, "text_projection"):
+            classifier = self._from_transformers(clip)
+        elif hasattr(clip, "encode_text") and hasattr(clip, "visual"):
+            classifier = self._from_open_clip(clip)
+        else:
+            raise TypeError(f"model is a {type(model).__name__}; ZeroShot takes a transformers CLIPModel or a model of open_clip")
+        return classifier.train(clip.training), denoiser.with_classes(self._diffusion_prompts)
+
+    def _from_transformers(self, clip: Any) -> ZeroShotClassifier:
+        pair = self._processor if isinstance(self._processor, tuple) else None
+        tokenizer, images = pair or (self._processor.tokenizer, self._processor.image_processor)
+        self._crop, self._normalise = _transformers_transforms(images)
+        limit = clip.config.text_config.max_position_embeddings
+        ids = prompt_tokens(tokenizer, self._prompts, limit).to(clip.device)
+        both = self._towers == "both"
+        # under CLIP's own names, so that adapters are saved and loaded by peft as CLIP's
+        parts = {"vision_model": clip.vision_model, "visual_projection": clip.visual_projection}
+        if both:
+            parts |= {"text_model": clip.text_model, "text_projection": clip.text_projection}
+
+        def image_features(own: Any, pixels: Tensor) -> Tensor:
+            found: Tensor = own.visual_projection(own.vision_model(pixels).pooler_output)
+            return found
+
+        def text_features(own: Any, ids: Tensor) -> Tensor:
+            found: Tensor = own.text_projection(own.text_model(ids).pooler_output)
+            return found
+
+        made = _text_features(lambda part: text_features(clip, part), ids, len(self.classes))
+        texts = ids if both else made
+        return ZeroShotClassifier(parts, image_features, text_features, texts, len(self.classes), clip.logit_scale, self._normalised)
+
+    def _from_open_clip(self, clip: Any) -> ZeroShotClassifier:
+        if self._towers == "both":
+            raise ValueError("towers is 'both' with a model of open_clip; give a transformers CLIPModel, or towers 'image'")
+        self._crop, self._normalise = _open_clip_transforms(clip)
+        device = clip.logit_scale.device
+        ids = self._processor(self._prompts).to(device)
+        texts = _text_features(clip.encode_text, ids, len(self.classes))
+        return ZeroShotClassifier(
+            {"visual": clip.visual}, lambda own, pixels: own.visual(pixels), None, texts, len(self.classes), clip.logit_scale, self._normalised
+        )
+
+
+class ZeroShotClassifier(nn.Module):
+    """Images [B, 3, H, W], normalised, to logits [B, K] of mean 0; `parts` of a CLIP are its submodules, under their own names."""
+
+    def __init__(
+        self,
+        parts: dict[str, nn.Module],
+        image_features: Callable[[Any, Tensor], Tensor],
+        text_features: Callable[[Any, Tensor], Tensor] | None,
+        texts: Tensor,
+        classes: int,
+        logit_scale: Tensor,
+        normalised: bool,
+    ) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self._image_features, self._text_features = image_features, text_features
+        self.register_buffer("texts", texts, persistent=False)  # token ids where the text tower adapts, features [K, d] where not
+        self.register_buffer("scale", logit_scale.detach().exp(), persistent=False)
+        self._classes, self._normalised = classes, normalised
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self._image_features(self, images)
+        if self._normalised:
+            features = F.normalize(features, dim=-1)
+        texts: Any = self.texts
+        if not texts.is_floating_point():
+            texts = _ensembles(self._text_features(self, texts), self._classes)  # type: ignore[misc]
+        logits = self.scale * features @ texts.to(features.dtype).mT
+        return logits - logits.mean(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def _text_features(encode: Callable[[Tensor], Tensor], ids: Tensor, classes: int) -> Tensor:
+    """[K, d] of token ids [K * T, tokens]."""
+    return _ensembles(torch.cat([encode(part) for part in ids.split(64)]), classes)
+
+
+def _ensembles(features: Tensor, classes: int) -> Tensor:
+    """The mean direction [K, d] of each class's templates, features [K * T, d]."""
+    return F.normalize(F.normalize(features, dim=-1).unflatten(0, (classes, -1)).mean(1), dim=-1)
+
+
+def _transformers_transforms(processor: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """A transformers image processor cut in two: geometry, and normalisation."""
+
+    def crop(images: Tensor) -> Tensor:
+        found: Tensor = processor(images=images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        return found.to(images.device).clamp(0, 1)  # bicubic overshoots
+
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
+    return crop, lambda images: (images - mean.to(images.device)) / std.to(images.device)
+
+
+def _open_clip_transforms(clip: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """open_clip's own evaluation transform for the model, cut in two."""
+    from open_clip import get_model_preprocess_cfg, image_transform
+    from torchvision import transforms
+
+    wanted = get_model_preprocess_cfg(clip)
+    kept = {name: wanted[name] for name in ("mean", "std", "interpolation", "resize_mode", "fill_color") if name in wanted}
+    steps = image_transform(wanted["size"], is_train=False, **kept).transforms
+    geometry = [step for step in steps if isinstance(step, (transforms.Resize, transforms.CenterCrop)) or "open_clip" in type(step).__module__]
+
+    def crop(images: Tensor) -> Tensor:
+        for step in geometry:
+            images = step(images)
+        return images.clamp(0, 1)
+
+    return crop, next(step for step in steps if isinstance(step, transforms.Normalize))
