@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -319,6 +320,26 @@ class Adapter:
     def state_dict(self) -> dict[str, Any]:
         """The online state: adapted weights by name, optimizer memory and step; empty before the first batch."""
         return {} if self._state is None else self._state._asdict()
+
+    def save_lora(self, folder: str | Path) -> None:
+        """Writes the online state's LoRA adapters in the ecosystem's formats.
+
+        The model's are a peft folder, for PeftModel.from_pretrained(model, folder); a UNet's are pytorch_lora_weights.safetensors in it,
+        for load_lora_weights(folder) of a diffusers pipeline.
+
+        Raises:
+            ValueError: nothing was adapted yet, or no adapters move.
+        """
+        kinds = (self.config.parameters, self.config.denoiser_parameters)
+        if self._state is None or "lora" not in kinds:
+            raise ValueError(
+                f"there are no adapters to save: parameters is {kinds[0]!r}, denoiser_parameters {kinds[1]!r}, mode "
+                f"{self.config.mode!r}; an online adapter with 'lora' has some after its first batch"
+            )
+        if kinds[0] == "lora":
+            lora.save(Path(folder), self._engine.problem.model, self._state.theta, unet=False)
+        if kinds[1] == "lora":
+            lora.save(Path(folder), self._engine.problem.denoiser, self._state.phi, unet=True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what state_dict() gave under the same config and models.

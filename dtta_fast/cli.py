@@ -6,17 +6,19 @@ import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dtta_fast import demo, environment, presets
+from dtta_fast import demo, environment, presets, zoo
+from dtta_fast.adapter import Adapter
 from dtta_fast.calibrating import calibrate
 from dtta_fast.data.corruptions import DIGITS_C
-from dtta_fast.data.folder import read_images
+from dtta_fast.data.folder import read_image, read_images
 from dtta_fast.denoisers.dit import DiT
 
 
@@ -28,6 +30,8 @@ class Demo:
     """FAST, PAPER, ONLINE or DUSA."""
     images: int = 40
     """Test images for each corruption, at most 500; the default is a sample that fits a minute on 2 cores."""
+    open_vocabulary: bool = False
+    """By CLIP and Stable Diffusion, given the digits' names, instead of a classifier and a DiT."""
     seed: int = 0
     """Of timesteps and noise."""
     json: Path | None = None
@@ -42,11 +46,17 @@ class Demo:
         progress = Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal)
         with progress:
             bar = progress.add_task("loading", total=self.images * (1 + len(DIGITS_C)))
-            found = demo.run(config, self.images, advance=lambda name, done: progress.update(bar, description=name, advance=done))
+            found = demo.run(
+                config,
+                self.images,
+                open_vocabulary=self.open_vocabulary,
+                advance=lambda name, done: progress.update(bar, description=name, advance=done),
+            )
         result = {
             "benchmark": "digits-C",
             "split": "test",
             "preset": self.preset.upper(),
+            "models": "open_vocabulary" if self.open_vocabulary else "digits",
             **found,
             "config": asdict(config),
             "environment": environment.describe(),
@@ -64,7 +74,8 @@ def _check_path(path: Path | None) -> None:
 
 def _print_demo(result: dict[str, Any]) -> None:
     size = result["images"]
-    table = Table(title=f"digits-C, {size} test images a row, preset {result['preset']}")
+    models = {"digits": "ConvNeXt and DiT", "open_vocabulary": "CLIP and Stable Diffusion"}[result["models"]]
+    table = Table(title=f"digits-C, {size} test images a row, {models}, preset {result['preset']}")
     table.add_column("corruption (severity)", no_wrap=True)
     for head in ("source %", "adapted %", "gain", "evals/img", "s/img"):
         table.add_column(head, justify="right")
@@ -84,6 +95,68 @@ def _print_demo(result: dict[str, Any]) -> None:
     if size < 500:
         error = 100 * (0.25 / size) ** 0.5  # a proportion's standard error, at most
         console.print(f"A sample of {size} of the 500 test images: a row is good to about {error:.0f} points. --images 500 runs all.")
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """Adapt CLIP to images by Stable Diffusion, each on its own, and print the classes' probabilities before and after."""
+
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Files of images."""
+    classes: str
+    """Their names, separated by commas: "a cat, a dog, a car"."""
+    clip: str
+    """A transformers CLIP's folder, or its id on the hub; zoo: the one of the digits that ships with the package."""
+    diffusion: str
+    """A Stable Diffusion's folder, or its id on the hub; zoo: the one of the digits."""
+    preset: str = "FAST"
+    """FAST, PAPER, ONLINE or DUSA. FAST and ONLINE take a calibrated diffusion model: see `dtta calibrate`."""
+    parameters: Literal["all", "norm", "head", "lora"] = "all"
+    """Which weights of CLIP's image tower move."""
+    seed: int = 0
+    """Of timesteps and noise."""
+    json: Path | None = None
+    """Write the result to this file too."""
+
+    def run(self) -> None:
+        """Raises ValueError for bad names, an unknown preset, a model or an image that cannot be read, or a bad path."""
+        from dtta_fast.tasks.zero_shot import ZeroShot, load_clip
+
+        config = presets.get(self.preset).replace(seed=self.seed, parameters=self.parameters)
+        names = [name.strip() for name in self.classes.split(",")]
+        _check_path(self.json)
+        images = [read_image(path) for path in self.images]
+        own = zoo.folder("open_vocabulary")
+        clip, processor = load_clip(own / "clip" if self.clip == "zoo" else self.clip)
+        denoiser = load_denoiser(str(own / "diffusion") if self.diffusion == "zoo" else self.diffusion, stable_diffusion=True)
+        adapter = Adapter(clip, denoiser, config, ZeroShot(names, processor))
+        rows = []
+        for number, (path, image) in enumerate(zip(self.images, images, strict=True)):  # one by one: sizes differ
+            found = adapter.adapt(image[None], image_ids=torch.tensor([number]))
+            before, after = (outputs[0].softmax(0).tolist() for outputs in (found.outputs_before, found.outputs))
+            rows.append(
+                {
+                    "path": str(path),
+                    "before": dict(zip(names, before, strict=True)),
+                    "after": dict(zip(names, after, strict=True)),
+                    "accepted": bool(found.accepted[0]),
+                    "evaluations": int(found.evaluations[0]),
+                    "seconds": sum(found.seconds.values()),
+                }
+            )
+            _print_probabilities(rows[-1])
+        if self.json is not None:
+            self.json.write_text(json.dumps({"images": rows, "config": asdict(config)}, indent=2) + "\n")
+
+
+def _print_probabilities(row: dict[str, Any]) -> None:
+    """The ten likeliest classes of an image."""
+    table = Table(title=f"{row['path']}: {row['evaluations']} evaluations, {row['seconds']:.2f} s")
+    for head in ("class", "before %", "after %"):
+        table.add_column(head, justify="left" if head == "class" else "right")
+    for name in sorted(row["after"], key=row["after"].__getitem__, reverse=True)[:10]:
+        table.add_row(name, *(f"{100 * row[when][name]:.1f}" for when in ("before", "after")))
+    Console().print(table)
 
 
 @dataclass(frozen=True)
@@ -107,9 +180,11 @@ class Calibrate:
     """Measure a denoiser on clean images, without labels: what adaptation matches corrupted images to, and which timesteps it draws."""
 
     denoiser: tyro.conf.Positional[str]
-    """A DiT's folder, or its id on the hub."""
+    """A DiT's folder, or its id on the hub; with classes a Stable Diffusion's."""
     images: tyro.conf.Positional[Path]
     """A folder of clean images, 8 and more, like those that the denoiser was trained on; subfolders are searched too."""
+    classes: str | None = None
+    """Of a Stable Diffusion: what the images show, by names separated by commas, two and more."""
     most: int = 256
     """Images to read at most, in the order of their names."""
     out: Path | None = None
@@ -122,13 +197,25 @@ class Calibrate:
             raise ValueError(f"denoiser is {self.denoiser!r}, which is no folder here; say where to write by --out FILE")
         path = self.out or folder / "calibration.json"
         _check_path(path)
-        denoiser = DiT.from_pretrained(self.denoiser)
+        denoiser = load_denoiser(self.denoiser, stable_diffusion=self.classes is not None)
+        if self.classes is not None:
+            denoiser = denoiser.with_classes([f"a photo of a {name.strip()}." for name in self.classes.split(",")])
         calibrate(denoiser, read_images(self.images, denoiser.image_size, self.most)).save(path)
         print(f"{path}: written")
 
 
+def load_denoiser(path: str, stable_diffusion: bool) -> Any:
+    """A DiT or a Stable Diffusion, from a folder or the hub."""
+    if stable_diffusion:
+        from dtta_fast.denoisers.stable_diffusion import StableDiffusion
+
+        return StableDiffusion.from_pretrained(path)
+    return DiT.from_pretrained(path)
+
+
 Command = (
     Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Adapt, tyro.conf.subcommand("adapt")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Env, tyro.conf.subcommand("env")]
 )
@@ -136,7 +223,7 @@ Command = (
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs a command; bad input ends it with one line and exit status 2."""
-    command: Demo | Calibrate | Env = tyro.cli(Command, prog="dtta", args=arguments)
+    command: Demo | Adapt | Calibrate | Env = tyro.cli(Command, prog="dtta", args=arguments)
     try:
         command.run()
     except (ValueError, TypeError, ImportError, OSError) as error:

@@ -15,6 +15,7 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import Split, load_digits
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.tasks.base import Task
 from dtta_fast.tasks.classification import Classification
 
 CLEAN = "clean"
@@ -25,11 +26,13 @@ def run(
     images: int,
     *,
     split: Split = "test",
+    open_vocabulary: bool = False,
     advance: Callable[[str, int], None] = lambda name, done: None,
 ) -> dict[str, Any]:
     """Adapts the first `images` digits of a split under every corruption of digits-C, and clean.
 
     Args:
+        open_vocabulary: by CLIP and Stable Diffusion, with the digits' names, instead of a classifier and a DiT.
         advance: called with the corruption's name and the number of images that are done since the last call.
 
     Returns:
@@ -44,15 +47,21 @@ def run(
     if not 1 <= images <= len(clean):
         raise ValueError(f"images is {images}; the {split} split has 1 .. {len(clean)}")
     clean, labels = clean[:images], labels[:images]
-    model, denoiser = zoo.load("digits")
-    adapter = Adapter(model, denoiser, config)
+    model, denoiser = zoo.load("open_vocabulary" if open_vocabulary else "digits")
+    task = Classification()
+    if open_vocabulary:
+        from dtta_fast.tasks.zero_shot import ZeroShot
+
+        task = ZeroShot(zoo.DIGITS, zoo.load_processor("open_vocabulary"))
+    adapter = Adapter(model, denoiser, config, task)
+    source, _ = task.bind(model, denoiser)
     batch = 50 if config.denoiser_parameters == "frozen" else 4  # images in one pass, each an adaptation of its own
     rows: dict[str, dict[str, Any]] = {}
     gains: dict[str, Tensor] = {}
     for name in (CLEAN, *DIGITS_C):
         inputs = clean if name == CLEAN else corrupt(clean, name, DIGITS_C[name])
         adapter.reset()
-        matched = _accuracy_on_matched(model, denoiser, inputs, labels) if config.match == "both" else {}
+        matched = _accuracy_on_matched(source, task, denoiser, inputs, labels) if config.match == "both" else {}
         start, right_before, right, flips, evaluations = time.perf_counter(), 0, 0, 0, 0
         changes = []
         for first in range(0, images, batch):
@@ -82,11 +91,11 @@ def run(
 
 
 @torch.no_grad()
-def _accuracy_on_matched(model: nn.Module, denoiser: Denoiser, images: Tensor, labels: Tensor) -> dict[str, float]:
+def _accuracy_on_matched(model: nn.Module, task: Task, denoiser: Denoiser, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Of the source on matched images: what matching brings without adaptation."""
     if denoiser.calibration is None:
         return {}
-    outputs = model(Classification().normalise(model, denoiser.calibration.match(images)))
+    outputs = model(task.normalise(model, denoiser.calibration.match(task.crop(model, images))))
     return {"matched_accuracy": float((outputs.argmax(1) == labels).float().mean())}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 # the query and value projections, by the names that libraries give them: transformers, diffusers, timm
 USUAL = (("q_proj", "v_proj"), ("to_q", "to_k", "to_v", "to_out.0"), ("query", "value"), ("qkv",))
-NAME = "default"
 
 
 def layers(module: nn.Module) -> list[str]:
@@ -40,7 +40,9 @@ def targets(module: nn.Module, wanted: Sequence[str] | None, what: str) -> list[
             return found
     asked = "the usual names of attention's projections" if wanted is None else f"lora_targets {tuple(wanted)}"
     endings = sorted({name.rpartition(".")[2] for name in linear})
-    raise ValueError(f"{asked} match no linear layer of {what}; its linear layers' names end in {', '.join(endings) or 'nothing: it has none'}")
+    raise ValueError(
+        f"{asked} match no linear layer of {what}; its linear layers' names end in {', '.join(endings) or 'nothing: it has none'}"
+    )
 
 
 def check(module: nn.Module, wanted: Sequence[str] | None, what: str) -> None:
@@ -65,17 +67,22 @@ def attach(module: nn.Module, rank: int, wanted: Sequence[str] | None, what: str
     return layers(module)
 
 
-def save(folder: Path, module: nn.Module, moved: Mapping[str, Tensor], rank: int, unet: bool) -> None:
-    """Adapters' weights: of a UNet as diffusers' load_lora_weights() reads them, of another model as peft's from_pretrained() does."""
+def save(folder: Path, module: nn.Module, moved: Mapping[str, Tensor], unet: bool) -> None:
+    """The adapters that moved in the module: of a UNet as diffusers' load_lora_weights() reads them, else as peft's from_pretrained()."""
     from peft import LoraConfig
 
     folder.mkdir(parents=True, exist_ok=True)
+    state = {}
+    for name, p in moved.items():
+        where, kind, adapter = re.fullmatch(r"(.+)\.(lora_[AB])\.([^.]+)\.weight", name).groups()  # type: ignore[union-attr]
+        layer: Any = module.get_submodule(where)
+        # formats differ in where a scale stands: it goes into B
+        factor = layer.scaling[adapter] if kind == "lora_B" else 1.0
+        state[f"{where}.{kind}.weight"] = (p.detach() * factor).contiguous()
     if unet:
-        state = {name.replace(f".{NAME}.", "."): p.detach().contiguous() for name, p in moved.items()}
         save_file(state, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
         return
-    suffix = ".lora_A."
-    names = [name.split(suffix)[0] for name in moved if suffix in name]
-    state = {f"base_model.model.{name.replace(f'.{NAME}.', '.')}": p.detach().contiguous() for name, p in moved.items()}
+    names = [name.split(".lora_A.")[0] for name in state if ".lora_A." in name]
+    rank = len(next(p for name, p in state.items() if ".lora_A." in name))
     LoraConfig(r=rank, lora_alpha=rank, target_modules=names).save_pretrained(folder)
-    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file({f"base_model.model.{name}": p for name, p in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -39,7 +39,9 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
         wanted = {id(p) for name, p in model.named_parameters() if name in named}
     chosen: Parameters = {name: p for name, p in model.named_parameters() if id(p) in wanted}
     if not chosen and which != "logits":
-        raise ValueError(f"parameters is {which!r}, and {type(model).__name__} has none of that kind; choose all, norm, head, lora or logits")
+        raise ValueError(
+            f"parameters is {which!r}, and {type(model).__name__} has none of that kind; choose all, norm, head, lora or logits"
+        )
     for name, parameter in chosen.items():
         if not parameter.is_floating_point():
             raise ValueError(f"model parameter {name} has dtype {parameter.dtype}, which no gradient reaches")

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from baselines import Baseline, Cotta, Eata, Memo, Sar, Source, Tent, fisher_information
 from torch import Tensor, nn
 
-from dtta_fast import AdaptConfig, Adapter, presets
+from dtta_fast import AdaptConfig, Adapter, presets, zoo
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.tasks.classification import Classification
+from dtta_fast.tasks import Classification, Task, ZeroShot
 
 
 class Answer(NamedTuple):
@@ -34,6 +34,7 @@ class Setting(NamedTuple):
     denoiser: Denoiser
     train: Tensor  # clean images of the train split, without labels
     seed: int
+    task: Task | None = None  # None is Classification()
 
 
 Protocol = Literal["single-sample", "online", "continual"]
@@ -56,7 +57,7 @@ class Method:
 
 def by_adapter(config: AdaptConfig) -> Callable[[Setting], tuple[Run, Callable[[], None]]]:
     def make(setting: Setting) -> tuple[Run, Callable[[], None]]:
-        adapter = Adapter(setting.model, setting.denoiser, config.replace(seed=setting.seed))
+        adapter = Adapter(setting.model, setting.denoiser, config.replace(seed=setting.seed), setting.task)
 
         def run(images: Tensor, ids: Tensor) -> Answer:
             result = adapter.adapt(images, image_ids=ids)
@@ -72,7 +73,9 @@ def by_adapter(config: AdaptConfig) -> Callable[[Setting], tuple[Run, Callable[[
 
 def by_baseline(build: Callable[[Setting], Baseline]) -> Callable[[Setting], tuple[Run, Callable[[], None]]]:
     def make(setting: Setting) -> tuple[Run, Callable[[], None]]:
-        baseline, task = build(setting), Classification()
+        task = setting.task or Classification()
+        setting = setting._replace(model=task.bind(setting.model, setting.denoiser)[0])
+        baseline = build(setting)
 
         def run(images: Tensor, ids: Tensor) -> Answer:
             return Answer(baseline(task.normalise(setting.model, images)), 0, 0)
@@ -84,13 +87,25 @@ def by_baseline(build: Callable[[Setting], Baseline]) -> Callable[[Setting], tup
 
 def matched_alone(setting: Setting) -> tuple[Run, Callable[[], None]]:
     """The source on matched images, nothing adapted."""
+    task = setting.task or Classification()
+    model, denoiser = task.bind(setting.model, setting.denoiser)
 
     def run(images: Tensor, ids: Tensor) -> Answer:
-        assert setting.denoiser.calibration is not None
+        assert denoiser.calibration is not None
         with torch.no_grad():
-            return Answer(setting.model(Classification().normalise(setting.model, setting.denoiser.calibration.match(images))), 0, 0)
+            return Answer(model(task.normalise(model, denoiser.calibration.match(images))), 0, 0)
 
     return run, lambda: None
+
+
+def zero_shot(method: Callable[[Setting], tuple[Run, Callable[[], None]]], **keywords: object) -> Callable[[Setting], Any]:
+    """A method on CLIP and Stable Diffusion, given the digits' names and ZeroShot's keywords."""
+
+    def make(setting: Setting) -> tuple[Run, Callable[[], None]]:
+        task = ZeroShot(zoo.DIGITS, zoo.load_processor("open_vocabulary"), **keywords)  # type: ignore[arg-type]
+        return method(setting._replace(task=task))
+
+    return make
 
 
 def augmented(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
@@ -117,6 +132,7 @@ def _generator(setting: Setting) -> torch.Generator:
 FAST, ONLINE, DUSA, PAPER = presets.FAST, presets.ONLINE, presets.DUSA, presets.PAPER
 CLASSIFIER = FAST.replace(method="diffusion_classifier", match="denoiser", precheck=False, guard=0, guard_threshold=0.0)
 BATCH, SINGLE = 50, "single-sample"
+LORA_LR = 5e-3
 
 METHODS: dict[str, Method] = {
     "source": Method(by_baseline(lambda s: Source(s.model, 0.0)), BATCH, SINGLE, "source"),
@@ -152,4 +168,24 @@ METHODS: dict[str, Method] = {
     "SAR": Method(by_baseline(lambda s: Sar(s.model, 1e-2)), 10, "online", "SAR"),
     "CoTTA": Method(by_baseline(lambda s: Cotta(s.model, 1e-4, augmented(_generator(s)), s.seed)), 10, "online", "CoTTA"),
     "MEMO": Method(by_baseline(lambda s: Memo(s.model, 1e-4, augmented(_generator(s)))), BATCH, SINGLE, "MEMO"),
+}
+
+SEEN = {"templates": ("a photo of the number {}.",), "diffusion_template": "a photo of the number {}."}
+UNKNOWN = {"templates": ("my drawing: {}",), "diffusion_template": "my drawing: {}"}  # words that no prompt of the training had
+LORA = FAST.replace(parameters="lora", lr=LORA_LR)
+
+# on CLIP and Stable Diffusion; "a photo of a {}." is no template of their training, though all of its words are
+ZERO_SHOT: dict[str, Method] = {
+    "source": Method(zero_shot(METHODS["source"].make), BATCH, SINGLE, "source"),
+    "matched alone": Method(zero_shot(matched_alone), BATCH, SINGLE, "matched alone"),
+    "FAST, whole image tower": Method(zero_shot(by_adapter(FAST)), BATCH, SINGLE, "FAST"),
+    "FAST, LoRA": Method(zero_shot(by_adapter(LORA)), BATCH, SINGLE, "FAST, LoRA"),
+    "FAST, LoRA on both towers": Method(zero_shot(by_adapter(LORA), towers="both"), BATCH, SINGLE, "FAST, LoRA"),
+    "FAST, LoRA on CLIP and UNet": Method(
+        zero_shot(by_adapter(LORA.replace(denoiser_parameters="lora", denoiser_lr=1e-4))), 4, SINGLE, "FAST, LoRA"
+    ),
+    "source, prompt of the training": Method(zero_shot(METHODS["source"].make, **SEEN), BATCH, SINGLE, "source"),
+    "FAST, LoRA, prompt of the training": Method(zero_shot(by_adapter(LORA), **SEEN), BATCH, SINGLE, "FAST, LoRA"),
+    "source, unknown words": Method(zero_shot(METHODS["source"].make, **UNKNOWN), BATCH, SINGLE, "source"),
+    "FAST, LoRA, unknown words": Method(zero_shot(by_adapter(LORA), **UNKNOWN), BATCH, SINGLE, "FAST, LoRA"),
 }

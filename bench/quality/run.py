@@ -1,6 +1,6 @@
 """Accuracy and cost of every method on a corrupted benchmark: one command, one table.
 
-    python bench/quality/run.py digits|fashion [--images 500] [--seeds 3] [--only NAME ...] [--unseen | --ablations]
+    python bench/quality/run.py digits|fashion|open_vocabulary [--images 500] [--seeds 3] [--only NAME ...] [--unseen | --ablations]
 
 Each method meets the same images of each corruption, and clean ones; seeds are those of its draws. Writes
 bench/results/quality_BENCHMARK.json, a record a method (a method that is run again takes the place of its record): accuracy by
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from ablations import ABLATIONS
-from methods import METHODS, Method, Setting
+from methods import METHODS, ZERO_SHOT, Method, Setting
 from torch import Tensor
 
 from dtta_fast import environment, zoo
@@ -29,7 +29,7 @@ from dtta_fast.data.fashion import load_fashion
 from dtta_fast.demo import bootstrap_interval
 
 RESULTS = Path(__file__).parents[1] / "results"
-LOADERS = {"digits": (load_digits, DIGITS_C), "fashion": (load_fashion, FASHION_C)}
+LOADERS = {"digits": (load_digits, DIGITS_C), "fashion": (load_fashion, FASHION_C), "open_vocabulary": (load_digits, DIGITS_C)}
 CALIBRATION_BINS = 15
 
 
@@ -98,15 +98,16 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--unseen", action="store_true", help="the corruptions that nothing was chosen on")
     kind.add_argument("--ablations", action="store_true", help="the paper's ablations instead of the methods")
+    parser.add_argument("--split", choices=["validation", "test"], default="test", help="validation to choose, test for the table")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    methods = ABLATIONS if args.ablations else METHODS
+    methods = ABLATIONS if args.ablations else ZERO_SHOT if args.benchmark == "open_vocabulary" else METHODS
     unknown = sorted(set(args.only or ()) - set(methods))
     if unknown:
         parser.error(f"--only names {', '.join(unknown)}; there are {', '.join(methods)}")
     load, severities = LOADERS[args.benchmark]
     severities = UNSEEN if args.unseen else severities
-    clean, labels = (part[: args.images] for part in load("test"))
+    clean, labels = (part[: args.images] for part in load(args.split))
     streams = {**{name: corrupt(clean, name, severity) for name, severity in severities.items()}, "clean": clean}
     model, denoiser = zoo.load(args.benchmark)
     train = load("train")[0][:1000]
@@ -114,7 +115,7 @@ def main() -> None:
     path = args.out or RESULTS / f"quality_{args.benchmark}{suffix}.json"
     records = json.loads(path.read_text()) if path.is_file() else {}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=False).stdout.strip()
-    source = measure(METHODS["source"], Setting(model, denoiser, train, 0), streams, labels)
+    source = measure((ZERO_SHOT if methods is ZERO_SHOT else METHODS)["source"], Setting(model, denoiser, train, 0), streams, labels)
     for name in args.only or methods:
         method = methods[name]
         runs = [measure(method, Setting(model, denoiser, train, seed), streams, labels) for seed in range(args.seeds)]

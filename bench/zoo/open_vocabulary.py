@@ -150,7 +150,9 @@ class Prediction(nn.Module):
         return found
 
 
-def train_unet(images: Tensor, labels: Tensor, vae: AutoencoderKL, clip: CLIPModel, tokenizer: Any, iterations: int) -> UNet2DConditionModel:
+def train_unet(
+    images: Tensor, labels: Tensor, vae: AutoencoderKL, clip: CLIPModel, tokenizer: Any, iterations: int
+) -> UNet2DConditionModel:
     """On latents and the hidden states of prompts, one in ten of them empty."""
     with torch.no_grad():
         embeddings = {text: clip.text_model(tokens(tokenizer, [text])).last_hidden_state[0] for text in {""} | all_prompts()}

@@ -24,12 +24,24 @@ def read_images(folder: str | Path, size: int, most: int) -> Tensor:
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())[:most]
     if not files:
         raise ValueError(f"images is {str(folder)!r}, which holds no file ending in {', '.join(sorted(SUFFIXES))}")
-    read = []
-    for path in files:
-        try:
-            with Image.open(path) as image:
-                colours = image.convert("RGB")
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is no image that can be read: {error}") from error
-        read.append(T.to_tensor(T.center_crop(T.resize(colours, size, T.InterpolationMode.BICUBIC), [size, size])))
-    return torch.stack(read)
+    return torch.stack(
+        [T.to_tensor(T.center_crop(T.resize(_read(path), size, T.InterpolationMode.BICUBIC), [size, size])) for path in files]
+    )
+
+
+def read_image(path: str | Path) -> Tensor:
+    """A file as [3, H, W] in [0, 1], of its own size.
+
+    Raises:
+        ValueError: it is no image; the message names it.
+    """
+    found: Tensor = T.to_tensor(_read(Path(path)))
+    return found
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is no image that can be read: {error}") from error

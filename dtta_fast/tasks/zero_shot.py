@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import Denoiser
@@ -107,8 +109,30 @@ class ZeroShot(Classification):
         ids = self._processor(self._prompts).to(device)
         texts = _text_features(clip.encode_text, ids, len(self.classes))
         return ZeroShotClassifier(
-            {"visual": clip.visual}, lambda own, pixels: own.visual(pixels), None, texts, len(self.classes), clip.logit_scale, self._normalised
+            {"visual": clip.visual},
+            lambda own, pixels: own.visual(pixels),
+            None,
+            texts,
+            len(self.classes),
+            clip.logit_scale,
+            self._normalised,
         )
+
+
+def load_clip(path: str | Path) -> tuple[nn.Module, Any]:
+    """A transformers CLIPModel in float32 and its CLIPProcessor, from a folder or the hub.
+
+    Raises:
+        FileNotFoundError: there is none, or a part is missing. ValueError: a part is damaged.
+    """
+    from transformers import CLIPModel, CLIPProcessor
+
+    try:
+        return CLIPModel.from_pretrained(path, dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(path)
+    except OSError as error:
+        raise FileNotFoundError(f"{path} gave no CLIP with its processor, as a folder or from the hub: {error}") from error
+    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as a CLIP with its processor: {error}") from error
 
 
 class ZeroShotClassifier(nn.Module):
@@ -173,7 +197,9 @@ def _open_clip_transforms(clip: Any) -> tuple[Callable[[Tensor], Tensor], Callab
     wanted = get_model_preprocess_cfg(clip)
     kept = {name: wanted[name] for name in ("mean", "std", "interpolation", "resize_mode", "fill_color") if name in wanted}
     steps = image_transform(wanted["size"], is_train=False, **kept).transforms
-    geometry = [step for step in steps if isinstance(step, (transforms.Resize, transforms.CenterCrop)) or "open_clip" in type(step).__module__]
+    geometry = [
+        step for step in steps if isinstance(step, (transforms.Resize, transforms.CenterCrop)) or "open_clip" in type(step).__module__
+    ]
 
     def crop(images: Tensor) -> Tensor:
         for step in geometry:

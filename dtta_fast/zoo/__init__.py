@@ -3,41 +3,65 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
 
-NAMES = ("digits", "fashion")
+NAMES = ("digits", "fashion", "open_vocabulary")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # names for open_vocabulary's example
 
 
 def load(name: str) -> tuple[nn.Module, Denoiser]:
-    """The model and the denoiser of that name, on the CPU, in eval mode: a timm ConvNeXt and a pixel DiT, of "digits" or of "fashion".
+    """The model and the denoiser of that name, on the CPU, in eval mode.
+
+    A timm ConvNeXt and a pixel DiT, of "digits" or of "fashion"; or "open_vocabulary", a transformers CLIPModel and a Stable Diffusion
+    of the digits, which take a ZeroShot task with load_processor()'s processor.
 
     Raises:
         ValueError: there is none of that name.
     """
-    return load_classifier(name), DiT.from_pretrained(_folder(name) / "denoiser").eval()
+    model = load_classifier(name)
+    if name != "open_vocabulary":
+        return model, DiT.from_pretrained(folder(name) / "denoiser").eval()
+    from dtta_fast.denoisers.stable_diffusion import StableDiffusion
+
+    return model, StableDiffusion.from_pretrained(folder(name) / "diffusion")
 
 
 def load_classifier(name: str) -> nn.Module:
     """The model of that name alone."""
+    if folder(name).name == "open_vocabulary":
+        from dtta_fast.tasks.zero_shot import load_clip
+
+        return load_clip(folder(name) / "clip")[0]
     import timm
 
-    return timm.create_model(f"local-dir:{_folder(name) / 'classifier'}", pretrained=True).eval()
+    return timm.create_model(f"local-dir:{folder(name) / 'classifier'}", pretrained=True).eval()
+
+
+def load_processor(name: str) -> Any:
+    """The transformers CLIPProcessor of "open_vocabulary"."""
+    if name != "open_vocabulary":
+        raise ValueError(f"name is {name!r}; of the zoo's models only 'open_vocabulary' has a processor")
+    from transformers import CLIPProcessor
+
+    return CLIPProcessor.from_pretrained(folder(name) / "clip")
 
 
 def example(name: str) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, H, W] in [0, 1] and labels [N] of the test split. "digits" needs the extra `demo`, "fashion" load_fashion's files."""
+    """Images [N, 3, H, W] in [0, 1] and labels [N] of the test split: Fashion-MNIST's for "fashion" (load_fashion's files), else the
+    digits' (extra `demo`)."""
     from dtta_fast.data.digits import load_digits
     from dtta_fast.data.fashion import load_fashion
 
-    _folder(name)
-    return (load_digits if name == "digits" else load_fashion)("test")
+    return (load_fashion if folder(name).name == "fashion" else load_digits)("test")
 
 
-def _folder(name: str) -> Path:
+def folder(name: str) -> Path:
+    """Where the files of that name lie."""
     if name not in NAMES:
         raise ValueError(f"name is {name!r}; the zoo has {', '.join(NAMES)}")
     return Path(__file__).parent / name
