@@ -132,7 +132,6 @@ def _generator(setting: Setting) -> torch.Generator:
 FAST, ONLINE, DUSA, PAPER = presets.FAST, presets.ONLINE, presets.DUSA, presets.PAPER
 CLASSIFIER = FAST.replace(method="diffusion_classifier", match="denoiser", precheck=False, guard=0, guard_threshold=0.0)
 BATCH, SINGLE = 50, "single-sample"
-LORA_LR = 5e-3
 
 METHODS: dict[str, Method] = {
     "source": Method(by_baseline(lambda s: Source(s.model, 0.0)), BATCH, SINGLE, "source"),
@@ -172,20 +171,22 @@ METHODS: dict[str, Method] = {
 
 SEEN = {"templates": ("a photo of the number {}.",), "diffusion_template": "a photo of the number {}."}
 UNKNOWN = {"templates": ("my drawing: {}",), "diffusion_template": "my drawing: {}"}  # words that no prompt of the training had
-LORA = FAST.replace(parameters="lora", lr=LORA_LR)
+WHOLE = FAST.replace(guard=14)  # at most 20 evaluations an image: more images than of digits-C ask for a guard
+LORA = WHOLE.replace(parameters="lora", lr=5e-3)
 
 # on CLIP and Stable Diffusion; "a photo of a {}." is no template of their training, though all of its words are
 ZERO_SHOT: dict[str, Method] = {
     "source": Method(zero_shot(METHODS["source"].make), BATCH, SINGLE, "source"),
     "matched alone": Method(zero_shot(matched_alone), BATCH, SINGLE, "matched alone"),
-    "FAST, whole image tower": Method(zero_shot(by_adapter(FAST)), BATCH, SINGLE, "FAST"),
-    "FAST, LoRA": Method(zero_shot(by_adapter(LORA)), BATCH, SINGLE, "FAST, LoRA"),
-    "FAST, LoRA on both towers": Method(zero_shot(by_adapter(LORA), towers="both"), BATCH, SINGLE, "FAST, LoRA"),
-    "FAST, LoRA on CLIP and UNet": Method(
-        zero_shot(by_adapter(LORA.replace(denoiser_parameters="lora", denoiser_lr=1e-4))), 4, SINGLE, "FAST, LoRA"
+    "FAST": Method(zero_shot(by_adapter(FAST)), BATCH, SINGLE, "FAST"),
+    "guard of 14, whole image tower": Method(zero_shot(by_adapter(WHOLE)), BATCH, SINGLE, "FAST"),
+    "guard of 14, LoRA": Method(zero_shot(by_adapter(LORA)), BATCH, SINGLE, "FAST, LoRA"),
+    "guard of 14, LoRA on both towers": Method(zero_shot(by_adapter(LORA), towers="both"), BATCH, SINGLE, "FAST, LoRA"),
+    "guard of 14, LoRA on CLIP and UNet": Method(
+        zero_shot(by_adapter(LORA.replace(denoiser_parameters="lora", denoiser_lr=1e-4))), BATCH, SINGLE, "FAST, LoRA"
     ),
     "source, prompt of the training": Method(zero_shot(METHODS["source"].make, **SEEN), BATCH, SINGLE, "source"),
-    "FAST, LoRA, prompt of the training": Method(zero_shot(by_adapter(LORA), **SEEN), BATCH, SINGLE, "FAST, LoRA"),
+    "guard of 14, LoRA, prompt of the training": Method(zero_shot(by_adapter(LORA), **SEEN), BATCH, SINGLE, "FAST, LoRA"),
     "source, unknown words": Method(zero_shot(METHODS["source"].make, **UNKNOWN), BATCH, SINGLE, "source"),
-    "FAST, LoRA, unknown words": Method(zero_shot(by_adapter(LORA), **UNKNOWN), BATCH, SINGLE, "FAST, LoRA"),
+    "guard of 14, LoRA, unknown words": Method(zero_shot(by_adapter(LORA), **UNKNOWN), BATCH, SINGLE, "FAST, LoRA"),
 }
