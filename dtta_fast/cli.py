@@ -41,6 +41,8 @@ class Demo:
         """Raises ValueError for an unknown preset, a number of images that the split does not have, or a bad path."""
         config = presets.get(self.preset).replace(seed=self.seed)
         _check_path(self.json)
+        if self.open_vocabulary:
+            _quiet()
         terminal = Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         progress = Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal)
@@ -122,6 +124,7 @@ class Adapt:
         """Raises ValueError for bad names, an unknown preset, a model or an image that cannot be read, or a bad path."""
         from dtta_fast.tasks.zero_shot import ZeroShot, load_clip
 
+        _quiet()
         config = presets.get(self.preset).replace(seed=self.seed, parameters=self.parameters)
         names = [name.strip() for name in self.classes.split(",")]
         _check_path(self.json)
@@ -202,6 +205,15 @@ class Calibrate:
             denoiser = denoiser.with_classes([f"a photo of a {name.strip()}." for name in self.classes.split(",")])
         calibrate(denoiser, read_images(self.images, denoiser.image_size, self.most)).save(path)
         print(f"{path}: written")
+
+
+def _quiet() -> None:
+    """No bars of the libraries' own: what this command prints is for scripts too."""
+    from diffusers.utils.logging import disable_progress_bar as quiet_diffusers
+    from transformers.utils.logging import disable_progress_bar as quiet_transformers
+
+    quiet_diffusers()
+    quiet_transformers()
 
 
 def load_denoiser(path: str, stable_diffusion: bool) -> Any:

@@ -84,5 +84,5 @@ def save(folder: Path, module: nn.Module, moved: Mapping[str, Tensor], unet: boo
         return
     names = [name.split(".lora_A.")[0] for name in state if ".lora_A." in name]
     rank = len(next(p for name, p in state.items() if ".lora_A." in name))
-    LoraConfig(r=rank, lora_alpha=rank, target_modules=names).save_pretrained(folder)
+    LoraConfig(r=rank, lora_alpha=rank, target_modules=names).save_pretrained(str(folder))
     save_file({f"base_model.model.{name}": p for name, p in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -24,10 +24,12 @@ from digits import augment, train_denoiser
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
+from dtta_fast.calibrating import calibrate
 from dtta_fast.data.digits import load_digits
+from dtta_fast.denoisers.stable_diffusion import StableDiffusion
 from dtta_fast.process import NoiseProcess
+from dtta_fast.zoo import DIGITS as WORDS
 
-WORDS = "zero one two three four five six seven eight nine".split()
 KINDS = ("", "a photo of", "a picture of", "a blurry photo of", "a grey image of")
 NOUNS = ("", "the number", "the digit", "a handwritten", "a small")
 TEMPLATES = [f"{kind} {noun} {{}}.".strip().replace("  ", " ") for kind, noun in product(KINDS, NOUNS)]
@@ -215,6 +217,8 @@ def main() -> None:
         for file in (diffusion / "tokenizer").iterdir():
             file.unlink()
         write_tokenizer(diffusion / "tokenizer")
+        denoiser = StableDiffusion.from_pretrained(diffusion).with_classes([f"a photo of a {word}." for word in WORDS])
+        calibrate(denoiser, images).save(diffusion / "calibration.json")
 
     for name, train in (("clip", clip), ("vae", vae), ("unet", unet)):
         part(name, train)

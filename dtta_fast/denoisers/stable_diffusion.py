@@ -20,7 +20,7 @@ from dtta_fast.denoisers.reading import CALIBRATION, download, read_json, read_p
 from dtta_fast.process import NoiseProcess
 
 
-class SharedCondition(AttnProcessor2_0):
+class SharedCondition(AttnProcessor2_0):  # type: ignore[misc]
     """Attention of N = B · P rows to B conditions, without P copies of their keys and values.
 
     A query's result depends on no other query, so the P rows of an image go in as one row of P times the length.
@@ -53,13 +53,15 @@ class StableDiffusion(Denoiser):
 
     can_checkpoint = True
     keep_in_float32 = ("prompts", "no_prompt")  # conditions are their mixtures, and gradients to them add up over chunks
+    unet: Any
+    vae: Any
     prompts: Tensor | None
     no_prompt: Tensor | None
 
-    def __init__(self, unet: nn.Module, process: NoiseProcess, vae: nn.Module, text_encoder: nn.Module, tokenizer: Any) -> None:
+    def __init__(self, unet: Any, process: NoiseProcess, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
         super().__init__()
-        self.unet: Any = unet
-        self.vae: Any = vae
+        self.unet = unet
+        self.vae = vae
         self.process = process
         self._text: tuple[Any, Any] | None = (text_encoder, tokenizer)  # in a tuple: not a submodule, which precision and copies would take
         self.register_buffer("prompts", None, persistent=False)
@@ -103,7 +105,7 @@ class StableDiffusion(Denoiser):
         return found
 
     @property
-    def checkpointing(self) -> bool:  # type: ignore[override]
+    def checkpointing(self) -> bool:
         found: bool = self.unet.is_gradient_checkpointing
         return found
 
@@ -192,7 +194,7 @@ class StableDiffusion(Denoiser):
                 raise FileNotFoundError(f"{folder / name} is missing; a Stable Diffusion folder has {', '.join(kinds)} and scheduler")
             own: dict[str, Any] = {} if name == "tokenizer" else {"variant": variant, "use_safetensors": True}
             if own:
-                own["dtype" if name == "text_encoder" else "torch_dtype"] = dtype
+                own["dtype"] = dtype
             if name == "unet" and quantization_config is not None:
                 own["quantization_config"] = quantization_config
             try:
@@ -225,4 +227,6 @@ def check_names(argument: str, names: Sequence[str]) -> None:
     stripped = [name.strip() for name in names]
     for i, name in enumerate(stripped):
         if not name or name in stripped[:i]:
-            raise ValueError(f"{argument} has {names[i]!r} {'twice' if name else ''}at {i}; give different names, none of them empty")
+            raise ValueError(
+                f"{argument} has {names[i]!r} {'twice, again ' if name else ''}at {i}; give different names, none of them empty"
+            )

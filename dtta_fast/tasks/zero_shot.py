@@ -30,8 +30,8 @@ class ZeroShot(Classification):
             tokenizer: open_clip.get_tokenizer(name).
         templates: sentences with {} for the name; text features are their mean (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
         diffusion_template: of the prompts that condition the diffusion model.
-        towers: which of CLIP's towers are the model to adapt: image, with text features made once; or both (transformers alone).
-        normalised: whether image features have length 1, as CLIP was trained; the reference implementation of Diffusion-TTA leaves that out.
+        towers: which of CLIP's are the model to adapt: image, with text features made once; or both (transformers alone).
+        normalised: whether image features have length 1, as CLIP was trained; the reference implementation leaves that out.
 
     Raises:
         ValueError: no classes, an empty or a repeated name, or a template without its place.
@@ -68,14 +68,16 @@ class ZeroShot(Classification):
         """
         if not isinstance(denoiser, StableDiffusion):
             raise TypeError(f"denoiser is a {type(denoiser).__name__}, whose classes are fixed; ZeroShot takes a StableDiffusion")
-        clip: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # of peft's wrapper, with the adapters in it
+        whole: Any = model
+        clip: Any = whole.get_base_model() if hasattr(model, "get_base_model") else model  # of peft's wrapper, with the adapters in it
         if hasattr(clip, "vision_model") and hasattr(clip, "text_projection"):
-            classifier = self._from_transformers(clip)
+            classifier: Any = self._from_transformers(clip)
         elif hasattr(clip, "encode_text") and hasattr(clip, "visual"):
             classifier = self._from_open_clip(clip)
         else:
             raise TypeError(f"model is a {type(model).__name__}; ZeroShot takes a transformers CLIPModel or a model of open_clip")
-        return classifier.train(clip.training), denoiser.with_classes(self._diffusion_prompts)
+        bound: nn.Module = classifier.train(bool(clip.training))
+        return bound, denoiser.with_classes(self._diffusion_prompts)
 
     def _from_transformers(self, clip: Any) -> ZeroShotClassifier:
         pair = self._processor if isinstance(self._processor, tuple) else None
@@ -163,7 +165,8 @@ class ZeroShotClassifier(nn.Module):
         texts: Any = self.texts
         if not texts.is_floating_point():
             texts = _ensembles(self._text_features(self, texts), self._classes)  # type: ignore[misc]
-        logits = self.scale * features @ texts.to(features.dtype).mT
+        scale: Any = self.scale
+        logits = scale * features @ texts.to(features.dtype).mT
         return logits - logits.mean(dim=-1, keepdim=True)
 
 
