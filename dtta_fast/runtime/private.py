@@ -40,6 +40,9 @@ class PrivateCopy:
             self.module: nn.Module = copy.deepcopy(source, memo).eval()
         except Exception as error:  # whatever a module's own __deepcopy__ raises
             raise TypeError(f"{type(source).__name__} cannot be copied ({error}); give a module that copy.deepcopy accepts") from error
+        for part in self.module.modules():
+            # in eval mode bitsandbytes' 4-bit layers repack their weights, which are the caller's, for a CPU without gradients
+            part.training = any(kind.__name__ == "Linear4bit" for kind in type(part).__mro__)
 
     def refresh(self) -> bool:
         """Takes over what was written into the source's tensors; False where tensors were replaced, and a new copy is due.
