@@ -140,14 +140,41 @@ def classes() -> str:
     return "\n".join(lines)
 
 
+def real_sizes() -> str:
+    """Stable Diffusion at its own sizes: a step as it ran, and what a card of 24 GiB would take."""
+    records = json.loads((RESULTS / "real_sizes.json").read_text())
+    sizes = list(records)
+    gib = 2**30
+    rows = {
+        "parameters of the UNet": [f"{r['parameters of the unet'] / 1e6:.0f} M" for r in records.values()],
+        "pairs, seconds of the step": [f"{r['pairs']}, {r['step']:.0f} s" for r in records.values()],
+        "peak memory of the process": [f"{r['peak bytes of the process'] / gib:.1f} GiB" for r in records.values()],
+        "FLOPs a pair": [f"{r['flops a pair'] / 1e12:.2f} T" for r in records.values()],
+        "bytes a pair, plain": [f"{r['bytes a pair']['False'] / gib:.2f} GiB" for r in records.values()],
+        "bytes a pair, checkpointed": [f"{r['bytes a pair']['True'] / gib:.2f} GiB" for r in records.values()],
+    }
+    for way in next(iter(records.values()))["by count"]:
+        found = [r["by count"][way] for r in records.values()]
+        rows[f"{way}: weights; 180 pairs at once; pairs at once on 24 GiB; 180 pairs in such chunks"] = [
+            f"{f['weights'] / gib:.1f} GiB; {(f['weights'] + f['activations of 180 pairs at once']) / gib:.0f} GiB; "
+            f"{f['pairs at once on a 24 GiB card']}; {f['180 pairs in chunks'] / gib:.1f} GiB"
+            for f in found
+        ]
+    lines = ["| | " + " | ".join(f"Stable Diffusion {size}" for size in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())])
+
+
 TABLES = {
     "README.md": {
         "quality": lambda: quality("digits"),
+        "open vocabulary": lambda: quality("open_vocabulary"),
         "kernels": kernels,
         "step": step,
         "end-to-end": end_to_end,
     },
+    "docs/performance.md": {"real sizes": real_sizes},
     "docs/quality.md": {
+        "open vocabulary by corruption": lambda: by_corruption("open_vocabulary"),
         "fashion": lambda: quality("fashion"),
         "digits by corruption": lambda: by_corruption("digits"),
         "fashion by corruption": lambda: by_corruption("fashion"),

@@ -172,6 +172,7 @@ METHODS: dict[str, Method] = {
 SEEN = {"templates": ("a photo of the number {}.",), "diffusion_template": "a photo of the number {}."}
 UNKNOWN = {"templates": ("my drawing: {}",), "diffusion_template": "my drawing: {}"}  # words that no prompt of the training had
 WHOLE = FAST.replace(guard=14)  # at most 20 evaluations an image: more images than of digits-C ask for a guard
+UNMATCHED: dict[str, Any] = {"match": "off", "precheck": False}
 LORA = WHOLE.replace(parameters="lora", lr=5e-3)
 
 # on CLIP and Stable Diffusion; "a photo of a {}." is no template of their training, though all of its words are
@@ -185,6 +186,10 @@ ZERO_SHOT: dict[str, Method] = {
     "guard of 14, LoRA on CLIP and UNet": Method(
         zero_shot(by_adapter(LORA.replace(denoiser_parameters="lora", denoiser_lr=1e-4))), BATCH, SINGLE, "FAST, LoRA"
     ),
+    "guard of 14, unmatched, whole image tower": Method(
+        zero_shot(by_adapter(WHOLE.replace(**UNMATCHED))), BATCH, SINGLE, "FAST, unmatched"
+    ),
+    "guard of 14, unmatched, LoRA": Method(zero_shot(by_adapter(LORA.replace(**UNMATCHED))), BATCH, SINGLE, "FAST, unmatched"),
     "source, prompt of the training": Method(zero_shot(METHODS["source"].make, **SEEN), BATCH, SINGLE, "source"),
     "guard of 14, LoRA, prompt of the training": Method(zero_shot(by_adapter(LORA), **SEEN), BATCH, SINGLE, "FAST, LoRA"),
     "source, unknown words": Method(zero_shot(METHODS["source"].make, **UNKNOWN), BATCH, SINGLE, "source"),

@@ -29,6 +29,7 @@ from dtta_fast.data.fashion import load_fashion
 from dtta_fast.demo import bootstrap_interval
 
 RESULTS = Path(__file__).parents[1] / "results"
+FASHION = Path(__file__).parents[1] / "zoo" / "fashion_weights"
 LOADERS = {"digits": (load_digits, DIGITS_C), "fashion": (load_fashion, FASHION_C), "open_vocabulary": (load_digits, DIGITS_C)}
 CALIBRATION_BINS = 15
 
@@ -109,7 +110,7 @@ def main() -> None:
     severities = UNSEEN if args.unseen else severities
     clean, labels = (part[: args.images] for part in load(args.split))
     streams = {**{name: corrupt(clean, name, severity) for name, severity in severities.items()}, "clean": clean}
-    model, denoiser = zoo.load(args.benchmark)
+    model, denoiser = zoo.load(FASHION if args.benchmark == "fashion" else args.benchmark)
     train = load("train")[0][:1000]
     suffix = "_unseen" if args.unseen else "_ablations" if args.ablations else ""
     path = args.out or RESULTS / f"quality_{args.benchmark}{suffix}.json"

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["classifier", "denoiser"])
     parser.add_argument("--iterations", type=int, default=7000)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "dtta_fast" / "zoo" / "fashion")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "fashion_weights")
     args = parser.parse_args()
     images, labels = load_fashion("train", args.data)
     if args.only != "denoiser":

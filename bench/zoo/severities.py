@@ -9,6 +9,7 @@ alone, never at an adapted result. Prints the table and the dictionary that stan
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import imagecorruptions
 import torch
@@ -18,10 +19,12 @@ from dtta_fast.data.corruptions import corrupt
 from dtta_fast.data.digits import load_digits
 from dtta_fast.data.fashion import load_fashion
 
+FASHION = Path(__file__).parent / "fashion_weights"
+
 
 @torch.no_grad()
 def main(benchmark: str) -> None:
-    model = zoo.load_classifier(benchmark)
+    model = zoo.load_classifier(FASHION if benchmark == "fashion" else benchmark)
     images, labels = (part[:300] for part in {"digits": load_digits, "fashion": load_fashion}[benchmark]("validation"))
     chosen = {}
     for name in imagecorruptions.get_corruption_names("all"):

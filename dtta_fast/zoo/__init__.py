@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
 
-NAMES = ("digits", "fashion", "open_vocabulary")
+NAMES = ("digits", "open_vocabulary")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # names for open_vocabulary's example
 
 
-def load(name: str) -> tuple[nn.Module, Denoiser]:
+def load(name: str | Path) -> tuple[nn.Module, Denoiser]:
     """The model and the denoiser of that name, on the CPU, in eval mode.
 
-    A timm ConvNeXt and a pixel DiT, of "digits" or of "fashion"; or "open_vocabulary", a transformers CLIPModel and a Stable Diffusion
-    of the digits, which take a ZeroShot task with load_processor()'s processor.
+    "digits" are a timm ConvNeXt and a pixel DiT; "open_vocabulary" a transformers CLIPModel and a Stable Diffusion of the digits, which
+    take a ZeroShot task with load_processor()'s processor. A Path is a folder with a classifier and a denoiser, as bench/zoo writes them.
 
     Raises:
         ValueError: there is none of that name.
@@ -31,8 +31,8 @@ def load(name: str) -> tuple[nn.Module, Denoiser]:
     return model, StableDiffusion.from_pretrained(folder(name) / "diffusion")
 
 
-def load_classifier(name: str) -> nn.Module:
-    """The model of that name alone."""
+def load_classifier(name: str | Path) -> nn.Module:
+    """The model alone."""
     if folder(name).name == "open_vocabulary":
         from dtta_fast.tasks.zero_shot import load_clip
 
@@ -52,16 +52,17 @@ def load_processor(name: str) -> Any:
 
 
 def example(name: str) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, H, W] in [0, 1] and labels [N] of the test split: Fashion-MNIST's for "fashion" (load_fashion's files), else the
-    digits' (extra `demo`)."""
+    """Images [N, 3, H, W] in [0, 1] and labels [N] of the test split: of either name the digits' (extra `demo`)."""
     from dtta_fast.data.digits import load_digits
-    from dtta_fast.data.fashion import load_fashion
 
-    return (load_fashion if folder(name).name == "fashion" else load_digits)("test")
+    folder(name)
+    return load_digits("test")
 
 
-def folder(name: str) -> Path:
+def folder(name: str | Path) -> Path:
     """Where the files of that name lie."""
+    if isinstance(name, Path):
+        return name
     if name not in NAMES:
         raise ValueError(f"name is {name!r}; the zoo has {', '.join(NAMES)}")
     return Path(__file__).parent / name
