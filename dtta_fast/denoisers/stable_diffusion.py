@@ -201,6 +201,8 @@ class StableDiffusion(Denoiser):
                 parts[name] = kind.from_pretrained(folder / name, **own)
             except (OSError, SafetensorError, RuntimeError, ValueError, ImportError, KeyError, TypeError) as error:
                 raise ValueError(f"{folder / name} cannot be read as a {kind.__name__}: {error}") from error
+        if quantization_config is None:
+            parts["unet"].to(memory_format=torch.channels_last)  # convolutions run in it, and need not turn their weights round
         denoiser = cls(parts["unet"], read_process(folder), parts["vae"], parts["text_encoder"].eval(), parts["tokenizer"])
         if (folder / CALIBRATION).is_file():
             denoiser.calibration = Calibration.load(folder / CALIBRATION, denoiser)
