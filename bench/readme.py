@@ -175,6 +175,7 @@ TABLES = {
     "docs/performance.md": {"real sizes": real_sizes},
     "docs/quality.md": {
         "open vocabulary by corruption": lambda: by_corruption("open_vocabulary"),
+        "ablations": lambda: quality("digits_ablations"),
         "fashion": lambda: quality("fashion"),
         "digits by corruption": lambda: by_corruption("digits"),
         "fashion by corruption": lambda: by_corruption("fashion"),

@@ -1,8 +1,8 @@
 """The paper's two ablations on the recipe's own settings, at 20 pairs instead of 180.
 
 The estimator: one random (t, ε) pair, many timesteps with one noise, each its own noise, the diffusion model adapting too. The
-parameters: a classifier of random weights, free logits without and with the classifier, norm layers, last layer, whole classifier, and
-the diffusion model too.
+parameters: a classifier of random weights, free logits without and with the classifier, norm layers, last layer; the whole classifier and
+the diffusion model too are rows of the estimator already.
 """
 
 from __future__ import annotations
@@ -65,14 +65,12 @@ def free_and_classifier(setting: Setting) -> tuple[Run, Callable[[], None]]:
 ABLATIONS: dict[str, Method] = {
     "one (t, noise) pair": Method(by_adapter(RECIPE.replace(pairs=1, common_draws=True)), BATCH, SINGLE, "estimator"),
     "20 timesteps, one noise": Method(by_adapter(RECIPE.replace(share_noise=True)), BATCH, SINGLE, "estimator"),
-    "20 timesteps, each its noise": Method(by_adapter(RECIPE), BATCH, SINGLE, "estimator"),
-    "+ diffusion model adapts": Method(by_adapter(BOTH), 4, SINGLE, "estimator"),
+    "20 timesteps, each its noise (whole classifier)": Method(by_adapter(RECIPE), BATCH, SINGLE, "estimator"),
+    "classifier and diffusion model": Method(by_adapter(BOTH), 4, SINGLE, "estimator"),
     "classifier of random weights": Method(with_model(RECIPE, random_weights), BATCH, SINGLE, "parameters"),
     "free logits": Method(with_model(FREE, Undecided), BATCH, SINGLE, "parameters"),
     "free logits and classifier, ensemble": Method(free_and_classifier, BATCH, SINGLE, "parameters"),
     "free logits from the classifier's": Method(by_adapter(FREE), BATCH, SINGLE, "parameters"),
     "norm layers": Method(by_adapter(RECIPE.replace(parameters="norm")), BATCH, SINGLE, "parameters"),
     "last layer": Method(by_adapter(RECIPE.replace(parameters="head")), BATCH, SINGLE, "parameters"),
-    "whole classifier": Method(by_adapter(RECIPE), BATCH, SINGLE, "parameters"),
-    "classifier and diffusion model": Method(by_adapter(BOTH), 4, SINGLE, "parameters"),
 }
