@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler
-from digits import CLASSIFIER, train_classifier, train_denoiser
+from digits import CLASSIFIER, DENOISER, dit_batches, train_classifier, train_denoiser
 from timm.models import save_for_hf
 
 from dtta_fast.calibrating import calibrate
 from dtta_fast.data.fashion import load_fashion
 from dtta_fast.denoisers.dit import DiT
+from dtta_fast.denoisers.dit_network import DiTNetwork
 from dtta_fast.process import NoiseProcess
 
 
@@ -39,7 +40,9 @@ def main() -> None:
     if args.only != "classifier":
         torch.manual_seed(0)
         scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="sample")
-        network = train_denoiser(images, labels, NoiseProcess.from_scheduler(scheduler), 29, args.iterations)
+        network = DiTNetwork(**DENOISER)
+        draw = dit_batches(network, images, labels)
+        network = train_denoiser(network, draw, NoiseProcess.from_scheduler(scheduler), 29, args.iterations)
         denoiser = DiT(network.half(), NoiseProcess.from_scheduler(scheduler))
         denoiser.calibration = calibrate(denoiser.float(), images[:1000])
         denoiser.half().save_pretrained(args.out / "denoiser", scheduler)
