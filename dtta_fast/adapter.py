@@ -31,7 +31,7 @@ class AdaptResult:
     Attributes:
         outputs, outputs_before: the model's outputs [B, ...] after and before (logits, for a classifier); where the guard refused
             the change, after is before; with match "both" it may also be the source's outputs for the matched image.
-        predictions, predictions_before: the task's answers, [B] class indices for a classifier.
+        predictions, predictions_before: the task's answers: [B] class indices, or labels or depth [B, H, W] at the task's crop.
         loss: [B, steps], the denoising loss before each update; NaN for an image that the pre-check left alone.
         accepted: [B] bool, False where the answer before stands. steps_run: updates made.
         evaluations: [B], an image's forwards of the denoiser for one (timestep, noise, condition), the guard's included.
@@ -238,8 +238,9 @@ class Adapter:
                 matched_part = None if inputs is None else inputs[here]
                 groups.append(self._group(original[here], matched_part, x0[part], image_ids[here], given, deadline, clock))
             state = groups[-1].state
-        result = _assembled(rows, groups, outputs, pairs * engine.forwards())
-        predictions, predictions_before = (problem.task.predict(found) for found in (result["outputs"], result["outputs_before"]))
+        result = _assembled(rows, groups, outputs, pairs * problem.forwards())
+        size = crop.shape[-2], crop.shape[-1]
+        predictions, predictions_before = (problem.task.predict(found, size) for found in (result["outputs"], result["outputs_before"]))
         return state, AdaptResult(**result, predictions=predictions, predictions_before=predictions_before, seconds=clock.seconds)
 
     def _group(

@@ -23,12 +23,15 @@ def calibrate(denoiser: Denoiser, images: Tensor) -> Calibration:
     """Of clean images [N, 3, H, W] in [0, 1], 8 and more, like those that the denoiser was trained on, at the crop that it looks at.
 
     The first 64 serve for the timesteps: an image's own class is the one whose loss is lowest over all timesteps (its diffusion
-    classifier's answer), and each timestep is rated by how far, and how surely, some pairs tell it from its nearest rivals.
+    classifier's answer), and each timestep is rated by how far, and how surely, some pairs tell it from its nearest rivals. A denoiser
+    of maps has no rivals to tell apart: it gets the statistics alone, for matching.
 
     Raises:
         ValueError: what Calibration.measure refuses.
     """
     found = Calibration.measure(denoiser, images)
+    if denoiser.takes_maps:
+        return found
     before = denoiser.training
     denoiser.eval()
     try:

@@ -134,7 +134,7 @@ class Engine:
             ValueError: the budget is too small for one pair of one image.
         """
         config, together = self.config, len(inputs)
-        forwards = self.forwards()
+        forwards = self.problem.forwards()
         # a denoiser with weights of its own for each image runs image by image
         abreast = 1 if self.problem.per_image and config.denoiser_parameters != "frozen" else together
         rows, checkpoint = memory.ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * abreast * forwards, False
@@ -157,10 +157,6 @@ class Engine:
             guard_rows = min(guard_rows, together * max(1, config.guard))
         self.problem = dataclasses.replace(self.problem, chunk=chunk, guard_rows=guard_rows)
         return together
-
-    def forwards(self) -> int:
-        """Of the denoiser, for one pair of a step."""
-        return self.problem.forwards(len(self.problem.denoiser.class_embeddings({})))
 
     @torch.no_grad()
     def _bytes_per_row(self, inputs: Tensor, x0: Tensor) -> tuple[int, int | None]:

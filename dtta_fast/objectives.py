@@ -99,9 +99,10 @@ def embedding_mix(denoiser: Denoiser, weights: Parameters, heads: list[Tensor], 
 
 
 def noise_mix(denoiser: Denoiser, weights: Parameters, heads: list[Tensor], rows: Noised) -> list[Tensor]:
-    """DUSA's prediction (NeurIPS 2024): the predictions under each class, mixed; heads = [probabilities [B, M], conditions [B, M, ...]].
+    """DUSA's prediction (NeurIPS 2024): the predictions under each class, mixed; heads = [probabilities, conditions [B, M, ...]].
 
-    Where no weight of the denoiser moves, the gradient to the probabilities takes no backward pass of the denoiser.
+    Probabilities are [B, M], or of each pixel [B, M, h, w]. Where no weight of the denoiser moves, the gradient to them takes no backward
+    pass of the denoiser.
     """
     with torch.set_grad_enabled(bool(weights)):
         each = rows.denoised(denoiser, weights, heads[1])
@@ -117,9 +118,9 @@ def noise_mix_null(denoiser: Denoiser, weights: Parameters, heads: list[Tensor],
 
 
 def _mixed(probabilities: Tensor, each: Tensor, pairs: int) -> Tensor:
-    """Σ_k p_k · prediction_k: probabilities [B, M], each [N, M, C', h, w] -> [N, C', h, w]."""
+    """Σ_k p_k · prediction_k: probabilities [B, M], or of each pixel [B, M, h, w], each [N, M, C', h, w] -> [N, C', h, w]."""
     shares = probabilities.repeat_interleave(pairs, dim=0).to(each.dtype)
-    return torch.einsum("nm,nmchw->nchw", shares, each)
+    return torch.einsum("nm,nmchw->nchw" if shares.ndim == 2 else "nmhw,nmchw->nchw", shares, each)
 
 
 def accumulated_gradients(

@@ -49,11 +49,11 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
 
 
 def _heads(model: nn.Module) -> Sequence[nn.Module]:
-    """The classifier layer: timm's own answer where it has one (some models have two), the last Linear otherwise."""
+    """The classifier layer: timm's own answer where it has one (some models have two), the last Linear or Conv2d otherwise."""
     if hasattr(model, "get_classifier"):
         heads: Any = model.get_classifier()  # type: ignore[operator]
         return [head for head in (heads if isinstance(heads, tuple) else (heads,)) if isinstance(head, nn.Module)]
-    return [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    return [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1:]
 
 
 def copies(parameters: Mapping[str, Tensor], images: int | None, batched: bool = False) -> Parameters:

@@ -42,6 +42,19 @@ ONLINE = AdaptConfig(
     mode="online",
 )
 
+# Maps: segmentation and depth. Chosen on the validation split of the generated scenes (bench/quality/dense.py, docs/log.md).
+DENSE = AdaptConfig(
+    steps=3,
+    pairs=4,
+    timesteps="stratified",
+    timestep_range=(200, 500),
+    match="both",
+    optimizer="adam",
+    lr=1e-4,
+    guard=9,
+    guard_threshold=1.0,
+)
+
 # Noise mixing over the top 4 classes and 2 drawn ones at a single timestep, model and denoiser adapting (DUSA, NeurIPS 2024). Timestep,
 # scale and learning rates are for the digits zoo, chosen like FAST; the paper's are t = 100 and 1e-5 for a DiT-XL/2.
 DUSA = AdaptConfig(
@@ -59,7 +72,7 @@ DUSA = AdaptConfig(
     mode="online",
 )
 
-ALL = {"PAPER": PAPER, "FAST": FAST, "ONLINE": ONLINE, "DUSA": DUSA}
+ALL = {"PAPER": PAPER, "FAST": FAST, "ONLINE": ONLINE, "DENSE": DENSE, "DUSA": DUSA}
 
 
 def get(name: str) -> AdaptConfig:

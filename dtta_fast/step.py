@@ -61,12 +61,13 @@ class Problem:
         low, high = self.config.timestep_range or (0, len(self.denoiser.process))
         return Draws(self.config.seed, pairs, self.config.timesteps, low, high, self.cumulative)
 
-    def forwards(self, classes: int) -> int:
-        """Of the denoiser, for one pair of a step; classes: how many the task has."""
+    def forwards(self) -> int:
+        """Of the denoiser, for one pair of a step."""
         config = self.config
         if config.objective == "embedding_mix":
             return 1
-        return (classes if config.top_k is None else config.top_k + config.drawn_classes) + config.null_condition
+        classes = len(self.denoiser.class_embeddings({})) if config.top_k is None else config.top_k + config.drawn_classes
+        return classes + config.null_condition
 
 
 class State(NamedTuple):

@@ -286,7 +286,7 @@ def test_adapt_command_names_a_file_that_is_no_image(tmp_path, capsys):
 
 
 def test_clip_loads_from_its_hub_layout():
-    assert isinstance(zoo.load_classifier("open_vocabulary"), CLIPModel)
+    assert isinstance(zoo.load_model("open_vocabulary"), CLIPModel)
     files = {path.relative_to(ZOO).as_posix() for path in Path(ZOO).rglob("*") if path.is_file()}
     for part in ("unet", "vae", "text_encoder"):
         assert f"diffusion/{part}/config.json" in files

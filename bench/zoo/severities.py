@@ -24,7 +24,7 @@ FASHION = Path(__file__).parent / "fashion_weights"
 
 @torch.no_grad()
 def main(benchmark: str) -> None:
-    model = zoo.load_classifier(FASHION if benchmark == "fashion" else benchmark)
+    model = zoo.load_model(FASHION if benchmark == "fashion" else benchmark)
     images, labels = (part[:300] for part in {"digits": load_digits, "fashion": load_fashion}[benchmark]("validation"))
     chosen = {}
     for name in imagecorruptions.get_corruption_names("all"):

@@ -1,19 +1,22 @@
 """Diffusion models whose condition can be differentiated."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
 
 if TYPE_CHECKING:
+    from dtta_fast.denoisers.concat_unet import ConcatUNet
+    from dtta_fast.denoisers.controlnet import ControlNet
     from dtta_fast.denoisers.stable_diffusion import StableDiffusion
 
-__all__ = ["Denoiser", "DiT", "StableDiffusion"]
+__all__ = ["ConcatUNet", "ControlNet", "Denoiser", "DiT", "StableDiffusion"]
+# whose libraries take seconds to import
+LATE = {"ConcatUNet": "concat_unet", "ControlNet": "controlnet", "StableDiffusion": "stable_diffusion"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "StableDiffusion":  # whose library takes seconds to import
-        from dtta_fast.denoisers.stable_diffusion import StableDiffusion
-
-        return StableDiffusion
+    if name in LATE:
+        return getattr(importlib.import_module(f"{__name__}.{LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,7 @@ class Denoiser(nn.Module, ABC):
 
     process: NoiseProcess
     calibration: Calibration | None = None  # statistics of the images that it was trained on
+    takes_maps = False  # whether a condition is a map [E, h, w], as ConcatUNet's, and not the embedding of a class
     can_checkpoint = False  # whether forward makes its activations again in the backward where `checkpointing` is set
     checkpointing = False
     keep_in_float32: tuple[str, ...] = ()  # parameters that mixed precision leaves as they are

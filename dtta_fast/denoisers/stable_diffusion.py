@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dtta_fast.calibration import Calibration
-from dtta_fast.denoisers.base import Denoiser, image_size, to_latents
 from dtta_fast.denoisers.reading import CALIBRATION, download, read_json, read_process
+from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.process import NoiseProcess
 
 
@@ -37,7 +37,22 @@ class SharedCondition(AttnProcessor2_0):  # type: ignore[misc]
         return found.reshape(*hidden_states.shape[:2], -1)
 
 
-class StableDiffusion(Denoiser):
+def share_condition(network: Any, what: str) -> None:
+    """Sets the cross-attention of a diffusers network to SharedCondition.
+
+    Raises:
+        ValueError: it has an attention of its own kind.
+    """
+    processors = network.attn_processors
+    for name, processor in processors.items():
+        if "attn2" in name:
+            if not isinstance(processor, (AttnProcessor, AttnProcessor2_0)):
+                raise ValueError(f"{what}'s {name} is a {type(processor).__name__}; give one with diffusers' standard attention")
+            processors[name] = SharedCondition()
+    network.set_attn_processor(processors)
+
+
+class StableDiffusion(UNetDenoiser):
     """A latent diffusion model under prompts (Stable Diffusion 1.x, 2.x), its UNet the network that may adapt.
 
     Its classes are named by with_classes(), or by the task: see ZeroShot. The UNet's cross-attention is set to run once an image over all
@@ -51,77 +66,42 @@ class StableDiffusion(Denoiser):
         ValueError: the UNet needs a condition beside prompts, or has an attention of its own kind.
     """
 
-    can_checkpoint = True
     keep_in_float32 = ("prompts", "no_prompt")  # conditions are their mixtures, and gradients to them add up over chunks
-    unet: Any
-    vae: Any
     prompts: Tensor | None
     no_prompt: Tensor | None
 
     def __init__(self, unet: Any, process: NoiseProcess, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
-        super().__init__()
-        self.unet = unet
-        self.vae = vae
-        self.process = process
+        super().__init__(unet, process, vae)
         self._text: tuple[Any, Any] | None = (text_encoder, tokenizer)  # in a tuple: not a submodule, which precision and copies would take
         self.register_buffer("prompts", None, persistent=False)
         self.register_buffer("no_prompt", None, persistent=False)
         for field in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type"):
             if self.unet.config.get(field) is not None:
                 raise ValueError(f"unet has {field} {self.unet.config[field]!r}; supported are UNets conditioned on prompts alone")
-        processors = self.unet.attn_processors
-        for name, processor in processors.items():
-            if "attn2" in name:
-                if not isinstance(processor, (AttnProcessor, AttnProcessor2_0)):
-                    raise ValueError(f"unet's {name} is a {type(processor).__name__}; give a UNet with diffusers' standard attention")
-                processors[name] = SharedCondition()
-        self.unet.set_attn_processor(processors)
+        share_condition(self.unet, "unet")
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> StableDiffusion:
-        moved: StableDiffusion = super()._apply(fn, *args, **kwargs)
-        self.process = self.process.to(self.unet.device)
+        super()._apply(fn, *args, **kwargs)
         if self._text is not None:
             self._text[0]._apply(fn, *args, **kwargs)
-        return moved
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] to the posterior mean times the scaling factor."""
-        return to_latents(self.vae, images, self.image_size).to(torch.promote_types(self.dtype, torch.float32))
-
-    @property
-    def image_size(self) -> int:
-        """Pixels of a side of the images that it works on."""
-        return image_size(self.vae, self.unet.config.sample_size)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        side = self.unet.config.sample_size
-        return self.unet.config.in_channels, side, side
-
-    @property
-    def dtype(self) -> torch.dtype:
-        found: torch.dtype = self.unet.dtype  # diffusers' own answer leaves out quantised weights
-        return found
-
-    @property
-    def checkpointing(self) -> bool:
-        found: bool = self.unet.is_gradient_checkpointing
-        return found
-
-    @checkpointing.setter
-    def checkpointing(self, wanted: bool) -> None:
-        if wanted:
-            self.unet.enable_gradient_checkpointing()
-        else:
-            self.unet.disable_gradient_checkpointing()
-
-    def network_to_adapt(self) -> nn.Module:
-        found: nn.Module = self.unet
-        return found
+        return self
 
     def regions(self) -> list[nn.Module]:
-        return [module for module in self.unet.modules() if isinstance(module, (BasicTransformerBlock, ResnetBlock2D))]
+        return self.blocks_of(self.unet)
+
+    @staticmethod
+    def blocks_of(network: nn.Module) -> list[nn.Module]:
+        return [module for module in network.modules() if isinstance(module, (BasicTransformerBlock, ResnetBlock2D))]
+
+    def text(self) -> tuple[Any, Any]:
+        """Text encoder and tokenizer.
+
+        Raises:
+            ValueError: this one's classes are set.
+        """
+        if self._text is None:
+            raise ValueError("prompts were set already by with_classes(); call it on the denoiser that from_pretrained() gave")
+        return self._text
 
     @torch.no_grad()
     def with_classes(self, prompts: Sequence[str]) -> StableDiffusion:
@@ -130,10 +110,8 @@ class StableDiffusion(Denoiser):
         Raises:
             ValueError: no prompts, an empty or a repeated one, one over the tokenizer's limit, or classes are set already.
         """
-        if self._text is None:
-            raise ValueError("prompts were set already by with_classes(); call it on the denoiser that from_pretrained() gave")
+        text_encoder, tokenizer = self.text()
         check_names("prompts", prompts)
-        text_encoder, tokenizer = self._text
         limit = text_encoder.config.max_position_embeddings
         ids = prompt_tokens(tokenizer, [*prompts, ""], limit)
         states = [text_encoder(part.to(text_encoder.device)).last_hidden_state for part in ids.split(64)]
@@ -154,9 +132,6 @@ class StableDiffusion(Denoiser):
         if self.no_prompt is None:
             raise ValueError("denoiser has no classes: give task=ZeroShot([...], processor), or denoiser.with_classes([...])")
         return self.no_prompt
-
-    def adaptable(self) -> list[str]:
-        return [name for name, _ in self.named_parameters() if name.startswith("unet.")]
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         prediction: Tensor = self.unet(x_t, self.process.model_time[timesteps], condition.to(x_t.dtype), return_dict=False)[0]

@@ -4,11 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 from dtta_fast.tasks.base import Task
 from dtta_fast.tasks.classification import Classification
+from dtta_fast.tasks.depth import Depth
+from dtta_fast.tasks.segmentation import Segmentation
 
 if TYPE_CHECKING:
     from dtta_fast.tasks.zero_shot import ZeroShot
 
-__all__ = ["Classification", "Task", "ZeroShot"]
+__all__ = ["Classification", "Depth", "Segmentation", "Task", "ZeroShot"]
 
 
 def __getattr__(name: str) -> Any:

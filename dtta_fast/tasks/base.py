@@ -42,5 +42,5 @@ class Task(Protocol):
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
         """The condition of the prediction taken, [B, ...], without gradient."""
 
-    def predict(self, outputs: Tensor) -> Tensor:
-        """What the user wants: for a classifier the class of each image."""
+    def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
+        """What the user wants: the class of each image, or a map at the crop's size (height, width)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,7 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.draws import class_uniforms
 from dtta_fast.kernels import mix_condition
-
-Transform = Callable[[Tensor], Tensor]
+from dtta_fast.tasks.transforms import Transform, timm_transforms
 
 
 class Classification:
@@ -34,10 +33,10 @@ class Classification:
         return model, denoiser
 
     def crop(self, model: nn.Module, images: Tensor) -> Tensor:
-        return (self._crop or _timm_transforms(model)[0])(images)
+        return (self._crop or timm_transforms(model)[0])(images)
 
     def normalise(self, model: nn.Module, crop: Tensor) -> Tensor:
-        return (self._normalise or _timm_transforms(model)[1])(crop)
+        return (self._normalise or timm_transforms(model)[1])(crop)
 
     def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig) -> None:
         """Raises ValueError where outputs are no logits [B, K], or K or top_k does not fit the denoiser's table."""
@@ -88,9 +87,9 @@ class Classification:
         return table, table.ndim > denoiser.class_embeddings({}).ndim
 
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
-        return denoiser.class_embeddings({})[self.predict(outputs)]
+        return denoiser.class_embeddings({})[outputs.argmax(dim=1)]
 
-    def predict(self, outputs: Tensor) -> Tensor:
+    def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
         return outputs.argmax(dim=1)
 
 
@@ -102,26 +101,3 @@ def _scaled(outputs: Tensor, logit_scale: float | None) -> Tensor:
 def _gathered(table: Tensor, chosen: Tensor, per_image: bool) -> Tensor:
     """Rows [B, M, ...] of a table [K, ...], or of one for each image."""
     return table[torch.arange(len(chosen), device=chosen.device)[:, None], chosen] if per_image else table[chosen]
-
-
-def _unchanged(images: Tensor) -> Tensor:
-    return images
-
-
-def _timm_transforms(model: nn.Module) -> tuple[Transform, Transform]:
-    """timm's own evaluation transform for the model, cut in two: geometry, and normalisation."""
-    if not getattr(model, "pretrained_cfg", None):
-        return _unchanged, _unchanged
-    from timm.data import create_transform, resolve_model_data_config
-
-    config = resolve_model_data_config(model)
-    *geometry, _to_tensor, normalise = create_transform(**config, is_training=False).transforms
-
-    def crop(images: Tensor) -> Tensor:
-        if images.shape[-2:] == tuple(config["input_size"][1:]):  # ImageNet-C is cropped already: resizing it again costs accuracy
-            return images
-        for transform in geometry:
-            images = transform(images)
-        return images.clamp(0, 1)  # bicubic overshoots
-
-    return crop, normalise

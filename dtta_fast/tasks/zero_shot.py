@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.stable_diffusion import StableDiffusion, check_names, prompt_tokens
 from dtta_fast.tasks.classification import Classification
+from dtta_fast.tasks.transforms import open_clip_transforms, processor_transforms
 
 PHOTO = "a photo of a {}."
 
@@ -82,7 +83,7 @@ class ZeroShot(Classification):
     def _from_transformers(self, clip: Any) -> ZeroShotClassifier:
         pair = self._processor if isinstance(self._processor, tuple) else None
         tokenizer, images = pair or (self._processor.tokenizer, self._processor.image_processor)
-        self._crop, self._normalise = _transformers_transforms(images)
+        self._crop, self._normalise = processor_transforms(images)
         limit = clip.config.text_config.max_position_embeddings
         ids = prompt_tokens(tokenizer, self._prompts, limit).to(clip.device)
         both = self._towers == "both"
@@ -106,7 +107,7 @@ class ZeroShot(Classification):
     def _from_open_clip(self, clip: Any) -> ZeroShotClassifier:
         if self._towers == "both":
             raise ValueError("towers is 'both' with a model of open_clip; give a transformers CLIPModel, or towers 'image'")
-        self._crop, self._normalise = _open_clip_transforms(clip)
+        self._crop, self._normalise = open_clip_transforms(clip)
         device = clip.logit_scale.device
         ids = self._processor(self._prompts).to(device)
         texts = _text_features(clip.encode_text, ids, len(self.classes))
@@ -179,34 +180,3 @@ def _text_features(encode: Callable[[Tensor], Tensor], ids: Tensor, classes: int
 def _ensembles(features: Tensor, classes: int) -> Tensor:
     """The mean direction [K, d] of each class's templates, features [K * T, d]."""
     return F.normalize(F.normalize(features, dim=-1).unflatten(0, (classes, -1)).mean(1), dim=-1)
-
-
-def _transformers_transforms(processor: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """A transformers image processor cut in two: geometry, and normalisation."""
-
-    def crop(images: Tensor) -> Tensor:
-        found: Tensor = processor(images=images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
-        return found.to(images.device).clamp(0, 1)  # bicubic overshoots
-
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
-    return crop, lambda images: (images - mean.to(images.device)) / std.to(images.device)
-
-
-def _open_clip_transforms(clip: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """open_clip's own evaluation transform for the model, cut in two."""
-    from open_clip import get_model_preprocess_cfg, image_transform
-    from torchvision import transforms
-
-    wanted = get_model_preprocess_cfg(clip)
-    kept = {name: wanted[name] for name in ("mean", "std", "interpolation", "resize_mode", "fill_color") if name in wanted}
-    steps = image_transform(wanted["size"], is_train=False, **kept).transforms
-    geometry = [
-        step for step in steps if isinstance(step, (transforms.Resize, transforms.CenterCrop)) or "open_clip" in type(step).__module__
-    ]
-
-    def crop(images: Tensor) -> Tensor:
-        for step in geometry:
-            images = step(images)
-        return images.clamp(0, 1)
-
-    return crop, next(step for step in steps if isinstance(step, transforms.Normalize))

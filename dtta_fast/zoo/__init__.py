@@ -9,53 +9,90 @@ from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
+from dtta_fast.tasks import Classification, Depth, Segmentation, Task
 
-NAMES = ("digits", "open_vocabulary")
+NAMES = ("digits", "open_vocabulary", "segmentation", "depth")
+DENSE = ("segmentation", "depth")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # names for open_vocabulary's example
+EXAMPLES = 64  # generated scenes
 
 
 def load(name: str | Path) -> tuple[nn.Module, Denoiser]:
-    """The model and the denoiser of that name, on the CPU, in eval mode.
+    """The model and the denoiser of that name, on the CPU, in eval mode; task(name) is the task that they take.
 
-    "digits" are a timm ConvNeXt and a pixel DiT; "open_vocabulary" a transformers CLIPModel and a Stable Diffusion of the digits, which
-    take a ZeroShot task with load_processor()'s processor. A Path is a folder with a classifier and a denoiser, as bench/zoo writes them.
+    "digits" are a timm ConvNeXt and a pixel DiT; "open_vocabulary" a transformers CLIPModel and a Stable Diffusion of the digits;
+    "segmentation" a transformers SegFormer, "depth" a GLPN depth estimator, each with a UNet that sees its map, of generated scenes. A
+    Path is a folder with a classifier and a denoiser, as bench/zoo writes them.
 
     Raises:
         ValueError: there is none of that name.
     """
-    model = load_classifier(name)
-    if name != "open_vocabulary":
-        return model, DiT.from_pretrained(folder(name) / "denoiser").eval()
-    from dtta_fast.denoisers.stable_diffusion import StableDiffusion
+    model = load_model(name)
+    if name == "open_vocabulary":
+        from dtta_fast.denoisers.stable_diffusion import StableDiffusion
 
-    return model, StableDiffusion.from_pretrained(folder(name) / "diffusion")
+        return model, StableDiffusion.from_pretrained(folder(name) / "diffusion")
+    if name in DENSE:
+        from dtta_fast.denoisers.concat_unet import ConcatUNet
+
+        return model, ConcatUNet.from_pretrained(folder(name) / "denoiser")
+    return model, DiT.from_pretrained(folder(name) / "denoiser").eval()
 
 
-def load_classifier(name: str | Path) -> nn.Module:
+def load_model(name: str | Path) -> nn.Module:
     """The model alone."""
-    if folder(name).name == "open_vocabulary":
+    if name == "open_vocabulary":
         from dtta_fast.tasks.zero_shot import load_clip
 
         return load_clip(folder(name) / "clip")[0]
+    if name in DENSE:
+        import transformers
+
+        kind = {"segmentation": "AutoModelForSemanticSegmentation", "depth": "AutoModelForDepthEstimation"}[str(name)]
+        loaded: nn.Module = getattr(transformers, kind).from_pretrained(folder(name) / "model").float().eval()
+        return loaded
     import timm
 
     return timm.create_model(f"local-dir:{folder(name) / 'classifier'}", pretrained=True).eval()
 
 
-def load_processor(name: str) -> Any:
-    """The transformers CLIPProcessor of "open_vocabulary"."""
-    if name != "open_vocabulary":
-        raise ValueError(f"name is {name!r}; of the zoo's models only 'open_vocabulary' has a processor")
-    from transformers import CLIPProcessor
+def task(name: str | Path) -> Task:
+    """The task of the models of that name; open_vocabulary's with the digits' names for classes."""
+    if name == "open_vocabulary":
+        from dtta_fast.tasks.zero_shot import ZeroShot
 
-    return CLIPProcessor.from_pretrained(folder(name) / "clip")
+        return ZeroShot(DIGITS, load_processor(name))
+    if name in DENSE:
+        return (Segmentation if name == "segmentation" else Depth)(load_processor(str(name)))
+    return Classification()
+
+
+def load_processor(name: str) -> Any:
+    """The transformers processor of "open_vocabulary", "segmentation" or "depth"."""
+    if name == "open_vocabulary":
+        from transformers import CLIPProcessor
+
+        return CLIPProcessor.from_pretrained(folder(name) / "clip")
+    if name in DENSE:
+        from transformers import SegformerImageProcessor
+
+        return SegformerImageProcessor.from_pretrained(folder(name) / "model")
+    raise ValueError(f"name is {name!r}; of the zoo's models 'open_vocabulary', 'segmentation' and 'depth' have a processor")
 
 
 def example(name: str) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, H, W] in [0, 1] and labels [N] of the test split: of either name the digits' (extra `demo`)."""
+    """Images [N, 3, H, W] in [0, 1] and the truth of the test split (extra `demo`).
+
+    Labels [N] of the digits, by either name; for "segmentation" labels [N, H, W], for "depth" metres [N, H, W], of 64 generated scenes.
+    """
+    folder(name)
+    if name in DENSE:
+        from dtta_fast.data.scenes import scenes
+
+        found = scenes("test", EXAMPLES)
+        return found.images, found.labels if name == "segmentation" else found.depth
     from dtta_fast.data.digits import load_digits
 
-    folder(name)
     return load_digits("test")
 
 

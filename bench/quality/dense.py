@@ -1,0 +1,154 @@
+"""Segmentation and depth on corrupted scenes: one command, one table.
+
+    python bench/quality/dense.py segmentation|depth [--images 200] [--split validation --only NAME ...]
+
+Every method meets the same scenes of each corruption, and clean ones. Writes bench/results/dense_TASK.json, a record a method: every
+image's main score by corruption (intersection over union; relative error), the other scores' means, passes and seconds an image. On the
+validation split it is bench/results/choose_dense.jsonl instead, which settings are chosen from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtta_fast import AdaptConfig, Adapter, environment, presets, zoo
+from dtta_fast.data.corruptions import corrupt
+from dtta_fast.data.scenes import scenes
+from dtta_fast.demo import CLEAN, bootstrap_interval
+from dtta_fast.demo_dense import CORRUPTIONS, MAIN, scores, truth_of
+
+RESULTS = Path(__file__).parents[1] / "results"
+DENSE = presets.DENSE
+BATCH = 8
+
+METHODS: dict[str, AdaptConfig | None] = {
+    "source": None,
+    "matched alone": None,
+    "DENSE": DENSE,
+    "DENSE, no guard": DENSE.replace(guard=0, guard_threshold=0.0),
+    "DENSE, unmatched": DENSE.replace(match="off"),
+    "DENSE, matched for the denoiser alone": DENSE.replace(match="denoiser"),
+    "DENSE, norm layers": DENSE.replace(parameters="norm"),
+    "DENSE, uniform timesteps": DENSE.replace(timestep_range=None),
+    "PAPER, 20 pairs, denoiser frozen": presets.PAPER.replace(pairs=20, denoiser_parameters="frozen"),
+    "DENSE, online": DENSE.replace(mode="online", steps=1, guard=0, guard_threshold=0.0),
+}
+
+
+def candidates() -> dict[str, AdaptConfig]:
+    found = {name: config for name, config in METHODS.items() if config is not None}
+    for match in ("off", "denoiser", "both"):
+        for lr in (3e-5, 1e-4, 3e-4, 1e-3):
+            for low, high in ((0, 300), (200, 500), (400, 700), (600, 900), (100, 900)):
+                settings = {"match": match, "lr": lr, "timestep_range": (low, high)}
+                found[f"{match} lr {lr} t {low}-{high}"] = DENSE.replace(**settings)
+                found[f"{match} lr {lr} t {low}-{high}, no guard"] = DENSE.replace(**settings, guard=0, guard_threshold=0.0)
+    for guard, threshold in ((6, 0.0), (6, 1.0), (9, 0.0), (9, 1.0), (9, 2.0)):
+        found[f"guard {guard} threshold {threshold}"] = DENSE.replace(guard=guard, guard_threshold=threshold)
+    for scale in (1.0, 3.0, 6.0, 12.0):
+        found[f"logit_scale {scale}"] = DENSE.replace(logit_scale=scale)
+    return found
+
+
+@torch.no_grad()
+def measure(name: Any, config: AdaptConfig | None, matched: bool, streams: dict[str, Tensor], truth: Tensor) -> dict[str, Any]:
+    model, denoiser = zoo.load(name)
+    task = zoo.task(name)
+    adapter = Adapter(model, denoiser, config or DENSE, task)
+    bound, _ = task.bind(model, denoiser)
+    rows = {}
+    for stream, images in streams.items():
+        adapter.reset()
+        predictions, start, evaluations, accepted = [], time.perf_counter(), 0, 0
+        for part in torch.arange(len(images)).split(BATCH):
+            if config is None:
+                crop = task.crop(model, images[part])
+                crop = denoiser.calibration.match(crop) if matched and denoiser.calibration is not None else crop
+                predictions.append(task.predict(bound(task.normalise(model, crop)), (crop.shape[-2], crop.shape[-1])))
+            else:
+                result = adapter.adapt(images[part], image_ids=part)
+                predictions.append(result.predictions)
+                evaluations += int(result.evaluations.sum())
+                accepted += int(result.accepted.sum())
+        seconds = time.perf_counter() - start
+        found = scores(name, torch.cat(predictions), truth)
+        rows[stream] = {
+            "images": [round(float(value), 5) for value in found[MAIN[name]]],
+            "scores": {key: float(values.mean()) for key, values in found.items()},
+            "evaluations": evaluations / len(images),
+            "accepted": accepted / len(images),
+            "seconds": seconds / len(images),
+        }
+    return rows
+
+
+def summary(rows: dict[str, Any], source: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Means over corruptions, the mean gain with its 95 % interval over images, and the corruption that gains least."""
+    gains = torch.tensor([[a - b for a, b in zip(rows[n]["images"], source[n]["images"], strict=True)] for n in names])
+    sign = -1 if "abs_rel" in rows[names[0]]["scores"] else 1
+    return {
+        "scores": {key: sum(rows[n]["scores"][key] for n in names) / len(names) for key in rows[names[0]]["scores"]},
+        "gain": float(gains.mean()),
+        "gain_interval": bootstrap_interval(gains.mean(0)),
+        "worst": min((sign * float(gain.mean()), name) for gain, name in zip(gains, names, strict=True)),
+        **{key: sum(rows[n][key] for n in names) / len(names) for key in ("evaluations", "accepted", "seconds")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["segmentation", "depth"])
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--only", nargs="*", default=[""])
+    parser.add_argument("--split", choices=["validation", "test"], default="test")
+    args = parser.parse_args()
+    choosing = args.split == "validation"
+    data = scenes(args.split, args.images)
+    severities = CORRUPTIONS[args.task]
+    streams = {**{name: corrupt(data.images, name, severity) for name, severity in severities.items()}, CLEAN: data.images}
+    truth = truth_of(args.task, data)
+    source = measure(args.task, None, False, streams, truth)
+    path = RESULTS / f"dense_{args.task}.json"
+    records = json.loads(path.read_text()) if path.is_file() else {}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=False).stdout.strip()
+    methods = {**METHODS, **candidates()} if choosing else METHODS
+    for name, config in methods.items():
+        if not any(name.startswith(word) for word in args.only):
+            continue
+        rows = source if name == "source" else measure(args.task, config, name == "matched alone", streams, truth)
+        record = {
+            "task": args.task,
+            "method": name,
+            "images": args.images,
+            "severities": severities,
+            "corrupted": summary(rows, source, list(severities)),
+            "clean": summary(rows, source, [CLEAN]),
+            "commit": commit,
+            "environment": environment.describe(),
+        }
+        if choosing:
+            with (RESULTS / "choose_dense.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        else:
+            records[name] = {**record, "rows": rows}
+            path.write_text(json.dumps(records) + "\n")
+        found, clean = record["corrupted"], record["clean"]
+        low, high = found["gain_interval"]
+        print(
+            f"{name:36} {found['scores'][MAIN[args.task]]:.4f} gain {found['gain']:+.4f} ({low:+.4f} .. {high:+.4f})  "
+            f"clean {clean['gain']:+.4f}  worst {found['worst'][0]:+.4f} {found['worst'][1]}  "
+            f"{found['evaluations']:.1f} evaluations, accepted {found['accepted']:.0%}, {found['seconds']:.3f} s",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""A UNet that sees a map beside the noisy image: the dense tasks' denoiser."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from dtta_fast.calibration import Calibration
+from dtta_fast.denoisers.reading import CALIBRATION, download, read_json, read_process
+from dtta_fast.denoisers.unet import UNetDenoiser
+from dtta_fast.process import NoiseProcess
+
+KIND = "ConcatUNet"
+
+
+class ConcatUNet(UNetDenoiser):
+    """A diffusers UNet2DModel whose input is the noisy latent and, behind it, the channels of a map.
+
+    The map is of class embeddings (segmentation: `classes`) or of depth, one channel: the logarithm of metres, -1 at the nearest and 1
+    at the farthest (`depth_range`), or, where neither is given, any map at mean 0 and deviation 1 an image (relative depth).
+
+    Args:
+        unet: a UNet2DModel; in_channels are the latent's and the map's. process: its noise process. vae: an AutoencoderKL, or None.
+        classes: how many have embeddings, each of as many channels as the map has. depth_range: (nearest, farthest), in metres.
+
+    Raises:
+        ValueError: both classes and depth_range, a UNet without room for a map, an empty depth range.
+    """
+
+    takes_maps = True
+    keep_in_float32 = ("embeddings",)  # conditions are their mixtures, and gradients to them add up over chunks
+
+    def __init__(
+        self,
+        unet: Any,
+        process: NoiseProcess,
+        vae: Any = None,
+        *,
+        classes: int | None = None,
+        depth_range: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(unet, process, vae)
+        config = unet.config
+        latent = 3 if vae is None else vae.config.latent_channels
+        channels = config.in_channels - latent
+        if config.out_channels not in (latent, 2 * latent) or channels < 1:
+            found = f"unet has {config.in_channels} channels in and {config.out_channels} out"
+            raise ValueError(f"{found}; on latents of {latent} it needs more than {latent} in, and {latent} or {2 * latent} out")
+        if classes is not None and depth_range is not None:
+            raise ValueError(f"classes is {classes} and depth_range {depth_range}; a map shows either")
+        if classes is None and channels != 1:
+            raise ValueError(f"unet has {channels} channels for the map; depth takes 1")
+        if classes is not None and classes < 2:
+            raise ValueError(f"classes is {classes}; give 2 and more")
+        if depth_range is not None and not 0 < depth_range[0] < depth_range[1] < math.inf:
+            raise ValueError(f"depth_range is {depth_range}; give (nearest, farthest) in metres with 0 < nearest < farthest")
+        self.classes, self.depth_range, self._latent = classes, depth_range, latent
+        self.embeddings = None if classes is None else nn.Parameter(torch.randn(classes, channels))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.unet.config.sample_size
+        return self._latent, side, side
+
+    def adaptable(self) -> list[str]:
+        return [*super().adaptable(), *(() if self.embeddings is None else ("embeddings",))]
+
+    def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """[K, E].
+
+        Raises:
+            ValueError: the denoiser's maps are of depth.
+        """
+        if self.embeddings is None:
+            raise ValueError("denoiser takes maps of depth and has no classes; give task=Depth()")
+        return parameters.get("embeddings", self.embeddings.detach()).to(self.embeddings.dtype)
+
+    def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """None was trained.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("denoiser was trained with a map for every image: null_condition needs one that was trained without too")
+
+    def depth_map(self, depth: Tensor) -> Tensor:
+        """Depth [B, 1, h, w] to the map's values, differentiable; metric depth is taken in metres.
+
+        Raises:
+            ValueError: the denoiser's maps are of classes.
+        """
+        if self.embeddings is not None:
+            raise ValueError(f"denoiser takes maps of {self.classes} classes; give task=Segmentation()")
+        if self.depth_range is None:
+            deviation, mean = torch.std_mean(depth, dim=(1, 2, 3), keepdim=True, correction=0)
+            return (depth - mean) / deviation.clamp(min=1e-6)
+        near, far = map(math.log, self.depth_range)
+        return (2 * depth.clamp(min=self.depth_range[0] / 4).log() - near - far) / (far - near)
+
+    def resized(self, maps: Tensor) -> Tensor:
+        """Maps [B, E, h, w] at the latent's size, each value the mean of what it covers."""
+        size = self.latent_shape[1:]
+        return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", antialias=True)
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """Condition: maps [B, E, h, w] of the latent's size."""
+        rows = condition.to(x_t.dtype).repeat_interleave(len(x_t) // len(condition), dim=0)
+        prediction: Tensor = self.unet(torch.cat([x_t, rows], dim=1), self.process.model_time[timesteps], return_dict=False)[0]
+        return prediction
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> ConcatUNet:
+        """Reads what save_pretrained() wrote, or downloads the hub's model of that id.
+
+        Raises:
+            FileNotFoundError, ValueError: a part is missing or damaged; the message names it.
+        """
+        from diffusers import AutoencoderKL, UNet2DModel
+        from safetensors.torch import load_file
+
+        folder = Path(path)
+        if not folder.is_dir():
+            folder = download(str(path), ["*.json", "*.safetensors"])
+        config = read_json(folder / "config.json")
+        if config.get("_class_name") != KIND:
+            raise ValueError(f"{folder / 'config.json'} names {config.get('_class_name')!r}; a {KIND}'s folder names {KIND}")
+        parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": AutoencoderKL} if (folder / "vae").is_dir() else {})
+        for name, kind in parts.items():
+            try:
+                parts[name] = kind.from_pretrained(folder / name, use_safetensors=True, torch_dtype=torch.float32)
+            except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
+                raise ValueError(f"{folder / name} cannot be read as a {kind.__name__}: {error}") from error
+        span = config.get("depth_range")
+        try:
+            denoiser = cls(
+                parts["unet"],
+                read_process(folder),
+                parts.get("vae"),
+                classes=config.get("classes"),
+                depth_range=None if span is None else (float(span[0]), float(span[1])),
+            )
+        except (TypeError, IndexError, KeyError) as error:
+            raise ValueError(f"{folder / 'config.json'} describes no {KIND}: {error}") from error
+        if denoiser.embeddings is not None:
+            file = folder / "embeddings.safetensors"
+            try:
+                table = load_file(file)["embeddings"].float()
+            except (OSError, SafetensorError, KeyError) as error:
+                raise ValueError(f"{file} cannot be read: {error}") from error
+            if table.shape != denoiser.embeddings.shape:
+                raise ValueError(f"{file} holds {tuple(table.shape)}; the model takes {tuple(denoiser.embeddings.shape)}")
+            denoiser.embeddings.data = table
+        if (folder / CALIBRATION).is_file():
+            denoiser.calibration = Calibration.load(folder / CALIBRATION, denoiser)
+        return denoiser.eval()
+
+    def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
+        """Writes config.json, unet/, vae/ where there is one, scheduler/ (the diffusers scheduler trained with), the embeddings, and
+        calibration.json where the denoiser has one."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        self.unet.save_pretrained(folder / "unet")
+        if self.vae is not None:
+            self.vae.save_pretrained(folder / "vae")
+        scheduler.save_pretrained(folder / "scheduler")
+        if self.embeddings is not None:
+            save_file({"embeddings": self.embeddings.detach().contiguous()}, folder / "embeddings.safetensors")
+        if self.calibration is not None:
+            self.calibration.save(folder / CALIBRATION)
+        found = {"_class_name": KIND, "classes": self.classes, "depth_range": self.depth_range}
+        (folder / "config.json").write_text(json.dumps(found, indent=2) + "\n")

@@ -1,0 +1,94 @@
+"""Stable Diffusion with a ControlNet as a denoiser: segmentation without a diffusion model trained for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from dtta_fast.denoisers.reading import download
+from dtta_fast.denoisers.stable_diffusion import StableDiffusion, share_condition
+from dtta_fast.process import NoiseProcess
+
+
+class ControlNet(StableDiffusion):
+    """Predictions under class prompts and a control image of zeros, mixed at every pixel by the task (DUSA, NeurIPS 2024).
+
+    Segmentation with objective "noise_mix"; every class is a forward, so choose few by top_k (the paper: 20).
+
+    Args:
+        controlnet: a diffusers ControlNetModel, such as one trained on segmentation maps; the others are StableDiffusion's.
+    """
+
+    controlnet: Any
+
+    def __init__(self, unet: Any, process: NoiseProcess, vae: Any, text_encoder: Any, tokenizer: Any, controlnet: Any) -> None:
+        if controlnet.config.cross_attention_dim != unet.config.cross_attention_dim:
+            found = (
+                f"controlnet has prompts of {controlnet.config.cross_attention_dim} channels and unet of {unet.config.cross_attention_dim}"
+            )
+            raise ValueError(f"{found}; give a ControlNet made for this Stable Diffusion")
+        super().__init__(unet, process, vae, text_encoder, tokenizer)
+        self.controlnet = controlnet
+        share_condition(controlnet, "controlnet")
+
+    @property
+    def checkpointing(self) -> bool:
+        found: bool = self.unet.is_gradient_checkpointing
+        return found
+
+    @checkpointing.setter
+    def checkpointing(self, wanted: bool) -> None:
+        for part in (self.unet, self.controlnet):
+            if wanted:
+                part.enable_gradient_checkpointing()
+            else:
+                part.disable_gradient_checkpointing()
+
+    def adaptable(self) -> list[str]:
+        """The UNet's and the ControlNet's."""
+        return [name for name, _ in self.named_parameters() if name.startswith(("unet.", "controlnet."))]
+
+    def regions(self) -> list[nn.Module]:
+        return [*super().regions(), *self.blocks_of(self.controlnet)]
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        time, prompts = self.process.model_time[timesteps], condition.to(x_t.dtype)
+        zeros = x_t.new_zeros(1, self.controlnet.config.conditioning_channels, self.image_size, self.image_size)  # one for all rows
+        down, middle = self.controlnet(x_t, time, prompts, zeros, return_dict=False)
+        prediction: Tensor = self.unet(
+            x_t, time, prompts, down_block_additional_residuals=down, mid_block_additional_residual=middle, return_dict=False
+        )[0]
+        return prediction
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        path: str | Path,
+        controlnet: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        variant: str | None = None,
+        quantization_config: Any = None,
+    ) -> ControlNet:
+        """Reads a Stable Diffusion as its from_pretrained() does, and a ControlNet's folder, or the hub's of that id.
+
+        Raises:
+            FileNotFoundError, ValueError: a part is missing or damaged, or they do not fit; the message names it.
+        """
+        from diffusers import ControlNetModel
+
+        plain = StableDiffusion.from_pretrained(path, dtype=dtype, variant=variant, quantization_config=quantization_config)
+        folder = Path(controlnet)
+        if not folder.is_dir():
+            folder = download(str(controlnet), ["*.json", "*.safetensors"])
+        try:
+            own = ControlNetModel.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
+        except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(f"{folder} cannot be read as a ControlNetModel: {error}") from error
+        denoiser = cls(plain.unet, plain.process, plain.vae, *plain.text(), own)
+        denoiser.calibration = plain.calibration
+        return denoiser.eval()

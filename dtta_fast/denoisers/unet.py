@@ -1,0 +1,73 @@
+"""What denoisers that are a diffusers UNet have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtta_fast.denoisers.base import Denoiser, image_size, to_latents, to_model_range
+from dtta_fast.process import NoiseProcess
+
+
+class UNetDenoiser(Denoiser):
+    """A UNet that may adapt, in pixels or in the latents of an AutoencoderKL, which never adapts."""
+
+    can_checkpoint = True
+    unet: Any
+    vae: Any
+
+    def __init__(self, unet: Any, process: NoiseProcess, vae: Any = None) -> None:
+        super().__init__()
+        self.unet = unet
+        self.vae = vae
+        self.process = process
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> UNetDenoiser:
+        moved: UNetDenoiser = super()._apply(fn, *args, **kwargs)
+        self.process = self.process.to(self.unet.device)  # the table follows the device, not the dtype
+        return moved
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] to x0: pixels in [-1, 1], or the posterior mean times the scaling factor."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        if self.vae is None:
+            return to_model_range(images, self.image_size).to(dtype)
+        return to_latents(self.vae, images, self.image_size).to(dtype)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the images that it works on."""
+        side: int = self.unet.config.sample_size
+        return side if self.vae is None else image_size(self.vae, side)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.unet.config.sample_size
+        return self.unet.config.in_channels, side, side
+
+    @property
+    def dtype(self) -> torch.dtype:
+        found: torch.dtype = self.unet.dtype  # diffusers' own answer leaves out quantised weights
+        return found
+
+    @property
+    def checkpointing(self) -> bool:
+        found: bool = self.unet.is_gradient_checkpointing
+        return found
+
+    @checkpointing.setter
+    def checkpointing(self, wanted: bool) -> None:
+        if wanted:
+            self.unet.enable_gradient_checkpointing()
+        else:
+            self.unet.disable_gradient_checkpointing()
+
+    def network_to_adapt(self) -> nn.Module:
+        found: nn.Module = self.unet
+        return found
+
+    def adaptable(self) -> list[str]:
+        return [name for name, _ in self.named_parameters() if name.startswith("unet.")]

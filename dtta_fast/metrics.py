@@ -1,0 +1,72 @@
+"""What maps are judged by: intersection over union and class accuracy, depth errors; image by image, so that intervals can be drawn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def confusion(predictions: Tensor, labels: Tensor, classes: int, ignore: int = 255) -> Tensor:
+    """Pixels [N, K, K] of each image by true (row) and predicted class, of labels [N, H, W]; `ignore` marks pixels without one.
+
+    Raises:
+        ValueError: maps of two sizes, or labels and predictions outside the classes.
+    """
+    if predictions.shape != labels.shape or labels.ndim != 3:
+        raise ValueError(f"predictions have shape {tuple(predictions.shape)} and labels {tuple(labels.shape)}; give both as [N, H, W]")
+    known = labels != ignore
+    for name, values in (("labels", labels[known]), ("predictions", predictions[known])):
+        if values.numel() and (int(values.min()) < 0 or int(values.max()) >= classes):
+            raise ValueError(
+                f"{name} lie in {int(values.min())} .. {int(values.max())}; there are classes 0 .. {classes - 1}, and {ignore} for none"
+            )
+    cells = (labels * classes + predictions + torch.arange(len(labels), device=labels.device)[:, None, None] * classes**2)[known]
+    return torch.bincount(cells, minlength=len(labels) * classes**2).view(-1, classes, classes)
+
+
+def mean_iou(counts: Tensor) -> Tensor:
+    """Mean over the classes that occur of intersection over union, of pixel counts [..., K, K] (true, predicted)."""
+    hits = counts.diagonal(dim1=-2, dim2=-1).double()
+    union = counts.sum(-1) + counts.sum(-2) - hits
+    return _mean_where(hits / union, union > 0)
+
+
+def mean_class_accuracy(counts: Tensor) -> Tensor:
+    """Mean over the classes that occur in the truth of the share of their pixels that is found, of counts [..., K, K]."""
+    hits, truth = counts.diagonal(dim1=-2, dim2=-1).double(), counts.sum(-1)
+    return _mean_where(hits / truth, truth > 0)
+
+
+def depth_errors(predictions: Tensor, depth: Tensor) -> dict[str, Tensor]:
+    """Each [N], of depth [N, H, W] in metres where the truth is above 0: the errors of Eigen et al. (2014, arXiv 1406.2283), and SSIM.
+
+    abs_rel: mean of |d - d*| / d*. rmse: in metres. delta1..3: share of pixels whose ratio to the truth, or the inverse, is under 1.25,
+    1.25², 1.25³. ssim: structural similarity of the maps (Wang et al. 2004), on the range of the truth of all images.
+
+    Raises:
+        ValueError: maps of two sizes, depth that is not finite, or an image without depth above 0.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    if predictions.shape != depth.shape or depth.ndim != 3:
+        raise ValueError(f"predictions have shape {tuple(predictions.shape)} and depth {tuple(depth.shape)}; give both as [N, H, W]")
+    if not bool(predictions.isfinite().all() and depth.isfinite().all()):
+        raise ValueError("predictions or depth holds NaN or infinity")
+    known = depth > 0
+    if not bool(known.flatten(1).any(1).all()):
+        raise ValueError("depth has an image without a value above 0")
+    truth, guess = depth.double(), predictions.double().clamp(min=1e-6)
+    safe = torch.where(known, truth, 1.0)
+    ratio = torch.maximum(guess / safe, safe / guess)
+    low, high = float(truth[known].min()), float(truth[known].max())
+    return {
+        "abs_rel": _mean_where(((guess - safe).abs() / safe).flatten(1), known.flatten(1)),
+        "rmse": _mean_where((guess - safe).square().flatten(1), known.flatten(1)).sqrt(),
+        **{f"delta{k}": _mean_where((ratio < 1.25**k).double().flatten(1), known.flatten(1)) for k in (1, 2, 3)},
+        "ssim": ssim(guess[:, None], truth[:, None], data_range=max(high - low, 1e-6), reduction="none").view(-1),
+    }
+
+
+def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
+    """Over the last dimension."""
+    return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1)

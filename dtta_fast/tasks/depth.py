@@ -1,0 +1,52 @@
+"""Monocular depth: the depth map is the condition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dtta_fast.config import AdaptConfig
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.tasks.dense import DenseTask, check_maps, resized
+
+
+class Depth(DenseTask):
+    """For modules that map images to depth, [B, h, w] or [B, 1, h, w]: transformers' depth estimators, or a Unet with one output channel.
+
+    The map is normalised as the denoiser was trained: metres to their logarithm, or, for relative depth, each image's map to mean 0 and
+    deviation 1. predictions are depth [B, H, W] at the size that the model looks at, in the model's unit.
+    """
+
+    def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig) -> None:
+        """Raises ValueError where outputs are no depth, or not finite, or the config asks for what maps do not have."""
+        if outputs.ndim != 4 or outputs.shape[1] != 1:
+            raise ValueError(f"model returns shape {tuple(outputs.shape)}; a depth model returns [B, h, w] or [B, 1, h, w]")
+        if not denoiser.takes_maps:
+            raise ValueError(f"denoiser is a {type(denoiser).__name__}; depth takes one of maps, such as a ConcatUNet")
+        check_maps("depth", config, {"objective": "embedding_mix", "top_k": None, "logit_scale": None})
+        if not bool(outputs.isfinite().all()):
+            raise ValueError("model returns depth that holds NaN or infinity")
+        denoiser.depth_map(outputs[:1])  # type: ignore[operator]
+
+    def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:
+        return None
+
+    def condition(
+        self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None = None
+    ) -> Tensor:
+        maps = denoiser.depth_map(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))  # type: ignore[operator]
+        found: Tensor = denoiser.resized(maps)  # type: ignore[operator]
+        return found
+
+    def candidates(
+        self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        raise ValueError("depth has no classes to choose from: use objective 'embedding_mix'")
+
+    def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
+        return self.condition(outputs, denoiser, {}, AdaptConfig())
+
+    def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
+        return resized(outputs, size)[:, 0]

@@ -1,0 +1,83 @@
+"""Semantic segmentation: at every pixel softmax(logits) mixes the denoiser's class embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dtta_fast.config import AdaptConfig
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.tasks.dense import DenseTask, check_maps, resized
+
+
+class Segmentation(DenseTask):
+    """For modules that map images to logits [B, K, h, w] of any size: transformers' SegFormer, segmentation_models_pytorch, torchvision.
+
+    A denoiser of maps (ConcatUNet) is conditioned on the map of the classes' mixed embeddings. A denoiser under prompts
+    (ControlNet) predicts once a class, and the predictions are mixed at every pixel: objective "noise_mix", top_k classes of an image.
+    predictions are labels [B, H, W] at the size that the model looks at.
+    """
+
+    def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig) -> None:
+        """Raises ValueError where outputs are no logits of the denoiser's classes, or the config asks for what maps do not have."""
+        classes = len(denoiser.class_embeddings({}))
+        if outputs.ndim != 4 or outputs.shape[1] != classes:
+            raise ValueError(
+                f"model returns shape {tuple(outputs.shape)} and denoiser has embeddings for {classes} classes; both need the same"
+            )
+        check_maps("segmentation", config, {} if denoiser.takes_maps else {"guard": 0})
+        wanted = "embedding_mix" if denoiser.takes_maps else "noise_mix"
+        if config.objective != wanted:
+            kind = "maps" if denoiser.takes_maps else "prompts"
+            raise ValueError(f"objective is {config.objective!r}, and the denoiser takes {kind}: use {wanted!r}")
+        if config.top_k is not None and config.top_k > classes:
+            raise ValueError(f"top_k is {config.top_k}, and there are {classes} classes")
+        if denoiser.takes_maps and config.top_k is not None:
+            raise ValueError(f"top_k is {config.top_k}; a map's embedding costs the same for all classes: leave it out")
+
+    def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:
+        """The classes that cover most of an image."""
+        if config.top_k is None:
+            return None
+        return outputs.detach().softmax(1).mean((2, 3)).topk(config.top_k, dim=1).indices
+
+    def condition(
+        self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None = None
+    ) -> Tensor:
+        if not denoiser.takes_maps:  # a prompt's is as large as any: what the memory plan asks for
+            return denoiser.class_embeddings(moving)[outputs.mean((2, 3)).argmax(1)]
+        return _mixed(_scaled(outputs, config.logit_scale).softmax(1), denoiser, denoiser.class_embeddings(moving))
+
+    def candidates(
+        self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Probabilities [B, M, h, w] at the latent's size."""
+        table = denoiser.class_embeddings(moving)
+        if chosen is None:
+            chosen = torch.arange(outputs.shape[1], device=outputs.device).expand(len(outputs), -1)
+        picked = chosen[:, :, None, None].expand(-1, -1, *outputs.shape[2:])
+        shares = _scaled(outputs, config.logit_scale).gather(1, picked).softmax(1)
+        return F.interpolate(shares, denoiser.latent_shape[1:], mode="bilinear", antialias=True), table[chosen]
+
+    def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
+        one_hot = F.one_hot(outputs.argmax(1), outputs.shape[1]).movedim(-1, 1)
+        table = denoiser.class_embeddings({})
+        return _mixed(one_hot.to(table.dtype), denoiser, table)
+
+    def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
+        return resized(outputs, size).argmax(1)
+
+
+def _mixed(shares: Tensor, denoiser: Denoiser, table: Tensor) -> Tensor:
+    """[B, E, h, w] at the latent's size, of shares [B, K, h, w] and a table [K, E], or [B, K, E] of one for each image."""
+    maps = torch.einsum("bkhw,bke->behw" if table.ndim == 3 else "bkhw,ke->behw", shares.to(table.dtype), table)
+    found: Tensor = denoiser.resized(maps)  # type: ignore[operator]
+    return found
+
+
+def _scaled(outputs: Tensor, logit_scale: float | None) -> Tensor:
+    """As Classification's, at every pixel."""
+    return outputs if logit_scale is None else logit_scale * F.normalize(outputs, dim=1)

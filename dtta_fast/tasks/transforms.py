@@ -1,0 +1,65 @@
+"""Preprocessing from the models' own configs, cut in two: geometry, and normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Transform = Callable[[Tensor], Tensor]
+
+
+def unchanged(images: Tensor) -> Tensor:
+    return images
+
+
+def timm_transforms(model: nn.Module) -> tuple[Transform, Transform]:
+    """timm's own evaluation transform for the model; images as they are where it has none."""
+    if not getattr(model, "pretrained_cfg", None):
+        return unchanged, unchanged
+    from timm.data import create_transform, resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    *geometry, _to_tensor, normalise = create_transform(**config, is_training=False).transforms
+
+    def crop(images: Tensor) -> Tensor:
+        if images.shape[-2:] == tuple(config["input_size"][1:]):  # ImageNet-C is cropped already: resizing it again costs accuracy
+            return images
+        for transform in geometry:
+            images = transform(images)
+        return images.clamp(0, 1)  # bicubic overshoots
+
+    return crop, normalise
+
+
+def processor_transforms(processor: Any) -> tuple[Transform, Transform]:
+    """Of a transformers image processor."""
+
+    def crop(images: Tensor) -> Tensor:
+        found: Tensor = processor(images=images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        return found.to(images.device).clamp(0, 1)  # bicubic overshoots
+
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
+    return crop, lambda images: (images - mean.to(images.device)) / std.to(images.device)
+
+
+def open_clip_transforms(clip: Any) -> tuple[Transform, Transform]:
+    """open_clip's own evaluation transform for the model."""
+    from open_clip import get_model_preprocess_cfg, image_transform
+    from torchvision import transforms
+
+    wanted = get_model_preprocess_cfg(clip)
+    kept = {name: wanted[name] for name in ("mean", "std", "interpolation", "resize_mode", "fill_color") if name in wanted}
+    steps = image_transform(wanted["size"], is_train=False, **kept).transforms
+    geometry = [
+        step for step in steps if isinstance(step, (transforms.Resize, transforms.CenterCrop)) or "open_clip" in type(step).__module__
+    ]
+
+    def crop(images: Tensor) -> Tensor:
+        for step in geometry:
+            images = step(images)
+        return images.clamp(0, 1)
+
+    return crop, next(step for step in steps if isinstance(step, transforms.Normalize))
