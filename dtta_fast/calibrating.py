@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from dtta_fast.calibration import Calibration
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.objectives import Pairs, pair_losses
+from dtta_fast.runtime.private import PrivateCopy
 
 BINS = 20  # equal parts of the noise process
 DRAWS = 16  # pairs a bin and image
@@ -32,12 +34,8 @@ def calibrate(denoiser: Denoiser, images: Tensor) -> Calibration:
     found = Calibration.measure(denoiser, images)
     if denoiser.takes_maps:
         return found
-    before = denoiser.training
-    denoiser.eval()
-    try:
-        signal, spread = class_signal(denoiser, denoiser.encode(images[:IMAGES].to(next(denoiser.parameters()).device)))
-    finally:
-        denoiser.train(before)
+    own: Any = PrivateCopy(denoiser).module  # in eval mode, whatever the caller's is in
+    signal, spread = class_signal(own, own.encode(images[:IMAGES].to(next(denoiser.parameters()).device)))
     return dataclasses.replace(found, signal=tuple(signal.tolist()), spread=tuple(spread.tolist()))
 
 
@@ -49,6 +47,8 @@ def class_signal(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor]:
     what no noise hides from a classifier of templates (the highest timesteps) stays wrong.
     """
     table, width = denoiser.class_embeddings({}), len(denoiser.process) / BINS
+    if len(table) < 2:
+        raise ValueError(f"denoiser has {len(table)} class; its timesteps are measured by telling classes apart: give 2 and more")
     ids = torch.arange(len(x0), device=x0.device)
     starts = torch.arange(BINS, device=x0.device) * width
     first = _losses(denoiser, x0, ids, (starts + width / 2).long().expand(len(x0), BINS), table.expand(len(x0), *table.shape), 0)

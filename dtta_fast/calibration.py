@@ -111,7 +111,7 @@ class Calibration:
             found: dict[str, Any] = json.loads(Path(path).read_text())
             series = [tuple(map(float, found.get(name, ()))) for name in ("power", "signal", "spread")]
             read = cls(str(found["fingerprint"]), float(found["mean"]), float(found["deviation"]), *series)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is no calibration: {type(error).__name__}: {error}") from error
         numbers = (read.mean, read.deviation, *read.power, *read.signal, *read.spread)
         if len(read.power) < 3 or not all(map(math.isfinite, numbers)) or read.deviation <= 0 or min(read.power) < 0:

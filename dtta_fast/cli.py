@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torchvision.transforms.functional import to_pil_image
@@ -199,11 +200,11 @@ class Adapt:
 
 def _print_probabilities(row: dict[str, Any]) -> None:
     """The ten likeliest classes of an image."""
-    table = Table(title=f"{row['path']}: {row['evaluations']} evaluations, {row['seconds']:.2f} s")
+    table = Table(title=f"{escape(row['path'])}: {row['evaluations']} evaluations, {row['seconds']:.2f} s")
     for head in ("class", "before %", "after %"):
         table.add_column(head, justify="left" if head == "class" else "right")
     for name in sorted(row["after"], key=row["after"].__getitem__, reverse=True)[:10]:
-        table.add_row(name, *(f"{100 * row[when][name]:.1f}" for when in ("before", "after")))
+        table.add_row(escape(name), *(f"{100 * row[when][name]:.1f}" for when in ("before", "after")))
     Console().print(table)
 
 
@@ -247,7 +248,11 @@ class Calibrate:
         _check_path(path)
         denoiser = load_denoiser(self.denoiser, stable_diffusion=self.classes is not None)
         if self.classes is not None:
-            denoiser = denoiser.with_classes([f"a photo of a {name.strip()}." for name in self.classes.split(",")])
+            from dtta_fast.denoisers.stable_diffusion import check_names
+
+            names = [name.strip() for name in self.classes.split(",")]
+            check_names("classes", names)
+            denoiser = denoiser.with_classes([f"a photo of a {name}." for name in names])
         calibrate(denoiser, read_images(self.images, denoiser.image_size, self.most)).save(path)
         print(f"{path}: written")
 

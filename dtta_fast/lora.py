@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dtta_fast.runtime.private import evaluating
+
 # the query and value projections, by the names that libraries give them: transformers, diffusers, timm
 USUAL = (("q_proj", "v_proj"), ("to_q", "to_k", "to_v", "to_out.0"), ("query", "value"), ("qkv",))
 
@@ -63,7 +65,7 @@ def attach(module: nn.Module, rank: int, wanted: Sequence[str] | None, what: str
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(chosen, module)
-        module.eval().requires_grad_(False)  # a private copy's weights are constants
+        evaluating(module).requires_grad_(False)  # a private copy's weights are constants
     return layers(module)
 
 

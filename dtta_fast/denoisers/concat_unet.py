@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dtta_fast.calibration import Calibration
-from dtta_fast.denoisers.reading import CALIBRATION, download, read_json, read_process
+from dtta_fast.denoisers.reading import CALIBRATION, download, read_json, read_model, read_process
 from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.process import NoiseProcess
 
@@ -134,10 +134,7 @@ class ConcatUNet(UNetDenoiser):
             raise ValueError(f"{folder / 'config.json'} names {config.get('_class_name')!r}; a {KIND}'s folder names {KIND}")
         parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": AutoencoderKL} if (folder / "vae").is_dir() else {})
         for name, kind in parts.items():
-            try:
-                parts[name] = kind.from_pretrained(folder / name, use_safetensors=True, torch_dtype=torch.float32)
-            except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
-                raise ValueError(f"{folder / name} cannot be read as a {kind.__name__}: {error}") from error
+            parts[name] = read_model(kind, folder / name, use_safetensors=True, torch_dtype=torch.float32)
         span = config.get("depth_range")
         try:
             denoiser = cls(

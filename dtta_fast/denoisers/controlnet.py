@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dtta_fast.denoisers.reading import download
+from dtta_fast.denoisers.reading import download, read_model
 from dtta_fast.denoisers.stable_diffusion import StableDiffusion, share_condition
 from dtta_fast.process import NoiseProcess
 
@@ -85,10 +84,7 @@ class ControlNet(StableDiffusion):
         folder = Path(controlnet)
         if not folder.is_dir():
             folder = download(str(controlnet), ["*.json", "*.safetensors"])
-        try:
-            own = ControlNetModel.from_pretrained(folder, use_safetensors=True, torch_dtype=dtype)
-        except (OSError, SafetensorError, RuntimeError, ValueError, TypeError) as error:
-            raise ValueError(f"{folder} cannot be read as a ControlNetModel: {error}") from error
+        own = read_model(ControlNetModel, folder, use_safetensors=True, torch_dtype=dtype)
         denoiser = cls(plain.unet, plain.process, plain.vae, *plain.text(), own)
         denoiser.calibration = plain.calibration
         return denoiser.eval()

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from dtta_fast.process import NoiseProcess
 
 CALIBRATION = "calibration.json"
@@ -38,8 +40,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def download(model_id: str, patterns: list[str]) -> Path:
-    """The folder of a model of the hub, with the files that match.
+def read_model(kind: Any, folder: Path, **keywords: Any) -> Any:
+    """A diffusers or transformers model of a folder, whole.
+
+    Raises:
+        ValueError: it cannot be read, or weights are missing, which the libraries would draw at random.
+    """
+    try:
+        model, found = kind.from_pretrained(folder, output_loading_info=True, **keywords)
+    except (OSError, SafetensorError, RuntimeError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} cannot be read as a {kind.__name__}: {error}") from error
+    lacking = sorted(map(str, found["missing_keys"]))
+    if lacking:
+        raise ValueError(
+            f"{folder} lacks weights of a {kind.__name__}: {', '.join(lacking[:5])}{' and others' if len(lacking) > 5 else ''}"
+        )
+    return model
+
+
+def download(model_id: str, patterns: list[str], without: list[str] | None = None) -> Path:
+    """The folder of a model of the hub, with the files that match and are not among `without`.
 
     Raises:
         FileNotFoundError: the hub has no such model, or is out of reach.
@@ -48,6 +68,6 @@ def download(model_id: str, patterns: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=patterns))
+        return Path(snapshot_download(model_id, allow_patterns=patterns, ignore_patterns=without))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(f"{model_id} is no folder, and the hub gave no model of that id: {error}") from error

@@ -11,11 +11,10 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dtta_fast.calibration import Calibration
-from dtta_fast.denoisers.reading import CALIBRATION, download, read_json, read_process
+from dtta_fast.denoisers.reading import CALIBRATION, download, read_json, read_model, read_process
 from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.process import NoiseProcess
 
@@ -157,7 +156,9 @@ class StableDiffusion(UNetDenoiser):
         folder = Path(path)
         if not folder.is_dir():
             kept = "*" if variant is None else f"*.{variant}"
-            folder = download(str(path), ["*.json", "*.txt", *(f"{part}/{kept}.safetensors" for part in ("unet", "vae", "text_encoder"))])
+            weights = [f"{part}/{kept}.safetensors" for part in ("unet", "vae", "text_encoder")]
+            others = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"] if variant is None else None  # gigabytes that nobody would read
+            folder = download(str(path), ["*.json", "*.txt", *weights], others)
         read_json(folder / "model_index.json")
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
@@ -167,15 +168,14 @@ class StableDiffusion(UNetDenoiser):
         for name, kind in kinds.items():
             if not (folder / name).is_dir():
                 raise FileNotFoundError(f"{folder / name} is missing; a Stable Diffusion folder has {', '.join(kinds)} and scheduler")
-            own: dict[str, Any] = {} if name == "tokenizer" else {"variant": variant, "use_safetensors": True}
-            if own:
-                own["dtype"] = dtype
-            if name == "unet" and quantization_config is not None:
-                own["quantization_config"] = quantization_config
-            try:
-                parts[name] = kind.from_pretrained(folder / name, **own)
-            except (OSError, SafetensorError, RuntimeError, ValueError, ImportError, KeyError, TypeError) as error:
-                raise ValueError(f"{folder / name} cannot be read as a {kind.__name__}: {error}") from error
+            if name == "tokenizer":
+                try:
+                    parts[name] = kind.from_pretrained(folder / name)
+                except Exception as error:  # the Rust tokenizers raise it bare
+                    raise ValueError(f"{folder / name} cannot be read as a {kind.__name__}: {error}") from error
+                continue
+            quantised = {"quantization_config": quantization_config} if name == "unet" and quantization_config is not None else {}
+            parts[name] = read_model(kind, folder / name, variant=variant, use_safetensors=True, dtype=dtype, **quantised)
         if quantization_config is None:
             parts["unet"].to(memory_format=torch.channels_last)  # convolutions run in it, and need not turn their weights round
         denoiser = cls(parts["unet"], read_process(folder), parts["vae"], parts["text_encoder"].eval(), parts["tokenizer"])
@@ -188,12 +188,19 @@ def prompt_tokens(tokenizer: Any, prompts: Sequence[str], limit: int) -> Tensor:
     """Token ids [N, limit] of a CLIPTokenizer, padded.
 
     Raises:
-        ValueError: a prompt has more tokens than `limit`, its two marks counted.
+        ValueError: a prompt has more tokens than `limit`, its two marks counted, or two are the same to the tokenizer.
     """
     for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
         if len(ids) > limit:
             raise ValueError(f"prompt {prompt!r} has {len(ids)} tokens, and the text encoder takes {limit}; give a shorter name")
     found: Tensor = tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt").input_ids
+    first: dict[tuple[int, ...], str] = {}
+    for prompt, row in zip(prompts, found.tolist(), strict=True):
+        if first.setdefault(tuple(row), prompt) != prompt:
+            other = first[tuple(row)]
+            raise ValueError(
+                f"prompts {other!r} and {prompt!r} are the same to the tokenizer; give names that differ, and a whole tokenizer"
+            )
     return found
 
 

@@ -37,12 +37,9 @@ class PrivateCopy:
             memo[id(buffer)] = own
             self._own.append((buffer, own))
         try:
-            self.module: nn.Module = copy.deepcopy(source, memo).eval()
+            self.module: nn.Module = evaluating(copy.deepcopy(source, memo))
         except Exception as error:  # whatever a module's own __deepcopy__ raises
             raise TypeError(f"{type(source).__name__} cannot be copied ({error}); give a module that copy.deepcopy accepts") from error
-        for part in self.module.modules():
-            # in eval mode bitsandbytes' 4-bit layers repack their weights, which are the caller's, for a CPU without gradients
-            part.training = any(kind.__name__ == "Linear4bit" for kind in type(part).__mro__)
 
     def refresh(self) -> bool:
         """Takes over what was written into the source's tensors; False where tensors were replaced, and a new copy is due.
@@ -55,6 +52,14 @@ class PrivateCopy:
             theirs, own = zip(*self._own, strict=True)
             torch._foreach_copy_(list(own), [tensor.detach() for tensor in theirs])
         return True
+
+
+def evaluating(module: nn.Module) -> nn.Module:
+    """The module, in eval mode but for bitsandbytes' 4-bit layers: there they repack their weights, the caller's, for a CPU without
+    gradients."""
+    for part in module.modules():
+        part.training = any(kind.__name__ == "Linear4bit" for kind in type(part).__mro__)
+    return module
 
 
 def _identity(module: nn.Module) -> list[tuple[str, int, int]]:

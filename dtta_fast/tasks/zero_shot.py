@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.reading import download, read_model
 from dtta_fast.denoisers.stable_diffusion import StableDiffusion, check_names, prompt_tokens
 from dtta_fast.tasks.classification import Classification
 from dtta_fast.tasks.transforms import open_clip_transforms, processor_transforms
@@ -130,12 +130,14 @@ def load_clip(path: str | Path) -> tuple[nn.Module, Any]:
     """
     from transformers import CLIPModel, CLIPProcessor
 
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = download(str(path), ["*.json", "*.txt", "*.safetensors"])
+    clip = read_model(CLIPModel, folder, dtype=torch.float32)
     try:
-        return CLIPModel.from_pretrained(path, dtype=torch.float32).eval(), CLIPProcessor.from_pretrained(path)
-    except OSError as error:
-        raise FileNotFoundError(f"{path} gave no CLIP with its processor, as a folder or from the hub: {error}") from error
-    except (ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as a CLIP with its processor: {error}") from error
+        return clip.eval(), CLIPProcessor.from_pretrained(folder)
+    except Exception as error:  # the Rust tokenizers raise it bare
+        raise ValueError(f"{folder} has no processor of a CLIP that can be read: {error}") from error
 
 
 class ZeroShotClassifier(nn.Module):
