@@ -50,9 +50,9 @@ DENSE = AdaptConfig(
     timestep_range=(200, 500),
     match="both",
     optimizer="adam",
-    lr=1e-4,
+    lr=3e-5,
     guard=9,
-    guard_threshold=1.0,
+    guard_threshold=4.0,
 )
 
 # Noise mixing over the top 4 classes and 2 drawn ones at a single timestep, model and denoiser adapting (DUSA, NeurIPS 2024). Timestep,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.functional import to_pil_image
 from transformers import CLIPModel
@@ -268,7 +269,7 @@ def test_adapt_command(tmp_path, capsys):
         assert max(row["after"], key=row["after"].__getitem__) == zoo.DIGITS[int(label)]
     for change, message in (
         (["--classes", "one, one"], "twice, again at 1"),
-        (["--clip", str(tmp_path)], "gave no CLIP"),
+        (["--clip", str(tmp_path)], "cannot be read as a CLIPModel"),
         (["--diffusion", str(tmp_path)], "model_index.json is missing"),
         (["--json", str(tmp_path)], "the result cannot be written"),
     ):
@@ -292,3 +293,29 @@ def test_clip_loads_from_its_hub_layout():
         assert f"diffusion/{part}/config.json" in files
     assert {"diffusion/model_index.json", "diffusion/tokenizer/vocab.json", "diffusion/tokenizer/merges.txt", "clip/merges.txt"} <= files
     assert sum(path.stat().st_size for path in Path(ZOO).rglob("*") if path.is_file()) < 15_000_000
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_weight_that_is_missing_is_named_and_not_drawn(part, tmp_path):
+    folder = tmp_path / "diffusion"
+    shutil.copytree(ZOO / "diffusion", folder)
+    (path,) = (folder / part).glob("*.safetensors")
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    save_file({key: value for key, value in weights.items() if key != name}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{part} lacks weights of a .*{name.rpartition('.')[2]}"):
+        StableDiffusion.from_pretrained(folder)
+
+
+def test_a_tokenizer_without_its_words_is_refused(tmp_path):
+    folder = tmp_path / "diffusion"
+    shutil.copytree(ZOO / "diffusion", folder)
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"the same to the tokenizer|cannot be read as a CLIPTokenizer"):
+        StableDiffusion.from_pretrained(folder).with_classes(NAMES)
+
+
+def test_names_that_differ_in_case_alone_are_refused(models, processor):
+    with pytest.raises(ValueError, match="the same to the tokenizer"):
+        ZeroShot(("Cat", "cat"), processor).bind(*models)

@@ -63,6 +63,9 @@ def test_gradient_to_the_condition_goes_through_quantised_weights(quantise, tole
     result = Adapter(clip, denoiser, SMALL, ZeroShot(NAMES, zoo.load_processor("open_vocabulary"))).adapt(images[:2])
     assert bool((result.outputs != result.outputs_before).any())
     assert bool(result.loss.isfinite().all())
+    both = SMALL.replace(denoiser_parameters="lora", denoiser_lr=1e-4, guard=0)
+    tuned = Adapter(clip, denoiser, both, ZeroShot(NAMES, zoo.load_processor("open_vocabulary"))).adapt(images[:1])
+    assert bool(tuned.loss.isfinite().all())
     assert all(torch.equal(p, weights[name]) for name, p in denoiser.unet.named_parameters())
 
 

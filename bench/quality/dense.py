@@ -35,26 +35,18 @@ METHODS: dict[str, AdaptConfig | None] = {
     "DENSE": DENSE,
     "DENSE, no guard": DENSE.replace(guard=0, guard_threshold=0.0),
     "DENSE, unmatched": DENSE.replace(match="off"),
-    "DENSE, matched for the denoiser alone": DENSE.replace(match="denoiser"),
-    "DENSE, norm layers": DENSE.replace(parameters="norm"),
-    "DENSE, uniform timesteps": DENSE.replace(timestep_range=None),
-    "PAPER, 20 pairs, denoiser frozen": presets.PAPER.replace(pairs=20, denoiser_parameters="frozen"),
-    "DENSE, online": DENSE.replace(mode="online", steps=1, guard=0, guard_threshold=0.0),
 }
 
 
 def candidates() -> dict[str, AdaptConfig]:
     found = {name: config for name, config in METHODS.items() if config is not None}
-    for match in ("off", "denoiser", "both"):
-        for lr in (3e-5, 1e-4, 3e-4, 1e-3):
-            for low, high in ((0, 300), (200, 500), (400, 700), (600, 900), (100, 900)):
-                settings = {"match": match, "lr": lr, "timestep_range": (low, high)}
-                found[f"{match} lr {lr} t {low}-{high}"] = DENSE.replace(**settings)
-                found[f"{match} lr {lr} t {low}-{high}, no guard"] = DENSE.replace(**settings, guard=0, guard_threshold=0.0)
-    for guard, threshold in ((6, 0.0), (6, 1.0), (9, 0.0), (9, 1.0), (9, 2.0)):
-        found[f"guard {guard} threshold {threshold}"] = DENSE.replace(guard=guard, guard_threshold=threshold)
-    for scale in (1.0, 3.0, 6.0, 12.0):
-        found[f"logit_scale {scale}"] = DENSE.replace(logit_scale=scale)
+    for lr, span, threshold in ((3e-5, (200, 500), 2.0), (1e-4, (50, 300), 3.0), (1e-4, (200, 500), 4.0), (3e-5, (200, 500), 4.0)):
+        settings = {"lr": lr, "timestep_range": span, "guard_threshold": threshold}
+        found[f"lr {lr} t {span[0]}-{span[1]} threshold {threshold}"] = DENSE.replace(**settings)
+    for match, lr in (("both", 1e-4), ("both", 5e-4), ("off", 1e-4), ("off", 5e-4)):
+        found[f"match {match} lr {lr}, no guard"] = DENSE.replace(match=match, lr=lr, guard=0, guard_threshold=0.0)
+    found["norm layers at 1e-3"] = DENSE.replace(parameters="norm", lr=1e-3, guard_threshold=2.0)
+    found["match denoiser"] = DENSE.replace(match="denoiser", lr=1e-4, guard_threshold=3.0)
     return found
 
 

@@ -40,11 +40,11 @@ class Classification:
 
     def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig) -> None:
         """Raises ValueError where outputs are no logits [B, K], or K or top_k does not fit the denoiser's table."""
+        classes = len(denoiser.class_embeddings({}))
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             raise ValueError(f"model returns a {type(outputs).__name__}; a classifier returns floating-point logits [B, K]")
         if outputs.ndim != 2:
             raise ValueError(f"model returns shape {tuple(outputs.shape)}; a classifier returns logits [B, K]")
-        classes = len(denoiser.class_embeddings({}))
         if outputs.shape[1] != classes:
             raise ValueError(f"model has {outputs.shape[1]} classes and denoiser has embeddings for {classes}; both need the same classes")
         if config.top_k is not None and config.top_k + config.drawn_classes > classes:
