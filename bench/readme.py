@@ -53,6 +53,25 @@ def by_corruption(name: str) -> str:
     return "\n".join(lines)
 
 
+def dense(name: str) -> str:
+    """A row a method of a task of maps, in points."""
+    records = json.loads((RESULTS / f"dense_{name}.json").read_text())
+    heads = list(next(iter(records.values()))["corrupted"]["scores"])
+    lines = [
+        "| method | " + " | ".join(heads) + " | gain (95 %) | worst corruption | clean | scenes | evaluations | s an image |",
+        "|---" * (len(heads) + 7) + "|",
+    ]
+    for method, record in records.items():
+        found, (worst, where) = record["corrupted"], record["corrupted"]["worst"]
+        low, high = (100 * bound for bound in found["gain_interval"])
+        cells = " | ".join(f"{found['scores'][head] * (1 if head == 'rmse' else 100):.2f}" for head in heads)
+        lines.append(
+            f"| {method} | {cells} | {100 * found['gain']:+.2f} ({low:+.2f} .. {high:+.2f}) | {100 * worst:+.2f} {where} | "
+            f"{100 * record['clean']['gain']:+.2f} | {record['images']} | {found['evaluations']:.0f} | {found['seconds']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def kernels() -> str:
     """The ops beside eager torch and the compiled reference, with the share of the copy bandwidth of the same run."""
     rows: dict[tuple[str, str], dict[str, tuple[float, int]]] = {}
@@ -182,6 +201,8 @@ TABLES = {
         "digits unseen": lambda: quality("digits_unseen"),
         "fashion unseen": lambda: quality("fashion_unseen"),
         "classes": classes,
+        "segmentation": lambda: dense("segmentation"),
+        "depth": lambda: dense("depth"),
     },
 }
 
