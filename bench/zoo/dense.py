@@ -1,9 +1,8 @@
 """Trains the dense zoo on generated scenes: a SegFormer and a GLPN depth net, and a UNet for each that sees its map.
 
-    python bench/zoo/dense.py segmenter|depth|segmentation_denoiser|depth_denoiser [--data FOLDER --layout ade20k|nyuv2|folder ...]
+    python bench/zoo/dense.py segmenter|depth|segmentation_denoiser|depth_denoiser [--out FOLDER]
 
-Seeded, each in under 30 minutes on 2 cores; the validation split is only reported. Weights are stored in float16. With --data the UNet is
-trained on images and ground-truth maps of a data set instead, in the same way: what the paper's dense models were, and were not released.
+Seeded, each in under 30 minutes on 2 cores; the validation split is only reported. Weights are stored in float16.
 """
 
 from __future__ import annotations
