@@ -54,7 +54,7 @@ class Demo:
             raise ValueError(f"open_vocabulary is a way of classification; task is {self.task!r}")
         if self.picture is not None and not dense:
             raise ValueError("picture is of maps: give --task segmentation or --task depth")
-        if self.open_vocabulary:
+        if self.open_vocabulary or dense:
             _quiet()
         terminal = Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

@@ -102,4 +102,4 @@ def _accuracy_on_matched(model: nn.Module, task: Task, denoiser: Denoiser, image
 def bootstrap_interval(values: Tensor, resamples: int = 5000) -> list[float]:
     """The 95 % percentile interval of the mean of values [N], one for each image, over resampled images; seeded."""
     rows = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(0))
-    return torch.quantile(values[rows].mean(1), torch.tensor([0.025, 0.975])).tolist()
+    return torch.quantile(values[rows].float().mean(1), torch.tensor([0.025, 0.975])).tolist()

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from dtta_fast import Calibration, zoo
 from dtta_fast.cli import main
 from dtta_fast.data.corruptions import DIGITS_C
 from dtta_fast.data.digits import load_digits
+from dtta_fast.demo_dense import CORRUPTIONS
 from dtta_fast.denoisers.dit import DiT
 
 DTTA = Path(sys.executable).with_name("dtta")
@@ -51,6 +53,8 @@ def test_demo_prints_a_table_and_writes_its_result(tmp_path, capsys):
         (["demo", "--images", "0"], "images is 0"),
         (["demo", "--images", "501"], "images is 501"),
         (["demo", "--seed", "-1"], "seed is -1"),
+        (["demo", "--picture", "maps.png"], "picture is of maps"),
+        (["demo", "--task", "depth", "--open-vocabulary"], "open_vocabulary is a way of classification"),
         (["demo", "--json", "nowhere/at/all.json"], "give a file in a folder that exists"),
         (["env", "--json", "."], "give a file in a folder that exists"),
     ],
@@ -103,3 +107,18 @@ def test_installed_command():
     shown = subprocess.run([DTTA, "--help"], capture_output=True, text=True, check=True).stdout
     assert "demo" in shown
     assert "env" in shown
+
+
+@pytest.mark.parametrize("task", ["segmentation", "depth"])
+def test_demo_of_maps_prints_a_table_and_draws(task, tmp_path, capsys):
+    result, picture = tmp_path / "demo.json", tmp_path / "maps.png"
+    main(["demo", "--task", task, "--images", "2", "--json", str(result), "--picture", str(picture)])
+    found = json.loads(result.read_text())
+    assert (found["benchmark"], found["task"], found["preset"]) == ("scenes-C", task, "DENSE")
+    assert set(found["corruptions"]) == set(CORRUPTIONS[task])
+    change = found["adapted"][found["score"]] - found["source"][found["score"]]
+    assert found["gain_interval"][0] - 1e-6 <= change <= found["gain_interval"][1] + 1e-6
+    assert all(row["evaluations_per_image"] <= 40 for row in found["corruptions"].values())
+    assert "defocus_blur" in capsys.readouterr().out
+    with Image.open(picture) as image:
+        assert image.size == (5 * (2 * 64 + 4) + 4, len(CORRUPTIONS[task]) * (2 * 64 + 4) + 4)
