@@ -120,6 +120,7 @@ def _print_demo(result: dict[str, Any]) -> None:
 
 
 def _print_dense(result: dict[str, Any]) -> None:
+    """The scores before and after, a row a corruption."""
     models = {"segmentation": "SegFormer", "depth": "GLPN"}[result["task"]]
     names = {"segmentation": ("mean_iou", "mean_class_accuracy"), "depth": ("abs_rel", "ssim")}[result["task"]]
     table = Table(title=f"{result['images']} scenes a row, {models} and a UNet that sees its map, preset {result['preset']}")

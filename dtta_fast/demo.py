@@ -16,7 +16,6 @@ from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import Split, load_digits
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.tasks.base import Task
-from dtta_fast.tasks.classification import Classification
 
 CLEAN = "clean"
 
@@ -47,12 +46,8 @@ def run(
     if not 1 <= images <= len(clean):
         raise ValueError(f"images is {images}; the {split} split has 1 .. {len(clean)}")
     clean, labels = clean[:images], labels[:images]
-    model, denoiser = zoo.load("open_vocabulary" if open_vocabulary else "digits")
-    task = Classification()
-    if open_vocabulary:
-        from dtta_fast.tasks.zero_shot import ZeroShot
-
-        task = ZeroShot(zoo.DIGITS, zoo.load_processor("open_vocabulary"))
+    name = "open_vocabulary" if open_vocabulary else "digits"
+    (model, denoiser), task = zoo.load(name), zoo.task(name)
     adapter = Adapter(model, denoiser, config, task)
     source, _ = task.bind(model, denoiser)
     batch = 50 if config.denoiser_parameters == "frozen" else 4  # images in one pass, each an adaptation of its own

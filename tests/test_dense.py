@@ -20,7 +20,7 @@ from transformers import (
 from dtta_fast import AdaptConfig, Adapter, adapt, calibrate, presets, zoo
 from dtta_fast.denoisers import ConcatUNet, ControlNet, StableDiffusion
 from dtta_fast.process import NoiseProcess
-from dtta_fast.step import gradients, initial_state
+from dtta_fast.step import gradients, held_out_losses, initial_state
 from dtta_fast.tasks import Depth, Segmentation
 
 CONFIG = AdaptConfig(steps=2, pairs=4, guard=4, lr=1e-3)
@@ -139,7 +139,16 @@ def test_depth_adapts_online_and_in_bfloat16_and_with_the_denoiser(of_depth, ima
 
 def test_guard_takes_the_map_with_the_lower_loss(of_depth, images):
     """A guard that asks for no margin never leaves an image with a higher held-out loss than before."""
-    result = adapt(DepthNet(), of_depth, images, config=CONFIG.replace(lr=0.1, guard=8), task=Depth())
+    task = Depth()
+    adapter = Adapter(DepthNet(), of_depth, CONFIG.replace(lr=0.1, guard=8), task)
+    result = adapter.adapt(images)
+    x0, ids, after_two = of_depth.encode(images), torch.arange(3), torch.tensor(2)
+    before, after = (
+        held_out_losses(adapter._engine.problem, task.decision(outputs, of_depth), x0, ids, after_two).mean(1)
+        for outputs in (result.outputs_before, result.outputs)
+    )
+    assert bool((after < before)[result.accepted].all())
+    assert bool(result.accepted.any())
     assert result.evaluations.tolist() == [2 * 4 + 2 * 8] * 3
     refused = ~result.accepted
     assert torch.equal(result.outputs[refused], result.outputs_before[refused])

@@ -40,11 +40,18 @@ METHODS: dict[str, AdaptConfig | None] = {
 
 def candidates() -> dict[str, AdaptConfig]:
     found = {name: config for name, config in METHODS.items() if config is not None}
-    for lr, span, threshold in ((3e-5, (200, 500), 2.0), (1e-4, (50, 300), 3.0), (1e-4, (200, 500), 4.0), (3e-5, (200, 500), 4.0)):
+    for lr, span, threshold in (
+        (1e-4, (200, 500), 1.0),
+        (3e-5, (200, 500), 2.0),
+        (1e-4, (50, 300), 3.0),
+        (1e-4, (200, 500), 4.0),
+        (3e-5, (200, 500), 4.0),
+    ):
         settings = {"lr": lr, "timestep_range": span, "guard_threshold": threshold}
         found[f"lr {lr} t {span[0]}-{span[1]} threshold {threshold}"] = DENSE.replace(**settings)
     for match, lr in (("both", 1e-4), ("both", 5e-4), ("off", 1e-4), ("off", 5e-4)):
         found[f"match {match} lr {lr}, no guard"] = DENSE.replace(match=match, lr=lr, guard=0, guard_threshold=0.0)
+    found["t 500-800 lr 1e-4, no guard"] = DENSE.replace(lr=1e-4, timestep_range=(500, 800), guard=0, guard_threshold=0.0)
     found["norm layers at 1e-3"] = DENSE.replace(parameters="norm", lr=1e-3, guard_threshold=2.0)
     found["match denoiser"] = DENSE.replace(match="denoiser", lr=1e-4, guard_threshold=3.0)
     return found
@@ -85,12 +92,12 @@ def measure(name: Any, config: AdaptConfig | None, matched: bool, streams: dict[
 def summary(rows: dict[str, Any], source: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """Means over corruptions, the mean gain with its 95 % interval over images, and the corruption that gains least."""
     gains = torch.tensor([[a - b for a, b in zip(rows[n]["images"], source[n]["images"], strict=True)] for n in names])
-    sign = -1 if "abs_rel" in rows[names[0]]["scores"] else 1
+    worst = max if "abs_rel" in rows[names[0]]["scores"] else min  # of an error the gain is below 0
     return {
         "scores": {key: sum(rows[n]["scores"][key] for n in names) / len(names) for key in rows[names[0]]["scores"]},
         "gain": float(gains.mean()),
         "gain_interval": bootstrap_interval(gains.mean(0)),
-        "worst": min((sign * float(gain.mean()), name) for gain, name in zip(gains, names, strict=True)),
+        "worst": worst((float(gain.mean()), name) for gain, name in zip(gains, names, strict=True)),
         **{key: sum(rows[n][key] for n in names) / len(names) for key in ("evaluations", "accepted", "seconds")},
     }
 

@@ -40,7 +40,8 @@ FASHION_C = {
     "gaussian_blur": 3,
 }
 # On the generated scenes: the paper's six for dense tasks and a blur, each at the severity at which the source's score on 100 scenes of the
-# validation split is nearest to a third worse than its clean one (two thirds of the intersection over union, four thirds of the error).
+# validation split is nearest to a third worse than its clean one (two thirds of the intersection over union, four thirds of the error):
+# bench/zoo/severities.py.
 SEGMENTATION_C = {
     "gaussian_noise": 5,
     "shot_noise": 5,

@@ -114,6 +114,7 @@ class _Body(NamedTuple):
     turn: float
 
     def meet(self, origins: Array, rays: Array) -> tuple[Array, Array]:
+        """As _Plane's, in the frame in which the solid stands unturned at the origin."""
         cos, sin = np.cos(self.turn), np.sin(self.turn)
         turning = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], np.float32)
         o, d = (origins - self.centre.astype(np.float32)) @ turning.T, rays @ turning.T

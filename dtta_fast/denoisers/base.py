@@ -74,6 +74,12 @@ def to_model_range(images: Tensor, size: int) -> Tensor:
     return images * 2 - 1
 
 
+def at_latent_size(maps: Tensor, denoiser: Denoiser) -> Tensor:
+    """Maps [B, E, h, w] at the size of the denoiser's latents, each value the mean of what it covers."""
+    size = denoiser.latent_shape[1:]
+    return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", antialias=True)
+
+
 def to_latents(vae: Any, images: Tensor, size: int) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] to a diffusers AutoencoderKL's posterior mean, scaled as its diffusion model was trained."""
     pixels = to_model_range(images, size).to(vae.dtype)

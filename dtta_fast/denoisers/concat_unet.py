@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -104,11 +103,6 @@ class ConcatUNet(UNetDenoiser):
             return (depth - mean) / deviation.clamp(min=1e-6)
         near, far = map(math.log, self.depth_range)
         return (2 * depth.clamp(min=self.depth_range[0] / 4).log() - near - far) / (far - near)
-
-    def resized(self, maps: Tensor) -> Tensor:
-        """Maps [B, E, h, w] at the latent's size, each value the mean of what it covers."""
-        size = self.latent_shape[1:]
-        return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", antialias=True)
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """Condition: maps [B, E, h, w] of the latent's size."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dtta_fast.denoisers.reading import download, read_model
 from dtta_fast.denoisers.stable_diffusion import StableDiffusion, share_condition
@@ -34,25 +34,8 @@ class ControlNet(StableDiffusion):
         self.controlnet = controlnet
         share_condition(controlnet, "controlnet")
 
-    @property
-    def checkpointing(self) -> bool:
-        found: bool = self.unet.is_gradient_checkpointing
-        return found
-
-    @checkpointing.setter
-    def checkpointing(self, wanted: bool) -> None:
-        for part in (self.unet, self.controlnet):
-            if wanted:
-                part.enable_gradient_checkpointing()
-            else:
-                part.disable_gradient_checkpointing()
-
-    def adaptable(self) -> list[str]:
-        """The UNet's and the ControlNet's."""
-        return [name for name, _ in self.named_parameters() if name.startswith(("unet.", "controlnet."))]
-
-    def regions(self) -> list[nn.Module]:
-        return [*super().regions(), *self.blocks_of(self.controlnet)]
+    def networks(self) -> dict[str, Any]:
+        return {**super().networks(), "controlnet": self.controlnet}
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         time, prompts = self.process.model_time[timesteps], condition.to(x_t.dtype)
@@ -70,17 +53,19 @@ class ControlNet(StableDiffusion):
         controlnet: str | Path,
         *,
         dtype: torch.dtype = torch.float32,
-        variant: str | None = None,
-        quantization_config: Any = None,
+        **keywords: Any,
     ) -> ControlNet:
         """Reads a Stable Diffusion as its from_pretrained() does, and a ControlNet's folder, or the hub's of that id.
+
+        Args:
+            dtype: of both. keywords: of StableDiffusion.from_pretrained().
 
         Raises:
             FileNotFoundError, ValueError: a part is missing or damaged, or they do not fit; the message names it.
         """
         from diffusers import ControlNetModel
 
-        plain = StableDiffusion.from_pretrained(path, dtype=dtype, variant=variant, quantization_config=quantization_config)
+        plain = StableDiffusion.from_pretrained(path, dtype=dtype, **keywords)
         folder = Path(controlnet)
         if not folder.is_dir():
             folder = download(str(controlnet), ["*.json", "*.safetensors"])

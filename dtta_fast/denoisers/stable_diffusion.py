@@ -86,11 +86,8 @@ class StableDiffusion(UNetDenoiser):
         return self
 
     def regions(self) -> list[nn.Module]:
-        return self.blocks_of(self.unet)
-
-    @staticmethod
-    def blocks_of(network: nn.Module) -> list[nn.Module]:
-        return [module for module in network.modules() if isinstance(module, (BasicTransformerBlock, ResnetBlock2D))]
+        parts = [part for network in self.networks().values() for part in network.modules()]
+        return [part for part in parts if isinstance(part, (BasicTransformerBlock, ResnetBlock2D))]
 
     def text(self) -> tuple[Any, Any]:
         """Text encoder and tokenizer.

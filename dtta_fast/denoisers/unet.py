@@ -53,6 +53,10 @@ class UNetDenoiser(Denoiser):
         found: torch.dtype = self.unet.dtype  # diffusers' own answer leaves out quantised weights
         return found
 
+    def networks(self) -> dict[str, Any]:
+        """The diffusers networks that make a prediction, by the names of their submodules."""
+        return {"unet": self.unet}
+
     @property
     def checkpointing(self) -> bool:
         found: bool = self.unet.is_gradient_checkpointing
@@ -60,14 +64,15 @@ class UNetDenoiser(Denoiser):
 
     @checkpointing.setter
     def checkpointing(self, wanted: bool) -> None:
-        if wanted:
-            self.unet.enable_gradient_checkpointing()
-        else:
-            self.unet.disable_gradient_checkpointing()
+        for network in self.networks().values():
+            if wanted:
+                network.enable_gradient_checkpointing()
+            else:
+                network.disable_gradient_checkpointing()
 
     def network_to_adapt(self) -> nn.Module:
         found: nn.Module = self.unet
         return found
 
     def adaptable(self) -> list[str]:
-        return [name for name, _ in self.named_parameters() if name.startswith("unet.")]
+        return [name for name, _ in self.named_parameters() if name.split(".")[0] in self.networks()]

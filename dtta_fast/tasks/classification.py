@@ -70,7 +70,7 @@ class Classification:
         table, per_image = self._table(denoiser, moving)
         if not config.drawn_classes or chosen is None:
             return mix_condition(outputs, table, config.top_k, config.logit_scale, per_image)
-        logits = _scaled(outputs, config.logit_scale).gather(1, chosen)
+        logits = scaled(outputs, config.logit_scale).gather(1, chosen)
         return mix_condition(logits, _gathered(table, chosen, per_image), per_image=True)
 
     def candidates(
@@ -79,7 +79,7 @@ class Classification:
         table, per_image = self._table(denoiser, moving)
         if chosen is None:
             chosen = torch.arange(outputs.shape[1], device=outputs.device).expand(len(outputs), -1)
-        return _scaled(outputs, config.logit_scale).gather(1, chosen).softmax(1), _gathered(table, chosen, per_image)
+        return scaled(outputs, config.logit_scale).gather(1, chosen).softmax(1), _gathered(table, chosen, per_image)
 
     def _table(self, denoiser: Denoiser, moving: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
         """The embeddings of all classes, and whether each image has its own: where the denoiser adapts to each."""
@@ -93,8 +93,8 @@ class Classification:
         return outputs.argmax(dim=1)
 
 
-def _scaled(outputs: Tensor, logit_scale: float | None) -> Tensor:
-    """As mix_condition scales logits [B, K]."""
+def scaled(outputs: Tensor, logit_scale: float | None) -> Tensor:
+    """As mix_condition scales logits [B, K], or those of every pixel [B, K, h, w]."""
     return outputs if logit_scale is None else logit_scale * F.normalize(outputs, dim=1)
 
 

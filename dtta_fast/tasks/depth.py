@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dtta_fast.config import AdaptConfig
-from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.base import Denoiser, at_latent_size
 from dtta_fast.tasks.dense import DenseTask, check_maps, resized
 
 
@@ -36,9 +36,7 @@ class Depth(DenseTask):
     def condition(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None = None
     ) -> Tensor:
-        maps = denoiser.depth_map(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))  # type: ignore[operator]
-        found: Tensor = denoiser.resized(maps)  # type: ignore[operator]
-        return found
+        return self.decision(outputs, denoiser)
 
     def candidates(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
@@ -46,7 +44,8 @@ class Depth(DenseTask):
         raise ValueError("depth has no classes to choose from: use objective 'embedding_mix'")
 
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
-        return self.condition(outputs, denoiser, {}, AdaptConfig())
+        maps = denoiser.depth_map(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))  # type: ignore[operator]
+        return at_latent_size(maps, denoiser)
 
     def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
         return resized(outputs, size)[:, 0]

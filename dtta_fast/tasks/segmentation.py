@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtta_fast.config import AdaptConfig
-from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.base import Denoiser, at_latent_size
+from dtta_fast.tasks.classification import scaled
 from dtta_fast.tasks.dense import DenseTask, check_maps, resized
 
 
@@ -49,7 +50,7 @@ class Segmentation(DenseTask):
     ) -> Tensor:
         if not denoiser.takes_maps:  # a prompt's is as large as any: what the memory plan asks for
             return denoiser.class_embeddings(moving)[outputs.mean((2, 3)).argmax(1)]
-        return _mixed(_scaled(outputs, config.logit_scale).softmax(1), denoiser, denoiser.class_embeddings(moving))
+        return _mixed(scaled(outputs, config.logit_scale).softmax(1), denoiser, denoiser.class_embeddings(moving))
 
     def candidates(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
@@ -59,8 +60,8 @@ class Segmentation(DenseTask):
         if chosen is None:
             chosen = torch.arange(outputs.shape[1], device=outputs.device).expand(len(outputs), -1)
         picked = chosen[:, :, None, None].expand(-1, -1, *outputs.shape[2:])
-        shares = _scaled(outputs, config.logit_scale).gather(1, picked).softmax(1)
-        return F.interpolate(shares, denoiser.latent_shape[1:], mode="bilinear", antialias=True), table[chosen]
+        shares = scaled(outputs, config.logit_scale).gather(1, picked).softmax(1)
+        return at_latent_size(shares, denoiser), table[chosen]
 
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
         one_hot = F.one_hot(outputs.argmax(1), outputs.shape[1]).movedim(-1, 1)
@@ -74,10 +75,4 @@ class Segmentation(DenseTask):
 def _mixed(shares: Tensor, denoiser: Denoiser, table: Tensor) -> Tensor:
     """[B, E, h, w] at the latent's size, of shares [B, K, h, w] and a table [K, E], or [B, K, E] of one for each image."""
     maps = torch.einsum("bkhw,bke->behw" if table.ndim == 3 else "bkhw,ke->behw", shares.to(table.dtype), table)
-    found: Tensor = denoiser.resized(maps)  # type: ignore[operator]
-    return found
-
-
-def _scaled(outputs: Tensor, logit_scale: float | None) -> Tensor:
-    """As Classification's, at every pixel."""
-    return outputs if logit_scale is None else logit_scale * F.normalize(outputs, dim=1)
+    return at_latent_size(maps, denoiser)

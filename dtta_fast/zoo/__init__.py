@@ -12,7 +12,7 @@ from dtta_fast.denoisers.dit import DiT
 from dtta_fast.tasks import Classification, Depth, Segmentation, Task
 
 NAMES = ("digits", "open_vocabulary", "segmentation", "depth")
-DENSE = ("segmentation", "depth")
+OF_SCENES = ("segmentation", "depth")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # names for open_vocabulary's example
 EXAMPLES = 64  # generated scenes
 
@@ -32,7 +32,7 @@ def load(name: str | Path) -> tuple[nn.Module, Denoiser]:
         from dtta_fast.denoisers.stable_diffusion import StableDiffusion
 
         return model, StableDiffusion.from_pretrained(folder(name) / "diffusion")
-    if name in DENSE:
+    if name in OF_SCENES:
         from dtta_fast.denoisers.concat_unet import ConcatUNet
 
         return model, ConcatUNet.from_pretrained(folder(name) / "denoiser")
@@ -45,7 +45,7 @@ def load_model(name: str | Path) -> nn.Module:
         from dtta_fast.tasks.zero_shot import load_clip
 
         return load_clip(folder(name) / "clip")[0]
-    if name in DENSE:
+    if name in OF_SCENES:
         import transformers
 
         kind = {"segmentation": "AutoModelForSemanticSegmentation", "depth": "AutoModelForDepthEstimation"}[str(name)]
@@ -62,7 +62,7 @@ def task(name: str | Path) -> Task:
         from dtta_fast.tasks.zero_shot import ZeroShot
 
         return ZeroShot(DIGITS, load_processor(name))
-    if name in DENSE:
+    if name in OF_SCENES:
         return (Segmentation if name == "segmentation" else Depth)(load_processor(str(name)))
     return Classification()
 
@@ -73,7 +73,7 @@ def load_processor(name: str) -> Any:
         from transformers import CLIPProcessor
 
         return CLIPProcessor.from_pretrained(folder(name) / "clip")
-    if name in DENSE:
+    if name in OF_SCENES:
         from transformers import SegformerImageProcessor
 
         return SegformerImageProcessor.from_pretrained(folder(name) / "model")
@@ -86,7 +86,7 @@ def example(name: str) -> tuple[Tensor, Tensor]:
     Labels [N] of the digits, by either name; for "segmentation" labels [N, H, W], for "depth" metres [N, H, W], of 64 generated scenes.
     """
     folder(name)
-    if name in DENSE:
+    if name in OF_SCENES:
         from dtta_fast.data.scenes import scenes
 
         found = scenes("test", EXAMPLES)
