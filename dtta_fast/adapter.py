@@ -15,8 +15,9 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.engine import Engine, anchor
 from dtta_fast.inputs import check_draws, checked_deadline, checked_ids, checked_images, checked_latents
-from dtta_fast.parameters import attention_switches, restore_attention, select
+from dtta_fast.parameters import select
 from dtta_fast.runtime.clock import Clock, Pace
+from dtta_fast.runtime.torch_state import TorchState
 from dtta_fast.step import State, initial_state
 from dtta_fast.tasks.base import Task
 from dtta_fast.tasks.classification import Classification
@@ -180,7 +181,7 @@ class Adapter:
             raise ValueError(
                 f"deadline_ms is {deadline_ms!r} with method {config.method!r}, which makes no steps to stop after: leave it out"
             )
-        switches = attention_switches()
+        torch_state = TorchState.now()
         for _ in range(ATTEMPTS):
             try:
                 with torch.enable_grad(), torch.autocast(origin.device.type, enabled=False), engine.context():
@@ -189,7 +190,7 @@ class Adapter:
                 break
             except BaseException as error:  # Ctrl-C too leaves tensors of ours in the private modules
                 self._paces.clear()  # what follows runs otherwise
-                restore_attention(switches)
+                torch_state.restore()
                 if not engine.failed(error):
                     raise
         if config.mode == "online" and state is not None:

@@ -111,18 +111,3 @@ def _vmappable_attention(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
-
-
-def attention_switches() -> tuple[bool, ...]:
-    """torch's process-wide choices of attention, which _vmappable_attention changes for a while."""
-    cuda = torch.backends.cuda
-    chosen = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled())
-    return (*chosen, torch.backends.mha.get_fastpath_enabled())
-
-
-def restore_attention(switches: tuple[bool, ...]) -> None:
-    """As attention_switches() found them: Ctrl-C between the lines of a context manager leaves them changed."""
-    cuda = torch.backends.cuda
-    settings = (cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp, cuda.enable_math_sdp, cuda.enable_cudnn_sdp)
-    for choose, enabled in zip((*settings, torch.backends.mha.set_fastpath_enabled), switches, strict=True):
-        choose(enabled)

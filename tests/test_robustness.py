@@ -62,6 +62,21 @@ def test_an_interrupt_in_mid_swap(model, denoiser, images, untouched, monkeypatc
     assert count >= 7
 
 
+def test_an_interrupt_on_leaving_vmap(model, denoiser, images, monkeypatch):
+    """It lands before the line that ends the vmap, and everything that the process does next would run batched."""
+    from torch._functorch import vmap
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vmap, "_vmap_decrement_nesting", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(model, denoiser, images, config=CONFIG)
+    torch.nn.init.uniform_(torch.empty(3))  # random numbers are what vmap refuses first
+    assert not torch._C._functorch.get_dynamic_layer_stack_depth()
+
+
 class Counting(nn.Module):
     """Writes to a buffer in eval mode, as some quantisers and observers do."""
 
