@@ -327,10 +327,12 @@ class Adapter:
         """Writes the online state's LoRA adapters in the ecosystem's formats.
 
         The model's are a peft folder, for PeftModel.from_pretrained(model, folder); a UNet's are pytorch_lora_weights.safetensors in it,
-        for load_lora_weights(folder) of a diffusers pipeline.
+        for load_lora_weights(folder) of a diffusers pipeline. Adapters that a model had and that did not move, as those of a text tower
+        whose features are made once, are not in them.
 
         Raises:
-            ValueError: nothing was adapted yet, or no adapters move.
+            ValueError: nothing was adapted yet, no adapters move, or they have more than the formats hold (several active ones in a layer,
+                DoRA's magnitudes, biases).
         """
         kinds = (self.config.parameters, self.config.denoiser_parameters)
         if self._state is None or "lora" not in kinds:

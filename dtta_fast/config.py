@@ -41,10 +41,11 @@ class AdaptConfig:
         timesteps: uniform; stratified, one timestep in each of `pairs` equal parts of the range; or calibrated, stratified under the
             density that `dtta calibrate` measured for this denoiser.
         timestep_range: rows low <= t < high of the noise process; None is all of it.
-        antithetic: two pairs each share a timestep and have opposite noise. share_noise: an image has one noise a step. Either holds
-            the noise in memory, which is else drawn where it is used. common_draws: all steps of an image see the same pairs.
-        top_k: classes that take part in the condition; None is all. drawn_classes: that many more, drawn without replacement from
-            the others by their probability, anew in every step.
+        antithetic: two pairs each share a timestep and have opposite noise, held in memory; it is else drawn where it is used.
+        share_noise: an image has one noise a step, held in memory.
+        common_draws: all steps of an image see the same pairs.
+        top_k: classes that take part in the condition; None is all.
+        drawn_classes: that many more, drawn without replacement from the others by their probability, anew in every step.
         logit_scale: the condition is softmax(logit_scale · logits / ‖logits‖₂); None is softmax(logits).
         match: who sees an image with the statistics of the denoiser's own images (see Calibration.match): nobody, the denoiser, or the
             model too. Takes a denoiser with a calibration.
@@ -54,12 +55,14 @@ class AdaptConfig:
         parameters: which of the model's weights move: all, its norm layers, its head, LoRA adapters (its own where it has some, else
             new ones), or the logits themselves. Their requires_grad is not asked.
         denoiser_parameters: frozen, all, or lora.
-        lora_rank: of new adapters. lora_targets: ends of the names of the linear layers that get one, such as ("q_proj", "v_proj"); None
-            is the attention's projections.
-        optimizer: sgd, adam, adamw, or adam8bit (bitsandbytes' Adam, whose two moments take a byte each), with learning rate lr for the
-            model and denoiser_lr for the denoiser.
-        momentum: of sgd. weight_decay: of every optimizer, on the model and the denoiser alike; decoupled for adamw and
-            adam8bit.
+        lora_rank: of new adapters.
+        lora_targets: ends of the names of the linear layers that get one, such as ("q_proj", "v_proj"); None is the attention's
+            projections.
+        optimizer: sgd, adam, adamw, or adam8bit (bitsandbytes' Adam, whose two moments take a byte each).
+        lr: learning rate of the model's weights.
+        denoiser_lr: of the denoiser's.
+        momentum: of sgd.
+        weight_decay: of every optimizer, on the model and the denoiser alike; decoupled for adamw and adam8bit.
         mode: episodic starts every image from the source weights; online carries weights and optimizer on through the stream.
         guard: pairs on which the answers before and after are compared; where the loss is not lower after, the answer from before
             stands. 0 is off.

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dtta_fast.runtime.private import evaluating
 
-# the query and value projections, by the names that libraries give them: transformers, diffusers, timm
-USUAL = (("q_proj", "v_proj"), ("to_q", "to_k", "to_v", "to_out.0"), ("query", "value"), ("qkv",))
+# the query and value projections, by the names that libraries give them: transformers, diffusers, timm; and the MLP of open_clip, whose
+# attention holds the three projections as one parameter, which is no layer
+USUAL = (("q_proj", "v_proj"), ("to_q", "to_k", "to_v", "to_out.0"), ("query", "value"), ("qkv",), ("c_fc", "c_proj"))
 
 
 def layers(module: nn.Module) -> list[str]:
@@ -35,7 +36,9 @@ def targets(module: nn.Module, wanted: Sequence[str] | None, what: str) -> list[
     Raises:
         ValueError: there is none.
     """
-    linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
+    # nn.MultiheadAttention reads its output layer's weight, past whatever an adapter would add
+    inside = {id(part.out_proj) for part in module.modules() if isinstance(part, nn.MultiheadAttention)}
+    linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and id(part) not in inside]
     for suffixes in USUAL if wanted is None else (wanted,):
         found = [name for name in linear if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)]
         if found:
@@ -70,21 +73,36 @@ def attach(module: nn.Module, rank: int, wanted: Sequence[str] | None, what: str
 
 
 def save(folder: Path, module: nn.Module, moved: Mapping[str, Tensor], unet: bool) -> None:
-    """The adapters that moved in the module: of a UNet as diffusers' load_lora_weights() reads them, else as peft's from_pretrained()."""
+    """The adapters that moved in the module: of a UNet as diffusers' load_lora_weights() reads them, else as peft's from_pretrained().
+
+    Raises:
+        ValueError: the formats have no place for what these adapters are; nothing was written.
+    """
     from peft import LoraConfig
 
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, p in moved.items():
         where, kind, adapter = re.fullmatch(r"(.+)\.(lora_[AB])\.([^.]+)\.weight", name).groups()  # type: ignore[union-attr]
         layer: Any = module.get_submodule(where)
+        key = f"{where}.{kind}.weight"
+        if key in state:
+            raise ValueError(
+                f"{where} has several active adapters ({', '.join(layer.active_adapters)}), and a folder holds one: activate one"
+            )
+        if adapter in layer.lora_magnitude_vector or getattr(layer.lora_B[adapter], "bias", None) is not None:
+            raise ValueError(
+                f"{where}'s adapter {adapter!r} has a magnitude (DoRA) or a bias beside A and B, which would be lost: use plain LoRA"
+            )
         # formats differ in where a scale stands: it goes into B
         factor = layer.scaling[adapter] if kind == "lora_B" else 1.0
-        state[f"{where}.{kind}.weight"] = (p.detach() * factor).contiguous()
+        state[key] = (p.detach() * factor).contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
     if unet:
         save_file(state, folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
         return
-    names = [name.split(".lora_A.")[0] for name in state if ".lora_A." in name]
-    rank = len(next(p for name, p in state.items() if ".lora_A." in name))
-    LoraConfig(r=rank, lora_alpha=rank, target_modules=names).save_pretrained(str(folder))
+    ranks = {name.removesuffix(".lora_A.weight"): len(p) for name, p in state.items() if ".lora_A." in name}
+    first = next(iter(ranks.values()))
+    others = {name: rank for name, rank in ranks.items() if rank != first}
+    config = LoraConfig(r=first, lora_alpha=first, target_modules=list(ranks), rank_pattern=others, alpha_pattern=others)
+    config.save_pretrained(str(folder))
     save_file({f"base_model.model.{name}": p for name, p in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})

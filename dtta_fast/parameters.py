@@ -26,14 +26,15 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
     Raises:
         ValueError: the model has no parameter of that kind, or parameters that are no floating-point numbers.
     """
-    modules: Iterable[nn.Module] = {
+    parts: Iterable[nn.Module | nn.Parameter] = {
         "all": [model],
         "norm": [module for module in model.modules() if "norm" in type(module).__name__.lower()],
         "head": _heads(model),
         "logits": [],
         "lora": [],
     }[which]
-    wanted = {id(p) for module in modules for p in module.parameters(recurse=which != "norm")}
+    held = ([part] if isinstance(part, nn.Parameter) else part.parameters(recurse=which != "norm") for part in parts)
+    wanted = {id(p) for own in held for p in own}
     if which == "lora":
         named = set(lora.layers(model))
         wanted = {id(p) for name, p in model.named_parameters() if name in named}
@@ -48,11 +49,11 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
     return chosen
 
 
-def _heads(model: nn.Module) -> Sequence[nn.Module]:
-    """The classifier layer: timm's own answer where it has one (some models have two), the last Linear or Conv2d otherwise."""
+def _heads(model: nn.Module) -> Sequence[nn.Module | nn.Parameter]:
+    """The classifier layer: the model's own answer where it has one (timm's; some have two), the last Linear or Conv2d otherwise."""
     if hasattr(model, "get_classifier"):
         heads: Any = model.get_classifier()  # type: ignore[operator]
-        return [head for head in (heads if isinstance(heads, tuple) else (heads,)) if isinstance(head, nn.Module)]
+        return [head for head in (heads if isinstance(heads, tuple) else (heads,)) if isinstance(head, (nn.Module, nn.Parameter))]
     return [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1:]
 
 

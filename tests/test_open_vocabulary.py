@@ -20,7 +20,8 @@ from dtta_fast import AdaptConfig, Adapter, presets, zoo
 from dtta_fast.cli import main
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import load_digits
-from dtta_fast.denoisers import StableDiffusion
+from dtta_fast.denoisers import StableDiffusion, base
+from dtta_fast.parameters import select
 from dtta_fast.process import NoiseProcess
 from dtta_fast.tasks import ZeroShot
 from dtta_fast.tasks.zero_shot import PHOTO
@@ -54,27 +55,27 @@ def digits():
 def test_clip_answers_as_the_library_does(models, processor, task, digits):
     clip, denoiser = models
     classifier, _ = task.bind(clip, denoiser)
-    logits = classifier(task.normalise(clip, task.crop(clip, digits)))
+    inputs = task.normalise(classifier, task.crop(classifier, digits))
+    logits = classifier(inputs)
     prompts = [PHOTO.format(name) for name in NAMES]
-    inputs = processor(text=prompts, images=[to_pil_image(image) for image in digits], return_tensors="pt", padding=True)
+    theirs = processor(text=prompts, images=[to_pil_image(image) for image in digits], return_tensors="pt", padding=True)
     with torch.no_grad():
-        expected = clip(**inputs).logits_per_image
+        expected = clip(**theirs).logits_per_image
     torch.testing.assert_close(logits.softmax(1), expected.softmax(1), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(logits.mean(1), torch.zeros(3), rtol=0, atol=1e-4)
     both, _ = ZeroShot(NAMES, processor, towers="both").bind(clip, denoiser)
-    torch.testing.assert_close(both(task.normalise(clip, digits)), classifier(task.normalise(clip, digits)), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(both(inputs), logits, rtol=1e-4, atol=1e-3)
     bare, _ = ZeroShot(NAMES, processor, normalised=False).bind(clip, denoiser)
-    lengths = clip.get_image_features(task.normalise(clip, digits)).pooler_output.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(bare(task.normalise(clip, digits)), logits * lengths, rtol=1e-4, atol=1e-3)
+    lengths = clip.get_image_features(inputs).pooler_output.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(bare(inputs), logits * lengths, rtol=1e-4, atol=1e-3)
 
 
 def test_images_of_any_size_are_prepared_as_the_processor_does(models, processor, task):
     rows, columns, channels = torch.arange(50)[:, None, None], torch.arange(71)[:, None], torch.arange(3)
     shades = (120 + 100 * torch.sin(rows / 9 + channels) * torch.cos(columns / 7)).byte()  # without an edge for 8 bits to overshoot at
     photo, pixels = Image.fromarray(shades.numpy()), shades.permute(2, 0, 1)[None]
-    clip, denoiser = models
-    task.bind(clip, denoiser)
-    ours = task.normalise(clip, task.crop(clip, pixels.float() / 255))
+    classifier, _ = task.bind(*models)
+    ours = task.normalise(classifier, task.crop(classifier, pixels.float() / 255))
     theirs = processor(images=photo, return_tensors="pt").pixel_values
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1.5 / 127.5)  # theirs is rounded to 8 bits, once a direction
 
@@ -97,13 +98,27 @@ def test_open_clip(models, digits):
     tokenizer = open_clip.SimpleTokenizer()
     task = ZeroShot(NAMES, tokenizer)
     classifier, _ = task.bind(clip, models[1])
-    expected = clip(task.normalise(clip, digits), tokenizer([PHOTO.format(name) for name in NAMES]))
+    expected = clip(task.normalise(classifier, digits), tokenizer([PHOTO.format(name) for name in NAMES]))
     logits = expected[2] * expected[0] @ expected[1].T
     torch.testing.assert_close(classifier((digits - 0.4) / 0.3), logits - logits.mean(1, keepdim=True))
     before = copy.deepcopy(clip.state_dict())
     found = Adapter(clip, models[1], SMALL.replace(guard=0), task).adapt(digits)
     assert bool((found.outputs != found.outputs_before).any())
     assert all(torch.equal(value, before[name]) for name, value in clip.state_dict().items())
+    lora = Adapter(clip, models[1], SMALL.replace(guard=0, parameters="lora", mode="online"), task)
+    lora.adapt(digits)
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in lora.state_dict()["theta"]} == {"c_fc", "c_proj"}
+    with pytest.raises(ValueError, match="match no linear layer"):  # attention would not look at an adapter of its output
+        Adapter(clip, models[1], SMALL.replace(parameters="lora", lora_targets=("out_proj",)), task)
+    assert list(select(classifier, "head")) == ["visual.proj"]
+    with pytest.raises(ValueError, match="more tokens than the 77"):
+        ZeroShot(["one", "seven " * 80], tokenizer).bind(clip, models[1])
+    with pytest.raises(ValueError, match="the same to the tokenizer"):
+        ZeroShot(["Cat", "cat"], tokenizer).bind(clip, models[1])
+    with pytest.raises(TypeError, match="processor is a CLIPProcessor; a model of open_clip takes its tokenizer"):
+        ZeroShot(NAMES, zoo.load_processor("open_vocabulary")).bind(clip, models[1])
+    with pytest.raises(TypeError, match="processor is a SimpleTokenizer; a transformers model takes its CLIPProcessor"):
+        task.bind(*models)
     with pytest.raises(ValueError, match="towers is 'both'"):
         ZeroShot(NAMES, tokenizer, towers="both").bind(clip, models[1])
 
@@ -233,9 +248,58 @@ def test_bad_models_and_prompts(models, processor, task, denoiser, digits):
         Adapter(models[0].vision_model, models[1], SMALL).adapt(digits)
     with pytest.raises(ValueError, match="set already"):
         models[1].with_classes(NAMES).with_classes(NAMES)
-    for keywords, message in (({"templates": ("no place",)}, "where the class's name goes"), ({"towers": "left"}, "allowed: image, both")):
+    for keywords, message in (
+        ({"templates": ("no place",)}, "where the class's name goes"),
+        ({"templates": ("{} {x}",)}, "no other braces"),
+        ({"towers": "left"}, "allowed: image, both"),
+    ):
         with pytest.raises(ValueError, match=message):
             ZeroShot(NAMES, processor, **keywords)
+
+
+def test_one_task_serves_several_models(models, processor, task, digits):
+    """Binding it again leaves the first model's preprocessing alone."""
+    classifier, _ = task.bind(*models)
+    expected = task.normalise(classifier, task.crop(classifier, digits))
+    smaller = copy.deepcopy(processor.image_processor)
+    smaller.size, smaller.crop_size, smaller.image_mean = {"shortest_edge": 16}, {"height": 16, "width": 16}, [0.1, 0.1, 0.1]
+    other = ZeroShot(NAMES, (processor.tokenizer, smaller)).bind(*models)[0]
+    assert torch.equal(task.normalise(classifier, task.crop(classifier, digits)), expected)
+    assert task.crop(other, digits).shape[-1] == 16
+
+
+def test_unets_that_cannot_serve_are_named(models):
+    """Other kinds of diffusion model: each is refused by what is wrong with it, before any work."""
+    config = dict(models[1].unet.config) | {"block_out_channels": (8, 8), "norm_num_groups": 4, "attention_head_dim": 4}
+    config |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D")}
+    text = models[1].text()
+    for change, message in (
+        ({"in_channels": 9}, "unet takes 9 channels and vae gives"),
+        ({"num_class_embeds": 10}, "num_class_embeds 10"),
+        ({"cross_attention_dim": 24}, "unet takes prompts of 24 channels"),
+        ({"dual_cross_attention": True}, "dual_cross_attention"),
+        ({"only_cross_attention": True}, "only_cross_attention"),
+        ({"sample_size": (8, 16)}, r"sample_size \(8, 16\)"),
+    ):
+        unet = UNet2DConditionModel.from_config(config | change)
+        with pytest.raises(ValueError, match=message):
+            StableDiffusion(unet, models[1].process, models[1].vae, *text)
+
+
+def test_images_are_encoded_a_few_at_a_time(models, monkeypatch):
+    images = torch.rand(5, 3, 32, 32)
+    whole = models[1].encode(images)
+    monkeypatch.setattr(base, "ENCODED_PIXELS", 2 * 32**2)
+    sizes = []
+    handle = models[1].vae.encoder.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
+    torch.testing.assert_close(models[1].encode(images), whole)
+    handle.remove()
+    assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_calibration_fits_in_half_precision_too(dtype):
+    assert StableDiffusion.from_pretrained(ZOO / "diffusion", dtype=dtype).calibration is not None
 
 
 def test_folders_that_lack_a_part(tmp_path, monkeypatch):
@@ -267,11 +331,19 @@ def test_adapt_command(tmp_path, capsys):
         assert path.name in printed.replace("\n", "")
         assert sum(row["after"].values()) == pytest.approx(1, abs=1e-5)
         assert max(row["after"], key=row["after"].__getitem__) == zoo.DIGITS[int(label)]
+    own = ["--lr", "1e-4", "--preset=PAPER", "--pairs", "8", "--calibration", str(ZOO / "diffusion" / "calibration.json")]
+    main([*arguments, *own, "--dtype", "bfloat16", "--json", str(tmp_path / "found.json")])
+    config = json.loads((tmp_path / "found.json").read_text())["config"]
+    assert (config["lr"], config["pairs"], config["optimizer"]) == (1e-4, 8, presets.PAPER.optimizer)
     for change, message in (
         (["--classes", "one, one"], "twice, again at 1"),
         (["--clip", str(tmp_path)], "cannot be read as a CLIPModel"),
         (["--diffusion", str(tmp_path)], "model_index.json is missing"),
         (["--json", str(tmp_path)], "the result cannot be written"),
+        (["--device", "nowhere"], "device is 'nowhere'"),
+        (["--lr", "-1"], "lr is -1.0"),
+        (["--calibration", str(tmp_path / "0.png")], "is no calibration"),
+        (["--preset", "SLOW"], "preset is 'SLOW'"),
     ):
         with pytest.raises(SystemExit) as stop:
             main([*arguments, *change])

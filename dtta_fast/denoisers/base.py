@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from dtta_fast.calibration import Calibration
 from dtta_fast.process import NoiseProcess
 
+ENCODED_PIXELS = 4 * 512**2  # that a VAE encodes at once
+
 
 class Denoiser(nn.Module, ABC):
     """A diffusion model with a differentiable condition. Its parameters are what may adapt; its forward is the prediction."""
@@ -82,9 +84,9 @@ def at_latent_size(maps: Tensor, denoiser: Denoiser) -> Tensor:
 
 def to_latents(vae: Any, images: Tensor, size: int) -> Tensor:
     """Images [B, 3, H, W] in [0, 1] to a diffusers AutoencoderKL's posterior mean, scaled as its diffusion model was trained."""
-    pixels = to_model_range(images, size).to(vae.dtype)
-    latents: Tensor = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
-    return latents
+    at_once = max(1, ENCODED_PIXELS // size**2)  # the encoder's activations are far larger than a denoiser's
+    parts = [vae.encode(to_model_range(part, size).to(vae.dtype)).latent_dist.mean for part in images.split(at_once)]
+    return torch.cat(parts) * vae.config.scaling_factor
 
 
 def image_size(vae: Any, latent_size: int) -> int:

@@ -74,9 +74,20 @@ class StableDiffusion(UNetDenoiser):
         self._text: tuple[Any, Any] | None = (text_encoder, tokenizer)  # in a tuple: not a submodule, which precision and copies would take
         self.register_buffer("prompts", None, persistent=False)
         self.register_buffer("no_prompt", None, persistent=False)
-        for field in ("class_embed_type", "addition_embed_type", "encoder_hid_dim_type"):
-            if self.unet.config.get(field) is not None:
-                raise ValueError(f"unet has {field} {self.unet.config[field]!r}; supported are UNets conditioned on prompts alone")
+        config = self.unet.config
+        for field in ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type"):
+            if config.get(field) is not None:
+                raise ValueError(f"unet has {field} {config[field]!r}; supported are UNets conditioned on prompts alone")
+        if config.get("only_cross_attention") is True or config.get("dual_cross_attention"):
+            raise ValueError("unet has only_cross_attention or dual_cross_attention; supported are self- and cross-attention by turns")
+        if not isinstance(config.sample_size, int):
+            raise ValueError(f"unet has sample_size {config.sample_size!r}; supported are square latents, one whole number")
+        if config.in_channels != vae.config.latent_channels:
+            found = f"unet takes {config.in_channels} channels and vae gives {vae.config.latent_channels}"
+            raise ValueError(f"{found}: not a text-to-image model (inpainting and depth models have more), or the VAE of another one")
+        if text_encoder.config.hidden_size != config.cross_attention_dim:
+            found = f"unet takes prompts of {config.cross_attention_dim} channels and text_encoder gives {text_encoder.config.hidden_size}"
+            raise ValueError(f"{found}; give the text encoder that belongs to it")
         share_condition(self.unet, "unet")
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> StableDiffusion:
@@ -191,14 +202,19 @@ def prompt_tokens(tokenizer: Any, prompts: Sequence[str], limit: int) -> Tensor:
         if len(ids) > limit:
             raise ValueError(f"prompt {prompt!r} has {len(ids)} tokens, and the text encoder takes {limit}; give a shorter name")
     found: Tensor = tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt").input_ids
+    check_different(prompts, found)
+    return found
+
+
+def check_different(prompts: Sequence[str], ids: Tensor) -> None:
+    """Raises ValueError where two prompts have the same token ids [N, limit]."""
     first: dict[tuple[int, ...], str] = {}
-    for prompt, row in zip(prompts, found.tolist(), strict=True):
+    for prompt, row in zip(prompts, ids.tolist(), strict=True):
         if first.setdefault(tuple(row), prompt) != prompt:
             other = first[tuple(row)]
             raise ValueError(
                 f"prompts {other!r} and {prompt!r} are the same to the tokenizer; give names that differ, and a whole tokenizer"
             )
-    return found
 
 
 def check_names(argument: str, names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.reading import download, read_model
-from dtta_fast.denoisers.stable_diffusion import StableDiffusion, check_names, prompt_tokens
+from dtta_fast.denoisers.stable_diffusion import StableDiffusion, check_different, check_names, prompt_tokens
 from dtta_fast.tasks.classification import Classification
-from dtta_fast.tasks.transforms import open_clip_transforms, processor_transforms
+from dtta_fast.tasks.transforms import Transform, open_clip_transforms, processor_transforms
 
 PHOTO = "a photo of a {}."
 
@@ -52,8 +53,13 @@ class ZeroShot(Classification):
         check_names("classes", classes)
         check_names("templates", templates)
         for template in (*templates, diffusion_template):
-            if "{}" not in template:
-                raise ValueError(f"template is {template!r}; it needs {{}} where the class's name goes")
+            if (
+                not isinstance(template, str)
+                or "{}" not in template
+                or "{" in template.replace("{}", "")
+                or "}" in template.replace("{}", "")
+            ):
+                raise ValueError(f"template is {template!r}; it needs {{}} where the class's name goes, and no other braces")
         if towers not in ("image", "both"):
             raise ValueError(f"towers is {towers!r}; allowed: image, both")
         self.classes = tuple(classes)
@@ -80,10 +86,23 @@ class ZeroShot(Classification):
         bound: nn.Module = classifier.train(bool(clip.training))
         return bound, denoiser.with_classes(self._diffusion_prompts)
 
+    def crop(self, model: nn.Module, images: Tensor) -> Tensor:
+        bound: Any = model
+        found: Tensor = bound.transforms[0](images)
+        return found
+
+    def normalise(self, model: nn.Module, crop: Tensor) -> Tensor:
+        bound: Any = model
+        found: Tensor = bound.transforms[1](crop)
+        return found
+
     def _from_transformers(self, clip: Any) -> ZeroShotClassifier:
-        pair = self._processor if isinstance(self._processor, tuple) else None
-        tokenizer, images = pair or (self._processor.tokenizer, self._processor.image_processor)
-        self._crop, self._normalise = processor_transforms(images)
+        own = self._processor
+        pair = own if isinstance(own, tuple) else (getattr(own, "tokenizer", None), getattr(own, "image_processor", None))
+        if len(pair) != 2 or not callable(pair[0]) or not hasattr(pair[1], "image_mean"):
+            found = type(own).__name__
+            raise TypeError(f"processor is a {found}; a transformers model takes its CLIPProcessor, or (tokenizer, image processor)")
+        tokenizer, images = pair
         limit = clip.config.text_config.max_position_embeddings
         ids = prompt_tokens(tokenizer, self._prompts, limit).to(clip.device)
         both = self._towers == "both"
@@ -102,24 +121,44 @@ class ZeroShot(Classification):
 
         made = _text_features(lambda part: text_features(clip, part), ids, len(self.classes))
         texts = ids if both else made
-        return ZeroShotClassifier(parts, image_features, text_features, texts, len(self.classes), clip.logit_scale, self._normalised)
+        classifier = ZeroShotClassifier(parts, image_features, text_features, texts, len(self.classes), clip.logit_scale, self._normalised)
+        classifier.transforms, classifier.head = processor_transforms(images), "visual_projection"
+        return classifier
 
     def _from_open_clip(self, clip: Any) -> ZeroShotClassifier:
         if self._towers == "both":
             raise ValueError("towers is 'both' with a model of open_clip; give a transformers CLIPModel, or towers 'image'")
-        self._crop, self._normalise = open_clip_transforms(clip)
-        device = clip.logit_scale.device
-        ids = self._processor(self._prompts).to(device)
-        texts = _text_features(clip.encode_text, ids, len(self.classes))
-        return ZeroShotClassifier(
-            {"visual": clip.visual},
-            lambda own, pixels: own.visual(pixels),
-            None,
-            texts,
-            len(self.classes),
-            clip.logit_scale,
-            self._normalised,
-        )
+        if isinstance(self._processor, tuple) or not callable(self._processor) or hasattr(self._processor, "image_processor"):
+            found = type(self._processor).__name__
+            raise TypeError(f"processor is a {found}; a model of open_clip takes its tokenizer, open_clip.get_tokenizer(name)")
+        ids = open_clip_tokens(self._processor, self._prompts).to(clip.logit_scale.device)
+        texts, count = _text_features(clip.encode_text, ids, len(self.classes)), len(self.classes)
+
+        def image_features(own: Any, pixels: Tensor) -> Tensor:
+            found: Tensor = own.visual(pixels)
+            return found
+
+        classifier = ZeroShotClassifier({"visual": clip.visual}, image_features, None, texts, count, clip.logit_scale, self._normalised)
+        projection = "visual.head" if getattr(clip.visual, "proj", None) is None else "visual.proj"  # a timm tower's, or CLIP's own
+        classifier.transforms, classifier.head = open_clip_transforms(clip), projection
+        return classifier
+
+
+def open_clip_tokens(tokenizer: Any, prompts: list[str]) -> Tensor:
+    """Token ids [N, limit] of an open_clip tokenizer, which cuts what is too long without a word.
+
+    Raises:
+        ValueError: a prompt has more tokens than the tokenizer's limit, its two marks counted, or two are the same to it.
+    """
+    found: Tensor = tokenizer(prompts)
+    encode = getattr(tokenizer, "encode", None) or tokenizer.tokenizer.encode  # open_clip's own, or the one of transformers that it wraps
+    for prompt in prompts:
+        if len(encode(prompt)) > found.shape[1] - 2:
+            raise ValueError(
+                f"prompt {prompt!r} has more tokens than the {found.shape[1]} that the text encoder takes; give a shorter name"
+            )
+    check_different(prompts, found)
+    return found
 
 
 def load_clip(path: str | Path) -> tuple[nn.Module, Any]:
@@ -141,7 +180,13 @@ def load_clip(path: str | Path) -> tuple[nn.Module, Any]:
 
 
 class ZeroShotClassifier(nn.Module):
-    """Images [B, 3, H, W], normalised, to logits [B, K] of mean 0; `parts` of a CLIP are its submodules, under their own names."""
+    """Images [B, 3, H, W], normalised, to logits [B, K] of mean 0; `parts` of a CLIP are its submodules, under their own names.
+
+    transforms: the model's own, geometry and normalisation. head: the name of its last layer, a module or a parameter.
+    """
+
+    transforms: tuple[Transform, Transform]
+    head: str
 
     def __init__(
         self,
@@ -160,6 +205,10 @@ class ZeroShotClassifier(nn.Module):
         self.register_buffer("texts", texts, persistent=False)  # token ids where the text tower adapts, features [K, d] where not
         self.register_buffer("scale", logit_scale.detach().exp(), persistent=False)
         self._classes, self._normalised = classes, normalised
+
+    def get_classifier(self) -> Any:
+        """Asked for as timm's models are: see parameters.select."""
+        return attrgetter(self.head)(self)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self._image_features(self, images)
