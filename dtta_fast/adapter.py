@@ -125,6 +125,9 @@ class Adapter:
         if config.match != "off" and denoiser.calibration is None:
             remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or match='off'"
             raise ValueError(f"match is {config.match!r}, and the denoiser has no calibration; {remedy}")
+        if config.precheck == "statistics" and (denoiser.calibration is None or not denoiser.calibration.typical):
+            remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or precheck='off'"
+            raise ValueError(f"precheck is 'statistics', and the denoiser has no calibration with typical statistics; {remedy}")
         if config.timesteps == "calibrated" and (denoiser.calibration is None or not denoiser.calibration.signal):
             remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or timesteps='stratified'"
             raise ValueError(f"timesteps is 'calibrated', and the denoiser has no calibration of its timesteps; {remedy}")
@@ -222,9 +225,11 @@ class Adapter:
         check_draws(timesteps, noise, images, problem.denoiser.latent_shape, config, len(problem.denoiser.process))
         pairs = config.pairs if timesteps is None else timesteps.shape[2]
         rows, outputs = torch.arange(count, device=images.device), None
-        if config.precheck and inputs is not None:
+        if config.precheck != "off":
             with clock.phase("adapt"):
-                rows, outputs = engine.precheck(original, inputs, everything=self._warming)
+                by_statistics = config.precheck == "statistics" and calibration is not None
+                unusual = calibration.distance(crop) > calibration.limit if by_statistics else None
+                rows, outputs = engine.precheck(original, inputs, unusual, everything=self._warming)
         state, groups = None, []
         if len(rows):
             with clock.phase("encode"):

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 LEAST = 8  # images to measure on: the mean power of fewer is one image's own
 MOST_GAIN = 4.0  # a frequency is raised and lowered by at most that: what blur has taken altogether does not come back
 NOTHING = 1e-12  # a power that is none: where neither side has any, the gain is 1
+NO_POWER = 1e-10  # that a statistic does not go below
 SHARPNESS = 8  # of the density of timesteps: chosen on the validation split of digits-C
+USUAL = 0.95  # share of a denoiser's own images that are no outliers: the quantile of their distances that is the limit
+LEAST_SCATTER = 1e-3  # of a statistic that all images have alike
 FLAT = 1e-4  # standard deviation in [0, 1] under which an image has no contrast to bring back
 
 
@@ -31,6 +34,8 @@ class Calibration:
         fingerprint: of the denoiser (see fingerprint()).
         mean, deviation: of an image's values in [0, 1], over its pixels and channels; means over images.
         power: mean power of images of mean 0 and deviation 1 by spatial frequency, 0, 1, 2 .. cycles an image side.
+        typical, scatter: an image's statistics (its mean, the logarithms of its deviation and of its power at 1, 2 .. cycles), mean and
+            standard deviation over images. limit: the distance() that 95 % of them are under.
         signal, spread: in equal parts of the noise process, mean and standard deviation of how much higher the loss is under a rival
             class than under an image's own (see calibrate()); empty where they were not measured.
     """
@@ -39,6 +44,9 @@ class Calibration:
     mean: float
     deviation: float
     power: tuple[float, ...]
+    typical: tuple[float, ...] = ()
+    scatter: tuple[float, ...] = ()
+    limit: float = 0.0
     signal: tuple[float, ...] = ()
     spread: tuple[float, ...] = ()
 
@@ -61,7 +69,30 @@ class Calibration:
         if float(deviation.mean()) < FLAT:
             raise ValueError("images have no contrast: their standard deviation is 0")
         power = _power(torch.fft.rfft2(unit, norm="forward"), _radius(unit)).mean(0)
-        return cls(fingerprint(denoiser), float(mean.mean()), float(deviation.mean()), tuple(power.tolist()))
+        scatter, typical = torch.std_mean(_statistics(images), dim=0)
+        found = cls(
+            fingerprint(denoiser),
+            float(mean.mean()),
+            float(deviation.mean()),
+            tuple(power.tolist()),
+            tuple(typical.tolist()),
+            tuple(scatter.clamp(min=LEAST_SCATTER).tolist()),
+        )
+        return dataclasses.replace(found, limit=float(found.distance(images).quantile(USUAL)))
+
+    @torch.no_grad()
+    def distance(self, images: Tensor) -> Tensor:
+        """How far each image's [B, C, H, W] statistics are from the denoiser's own images', [B]: root mean square, in standard deviations.
+
+        Raises:
+            ValueError: they were not measured.
+        """
+        if not self.typical:
+            raise ValueError("the denoiser's calibration has no typical statistics; measure them by calibrate() or `dtta calibrate`")
+        found = _statistics(images.float())
+        known = min(found.shape[1], len(self.typical))  # images of another size have other frequencies too
+        typical, scatter = (torch.tensor(values[:known], device=images.device) for values in (self.typical, self.scatter))
+        return ((found[:, :known] - typical) / scatter).square().mean(1).sqrt()
 
     @torch.no_grad()
     def match(self, images: Tensor) -> Tensor:
@@ -109,15 +140,18 @@ class Calibration:
         """
         try:
             found: dict[str, Any] = json.loads(Path(path).read_text())
-            series = [tuple(map(float, found.get(name, ()))) for name in ("power", "signal", "spread")]
-            read = cls(str(found["fingerprint"]), float(found["mean"]), float(found["deviation"]), *series)
+            series = {name: tuple(map(float, found.get(name, ()))) for name in ("power", "typical", "scatter", "signal", "spread")}
+            single = {name: float(found[name]) for name in ("mean", "deviation")}
+            read = cls(str(found["fingerprint"]), **single, **series, limit=float(found.get("limit", 0.0)))
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is no calibration: {type(error).__name__}: {error}") from error
-        numbers = (read.mean, read.deviation, *read.power, *read.signal, *read.spread)
+        numbers = (read.mean, read.deviation, read.limit, *read.power, *read.typical, *read.scatter, *read.signal, *read.spread)
         if len(read.power) < 3 or not all(map(math.isfinite, numbers)) or read.deviation <= 0 or min(read.power) < 0:
             raise ValueError(f"{path} is no calibration: mean, deviation and power have to be finite, deviation positive")
         if len(read.signal) != len(read.spread) or min(read.spread, default=1) <= 0:
             raise ValueError(f"{path} is no calibration: signal and spread have to be of one length, spread positive")
+        if len(read.typical) != len(read.scatter) or min(read.scatter, default=1) <= 0 or read.limit < 0:
+            raise ValueError(f"{path} is no calibration: typical and scatter have to be of one length, scatter positive, limit 0 and more")
         if read.fingerprint != fingerprint(denoiser):
             raise ValueError(f"{path} belongs to another denoiser (fingerprint {read.fingerprint}): measure this one by `dtta calibrate`")
         return read
@@ -141,6 +175,13 @@ def _standardised(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[B, C, H, W] at mean 0 and deviation 1 an image, with what they were, [B, 1, 1, 1] each."""
     deviation, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True, correction=0)
     return (images - mean) / deviation.clamp(min=FLAT), mean, deviation
+
+
+def _statistics(images: Tensor) -> Tensor:
+    """Of each image [B, C, H, W]: mean, logarithm of the deviation, logarithms of the power at 1, 2 .. whole cycles, [B, S]."""
+    unit, mean, deviation = _standardised(images)
+    power = _power(torch.fft.rfft2(unit, norm="forward"), _radius(unit))[:, 1:-1]  # the last holds the rest
+    return torch.cat([mean.flatten(1), deviation.clamp(min=FLAT).log().flatten(1), power.clamp(min=NO_POWER).log()], dim=1)
 
 
 def _radius(images: Tensor) -> Tensor:

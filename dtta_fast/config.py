@@ -14,6 +14,7 @@ from dtta_fast.parameters import ParameterSet
 Precision = Literal["fp32", "bf16", "fp16"]
 Compile = Literal["off", "regional", "step"]
 Match = Literal["off", "denoiser", "both"]
+Precheck = Literal["off", "answer", "statistics"]
 Method = Literal["adapt", "diffusion_classifier", "ensemble"]
 Objective = Literal["embedding_mix", "noise_mix"]
 DenoiserParameters = Literal["frozen", "all", "lora"]
@@ -49,9 +50,10 @@ class AdaptConfig:
         logit_scale: the condition is softmax(logit_scale · logits / ‖logits‖₂); None is softmax(logits).
         match: who sees an image with the statistics of the denoiser's own images (see Calibration.match): nobody, the denoiser, or the
             model too. Takes a denoiser with a calibration.
-        precheck: with match "both", an image to which the source gives the same answer as it is and matched is left alone, without an
-            evaluation: there adaptation does more harm than good (docs/log.md). Compiled code, which is made for one size, adapts a
-            batch whole where one of its images asks for it.
+        precheck: which images are left alone, without an evaluation, since adaptation would do more harm than good (docs/log.md): off,
+            none; answer, with match "both" those to which the source gives the same answer as they are and matched; statistics, those whose
+            statistics are usual for the denoiser's own images (see Calibration.distance). Compiled code, which is made for one size,
+            adapts a batch whole where one of its images asks for it.
         parameters: which of the model's weights move: all, its norm layers, its head, LoRA adapters (its own where it has some, else
             new ones), or the logits themselves. Their requires_grad is not asked.
         denoiser_parameters: frozen, all, or lora.
@@ -94,7 +96,7 @@ class AdaptConfig:
     drawn_classes: int = 0
     logit_scale: float | None = None
     match: Match = "off"
-    precheck: bool = False
+    precheck: Precheck = "off"
     parameters: ParameterSet = "all"
     denoiser_parameters: DenoiserParameters = "frozen"
     lora_rank: int = 8
@@ -127,7 +129,7 @@ class AdaptConfig:
             "method": get_args(Method),
             "objective": get_args(Objective),
             "null_condition": flags,
-            "precheck": flags,
+            "precheck": get_args(Precheck),
             "antithetic": flags,
             "share_noise": flags,
             "common_draws": flags,
@@ -180,9 +182,11 @@ class AdaptConfig:
         if self.null_condition and (self.objective != "noise_mix" or self.denoiser_parameters == "frozen"):
             found = f"objective {self.objective!r} and denoiser_parameters {self.denoiser_parameters!r}"
             raise ValueError(f"null_condition with {found}; it belongs to noise_mix with a denoiser that adapts")
-        if self.precheck and (self.match, self.method, self.mode) != ("both", "adapt", "episodic"):
-            found = f"match {self.match!r}, method {self.method!r} and mode {self.mode!r}"
-            raise ValueError(f"precheck with {found}; it belongs to match 'both', method 'adapt' and mode 'episodic'")
+        if self.precheck != "off" and (self.method, self.mode) != ("adapt", "episodic"):
+            found = f"method {self.method!r} and mode {self.mode!r}"
+            raise ValueError(f"precheck is {self.precheck!r} with {found}; it belongs to method 'adapt' and mode 'episodic'")
+        if self.precheck == "answer" and self.match != "both":
+            raise ValueError(f"precheck is 'answer' with match {self.match!r}, and needs 'both': it compares answers, as is and matched")
         if self.method != "adapt" and self.mode == "online":
             raise ValueError(f"method is {self.method!r} with mode 'online', and nothing is carried on: use episodic")
         if self.optimizer == "adam8bit" and self.compile == "step":

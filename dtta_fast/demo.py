@@ -15,6 +15,7 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import Split, load_digits
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.metrics import bootstrap_interval
 from dtta_fast.tasks.base import Task
 
 CLEAN = "clean"
@@ -92,9 +93,3 @@ def _accuracy_on_matched(model: nn.Module, task: Task, denoiser: Denoiser, image
         return {}
     outputs = model(task.normalise(model, denoiser.calibration.match(task.crop(model, images))))
     return {"matched_accuracy": float((outputs.argmax(1) == labels).float().mean())}
-
-
-def bootstrap_interval(values: Tensor, resamples: int = 5000) -> list[float]:
-    """The 95 % percentile interval of the mean of values [N], one for each image, over resampled images; seeded."""
-    rows = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(0))
-    return torch.quantile(values[rows].float().mean(1), torch.tensor([0.025, 0.975])).tolist()

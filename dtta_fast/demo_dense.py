@@ -15,8 +15,8 @@ from dtta_fast.adapter import Adapter
 from dtta_fast.config import AdaptConfig
 from dtta_fast.data.corruptions import DEPTH_C, SEGMENTATION_C, corrupt
 from dtta_fast.data.scenes import CLASSES, FARTHEST, NEAREST, Scenes, scenes
-from dtta_fast.demo import CLEAN, bootstrap_interval
-from dtta_fast.metrics import confusion, depth_errors, mean_class_accuracy, mean_iou
+from dtta_fast.demo import CLEAN
+from dtta_fast.metrics import bootstrap_interval, confusion, depth_errors, mean_class_accuracy, mean_iou
 
 DenseName = Literal["segmentation", "depth"]
 BATCH = 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,9 +26,11 @@ def classify(problem: Problem, outputs: Tensor, x0: Tensor, image_ids: Tensor) -
     """
     config, table = problem.config, problem.denoiser.class_embeddings({})
     images, classes = outputs.shape
-    alive = torch.ones_like(outputs, dtype=torch.bool)
+    task: Any = problem.task  # of classification: maps refuse this method
+    alive = task.possible(outputs)
     if config.top_k is not None:
-        alive = torch.zeros_like(alive).scatter(1, outputs.topk(config.top_k, dim=1).indices, True)
+        best = outputs.masked_fill(~alive, -torch.inf).topk(config.top_k, dim=1).indices
+        alive = torch.zeros_like(alive).scatter(1, best, True)
     looked_at, evaluations = alive.clone(), torch.zeros_like(image_ids)
     losses = torch.empty(images, classes, 0, dtype=torch.float64, device=x0.device)
     excess = torch.zeros(images, classes, dtype=torch.float64, device=x0.device)  # of the lowest, on the pairs that both have met

@@ -198,15 +198,17 @@ class Engine:
         return self._outputs(inputs) if online is None else self.forward(online, inputs)
 
     @torch.no_grad()
-    def precheck(self, original: Tensor, matched: Tensor, everything: bool) -> tuple[Tensor, Tensor]:
+    def precheck(self, original: Tensor, matched: Tensor | None, unusual: Tensor | None, everything: bool) -> tuple[Tensor, Tensor]:
         """Rows of the images to adapt, and the source's outputs [B, ...] for the original images.
 
-        An image is left alone where the source says the same of it as it is and matched. Where code is compiled for a batch's size, a
-        batch is adapted whole or not at all; with `everything` it is adapted in any case.
+        Those that are `unusual` [B], or, where that is not asked, those of which the source says another thing as they are than matched.
+        Where code is compiled for a batch's size, a batch is adapted whole or not at all; with `everything` it is adapted in any case.
         """
-        before = self._outputs(original)
-        answers = [self.task.decision(outputs, self.problem.denoiser) for outputs in (before, self._outputs(matched))]
-        asked = (answers[0] != answers[1]).flatten(1).any(1)
+        before, asked = self._outputs(original), unusual
+        if asked is None:
+            outputs = before if matched is None else self._outputs(matched)
+            answers = [self.task.decision(found, self.problem.denoiser) for found in (before, outputs)]
+            asked = (answers[0] != answers[1]).flatten(1).any(1)
         if everything or (self.problem.pad and bool(asked.any())):
             asked = torch.ones_like(asked)
         return asked.nonzero()[:, 0], before

@@ -1,4 +1,4 @@
-"""What maps are judged by: intersection over union and class accuracy, depth errors; image by image, so that intervals can be drawn."""
+"""What answers are judged by, image by image, so that intervals can be drawn: of maps, and of probabilities; and the intervals."""
 
 from __future__ import annotations
 
@@ -65,6 +65,23 @@ def depth_errors(predictions: Tensor, depth: Tensor) -> dict[str, Tensor]:
         **{f"delta{k}": _mean_where((ratio < 1.25**k).double().flatten(1), known.flatten(1)) for k in (1, 2, 3)},
         "ssim": ssim(guess[:, None], truth[:, None], data_range=max(high - low, 1e-6), reduction="none").view(-1),
     }
+
+
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
+    """Expected calibration error of confidence [N] in answers that are right or not [N], in equal bins (Guo 2017, arXiv 1706.04599)."""
+    confidence = confidence.double()
+    number = (confidence * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, number, confidence - right.double())
+    return float(gaps.abs().sum() / len(right))
+
+
+def bootstrap_interval(values: Tensor, resamples: int = 5000) -> list[float]:
+    """The 95 % percentile interval of the mean of values [N], one for each image, over resampled images; seeded."""
+    generator, means = torch.Generator().manual_seed(0), []
+    for part in torch.arange(resamples).split(max(1, 5_000_000 // len(values))):  # of 50,000 images a hundred at once
+        rows = torch.randint(len(values), (len(part), len(values)), generator=generator)
+        means.append(values[rows].float().mean(1))
+    return torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975])).tolist()
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Tensor:

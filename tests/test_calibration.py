@@ -141,7 +141,7 @@ def test_the_pre_check_leaves_alone_what_the_source_says_twice():
     images, _ = (part[:12] for part in load_digits("validation"))
     images = corrupt(images, "gaussian_blur", 5)
     config = presets.FAST.replace(steps=1)
-    whole = adapt(model, denoiser, images, config=config.replace(precheck=False))
+    whole = adapt(model, denoiser, images, config=config.replace(precheck="off"))
     found = adapt(model, denoiser, images, config=config)
     with torch.no_grad():
         matched = model(denoiser.calibration.match(images) * 2 - 1).argmax(1)
@@ -158,11 +158,33 @@ def test_the_pre_check_leaves_alone_what_the_source_says_twice():
     assert not none.evaluations.any()
     timesteps = torch.randint(300, 800, (12, 1, 4))
     given = adapt(model, denoiser, images, config=config, timesteps=timesteps)
-    same = adapt(model, denoiser, images, config=config.replace(precheck=False), timesteps=timesteps)
+    same = adapt(model, denoiser, images, config=config.replace(precheck="off"), timesteps=timesteps)
     torch.testing.assert_close(given.loss[asked], same.loss[asked])
     for change in ({"match": "denoiser"}, {"mode": "online"}, {"method": "ensemble"}):
-        with pytest.raises(ValueError, match="precheck with match"):
+        with pytest.raises(ValueError, match=r"precheck is .answer. with"):
             config.replace(**change)
+
+
+def test_the_pre_check_by_statistics_leaves_alone_what_is_usual():
+    model, denoiser = zoo.load("digits")
+    clean = load_digits("validation")[0][:40]
+    calibration = denoiser.calibration
+    usual = [float((calibration.distance(images) <= calibration.limit).float().mean()) for images in (clean, corrupt(clean, "contrast", 3))]
+    assert usual[0] > 0.85
+    assert usual[1] < 0.1
+    far = calibration.distance(clean)
+    torch.testing.assert_close(calibration.distance(clean[3:5]), far[3:5])  # an image's own
+    images = torch.cat([clean[far <= calibration.limit][:3], corrupt(clean[:3], "gaussian_blur", 5)])
+    found = adapt(model, denoiser, images, config=presets.FAST.replace(steps=1, guard=4, precheck="statistics"))
+    assert torch.equal(found.loss.isnan()[:, 0], torch.tensor([True] * 3 + [False] * 3))
+    assert torch.equal(found.outputs[:3], found.outputs_before[:3])
+    assert not found.evaluations[:3].any()
+    assert bool((found.evaluations[3:] > 0).all())
+    denoiser.calibration = dataclasses.replace(calibration, typical=(), scatter=())
+    with pytest.raises(ValueError, match="no calibration with typical statistics"):
+        Adapter(model, denoiser, presets.FAST.replace(precheck="statistics"))
+    with pytest.raises(ValueError, match="has no typical statistics"):
+        denoiser.calibration.distance(clean)
 
 
 def test_a_compiled_batch_is_adapted_whole_or_not_at_all():

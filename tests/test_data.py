@@ -14,7 +14,7 @@ from dtta_fast.data import fashion
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import SPLITS, load_digits
 from dtta_fast.data.fashion import load_fashion
-from dtta_fast.demo import bootstrap_interval
+from dtta_fast.metrics import bootstrap_interval
 
 
 def test_splits_share_no_image_and_cover_all():

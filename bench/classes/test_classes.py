@@ -22,9 +22,9 @@ from dtta_fast.environment import describe
 from dtta_fast.process import NoiseProcess
 
 FORMS = {
-    "FAST, of an image that is adapted": presets.FAST.replace(precheck=False),
+    "FAST, of an image that is adapted": presets.FAST.replace(precheck="off"),
     "diffusion classifier": presets.FAST.replace(
-        method="diffusion_classifier", steps=1, pairs=2, precheck=False, guard=0, guard_threshold=0.0
+        method="diffusion_classifier", steps=1, pairs=2, precheck="off", guard=0, guard_threshold=0.0
     ),
 }
 SIZES = {"depths": (1, 1, 2, 1), "dims": (32, 64, 128, 256), "patch_size": 2, "ls_init_value": 1.0, "conv_mlp": False}

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
     model, denoiser = zoo.load("digits")
     images, _ = zoo.example("digits")
-    adapter = Adapter(model, denoiser, presets.FAST.replace(compile=sys.argv[1], precheck=False))
+    adapter = Adapter(model, denoiser, presets.FAST.replace(compile=sys.argv[1], precheck="off"))
     begun = time.time()
     adapter.adapt(images[:1])
     print(round(time.time() - START, 2), round(time.time() - begun, 2))

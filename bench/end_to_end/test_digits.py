@@ -20,7 +20,7 @@ from dtta_fast import Adapter, presets, zoo
 from dtta_fast.environment import describe
 
 BENCH = Path(__file__).parents[1]
-FAST = presets.FAST.replace(precheck=False)  # which would leave these clean images alone: every image here is adapted
+FAST = presets.FAST.replace(precheck="off")  # which would leave these clean images alone: every image here is adapted
 WAYS = {
     "float32": {},
     "float32, compiled step": {"compile": "step"},

@@ -28,10 +28,10 @@ FAST, ONLINE, DUSA = presets.FAST, presets.ONLINE, presets.DUSA
 
 CONFIGS: dict[str, AdaptConfig] = {
     "FAST as it is": FAST,
-    "FAST nothing matched": FAST.replace(match="off", precheck=False),
-    "FAST denoiser sees matched": FAST.replace(match="denoiser", precheck=False),
+    "FAST nothing matched": FAST.replace(match="off", precheck="off"),
+    "FAST denoiser sees matched": FAST.replace(match="denoiser", precheck="off"),
     "FAST no guard": FAST.replace(guard=0, guard_threshold=0.0),
-    "FAST no pre-check": FAST.replace(precheck=False),
+    "FAST no pre-check": FAST.replace(precheck="off"),
     "FAST guard 12, 1 error": FAST.replace(guard=12, guard_threshold=1.0),
     "FAST guard 12": FAST.replace(guard=12),
     "FAST guard 16": FAST.replace(guard=16),

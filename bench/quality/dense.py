@@ -22,8 +22,9 @@ from torch import Tensor
 from dtta_fast import AdaptConfig, Adapter, environment, presets, zoo
 from dtta_fast.data.corruptions import corrupt
 from dtta_fast.data.scenes import scenes
-from dtta_fast.demo import CLEAN, bootstrap_interval
+from dtta_fast.demo import CLEAN
 from dtta_fast.demo_dense import CORRUPTIONS, MAIN, scores, truth_of
+from dtta_fast.metrics import bootstrap_interval
 
 RESULTS = Path(__file__).parents[1] / "results"
 DENSE = presets.DENSE
@@ -33,8 +34,9 @@ METHODS: dict[str, AdaptConfig | None] = {
     "source": None,
     "matched alone": None,
     "DENSE": DENSE,
-    "DENSE, no guard": DENSE.replace(guard=0, guard_threshold=0.0),
-    "DENSE, unmatched": DENSE.replace(match="off"),
+    "DENSE, no guard": DENSE.replace(guard=0, guard_threshold=0.0, precheck="off"),
+    "DENSE, no pre-check": DENSE.replace(precheck="off"),
+    "DENSE, unmatched": DENSE.replace(match="off", precheck="off"),
 }
 
 

@@ -130,16 +130,16 @@ def _generator(setting: Setting) -> torch.Generator:
 
 
 FAST, ONLINE, DUSA, PAPER = presets.FAST, presets.ONLINE, presets.DUSA, presets.PAPER
-CLASSIFIER = FAST.replace(method="diffusion_classifier", match="denoiser", precheck=False, guard=0, guard_threshold=0.0)
+CLASSIFIER = FAST.replace(method="diffusion_classifier", match="denoiser", precheck="off", guard=0, guard_threshold=0.0)
 BATCH, SINGLE = 50, "single-sample"
 
 METHODS: dict[str, Method] = {
     "source": Method(by_baseline(lambda s: Source(s.model, 0.0)), BATCH, SINGLE, "source"),
     "matched alone": Method(matched_alone, BATCH, SINGLE, "matched alone"),
     "FAST": Method(by_adapter(FAST), BATCH, SINGLE, "FAST"),
-    "FAST, unmatched": Method(by_adapter(FAST.replace(match="off", precheck=False)), BATCH, SINGLE, "FAST, unmatched"),
+    "FAST, unmatched": Method(by_adapter(FAST.replace(match="off", precheck="off")), BATCH, SINGLE, "FAST, unmatched"),
     "FAST, guard of 8": Method(by_adapter(FAST.replace(guard=8)), BATCH, SINGLE, "FAST"),
-    "FAST, no pre-check": Method(by_adapter(FAST.replace(precheck=False)), BATCH, SINGLE, "FAST, no pre-check"),
+    "FAST, no pre-check": Method(by_adapter(FAST.replace(precheck="off")), BATCH, SINGLE, "FAST, no pre-check"),
     "FAST, timesteps 450-700": Method(
         by_adapter(FAST.replace(timesteps="stratified", timestep_range=(450, 700))), BATCH, SINGLE, "FAST, timesteps 450-700"
     ),
@@ -172,7 +172,7 @@ METHODS: dict[str, Method] = {
 SEEN = {"templates": ("a photo of the number {}.",), "diffusion_template": "a photo of the number {}."}
 UNKNOWN = {"templates": ("my drawing: {}",), "diffusion_template": "my drawing: {}"}  # words that no prompt of the training had
 WHOLE = FAST.replace(guard=14)  # at most 20 evaluations an image: more images than of digits-C ask for a guard
-UNMATCHED: dict[str, Any] = {"match": "off", "precheck": False}
+UNMATCHED: dict[str, Any] = {"match": "off", "precheck": "off"}
 LORA = WHOLE.replace(parameters="lora", lr=5e-3)
 
 # on CLIP and Stable Diffusion; "a photo of a {}." is no template of their training, though all of its words are

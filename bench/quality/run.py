@@ -26,20 +26,11 @@ from dtta_fast import environment, zoo
 from dtta_fast.data.corruptions import DIGITS_C, FASHION_C, UNSEEN, corrupt
 from dtta_fast.data.digits import load_digits
 from dtta_fast.data.fashion import load_fashion
-from dtta_fast.demo import bootstrap_interval
+from dtta_fast.metrics import bootstrap_interval, calibration_error
 
 RESULTS = Path(__file__).parents[1] / "results"
 FASHION = Path(__file__).parents[1] / "zoo" / "fashion_weights"
 LOADERS = {"digits": (load_digits, DIGITS_C), "fashion": (load_fashion, FASHION_C), "open_vocabulary": (load_digits, DIGITS_C)}
-CALIBRATION_BINS = 15
-
-
-def calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """Expected calibration error over 15 equal bins of confidence (Guo et al. 2017, arXiv 1706.04599)."""
-    confidence, answers = logits.double().softmax(1).max(1)
-    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-    gaps = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add(0, bins, confidence - (answers == labels).double())
-    return float(gaps.abs().sum() / len(labels))
 
 
 def measure(method: Method, setting: Setting, streams: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
@@ -60,7 +51,7 @@ def measure(method: Method, setting: Setting, streams: dict[str, Tensor], labels
             "forwards": sum(answer.forwards for answer in answers) / len(images),
             "backwards": sum(answer.backwards for answer in answers) / len(images),
             "seconds": seconds / len(images),
-            "calibration_error": calibration_error(logits, labels),
+            "calibration_error": calibration_error(logits.double().softmax(1).amax(1), right),
         }
     return rows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,19 @@ class Classification:
 
     Args:
         crop: images [B, 3, H, W] in [0, 1] to what model and denoiser look at. normalise: a crop to the model's input.
+        subset: the numbers of the model's and the denoiser's classes that an image can be of, where that is known to be fewer than all,
+            as of ImageNet-R's 200; the others take no part, and predictions are of these. None is all.
+
+    Raises:
+        ValueError: subset is empty, or names a class twice or below 0.
     """
 
-    def __init__(self, *, crop: Transform | None = None, normalise: Transform | None = None) -> None:
+    def __init__(self, *, crop: Transform | None = None, normalise: Transform | None = None, subset: Sequence[int] | None = None) -> None:
         self._crop = crop
         self._normalise = normalise
+        if subset is not None and (not subset or len(set(subset)) != len(subset) or min(subset) < 0):
+            raise ValueError(f"subset is {list(subset)[:5]}; give different numbers of the model's classes, 0 and more")
+        self._subset = None if subset is None else torch.tensor(list(subset), dtype=torch.int64)
 
     def bind(self, model: nn.Module, denoiser: Denoiser) -> tuple[nn.Module, Denoiser]:
         return model, denoiser
@@ -47,6 +55,10 @@ class Classification:
             raise ValueError(f"model returns shape {tuple(outputs.shape)}; a classifier returns logits [B, K]")
         if outputs.shape[1] != classes:
             raise ValueError(f"model has {outputs.shape[1]} classes and denoiser has embeddings for {classes}; both need the same classes")
+        if self._subset is not None:
+            if int(self._subset.max()) >= classes:
+                raise ValueError(f"subset names class {int(self._subset.max())}, and the model has 0 .. {classes - 1}")
+            classes = len(self._subset)
         if config.top_k is not None and config.top_k + config.drawn_classes > classes:
             more = f" with drawn_classes {config.drawn_classes}" if config.drawn_classes else ""
             raise ValueError(f"top_k is {config.top_k}{more}, and there are {classes} classes")
@@ -54,7 +66,7 @@ class Classification:
     def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:
         if config.top_k is None:
             return None
-        outputs = outputs.detach()
+        outputs = self._allowed(outputs.detach())
         best = outputs.topk(config.top_k, dim=1).indices
         if not config.drawn_classes:
             return best
@@ -67,7 +79,7 @@ class Classification:
     def condition(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None = None
     ) -> Tensor:
-        table, per_image = self._table(denoiser, moving)
+        outputs, (table, per_image) = self._allowed(outputs), self._table(denoiser, moving)
         if not config.drawn_classes or chosen is None:
             return mix_condition(outputs, table, config.top_k, config.logit_scale, per_image)
         logits = scaled(outputs, config.logit_scale).gather(1, chosen)
@@ -76,21 +88,35 @@ class Classification:
     def candidates(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        table, per_image = self._table(denoiser, moving)
+        outputs, (table, per_image) = self._allowed(outputs), self._table(denoiser, moving)
         if chosen is None:
             chosen = torch.arange(outputs.shape[1], device=outputs.device).expand(len(outputs), -1)
         return scaled(outputs, config.logit_scale).gather(1, chosen).softmax(1), _gathered(table, chosen, per_image)
 
     def _table(self, denoiser: Denoiser, moving: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
-        """The embeddings of all classes, and whether each image has its own: where the denoiser adapts to each."""
+        """The embeddings of the classes that take part, and whether each image has its own: where the denoiser adapts to each."""
         table = denoiser.class_embeddings(moving)
-        return table, table.ndim > denoiser.class_embeddings({}).ndim
+        per_image = table.ndim > denoiser.class_embeddings({}).ndim
+        if self._subset is not None:
+            table = table.index_select(int(per_image), self._subset.to(table.device))
+        return table, per_image
+
+    def _allowed(self, outputs: Tensor) -> Tensor:
+        """Logits [B, K] of the classes that take part."""
+        return outputs if self._subset is None else outputs[:, self._subset.to(outputs.device)]
+
+    def possible(self, outputs: Tensor) -> Tensor:
+        """Which classes [B, K] take part, as a mask."""
+        if self._subset is None:
+            return torch.ones_like(outputs, dtype=torch.bool)
+        return torch.zeros_like(outputs, dtype=torch.bool).index_fill(1, self._subset.to(outputs.device), True)
 
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
-        return denoiser.class_embeddings({})[outputs.argmax(dim=1)]
+        return denoiser.class_embeddings({})[self.predict(outputs, (0, 0))]
 
     def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
-        return outputs.argmax(dim=1)
+        answers = self._allowed(outputs).argmax(dim=1)
+        return answers if self._subset is None else self._subset.to(answers.device)[answers]
 
 
 def scaled(outputs: Tensor, logit_scale: float | None) -> Tensor:

@@ -70,7 +70,9 @@ class DenseTask:
 
 def check_maps(task: str, config: AdaptConfig, unsupported: Mapping[str, Any]) -> None:
     """Raises ValueError where the config asks for what a task of maps does not have; unsupported: fields with the values that it has."""
-    for field, allowed in {"method": "adapt", "drawn_classes": 0, "null_condition": False, "precheck": False, **unsupported}.items():
+    if config.precheck == "answer":
+        raise ValueError("precheck is 'answer', and hardly two maps are the same: use 'statistics', or 'off'")
+    for field, allowed in {"method": "adapt", "drawn_classes": 0, "null_condition": False, **unsupported}.items():
         value = getattr(config, field)
         if value != allowed:
             raise ValueError(f"{field} is {value!r}, which {task} has no meaning for; leave it at {allowed!r}")
