@@ -227,8 +227,9 @@ class Adapter:
         rows, outputs = torch.arange(count, device=images.device), None
         if config.precheck != "off":
             with clock.phase("adapt"):
-                by_statistics = config.precheck == "statistics" and calibration is not None
-                unusual = calibration.distance(crop) > calibration.limit if by_statistics else None
+                unusual = None
+                if config.precheck == "statistics" and calibration is not None:
+                    unusual = calibration.distance(crop) > calibration.limit
                 rows, outputs = engine.precheck(original, inputs, unusual, everything=self._warming)
         state, groups = None, []
         if len(rows):
@@ -293,6 +294,11 @@ class Adapter:
             outputs, evaluations = engine.classify(before if matched is None else engine.before(matched, None), x0, image_ids)
         state = State({}, {}, [], [], torch.zeros((), dtype=torch.int64))
         return _Group(state, before, outputs, x0.new_empty(len(x0), 0), torch.ones_like(image_ids, dtype=torch.bool), evaluations)
+
+    def crop(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] as model and denoiser look at them: adapt() crops too, and leaves a crop as it is."""
+        problem = self._engine.problem
+        return problem.task.crop(problem.model, images)
 
     def warmup(self, images: Tensor, **keywords: Any) -> dict[str, float]:
         """Compiles and measures what adapt() needs for batches of this shape; nothing of it stays in an online adapter's state.

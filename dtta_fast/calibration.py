@@ -140,9 +140,11 @@ class Calibration:
         """
         try:
             found: dict[str, Any] = json.loads(Path(path).read_text())
-            series = {name: tuple(map(float, found.get(name, ()))) for name in ("power", "typical", "scatter", "signal", "spread")}
-            single = {name: float(found[name]) for name in ("mean", "deviation")}
-            read = cls(str(found["fingerprint"]), **single, **series, limit=float(found.get("limit", 0.0)))
+            power, typical, scatter, signal, spread = (
+                tuple(map(float, found.get(name, ()))) for name in ("power", "typical", "scatter", "signal", "spread")
+            )
+            mean, deviation, limit = float(found["mean"]), float(found["deviation"]), float(found.get("limit", 0.0))
+            read = cls(str(found["fingerprint"]), mean, deviation, power, typical, scatter, limit, signal, spread)
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{path} is no calibration: {type(error).__name__}: {error}") from error
         numbers = (read.mean, read.deviation, read.limit, *read.power, *read.typical, *read.scatter, *read.signal, *read.spread)

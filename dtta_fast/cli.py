@@ -12,44 +12,42 @@ import tyro
 from dtta_fast import presets
 from dtta_fast.commands.adapt import Adapt
 from dtta_fast.commands.calibrate import Calibrate
+from dtta_fast.commands.common import option
 from dtta_fast.commands.demo import Demo
 from dtta_fast.commands.env import Env
+from dtta_fast.commands.evaluate import Evaluate
 
-COMMANDS: tuple[Any, ...] = (Demo, Adapt, Calibrate, Env)
+COMMANDS: tuple[Any, ...] = (Demo, Adapt, Evaluate, Calibrate, Env)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; bad input ends it with one line and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        command: Any = tyro.cli(_commands(arguments), prog="dtta", args=arguments)
+        if arguments[:1] == ["evaluate"]:
+            start, arguments = Evaluate.start(arguments)
+            command: Any = tyro.cli(_commands(arguments, start), prog="dtta", args=arguments)
+        else:
+            command = tyro.cli(_commands(arguments), prog="dtta", args=arguments)
         command.run()
     except (ValueError, TypeError, ImportError, OSError) as error:
         print(f"dtta {' '.join(arguments[:1])}: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def _commands(arguments: Sequence[str]) -> Any:
-    """The union of the commands; settings that start from a preset have its values for defaults."""
+def _commands(arguments: Sequence[str], start: Evaluate | None = None) -> Any:
+    """The union of the commands; settings that start from a preset, or from `start`, have its values for defaults."""
     found = None
     for kind in COMMANDS:
         name = kind.__name__.lower()
         command: Any = tyro.conf.subcommand(name)
         fields = {field.name: field for field in dataclasses.fields(kind)}
-        if "config" in fields and arguments[:1] == [name]:
-            start = presets.get(_option(arguments, "--preset") or str(fields["preset"].default))
+        if start is not None and kind is Evaluate:
+            command = tyro.conf.subcommand(name, default=start)
+        elif "config" in fields and arguments[:1] == [name]:
+            preset = presets.get(option(arguments, "--preset") or str(fields["preset"].default))
             required = [field for field, own in fields.items() if own.default is dataclasses.MISSING]
-            command = tyro.conf.subcommand(name, default=kind(**dict.fromkeys(required, tyro.MISSING), config=start))
+            command = tyro.conf.subcommand(name, default=kind(**dict.fromkeys(required, tyro.MISSING), config=preset))
         annotated: Any = Annotated[kind, command]
         found = annotated if found is None else found | annotated
     return found
-
-
-def _option(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of a flag, wherever it stands."""
-    for i, argument in enumerate(arguments):
-        if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-    return None

@@ -105,7 +105,7 @@ class Engine:
         """Whether another attempt may succeed; what the failed call may have left half done is made anew by the next refresh()."""
         if not isinstance(error, Exception):  # an interrupt in mid-swap leaves tensors in the private modules
             self._stale = True
-        if isinstance(error, compiling.FAILURES) and self._compile != "off" and os.environ.get("DTTA_FAST_STRICT") != "1":
+        if self._compile != "off" and compiling.is_failure(error) and os.environ.get("DTTA_FAST_STRICT") != "1":
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"compile is {self._compile!r}, and the compilation failed: {reason} Going on in eager mode", stacklevel=4)
             self._compile, self._stale = "off", True

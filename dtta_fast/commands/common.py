@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,16 @@ def check_path(path: Path | None) -> None:
     """Raises ValueError where a result cannot be written to: before the work, not after it."""
     if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
         raise ValueError(f"the result cannot be written to {str(path)!r}: give a file in a folder that exists")
+
+
+def option(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of a flag, wherever it stands."""
+    for i, argument in enumerate(arguments):
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+    return None
 
 
 def names_of(classes: str) -> list[str]:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as T
+
+from dtta_fast.data.images import Images
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -21,11 +27,11 @@ def read_images(folder: str | Path, size: int, most: int) -> Tensor:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"images is {str(folder)!r}, which is no folder")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())[:most]
+    files = sorted(folder / name for name in image_files(folder))[:most]
     if not files:
         raise ValueError(f"images is {str(folder)!r}, which holds no file ending in {', '.join(sorted(SUFFIXES))}")
     return torch.stack(
-        [T.to_tensor(T.center_crop(T.resize(_read(path), size, T.InterpolationMode.BICUBIC), [size, size])) for path in files]
+        [T.to_tensor(T.center_crop(T.resize(decode(path, str(path)), size, T.InterpolationMode.BICUBIC), [size, size])) for path in files]
     )
 
 
@@ -35,13 +41,128 @@ def read_image(path: str | Path) -> Tensor:
     Raises:
         ValueError: it is no image; the message names it.
     """
-    found: Tensor = T.to_tensor(_read(Path(path)))
+    found: Tensor = T.to_tensor(decode(Path(path), str(path)))
     return found
 
 
-def _read(path: Path) -> Image.Image:
+def read_pixels(source: Path | BinaryIO, name: str) -> Tensor:
+    """A file as uint8 [3, H, W], of its own size.
+
+    Raises:
+        ValueError: as `decode`.
+    """
+    found: Tensor = T.pil_to_tensor(decode(source, name))
+    return found
+
+
+def decode(source: Path | BinaryIO, name: str) -> Image.Image:
+    """A file in RGB, turned as its EXIF says.
+
+    Raises:
+        ValueError: it is missing, truncated, no image, or has more pixels than PIL's limit; the message has `name`.
+    """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is no image that can be read: {error}") from error
+        with Image.open(source) as image:
+            most, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
+            if most is not None and pixels > most:  # PIL itself only warns up to twice its limit
+                raise ValueError(f"it has {pixels} pixels, more than PIL.Image.MAX_IMAGE_PIXELS, {most}")
+            return _rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # a damaged file makes PIL's decoders raise many kinds
+        raise ValueError(f"{name} is no image that can be read: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, of no known range; save it with 8 bits a channel")
+    if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info and image.mode == "P":
+        image = image.convert("RGBA")  # PIL warns of the direct way
+    return image.convert("RGB")
+
+
+class ImageFiles(Images):
+    """Image files below a root; names are their paths from it. `border` pixels are cut off on each side."""
+
+    def __init__(
+        self,
+        root: Path,
+        names: Sequence[str],
+        groups: Sequence[str],
+        labels: Sequence[int] | None = None,
+        classes: Sequence[str] = (),
+        outputs: Sequence[int] | None = None,
+        border: int = 0,
+    ) -> None:
+        self._root, self._border = root, border
+        self.names, self.groups, self.labels, self.classes = names, groups, labels, tuple(classes)
+        self.outputs = None if outputs is None else tuple(outputs)
+
+    def read(self, index: int) -> Tensor:
+        path, cut = self._root / self.names[index], self._border
+        image = read_pixels(path, str(path))
+        if min(image.shape[1:]) <= 2 * cut:
+            raise ValueError(f"{path} is {image.shape[2]}x{image.shape[1]} pixels, all of them its border of {cut}")
+        return image[:, cut : image.shape[1] - cut, cut : image.shape[2] - cut]
+
+
+def image_files(folder: Path) -> list[str]:
+    """Paths, from the folder and with slashes, of its images and its subfolders', by name. Hidden files and folders are left out."""
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        inner = Path(place).relative_to(folder).as_posix()
+        prefix = "" if inner == "." else f"{inner}/"
+        for name in sorted(files):  # macOS leaves ._NAME.jpg files that hold no image
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+                found.append(prefix + name)
+    return found
+
+
+def subfolders(folder: Path) -> list[str]:
+    """Their names, in order, without hidden ones.
+
+    Raises:
+        ValueError: the folder is missing.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is missing or no folder")
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def class_files(root: Path, folders: Iterable[tuple[str, int]]) -> tuple[list[str], list[int]]:
+    """Names, from the root, and labels of the images in class folders.
+
+    Args:
+        folders: (path from the root, label) pairs.
+
+    Raises:
+        ValueError: a folder without an image.
+    """
+    names: list[str] = []
+    labels: list[int] = []
+    for folder, label in folders:
+        files = image_files(root / folder)
+        if not files:
+            raise ValueError(f"{root / folder} holds no file ending in {', '.join(sorted(SUFFIXES))}: fill the class, or remove its folder")
+        names += [f"{folder}/{name}" for name in files]
+        labels += [label] * len(files)
+    return names, labels
+
+
+def open_folder(root: Path) -> ImageFiles:
+    """Any folder: subfolders are classes, numbered in the order of their names as strings; without them the images have no labels.
+
+    Raises:
+        ValueError: no folder, no image, an empty class, or images beside class folders.
+    """
+    classes = subfolders(root)
+    beside = [path.name for path in root.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file() and path.name[0] != "."]
+    if classes and beside:
+        raise ValueError(f"{root} has class folders and {sorted(beside)[0]} beside them: move the images into classes, or the folders away")
+    if classes:
+        names, labels = class_files(root, [(name, label) for label, name in enumerate(classes)])
+        return ImageFiles(root, names, ["folder"] * len(names), labels, classes)
+    if not beside:
+        raise ValueError(f"{root} holds no class folder and no file ending in {', '.join(sorted(SUFFIXES))}")
+    return ImageFiles(root, sorted(beside), ["folder"] * len(beside))

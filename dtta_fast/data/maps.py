@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import functional as T
 
 from dtta_fast.data.folder import SUFFIXES, read_image
+from dtta_fast.data.images import chosen_corruptions
 
 NO_LABEL = 255
 ADE20K_CLASSES = 150
@@ -23,10 +27,13 @@ class Maps(Dataset[tuple[Tensor, Tensor]], ABC):
     """Items are (image [3, size, size] in [0, 1], map [size, size]): int64 labels, 255 where there is none, or depth in metres.
 
     Short sides are resized to `size` (images bicubic, maps by the nearest pixel) and the centre is cropped. An item whose map does not
-    fit raises ValueError, which names the file and what is wrong.
+    fit raises ValueError, which names the file and what is wrong. names, groups and classes are as those of `Images`.
     """
 
     size: int
+    names: Sequence[str]
+    groups: Sequence[str]
+    classes: tuple[str, ...] = ()
 
     @abstractmethod
     def pair(self, index: int) -> tuple[Tensor, Tensor, str]:
@@ -74,13 +81,17 @@ def checked_depth(depth: Tensor, name: str) -> Tensor:
 class Ade20k(Maps):
     """The 150 classes of ADEChallengeData2016: images/SPLIT/*.jpg beside annotations/SPLIT/*.png, whose 0 is no label.
 
+    classes are the first names of objectInfo150.txt, where it lies in the folder. split is "training" or "validation".
+
     Raises:
         ValueError: a folder, or the annotation of an image, is missing.
     """
 
-    def __init__(self, folder: str | Path, split: Literal["training", "validation"], size: int) -> None:
-        images, annotations = (Path(folder) / kind / split for kind in ("images", "annotations"))
-        self.size, self._files = size, _pairs(images, annotations)
+    def __init__(self, folder: str | Path, split: str, size: int) -> None:
+        folder = Path(folder)
+        self.size, self.classes = size, _ade20k_names(folder)
+        self._files = _pairs(folder / "images" / split, folder / "annotations" / split)
+        self.names, self.groups = _names(self._files, folder), ["ade20k"] * len(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -92,41 +103,80 @@ class Ade20k(Maps):
         return read_image(image), checked_labels(labels, ADE20K_CLASSES, str(annotation)), str(annotation)
 
 
+class Ade20kC(Ade20k):
+    """ADE20K's validation images corrupted, CORRUPTION/SEVERITY/*.jpg, with ADE20K's annotations/validation/*.png beside.
+
+    Raises:
+        ValueError: as `Ade20k`, or a corruption or severity that is not there; the message lists what is.
+    """
+
+    def __init__(self, folder: str | Path, corruptions: Sequence[str], severities: Sequence[int], size: int) -> None:
+        folder = Path(folder)
+        there: dict[str, set[int]] = {}
+        for place in sorted(folder.glob("*/*")):
+            if place.is_dir() and place.name.isascii() and place.name.isdigit():
+                there.setdefault(place.parent.name, set()).add(int(place.name))
+        self.size, self.classes, self._files, self.groups = size, _ade20k_names(folder), [], []
+        for corruption, severity in chosen_corruptions(there, corruptions, severities, folder):
+            found = _pairs(folder / corruption / str(severity), folder / "annotations" / "validation")
+            self._files += found
+            self.groups += [f"{corruption}{severity}"] * len(found)
+        self.names = _names(self._files, folder)
+
+
 class NyuV2(Maps):
     """nyu_depth_v2_labeled.mat, 1,449 images with their filled depth; splits.mat beside it holds the official train and test numbers.
+
+    Args:
+        file: the first one, or the folder that holds both.
+        split: "train" or "test".
 
     Raises:
         ValueError: a file is missing, or holds something else. ImportError: h5py or scipy is missing (extra `data`).
     """
 
-    def __init__(self, file: str | Path, split: Literal["train", "test"], size: int) -> None:
+    def __init__(self, file: str | Path, split: str, size: int) -> None:
         try:
-            import h5py
+            import h5py  # noqa: F401 - to say so before the first image
             from scipy.io import loadmat
         except ImportError as error:
             raise ImportError("NYUv2 needs h5py and scipy: pip install 'dtta-fast[data]'") from error
-        file = Path(file)
+        file = Path(file) / "nyu_depth_v2_labeled.mat" if Path(file).is_dir() else Path(file)
         splits = file.parent / "splits.mat"
         for path in (file, splits):
             if not path.is_file():
                 raise ValueError(f"{path} is missing; NYUv2 is nyu_depth_v2_labeled.mat with splits.mat beside it")
         self.size, self._file = size, file
+        self._data: Any = None
+        self._process = 0
         try:
-            self._data: Any = h5py.File(file, "r")
-            self._images, self._depths = self._data["images"], self._data["depths"]
             self._rows = loadmat(splits)[f"{split}Ndxs"].ravel().astype(int) - 1  # MATLAB counts from 1
+            count = len(self._opened()["images"])
+            self._opened()["depths"]
         except (OSError, KeyError, ValueError) as error:
             raise ValueError(f"{file} with {splits.name} is no NYUv2: {error}") from error
-        if len(self._rows) == 0 or self._rows.min() < 0 or self._rows.max() >= len(self._images):
-            raise ValueError(f"{splits} names images that {file} does not have: it has 1 .. {len(self._images)}")
+        if len(self._rows) == 0 or self._rows.min() < 0 or self._rows.max() >= count:
+            raise ValueError(f"{splits} names images that {file} does not have: it has 1 .. {count}")
+        self.names, self.groups = [f"{file.name}#{row + 1}" for row in self._rows], ["nyuv2"] * len(self._rows)
+
+    def _opened(self) -> Any:
+        """The file, opened once a process: a forked one may not share it."""
+        if self._data is None or self._process != os.getpid():
+            import h5py
+
+            self._data, self._process = h5py.File(self._file, "r"), os.getpid()
+        return self._data
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_data": None}
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def pair(self, index: int) -> tuple[Tensor, Tensor, str]:
         row, name = int(self._rows[index]), f"{self._file}, image {int(self._rows[index]) + 1}"
-        image = torch.from_numpy(np.asarray(self._images[row])).mT  # MATLAB's columns come first
-        depth = torch.from_numpy(np.asarray(self._depths[row])).mT
+        image = torch.from_numpy(np.asarray(self._opened()["images"][row])).mT  # MATLAB's columns come first
+        depth = torch.from_numpy(np.asarray(self._opened()["depths"][row])).mT
         return image.float() / 255, checked_depth(depth, name), name
 
 
@@ -138,7 +188,9 @@ class MapFolder(Maps):
     """
 
     def __init__(self, folder: str | Path, size: int, classes: int | None = None) -> None:
-        self.size, self._classes, self._files = size, classes, _pairs(Path(folder) / "images", Path(folder) / "maps")
+        folder = Path(folder)
+        self.size, self._classes, self._files = size, classes, _pairs(folder / "images", folder / "maps")
+        self.names, self.groups = _names(self._files, folder), ["map-folder"] * len(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -150,11 +202,44 @@ class MapFolder(Maps):
         return read_image(image), found, name
 
 
+def open_map_folder(folder: Path, size: int) -> MapFolder:
+    """Labels where the folder has a classes.txt, which names one class a line, else depth.
+
+    Raises:
+        ValueError: as `MapFolder`, or a classes.txt without a name.
+    """
+    listed = folder / "classes.txt"
+    if not listed.is_file():
+        return MapFolder(folder, size)
+    names = tuple(line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not names:
+        raise ValueError(f"{listed} has no name; write one class a line, or remove it where the maps are depth")
+    data = MapFolder(folder, size, len(names))
+    data.classes = names
+    return data
+
+
+def _ade20k_names(folder: Path) -> tuple[str, ...]:
+    """The first names in objectInfo150.txt, a table with tabs whose column is called Name; () where it is not there."""
+    listed = folder / "objectInfo150.txt"
+    if not listed.is_file():
+        return ()
+    lines = [line for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+    head, *rows = [[cell.strip() for cell in line.split("\t")] for line in lines or [""]]
+    if "Name" not in head or len(rows) != ADE20K_CLASSES or any(len(row) != len(head) for row in rows):
+        raise ValueError(f"{listed} is not ADE20K's: a heading with Name and {ADE20K_CLASSES} lines, with tabs between")
+    return tuple(re.split("[,;]", row[head.index("Name")])[0] for row in rows)
+
+
+def _names(files: Sequence[tuple[Path, Path]], folder: Path) -> list[str]:
+    return [image.relative_to(folder).as_posix() for image, _ in files]
+
+
 def _pairs(images: Path, maps: Path) -> list[tuple[Path, Path]]:
     for folder in (images, maps):
         if not folder.is_dir():
             raise ValueError(f"{folder} is missing: give the folder that holds it")
-    files = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     if not files:
         raise ValueError(f"{images} holds no file ending in {', '.join(sorted(SUFFIXES))}")
     lacking = [path.name for path in files if not (maps / f"{path.stem}.png").is_file()]

@@ -10,15 +10,17 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 F = TypeVar("F", bound=Callable[..., Any])
-FAILURES = (
-    TorchDynamoException,
-    FailOnRecompileLimitHit,
-)  # what torch.compile raises where it cannot trace or build, Inductor's errors included
 COMPILATIONS = 1024
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether torch.compile could not trace or build; Inductor's errors included."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # here, since its import takes seconds
+
+    return isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit))
 
 
 def keep_cache() -> None:

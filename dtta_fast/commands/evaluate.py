@@ -1,0 +1,176 @@
+"""`dtta evaluate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dtta_fast.commands.common import check_path, checked_device, option, quiet
+from dtta_fast.evaluate import batches_of, evaluate, open_data
+from dtta_fast.runs.config import RunConfig, flattened, read_yaml, with_settings
+from dtta_fast.runs.reference_names import is_reference
+from dtta_fast.runs.summary import error_lines
+from dtta_fast.tracking import Tracker, tracker
+
+Tracked = Literal["tensorboard", "trackio", "wandb"]
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Adapt a model to a data set, image by image, and record each one; a run that was stopped goes on by the same command.
+
+    Settings come from a preset, then a YAML file of the same names (the reference implementation's dotted names are taken too, there and as
+    NAME=VALUE), then flags.
+    """
+
+    out: tyro.conf.Positional[Path]
+    """The run's folder; made where it is missing."""
+    settings: Path | None = None
+    """A YAML file of settings."""
+    preset: str | None = None
+    """What the settings of the adaptation start from; FAST, ONLINE or DENSE, as protocol and task want, where it is left out."""
+    scale: Literal["none", "ray"] = "none"
+    """ray: Ray Data, a worker for each GPU or CPU core. Processes that torchrun starts share the work without it."""
+    track: Tracked | None = None
+    """Send running accuracy and cost there too (an extra of that name)."""
+    json: Path | None = None
+    """Write the summary to this file too."""
+    run_config: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=RunConfig)
+
+    @classmethod
+    def start(cls, arguments: Sequence[str]) -> tuple[Evaluate, list[str]]:
+        """What flags change: a preset's and a YAML file's settings; and the arguments that are flags.
+
+        Raises:
+            ValueError: an unknown preset or setting, or a file that cannot be read.
+        """
+        import yaml
+
+        dotted, flags = {}, []
+        for argument in arguments:
+            name, equals, value = argument.removeprefix("--").partition("=")
+            if equals and is_reference(name):
+                dotted[name] = yaml.safe_load(value)
+            else:
+                flags.append(argument)
+        path = option(flags, "--settings")
+        settings = {**(flattened(read_yaml(Path(path))) if path else {}), **dotted}
+        named = option(flags, "--preset") or settings.pop("preset", None)
+        for name in ("protocol", "task"):
+            given = option(flags, f"--{name}")
+            if given is not None:
+                settings[name] = given
+        settings = {"preset": named or _usual_preset(settings), **settings}
+        return cls(out=tyro.MISSING, preset=named, run_config=with_settings(RunConfig(), settings)), flags
+
+    def run(self) -> None:
+        """Raises ValueError for bad settings, data or models, a folder that is in use or holds another run; OSError where it is full."""
+        quiet()
+        check_path(self.json)
+        checked_device(self.run_config.device)
+        run, sent = self.run_config, tracker(self.track, self.out, self.run_config.described()) if self.track else None
+        terminal = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+            total = sum(map(len, batches_of(run, open_data(run)))) if terminal.is_terminal else None
+            bar, running = progress.add_task("loading models", total=total), Running(sent)
+
+            def advance(records: list[dict[str, Any]]) -> None:
+                running.add(records)
+                progress.update(bar, description=str(running), advance=len(records))
+
+            try:
+                found = evaluate(run, self.out, scale=self.scale, advance=advance)
+            finally:
+                if sent is not None:
+                    sent.close()
+        if not found:
+            return  # a process beside the first one
+        _print_summary(found, self.out)
+        if self.json is not None:
+            self.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+class Running:
+    """Means over the images so far; what a progress bar says, and what goes to a tracker."""
+
+    def __init__(self, sent: Tracker | None) -> None:
+        self._sent, self._images = sent, 0
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, records: list[dict[str, Any]]) -> None:
+        self._images += len(records)
+        for record in records:
+            for name, value in _values(record).items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + 1
+        if self._sent is not None:
+            self._sent.log(self._images, self.means())
+
+    def means(self) -> dict[str, float]:
+        return {name: self._sums[name] / self._counts[name] for name in self._sums}
+
+    def __str__(self) -> str:
+        found = self.means()
+        scores = [name for name in found if name.endswith("_before")]
+        shown = [
+            f"{name.removesuffix('_before')} {100 * found[name]:.1f} -> {100 * found[name.removesuffix('_before')]:.1f} %"
+            for name in scores
+        ]
+        return ", ".join([*shown, f"{found['seconds']:.3f} s/image"] if "seconds" in found else ["adapting"])
+
+
+def _values(record: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a record that a mean is taken of."""
+    if "error" in record:
+        return {}
+    found = {"seconds": record["seconds"], "evaluations": float(record["evaluations"])}
+    if "score" in record:
+        for suffix in ("_before", ""):
+            found |= {f"{name}{suffix}": value for name, value in record[f"score{suffix}"].items()}
+    elif record["label"] is not None:
+        found |= {f"accuracy{suffix}": float(record[f"prediction{suffix}"] == record["label"]) for suffix in ("_before", "")}
+    return found
+
+
+def _usual_preset(settings: dict[str, Any]) -> str:
+    if settings.get("task") in ("segmentation", "depth"):
+        return "DENSE"
+    return "ONLINE" if settings.get("protocol") in ("online", "continual") or settings.get("tta.online") else "FAST"
+
+
+def _print_summary(found: dict[str, Any], out: Path) -> None:
+    table = Table(title=f"{found['images']} images, {found['errors']} of them unreadable; {out}")
+    scores = [name for name in found if isinstance(found[name], dict) and "gain" in found[name]]
+    heads = [f"{name} {when}" for name in scores for when in ("before", "after")] or ["before %", "after %", "gain"]
+    table.add_column("", no_wrap=True)
+    for head in (*heads, "evals/img", "s/img"):
+        table.add_column(head, justify="right")
+
+    def add(name: str, row: dict[str, Any]) -> None:
+        if scores and scores[0] in row:
+            values = [f"{100 * row[score][when]:.1f}" for score in scores for when in ("before", "after")]
+        elif "accuracy" in row:
+            values = [f"{100 * row['accuracy_before']:.1f}", f"{100 * row['accuracy']:.1f}", f"{100 * row['gain']:+.1f}"]
+        else:
+            values = ["-"] * len(heads)
+        cost = [f"{row['evaluations_per_image']:.1f}", f"{row['seconds_per_image']:.3f}"] if "seconds_per_image" in row else ["-", "-"]
+        table.add_row(name, *values, *cost)
+
+    for name, row in found["groups"].items():
+        add(name, row)
+    table.add_section()
+    add("all", found)
+    Console().print(table)
+    for line in error_lines(found):
+        print(line)

@@ -1,0 +1,245 @@
+"""Images that lie in arrays or tables: CIFAR-C's .npy files, torchvision's sets, the digits, Hugging Face's `datasets`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dtta_fast.data.corruptions import DIGITS_C, corrupt
+from dtta_fast.data.digits import load_digits
+from dtta_fast.data.folder import ImageFiles, read_pixels
+from dtta_fast.data.images import Images, chosen_corruptions
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR100 = tuple(
+    """apple,aquarium fish,baby,bear,beaver,bed,bee,beetle,bicycle,bottle,bowl,boy,bridge,bus,butterfly,camel,can,castle,caterpillar,cattle,
+    chair,chimpanzee,clock,cloud,cockroach,couch,crab,crocodile,cup,dinosaur,dolphin,elephant,flatfish,forest,fox,girl,hamster,house,kangaroo,
+    keyboard,lamp,lawn mower,leopard,lion,lizard,lobster,man,maple tree,motorcycle,mountain,mouse,mushroom,oak tree,orange,orchid,otter,
+    palm tree,pear,pickup truck,pine tree,plain,plate,poppy,porcupine,possum,rabbit,raccoon,ray,road,rocket,rose,sea,seal,shark,shrew,skunk,
+    skyscraper,snail,snake,spider,squirrel,streetcar,sunflower,sweet pepper,table,tank,telephone,television,tiger,tractor,train,trout,tulip,
+    turtle,wardrobe,whale,willow tree,wolf,woman,worm""".replace("\n    ", "").split(",")
+)
+CIFAR_C = {"cifar10-c": ("CIFAR-10-C", CIFAR10), "cifar100-c": ("CIFAR-100-C", CIFAR100)}
+# name -> its splits, the default first
+TORCHVISION = {
+    "cifar10": ("test", "train"),
+    "cifar100": ("test", "train"),
+    "fashion-mnist": ("test", "train"),
+    "food101": ("test", "train"),
+    "aircraft": ("test", "val", "train", "trainval"),
+    "pets": ("test", "trainval"),
+    "flowers102": ("test", "val", "train"),
+}
+
+
+class CifarC(Images):
+    """CIFAR-10-C or CIFAR-100-C: CORRUPTION.npy, uint8 [5 n, H, W, 3], severity 1 first, with labels.npy; in root or root/CIFAR-10-C.
+
+    Raises:
+        ValueError: a file, corruption or severity is missing, or an array has another form; the message names the file.
+    """
+
+    def __init__(self, name: str, root: Path, corruptions: Sequence[str] = (), severities: Sequence[int] = ()) -> None:
+        folder, self.classes = CIFAR_C[name]
+        self._root = root / folder if (root / folder).is_dir() else root
+        self._arrays: dict[str, NDArray[np.uint8]] = {}
+        path = self._root / "labels.npy"
+        truth = _load_array(path)
+        if truth.ndim != 1 or not np.issubdtype(truth.dtype, np.integer):
+            raise ValueError(f"{path} is {truth.dtype} of shape {list(truth.shape)}; labels are one whole number an image")
+        if len(truth) and (truth.min() < 0 or truth.max() >= len(self.classes)):
+            raise ValueError(f"{path} has labels {truth.min()} .. {truth.max()}; {name} has 0 .. {len(self.classes) - 1}")
+        there = {file.stem: {1, 2, 3, 4, 5} for file in self._root.glob("*.npy") if file.name != "labels.npy" and file.name[0] != "."}
+        self.names, self.groups = [], []
+        self._rows: list[tuple[str, int]] = []
+        labels: list[int] = []
+        for corruption, severity in chosen_corruptions(there, corruptions, severities, self._root):
+            images = self._array(corruption)
+            each = len(images) // 5
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != 5 * each or not each:
+                form = f"{images.dtype} of shape {list(images.shape)}"
+                raise ValueError(f"{self._root / corruption}.npy is {form}; it has 5 equal parts of uint8 [n, H, W, 3]")
+            if len(truth) not in (each, len(images)):
+                raise ValueError(f"{path} has {len(truth)} labels for the {len(images)} images of {corruption}.npy")
+            first = each * (severity - 1)
+            self._rows += [(corruption, first + i) for i in range(each)]
+            self.names += [f"{corruption}/{severity}#{i}" for i in range(each)]
+            self.groups += [f"{corruption}{severity}"] * each
+            labels += truth[first : first + each].tolist() if len(truth) == len(images) else truth.tolist()
+        self.labels = labels
+
+    def _array(self, corruption: str) -> NDArray[np.uint8]:
+        if corruption not in self._arrays:
+            self._arrays[corruption] = _load_array(self._root / f"{corruption}.npy")
+        return self._arrays[corruption]
+
+    def read(self, index: int) -> Tensor:
+        corruption, row = self._rows[index]
+        return torch.from_numpy(np.array(self._array(corruption)[row])).permute(2, 0, 1).contiguous()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_arrays": {}}  # a mapped array would be pickled whole
+
+
+def _load_array(path: Path) -> NDArray[Any]:
+    try:
+        found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing: give the folder of CORRUPTION.npy files and labels.npy") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no array that can be read: {error}") from error
+    return found
+
+
+class ImageArray(Images):
+    """Images in memory: uint8 [N, 3, H, W]."""
+
+    def __init__(
+        self, images: Tensor, names: Sequence[str], groups: Sequence[str], labels: Sequence[int] | None, classes: tuple[str, ...]
+    ) -> None:
+        self._images = images
+        self.names, self.groups, self.labels, self.classes = names, groups, labels, classes
+
+    def read(self, index: int) -> Tensor:
+        return self._images[index].clone()
+
+
+def open_digits(split: str) -> ImageArray:
+    """scikit-learn's digits at 32x32.
+
+    Raises:
+        ImportError: scikit-learn is missing (extra `demo`).
+    """
+    images, labels = load_digits(split)  # type: ignore[arg-type]
+    names = [f"{split}#{i}" for i in range(len(images))]
+    return ImageArray((images * 255).round().byte(), names, ["digits"] * len(images), labels.tolist(), DIGITS)
+
+
+def open_digits_c(split: str, corruptions: Sequence[str] = (), severities: Sequence[int] = ()) -> ImageArray:
+    """The digits under corruptions, made now; by default those of DIGITS_C, at its severities.
+
+    Raises:
+        ValueError: an unknown corruption or severity. ImportError: scikit-learn or imagecorruptions-imaug is missing (extra `demo`).
+    """
+    images, labels = load_digits(split)  # type: ignore[arg-type]
+    unset = [name for name in corruptions if name not in DIGITS_C]
+    if unset and not severities:
+        raise ValueError(f"corruptions has {unset[0]!r}, for which no severity is set: give severities, or choose of {', '.join(DIGITS_C)}")
+    pairs = [(name, severity) for name in corruptions or DIGITS_C for severity in severities or [DIGITS_C[name]]]
+    made = torch.cat([(corrupt(images, name, severity) * 255).round().byte() for name, severity in pairs])
+    names = [f"{name}/{severity}#{i}" for name, severity in pairs for i in range(len(images))]
+    groups = [f"{name}{severity}" for name, severity in pairs for _ in range(len(images))]
+    return ImageArray(made, names, groups, labels.tolist() * len(pairs), DIGITS)
+
+
+def open_torchvision(name: str, root: Path, split: str) -> Images:
+    """One of torchvision's sets, as it unpacks them below root; nothing is downloaded.
+
+    Raises:
+        ValueError: a file is missing or damaged; the message names it. ImportError: scipy is missing (extra `data`).
+    """
+    from torchvision import datasets
+
+    cifar = ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6)))
+    kinds: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "cifar10": (datasets.CIFAR10, tuple(f"cifar-10-batches-py/{file}" for file in cifar)),
+        "cifar100": (datasets.CIFAR100, tuple(f"cifar-100-python/{file}" for file in ("meta", "test", "train"))),
+        "fashion-mnist": (
+            datasets.FashionMNIST,
+            tuple(f"FashionMNIST/raw/{part}-{kind}-ubyte" for part in ("t10k", "train") for kind in ("images-idx3", "labels-idx1")),
+        ),
+        "food101": (datasets.Food101, (f"food-101/meta/{split}.json", "food-101/images")),
+        "aircraft": (
+            datasets.FGVCAircraft,
+            tuple(f"fgvc-aircraft-2013b/data/{file}" for file in ("variants.txt", f"images_variant_{split}.txt", "images")),
+        ),
+        "pets": (datasets.OxfordIIITPet, (f"oxford-iiit-pet/annotations/{split}.txt", "oxford-iiit-pet/images")),
+        "flowers102": (datasets.Flowers102, tuple(f"flowers-102/{file}" for file in ("setid.mat", "imagelabels.mat", "jpg"))),
+    }
+    kind, files = kinds[name]
+    missing = [str(root / file) for file in files if not (root / file).exists()]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing; {name} is torchvision's {kind.__name__}: its download=True writes this below root")
+    arrays = name in ("cifar10", "cifar100", "fashion-mnist")
+    try:
+        found = kind(root, train=split == "train", download=False) if arrays else kind(root, split=split, download=False)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} needs scipy: pip install 'dtta-fast[data]'") from error
+    except Exception as error:  # torchvision's parsers raise what damaged files make them
+        raise ValueError(f"{root / files[0]} and what is beside it cannot be read: {type(error).__name__}: {error}") from error
+    classes = tuple(str(word).replace("_", " ") for word in found.classes)
+    if arrays:
+        pixels = torch.as_tensor(found.data)
+        images = pixels[:, None].repeat(1, 3, 1, 1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+        names = [f"{split}#{i}" for i in range(len(images))]
+        return ImageArray(images, names, [name] * len(names), torch.as_tensor(found.targets).tolist(), classes)
+    # the paths and labels themselves, which torchvision has no public name for: its items are decoded already, by a reader of its own
+    paths = found._images if name == "pets" else found._image_files
+    names = [Path(path).relative_to(root).as_posix() for path in paths]
+    return ImageFiles(root, names, [name] * len(names), [int(label) for label in found._labels], classes)
+
+
+class HuggingFace(Images):
+    """A split of Hugging Face's `datasets`: its first column of images, and its first column of class labels where there is one.
+
+    Raises:
+        ValueError: no column of images, no row, or labels beside the classes.
+    """
+
+    def __init__(self, data: Any, split: str, image: str, label: str | None) -> None:
+        from datasets import Image
+
+        self._data, self._image = data.select_columns([image]).cast_column(image, Image(decode=False)), image
+        self.names, self.groups = [f"{split}#{i}" for i in range(len(data))], ["hf"] * len(data)
+        if label is not None:
+            self.classes, labels = tuple(data.features[label].names), list(data[label])
+            wrong = [value for value in labels if value is None or not 0 <= value < len(self.classes)]
+            if wrong and (len(wrong) < len(labels) or set(wrong) - {None, -1}):  # all -1: a test split whose labels are kept back
+                raise ValueError(f"the column {label!r} of {split} has {wrong[0]}; its classes are 0 .. {len(self.classes) - 1}")
+            self.labels = None if wrong else labels
+
+    def read(self, index: int) -> Tensor:
+        name, row = self.names[index], self._data[index][self._image]
+        if row is None or (row["bytes"] is None and row["path"] is None):
+            raise ValueError(f"{name} has no image in the column {self._image!r}")
+        if row["bytes"] is None:
+            return read_pixels(Path(row["path"]), f"{name}, {row['path']}")
+        return read_pixels(io.BytesIO(row["bytes"]), name)
+
+
+def open_hugging_face(root: str, split: str) -> HuggingFace:
+    """A folder that save_to_disk wrote or of images, or an id of the hub; by default the split test, else validation, else the only one.
+
+    Raises:
+        ValueError: it cannot be opened, the split is missing, or as `HuggingFace`. ImportError: `datasets` is missing (extra `datasets`).
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("hf needs Hugging Face's datasets: pip install 'dtta-fast[datasets]'") from error
+    folder = Path(root)
+    try:
+        saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+        found = datasets.load_from_disk(root) if saved else datasets.load_dataset(root)
+    except Exception as error:  # the hub, the network, scripts of others
+        raise ValueError(f"{root!r} is no data set that can be opened: {error}; give an id of the hub or a folder") from error
+    if isinstance(found, datasets.Dataset):
+        found = datasets.DatasetDict({str(found.split or "data"): found})
+    wanted = split or next((name for name in ("test", "validation", *found) if name in found and (name != "train" or len(found) == 1)), "")
+    if wanted not in found:
+        raise ValueError(f"split is {wanted!r}; {root} has {', '.join(found)}")
+    features = found[wanted].features
+    image = next((column for column, kind in features.items() if isinstance(kind, datasets.Image)), None)
+    label = next((column for column, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)
+    if image is None or not len(found[wanted]):
+        lack = "rows" if image else f"column of images, only {', '.join(features)}"
+        raise ValueError(f"{root}, {wanted}, has no {lack}")
+    return HuggingFace(found[wanted], wanted, image, label)

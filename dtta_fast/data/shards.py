@@ -1,0 +1,130 @@
+"""webdataset shards: tar files whose members of one name make a sample."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+from glob import glob, has_magic
+from pathlib import Path
+
+from torch import Tensor
+
+from dtta_fast.data.folder import SUFFIXES, read_pixels
+from dtta_fast.data.images import Images
+
+# webdataset's own rule: a sample's key goes up to the first dot of the file's name
+_MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
+
+
+class Shards(Images):
+    """Samples of tar files, indexed once and read by seeking: image by extension, label by .cls.
+
+    classes are the lines of classnames.txt, in the shards' folder or the one above, where there is one.
+
+    Args:
+        paths: tar files, not compressed.
+
+    Raises:
+        ValueError: no tar file, or a cut one; a sample without an image, or twice; a label that is no number, is lacking while others have
+            one, or is beside the classes.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        common = Path(os.path.commonpath([path.parent for path in paths]))
+        self._spans: list[tuple[Path, int, int]] = []
+        self.names = names = []
+        labels: list[int | None] = []
+        listed = next((place / "classnames.txt" for place in (common, common.parent) if (place / "classnames.txt").is_file()), None)
+        self.classes = tuple(line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()) if listed else ()
+        for path in paths:
+            shard = path.relative_to(common).as_posix()
+            for key, members in _samples(path).items():
+                image = next((extension for extension in members if f".{extension}" in SUFFIXES), None)
+                if image is None:
+                    raise ValueError(f"{path} has no image of the sample {key}: it has {', '.join(members)}")
+                names.append(f"{shard}/{key}")
+                self._spans.append((path, *members[image]))
+                labels.append(_label(path, key, members["cls"], self.classes) if "cls" in members else None)
+        if not names:
+            raise ValueError(f"{paths[0]} and the other {len(paths) - 1} shards hold no sample")
+        known = [label for label in labels if label is not None]
+        if known and len(known) < len(labels):
+            raise ValueError(f"{names[labels.index(None)]} has no .cls, while {len(known)} samples have one; label all or none")
+        self.labels = known or None
+        self.groups = ["webdataset"] * len(names)
+
+    def read(self, index: int) -> Tensor:
+        path, offset, size = self._spans[index]
+        name = f"{path}, sample {self.names[index]}"
+        return read_pixels(io.BytesIO(_bytes(path, offset, size, name)), name)
+
+
+def open_webdataset(root: Path) -> Shards:
+    """A tar file, a folder of tar files, or a pattern: {000..009} and {a,b} name files that must be there, * and ? those that are.
+
+    Raises:
+        ValueError: no file, or as `Shards`.
+    """
+    if root.is_dir():
+        paths = sorted(path for path in root.iterdir() if path.suffix.lower() == ".tar" and not path.name.startswith("."))
+        if not paths:
+            raise ValueError(f"{root} holds no .tar file; give the folder that does, or a pattern")
+        return Shards(paths)
+    paths = []
+    for pattern in [str(root)] if root.exists() else _braces(str(root)):
+        found = sorted(glob(pattern)) if has_magic(pattern) and not os.path.exists(pattern) else [pattern]
+        if not found or not os.path.isfile(found[0]):
+            raise ValueError(f"{pattern} is missing; give a tar file, a folder of tar files, or a pattern such as shard-{{000..009}}.tar")
+        paths += [Path(path) for path in found]
+    return Shards(paths)
+
+
+def _braces(pattern: str) -> list[str]:
+    """shard-{08..10}.tar as three names, {a,b} as two."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, dots, last = match[1].partition("..")
+    if dots and first.isdigit() and last.isdigit():
+        middle = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    else:
+        middle = match[1].split(",")
+    return [whole for part in middle for whole in _braces(pattern[: match.start()] + part + pattern[match.end() :])]
+
+
+def _samples(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """key -> extension -> (offset, bytes), in the order of the file."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                match = _MEMBER.fullmatch(member.name.removeprefix("./"))
+                if not member.isreg() or match is None or member.name.startswith("__"):  # __ marks what is about the shard
+                    continue
+                key, extension = match[1], match[2].lower()
+                if extension in samples.setdefault(key, {}):
+                    raise ValueError(f"{path} has {key}.{extension} twice: a sample's name is its own")
+                samples[key][extension] = member.offset_data, member.size
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no tar file that can be read: {error}; unpack .gz first, as members are read by seeking") from error
+    return samples
+
+
+def _label(path: Path, key: str, span: tuple[int, int], classes: tuple[str, ...]) -> int:
+    name = f"{path}, sample {key}"
+    text = _bytes(path, *span, name).decode("ascii", "replace").strip()
+    if not (text.isascii() and text.isdigit()) or (classes and int(text) >= len(classes)):
+        raise ValueError(f"{name} has the label {text[:20]!r}; .cls is 0 .. {len(classes) - 1 if classes else 'classes - 1'}")
+    return int(text)
+
+
+def _bytes(path: Path, offset: int, size: int, name: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error

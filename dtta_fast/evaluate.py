@@ -1,0 +1,283 @@
+"""Runs over data sets: every image adapted and recorded, goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtta_fast import environment
+from dtta_fast.adapter import Adapter, AdaptResult
+from dtta_fast.data.images import Images, holds_maps, open_images, subsample
+from dtta_fast.data.maps import Maps
+from dtta_fast.metrics import confusion, depth_errors, mean_class_accuracy, mean_iou
+from dtta_fast.runs.config import RunConfig
+from dtta_fast.runs.folder import SUMMARY, Record, RunFolder, write_whole
+from dtta_fast.runs.models import image_size, load_models
+from dtta_fast.runs.summary import summary
+
+BEST = 5  # classes of an image that a record tells the probabilities of
+AHEAD = 2  # batches that are read ahead, for each thread
+Advance = Callable[[list[Record]], None]
+Finished = tuple[int, list[Record], dict[str, float]]  # a batch's number, its records, and seconds by phase
+
+
+class Fetched(NamedTuple):
+    """A batch's images as they were read, uint8 [3, H, W], or [3, size, size] in [0, 1] with their maps; or why one could not be."""
+
+    number: int
+    images: dict[int, Tensor]
+    truth: dict[int, Tensor]
+    failed: dict[int, str]
+
+
+def open_data(run: RunConfig) -> Images | Maps:
+    """The run's data set.
+
+    Raises:
+        ValueError: there is no such one, or it does not go with the task.
+    """
+    held, dense = "maps" if holds_maps(run.data) else "classes", run.task in ("segmentation", "depth")
+    if (held == "maps") != dense:
+        raise ValueError(f"data is {run.data!r}, which holds {held}, and task is {run.task!r}: they do not go together")
+    return open_images(
+        run.data,
+        None if run.root is None else Path(run.root),
+        corruptions=run.corruptions,
+        severities=run.severities,
+        split=run.split,
+        size=image_size(run.task, run.model),
+    )
+
+
+def batches_of(run: RunConfig, data: Images | Maps) -> list[tuple[int, ...]]:
+    """Image ids, batch by batch: in the data set's order, a batch of one group."""
+    ids = range(len(data)) if run.per_class is None else subsample(data, run.per_class, run.adapt.seed)
+    by_group: dict[str, list[int]] = {}
+    for i in ids:
+        by_group.setdefault(data.groups[i], []).append(i)
+    return [tuple(part[first : first + run.batch]) for part in by_group.values() for first in range(0, len(part), run.batch)]
+
+
+def fetch(data: Images | Maps, number: int, image_ids: Sequence[int]) -> Fetched:
+    """Reads a batch; an image that cannot be read is told of in it."""
+    found = Fetched(number, {}, {}, {})
+    for i in image_ids:
+        try:
+            if isinstance(data, Maps):
+                found.images[i], found.truth[i] = data[i]
+            else:
+                found.images[i] = data.read(i)
+        except (ValueError, OSError) as error:
+            found.failed[i] = str(error)
+    return found
+
+
+class Worker:
+    """A data set, its models and an adapter; one for each process."""
+
+    def __init__(self, run: RunConfig, data: Images | Maps) -> None:
+        self.run, self.data = run, data
+        # the classes of zero_shot are the data set's own, whatever their numbers elsewhere
+        numbers = None if isinstance(data, Maps) or run.task == "zero_shot" or data.outputs is None else [*enumerate(data.outputs)]
+        self._class_of = None if numbers is None else {output: k for k, output in numbers} | dict(data.further)  # type: ignore[union-attr]
+        models = load_models(run, data.classes, None if self._class_of is None else sorted(self._class_of))
+        self.task: Any = models.task
+        self.adapter = Adapter(models.model, models.denoiser, run.adapt, models.task)
+        self._last_group: str | None = None
+
+    def cropped(self, batch: Fetched) -> Tensor | None:
+        """[B, 3, H, W] in [0, 1] of the images that could be read.
+
+        Raises:
+            ValueError: they have several sizes, and the model has no config to crop them by.
+        """
+        crops = [self.adapter.crop(image[None].float() / (255 if image.dtype == torch.uint8 else 1))[0] for image in batch.images.values()]
+        sizes = {tuple(crop.shape[1:]) for crop in crops}
+        if len(sizes) > 1:
+            shown = ", ".join(f"{height}x{width}" for height, width in sorted(sizes)[:3])
+            raise ValueError(f"images of a batch have sizes {shown}, and the model has no config to crop them by: use batch 1")
+        return torch.stack(crops) if crops else None
+
+    def adapt(self, batch: Fetched, crops: Tensor | None) -> tuple[list[Record], dict[str, float]]:
+        """The records of a batch, and seconds by phase."""
+        image_ids = sorted([*batch.images, *batch.failed])
+        group = self.data.groups[image_ids[0]]
+        if self.run.protocol == "online" and group != self._last_group:
+            self.adapter.reset()
+        self._last_group = group
+        found: dict[int, Record] = {i: {"error": text} for i, text in batch.failed.items()}
+        seconds: dict[str, float] = {}
+        if crops is not None:
+            device, start = self.run.device, time.perf_counter()
+            result = self.adapter.adapt(crops.to(device), image_ids=torch.tensor([*batch.images], device=device))
+            took, seconds = time.perf_counter() - start, result.seconds
+            answers = self._scores(result, torch.stack([*batch.truth.values()])) if batch.truth else self._classes(result)
+            losses, accepted, evaluations = result.loss.tolist(), result.accepted.tolist(), result.evaluations.tolist()
+            for k, i in enumerate(batch.images):
+                found[i] = {
+                    **answers[k],
+                    "loss": [None if loss != loss else rounded(loss) for loss in losses[k]],
+                    "accepted": accepted[k],
+                    "evaluations": evaluations[k],
+                    "seconds": round(took / len(crops), 6),
+                }
+        return [{**self._of_image(i, batch.number), **found[i]} for i in image_ids], seconds
+
+    def go_on(self, state: dict[str, Any], group: str) -> None:
+        """As if it had adapted to what came before: an online state, and the group that it is of."""
+        self.adapter.load_state_dict(state)
+        self._last_group = group
+
+    def _of_image(self, i: int, number: int) -> Record:
+        labels = None if isinstance(self.data, Maps) else self.data.labels
+        label = None if labels is None else int(labels[i])
+        return {"image_id": i, "batch": number, "path": self.data.names[i], "group": self.data.groups[i], "label": label}
+
+    def _classes(self, result: AdaptResult) -> list[Record]:
+        """Of each image the class and the likeliest ones with their probabilities, before and after, in the data set's numbers."""
+        found: list[Record] = [{} for _ in range(len(result.outputs))]
+        for suffix, outputs in (("_before", result.outputs_before), ("", result.outputs)):
+            probabilities = outputs.float().masked_fill(~self.task.possible(outputs), -torch.inf).softmax(1)
+            best = probabilities.topk(min(BEST, probabilities.shape[1]), dim=1)
+            for record, classes, shares in zip(found, best.indices.tolist(), best.values.tolist(), strict=True):
+                named = classes if self._class_of is None else [self._class_of.get(k) for k in classes]
+                top = [[k, rounded(p)] for k, p in zip(named, shares, strict=True) if k is not None]
+                record |= {f"prediction{suffix}": named[0], f"confidence{suffix}": rounded(shares[0]), f"top{suffix}": top}
+        return found
+
+    def _scores(self, result: AdaptResult, truth: Tensor) -> list[Record]:
+        """Of each map its scores, before and after."""
+        found: list[Record] = [{} for _ in range(len(truth))]
+        for suffix, predictions in (("_before", result.predictions_before.cpu()), ("", result.predictions.cpu())):
+            if self.run.task == "depth":
+                scores = depth_errors(predictions, truth)
+            else:
+                counts = confusion(predictions, truth, result.outputs.shape[1])
+                scores = {"mean_iou": mean_iou(counts), "mean_class_accuracy": mean_class_accuracy(counts)}
+            for k, record in enumerate(found):
+                record[f"score{suffix}"] = {name: rounded(float(values[k])) for name, values in scores.items()}
+        return found
+
+
+def rounded(value: float) -> float:
+    """To 6 digits, which is what float32 holds for sure."""
+    return float(f"{value:.6g}")
+
+
+def evaluate(run: RunConfig, out: str | Path, *, scale: str = "none", advance: Advance = lambda records: None) -> dict[str, Any]:
+    """Adapts to every image of a data set, recorded in a folder as runs.folder.RunFolder says; goes on where the folder ends.
+
+    Args:
+        out: the folder. scale: none, this process, or, where torchrun started several, a share for each; ray, Ray Data with a worker for
+            each GPU, or CPU core where there is none (extra `scale`). advance: called with each batch's records as they are written.
+
+    Returns:
+        What summary.json holds: runs.summary.summary() of all records, the config, versions and machine, seconds by phase.
+
+    Raises:
+        ValueError: bad input, or a folder that is in use or holds another run. OSError: the folder cannot be written to.
+    """
+    if scale not in ("none", "ray"):
+        raise ValueError(f"scale is {scale!r}; allowed: none, ray")
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if run.protocol != "episodic" and (scale != "none" or world > 1):
+        raise ValueError(
+            f"protocol is {run.protocol!r} with several workers, and its state goes from each image to the next: run it in one process"
+        )
+    begun = time.perf_counter()
+    data = open_data(run)
+    batches, config = batches_of(run, data), run.described()
+    with _together(world), RunFolder(Path(out), config, batches, part=str(rank) if world > 1 else "") as folder:
+        for number in sorted(folder.done):
+            advance(folder.done[number])
+        remaining = [number for number in folder.remaining() if number % world == rank]
+        if not remaining and world == 1 and (folder.folder / SUMMARY).is_file():
+            done: dict[str, Any] = json.loads((folder.folder / SUMMARY).read_text())
+            return done
+        seconds = {"start": time.perf_counter() - begun}
+        if remaining:
+            if scale == "ray":
+                from dtta_fast.scale import ray_records
+
+                finished: Iterator[Finished] = ray_records(run, data, batches, remaining)
+            else:
+                finished = _records(run, data, remaining, folder)
+            for number, records, phases in finished:
+                written = time.perf_counter()
+                folder.append(number, records)
+                for name, took in {**phases, "write": time.perf_counter() - written}.items():
+                    seconds[name] = seconds.get(name, 0.0) + took
+                advance(records)
+        if world > 1:
+            torch.distributed.barrier()
+            if rank:
+                return {}
+        everything = folder.finish()
+        found = {
+            **summary(everything),
+            "config": config,
+            "classes": list(data.classes),
+            "environment": environment.describe(),
+            "seconds": seconds,
+            "wall_seconds": time.perf_counter() - begun,
+        }
+        write_whole(folder.folder / SUMMARY, json.dumps(found, indent=2) + "\n")
+        return found
+
+
+@contextmanager
+def _together(world: int) -> Iterator[None]:
+    """The processes that torchrun started know of one another."""
+    if world == 1:
+        yield
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _records(run: RunConfig, data: Images | Maps, remaining: Sequence[int], folder: RunFolder) -> Iterator[Finished]:
+    """In this process, batch by batch; the next ones are read meanwhile."""
+    begun = time.perf_counter()
+    worker, online = Worker(run, data), run.protocol != "episodic"
+    if online and remaining[0]:
+        last = remaining[0] - 1
+        worker.go_on(folder.load_state(last, run.device), data.groups[folder.batches[last][0]])
+    started = {"start": time.perf_counter() - begun}
+
+    def read(number: int) -> tuple[Fetched, Tensor | None]:
+        batch = fetch(data, number, folder.batches[number])
+        return batch, worker.cropped(batch)
+
+    with ThreadPoolExecutor(run.workers) as pool:
+        coming: deque[Future[tuple[Fetched, Tensor | None]]] = deque()
+        ahead = iter(remaining)
+        try:
+            while True:
+                coming += [pool.submit(read, number) for number in islice(ahead, AHEAD * run.workers - len(coming))]
+                if not coming:
+                    return
+                waited = time.perf_counter()
+                batch, crops = coming.popleft().result()
+                waited = time.perf_counter() - waited
+                records, phases = worker.adapt(batch, crops)
+                if online:
+                    folder.save_state(batch.number, worker.adapter.state_dict())
+                yield batch.number, records, {**phases, "load": waited, **started}
+                started = {}
+        finally:
+            for future in coming:
+                future.cancel()

@@ -1,0 +1,166 @@
+"""What a run over a data set is: data, models, protocol and settings; from flags and YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from dtta_fast import presets
+from dtta_fast.config import AdaptConfig
+
+TaskName = Literal["classification", "zero_shot", "segmentation", "depth"]
+Protocol = Literal["episodic", "online", "continual"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+DATA_FIELDS = ("root", "corruptions", "severities", "split", "per_class")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A run; a wrong value raises ValueError naming the field, the value and what is allowed.
+
+    Attributes:
+        data: the data set's name, as data.images.open_images takes it; root: its folder, file or id. corruptions, severities, split: which
+            parts of it, all where they are left out. per_class: images of each class and corruption, drawn by adapt.seed.
+        task: what the model does. model, denoiser: an id or a folder; zoo is the small one of the task that ships with the package.
+            classes: of zero_shot, the names; the data set's where they are left out. calibration: a file of `dtta calibrate`.
+        protocol: episodic, every image from the source; online, one state goes on through a corruption's images; continual, through all.
+        batch: images that are adapted in one call. workers: threads that read images ahead.
+        adapt: settings of the adaptation.
+    """
+
+    data: str = "digits-c"
+    root: str | None = None
+    corruptions: tuple[str, ...] = ()
+    severities: tuple[int, ...] = ()
+    split: str | None = None
+    per_class: int | None = None
+    task: TaskName = "classification"
+    model: str = "zoo"
+    denoiser: str = "zoo"
+    classes: tuple[str, ...] = ()
+    calibration: str | None = None
+    protocol: Protocol = "episodic"
+    batch: int = 16
+    workers: int = 2
+    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    dtype: Dtype = "float32"
+    adapt: AdaptConfig = presets.FAST
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, allowed: str) -> None:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
+
+        for name, kind in (("task", TaskName), ("protocol", Protocol), ("dtype", Dtype)):
+            if getattr(self, name) not in get_args(kind):
+                refuse(name, ", ".join(get_args(kind)))
+        for name in ("batch", "workers"):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool) or getattr(self, name) < 1:
+                refuse(name, "a whole number of 1 and more")
+        if self.per_class is not None and (not isinstance(self.per_class, int) or self.per_class < 1):
+            refuse("per_class", "None or a whole number of 1 and more")
+        for name in ("corruptions", "severities", "classes"):
+            if isinstance(getattr(self, name), (str, int)):
+                refuse(name, "a list")
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # hashable, also when read from YAML
+        if not isinstance(self.adapt, AdaptConfig):
+            raise TypeError(f"adapt is a {type(self.adapt).__name__}; give an AdaptConfig, such as presets.FAST")
+        mode = "episodic" if self.protocol == "episodic" else "online"
+        if self.adapt.mode != mode:
+            raise ValueError(f"protocol is {self.protocol!r} with adapt.mode {self.adapt.mode!r}; it takes {mode!r}")
+
+    def described(self) -> dict[str, Any]:
+        """Of plain values, nested, as the run's config.json holds it; without what cannot change a result."""
+        found = dataclasses.asdict(self)
+        data = {"name": found.pop("data"), **{name: found.pop(name) for name in DATA_FIELDS}}
+        found.pop("workers")
+        plain: dict[str, Any] = _plain({"data": data, **found})
+        return plain
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any]) -> RunConfig:
+        """What described() gave, as a config again."""
+        found = {name: value for name, value in described.items() if name not in ("data", "adapt")}
+        data = dict(described["data"])
+        return cls(data=data.pop("name"), **data, **found, adapt=AdaptConfig(**described["adapt"]))
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """What two descriptions differ in, a line each: name: value / other value."""
+    for name in sorted({*first, *second}):
+        here, there = first.get(name), second.get(name)
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            yield from differences(here, there, f"{prefix}{name}.")
+        elif here != there:
+            yield f"{prefix}{name}: {here!r} / {there!r}"
+
+
+def with_settings(start: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """A config with some settings changed, by names of its own fields, of AdaptConfig's (adapt.steps, or steps), or the reference's.
+
+    Raises:
+        ValueError: an unknown name, or a value that is not allowed.
+    """
+    from dtta_fast.runs.reference_names import translated
+
+    own = {item.name for item in dataclasses.fields(RunConfig)} - {"adapt"}
+    inner = {item.name for item in dataclasses.fields(AdaptConfig)}
+    outer_changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
+    for name, value in translated(flattened(settings)).items():
+        bare = name.removeprefix("adapt.")
+        if name in own:
+            outer_changes[name] = value
+        elif name == "preset":
+            start = dataclasses.replace(start, adapt=presets.get(value), protocol=_protocol_of(presets.get(value), start.protocol))
+        elif bare in inner:
+            changes[bare] = value
+        else:
+            raise ValueError(f"{name} is no setting of a run; there are {', '.join(sorted(own | {f'adapt.{field}' for field in inner}))}")
+    protocol = outer_changes.get("protocol")
+    if protocol is not None and "mode" not in changes:
+        changes["mode"] = "episodic" if protocol == "episodic" else "online"
+    return dataclasses.replace(start, **outer_changes, adapt=start.adapt.replace(**changes))
+
+
+def _protocol_of(config: AdaptConfig, protocol: Protocol) -> Protocol:
+    """The protocol that a preset runs under: the one asked for where it fits."""
+    if config.mode == "episodic":
+        return "episodic"
+    return "online" if protocol == "episodic" else protocol
+
+
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file.
+
+    Raises:
+        ValueError: it is missing, no YAML, or no mapping of names to values.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ValueError(f"{path} holds no settings; give lines such as `data: imagenet-c` and `steps: 5`")
+    return found

@@ -1,0 +1,75 @@
+"""What the records of a run add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from dtta_fast.metrics import bootstrap_interval, calibration_error
+
+Record = Mapping[str, Any]
+
+
+def by_group(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """Records by corruption and severity, or by whatever the data set calls its parts, in the order in which they come."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        found.setdefault(record["group"], []).append(record)
+    return found
+
+
+def summary(records: Sequence[Record]) -> dict[str, Any]:
+    """Of all records, and of each group: counts, accuracy or scores before and after with 95 % intervals over images, cost."""
+    return {**_figures(records), "groups": {name: _figures(part) for name, part in by_group(records).items()}}
+
+
+def _figures(records: Sequence[Record]) -> dict[str, Any]:
+    sound = [record for record in records if "error" not in record]
+    found: dict[str, Any] = {"images": len(records), "errors": len(records) - len(sound)}
+    if not sound:
+        return found
+    for key in ("evaluations", "seconds"):
+        found[f"{key}_per_image"] = sum(record[key] for record in sound) / len(sound)
+    found["accepted"] = sum(record["accepted"] for record in sound) / len(sound)
+    if "score" in sound[0]:
+        for name in sound[0]["score"]:
+            scores = ([record[key][name] for record in sound] for key in ("score_before", "score"))
+            before, after = (torch.tensor(part, dtype=torch.float64) for part in scores)
+            found[name] = {
+                "before": float(before.mean()),
+                "after": float(after.mean()),
+                "gain": float((after - before).mean()),
+                "gain_interval": bootstrap_interval(after - before),
+            }
+        return found
+    known = [record for record in sound if record["label"] is not None]
+    if not known:
+        return found
+    labels = torch.tensor([record["label"] for record in known])
+    right = [torch.tensor([_number(record[key]) for record in known]) == labels for key in ("prediction_before", "prediction")]
+    before, after = (part.double() for part in right)
+    confidence = [torch.tensor([record[key] for record in known], dtype=torch.float64) for key in ("confidence_before", "confidence")]
+    return {
+        **found,
+        "accuracy_before": float(before.mean()),
+        "accuracy": float(after.mean()),
+        "interval_before": bootstrap_interval(before),
+        "interval": bootstrap_interval(after),
+        "gain": float((after - before).mean()),
+        "gain_interval": bootstrap_interval(after - before),
+        "negative_flips": float((right[0] & ~right[1]).double().mean()),
+        "calibration_error_before": calibration_error(confidence[0], right[0]),
+        "calibration_error": calibration_error(confidence[1], right[1]),
+    }
+
+
+def _number(prediction: int | None) -> int:
+    """A prediction that is no class of the data set is as wrong as any."""
+    return -1 if prediction is None else prediction
+
+
+def error_lines(found: Mapping[str, Any]) -> list[str]:
+    """A line a group, as this family of tools prints it: error % [gaussian_noise5]: 43.56%."""
+    return [f"error % [{name}]: {100 * (1 - group['accuracy']):.2f}%" for name, group in found["groups"].items() if "accuracy" in group]

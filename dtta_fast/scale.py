@@ -1,0 +1,77 @@
+"""A run on Ray Data: images are read by tasks and streamed to workers, one for each GPU, or CPU core where there is none."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from dtta_fast.data.images import Images
+from dtta_fast.data.maps import Maps
+from dtta_fast.evaluate import Finished, Worker, fetch
+from dtta_fast.runs.config import RunConfig
+
+RETRIES = 3  # of a batch whose worker died
+
+
+class RayWorker:
+    """Adapts to the batches that reach it."""
+
+    def __init__(self, run: RunConfig, data: Any) -> None:
+        if run.device == "cpu":
+            torch.set_num_threads(1)  # a worker a core
+        self._worker = Worker(run, data)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        batch = pickle.loads(row["batch"])
+        records, seconds = self._worker.adapt(batch, self._worker.cropped(batch))
+        return {"number": batch.number, "records": json.dumps(records), "seconds": json.dumps(seconds)}
+
+
+def ray_records(run: RunConfig, data: Images | Maps, batches: Sequence[Sequence[int]], remaining: Sequence[int]) -> Iterator[Finished]:
+    """Batches as they are done, in any order.
+
+    An image's draws depend on (seed, image_id) alone, so who adapts to it does not matter.
+
+    Raises:
+        ImportError: Ray is missing (extra `scale`).
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("scale 'ray' needs Ray: pip install 'dtta-fast[scale]'") from error
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    try:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.actor_task_retry_on_errors = False  # an error is ours to tell; a death is retried
+        context.max_errored_blocks = 0
+        kind = "GPU" if run.device.startswith("cuda") else "CPU"
+        workers = min(len(remaining), max(1, int(ray.cluster_resources().get(kind, 1))))
+        kept = ray.put(data)
+
+        def read(row: dict[str, Any]) -> dict[str, Any]:
+            number = int(row["item"])
+            return {"batch": pickle.dumps(fetch(ray.get(kept), number, batches[number]))}
+
+        rows = ray.data.from_items(list(remaining), override_num_blocks=len(remaining))
+        rows = rows.map(read, num_cpus=0.01, concurrency=2 * workers)
+        placed = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 0.9}
+        done = rows.map(
+            RayWorker,
+            fn_constructor_args=(run, data),
+            concurrency=workers,
+            max_restarts=RETRIES,
+            max_task_retries=RETRIES,
+            **placed,
+        )
+        for row in done.iter_rows():
+            yield int(row["number"]), json.loads(row["records"]), json.loads(row["seconds"])
+    finally:
+        if ours:
+            ray.shutdown()

@@ -1,0 +1,70 @@
+"""Where a run's figures go beside its folder: TensorBoard, trackio or wandb, each an extra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tracker(Protocol):
+    def log(self, images: int, values: Mapping[str, float]) -> None:
+        """Means over the images so far."""
+
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer.add_text("config", f"```\n{config}\n```")
+
+    def log(self, images: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, images)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Run:
+    """trackio's and wandb's: one interface."""
+
+    def __init__(self, module: Any, folder: Path, config: Mapping[str, Any]) -> None:
+        self._module = module
+        module.init(project="dtta_fast", name=folder.name, config=dict(config))
+
+    def log(self, images: int, values: Mapping[str, float]) -> None:
+        self._module.log(dict(values), step=images)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+def _trackio(folder: Path, config: Mapping[str, Any]) -> Tracker:
+    import trackio
+
+    return _Run(trackio, folder, config)
+
+
+def _wandb(folder: Path, config: Mapping[str, Any]) -> Tracker:
+    import wandb
+
+    return _Run(wandb, folder, config)
+
+
+KINDS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {"tensorboard": _TensorBoard, "trackio": _trackio, "wandb": _wandb}
+
+
+def tracker(kind: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
+    """Of that kind, for a run's folder.
+
+    Raises:
+        ImportError: its library is missing.
+    """
+    try:
+        return KINDS[kind](folder, config)
+    except ImportError as error:
+        raise ImportError(f"track is {kind!r}, which needs its library: pip install 'dtta-fast[{kind}]'") from error
