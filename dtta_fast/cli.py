@@ -16,8 +16,9 @@ from dtta_fast.commands.common import option
 from dtta_fast.commands.demo import Demo
 from dtta_fast.commands.env import Env
 from dtta_fast.commands.evaluate import Evaluate
+from dtta_fast.commands.report import Report
 
-COMMANDS: tuple[Any, ...] = (Demo, Adapt, Evaluate, Calibrate, Env)
+COMMANDS: tuple[Any, ...] = (Demo, Adapt, Evaluate, Report, Calibrate, Env)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -123,21 +123,32 @@ def open_digits(split: str) -> ImageArray:
     return ImageArray((images * 255).round().byte(), names, ["digits"] * len(images), labels.tolist(), DIGITS)
 
 
-def open_digits_c(split: str, corruptions: Sequence[str] = (), severities: Sequence[int] = ()) -> ImageArray:
-    """The digits under corruptions, made now; by default those of DIGITS_C, at its severities.
+class DigitsC(Images):
+    """The digits under corruptions, each made when it is read; by default those of DIGITS_C, at its severities.
 
     Raises:
         ValueError: an unknown corruption or severity. ImportError: scikit-learn or imagecorruptions-imaug is missing (extra `demo`).
     """
-    images, labels = load_digits(split)  # type: ignore[arg-type]
-    unset = [name for name in corruptions if name not in DIGITS_C]
-    if unset and not severities:
-        raise ValueError(f"corruptions has {unset[0]!r}, for which no severity is set: give severities, or choose of {', '.join(DIGITS_C)}")
-    pairs = [(name, severity) for name in corruptions or DIGITS_C for severity in severities or [DIGITS_C[name]]]
-    made = torch.cat([(corrupt(images, name, severity) * 255).round().byte() for name, severity in pairs])
-    names = [f"{name}/{severity}#{i}" for name, severity in pairs for i in range(len(images))]
-    groups = [f"{name}{severity}" for name, severity in pairs for _ in range(len(images))]
-    return ImageArray(made, names, groups, labels.tolist() * len(pairs), DIGITS)
+
+    classes = DIGITS
+
+    def __init__(self, split: str, corruptions: Sequence[str] = (), severities: Sequence[int] = ()) -> None:
+        self._clean, labels = load_digits(split)  # type: ignore[arg-type]
+        unset = [name for name in corruptions if name not in DIGITS_C]
+        if unset and not severities:
+            known = ", ".join(DIGITS_C)
+            raise ValueError(f"corruptions has {unset[0]!r}, for which no severity is set: give severities, or choose of {known}")
+        self._pairs = [(name, severity) for name in corruptions or DIGITS_C for severity in severities or [DIGITS_C[name]]]
+        for name, severity in self._pairs:
+            corrupt(self._clean[:1], name, severity)  # refuses what there is not
+        digits = range(len(self._clean))
+        self.names = [f"{name}/{severity}#{i}" for name, severity in self._pairs for i in digits]
+        self.groups = [f"{name}{severity}" for name, severity in self._pairs for _ in digits]
+        self.labels = labels.tolist() * len(self._pairs)
+
+    def read(self, index: int) -> Tensor:
+        which, i = divmod(index, len(self._clean))
+        return (corrupt(self._clean[i : i + 1], *self._pairs[which], first_id=i)[0] * 255).round().byte()
 
 
 def open_torchvision(name: str, root: Path, split: str) -> Images:

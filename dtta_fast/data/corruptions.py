@@ -5,6 +5,7 @@ The images are made, not shipped: by imagecorruptions-imaug, seeded for each ima
 
 from __future__ import annotations
 
+import threading
 import zlib
 
 import numpy as np
@@ -77,6 +78,9 @@ UNSEEN = dict.fromkeys(
 )
 
 
+_ONE_AT_A_TIME = threading.Lock()  # numpy's global generator is one for all threads
+
+
 def corrupt(images: Tensor, name: str, severity: int, first_id: int = 0) -> Tensor:
     """Corrupts images [N, 3, H, W] in [0, 1], H and W of 32 and more; returns the same, quantised to 8 bits as files are.
 
@@ -95,14 +99,15 @@ def corrupt(images: Tensor, name: str, severity: int, first_id: int = 0) -> Tens
     if severity not in range(1, 6):
         raise ValueError(f"severity is {severity!r}; choose 1 .. 5")
     pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    state = np.random.get_state()  # noqa: NPY002 - the library draws from numpy's global generator
-    try:
-        out = []
-        for i, image in enumerate(pixels):
-            seed = zlib.crc32(f"{name}/{first_id + i}".encode())
-            np.random.seed(seed)  # noqa: NPY002
-            own = {"seed": seed} if name in ("impulse_noise", "glass_blur") else {}  # these two have generators of their own
-            out.append(imagecorruptions.corrupt(image, corruption_name=name, severity=severity, **own))
-    finally:
-        np.random.set_state(state)  # noqa: NPY002
+    with _ONE_AT_A_TIME:
+        state = np.random.get_state()  # noqa: NPY002 - the library draws from numpy's global generator
+        try:
+            out = []
+            for i, image in enumerate(pixels):
+                seed = zlib.crc32(f"{name}/{first_id + i}".encode())
+                np.random.seed(seed)  # noqa: NPY002
+                own = {"seed": seed} if name in ("impulse_noise", "glass_blur") else {}  # these two have generators of their own
+                out.append(imagecorruptions.corrupt(image, corruption_name=name, severity=severity, **own))
+        finally:
+            np.random.set_state(state)  # noqa: NPY002
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float() / 255

@@ -86,7 +86,7 @@ def _readers() -> dict[str, _Reader]:
         "folder": _Reader(lambda a: folder.open_folder(a.root)),
         "digits": _Reader(lambda a: arrays.open_digits(a.split), needs="", splits=("test", "validation", "train")),
         "digits-c": _Reader(
-            lambda a: arrays.open_digits_c(a.split, a.corruptions, a.severities),
+            lambda a: arrays.DigitsC(a.split, a.corruptions, a.severities),
             needs="",
             corrupted=True,
             splits=("test", "validation", "train"),

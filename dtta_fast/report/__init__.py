@@ -1,0 +1,6 @@
+"""The HTML report of evaluation runs: one page that needs nothing beside itself."""
+
+from dtta_fast.report.page import make_page
+from dtta_fast.report.reading import Run, read_runs
+
+__all__ = ["Run", "make_page", "read_runs"]

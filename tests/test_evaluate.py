@@ -1,0 +1,262 @@
+"""Runs over data sets: what is recorded, and that nothing is lost, done twice or left out, whenever a run ends."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dtta_fast import Adapter, presets, zoo
+from dtta_fast.evaluate import evaluate, open_data
+from dtta_fast.runs.config import RunConfig
+from dtta_fast.runs.folder import RunFolder, read_records
+
+DTTA = Path(sys.executable).with_name("dtta")
+SMALL = presets.FAST.replace(steps=1, guard=4, precheck="off")
+RUN = RunConfig(corruptions=("contrast", "brightness"), per_class=1, batch=4, adapt=SMALL)
+FLAT = {"corruptions": ["contrast", "brightness"], "per_class": 1, "adapt": {"steps": 1, "guard": 4, "precheck": "off"}}
+ONLINE = RunConfig(corruptions=("contrast", "brightness"), per_class=1, batch=4, protocol="online", adapt=presets.ONLINE)
+
+
+def records(folder: Path) -> list[dict]:
+    """Without the seconds, which no two runs share."""
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in read_records(folder / "records.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    evaluate(RUN, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished_online(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "online"
+    evaluate(ONLINE, folder)
+    return folder
+
+
+def test_records_are_what_an_adapter_gives(finished):
+    data, found = open_data(RUN), records(finished)
+    assert [record["group"] for record in found] == ["contrast3"] * 10 + ["brightness5"] * 10
+    assert sorted(record["label"] for record in found[:10]) == list(range(10))
+    assert [data.names[record["image_id"]] for record in found] == [record["path"] for record in found]
+    part = [record for record in found if record["batch"] == 1]
+    images = torch.stack([data.read(record["image_id"]) for record in part])
+    adapter = Adapter(*zoo.load("digits"), SMALL)
+    result = adapter.adapt(images, image_ids=torch.tensor([record["image_id"] for record in part]))
+    assert [record["prediction"] for record in part] == result.predictions.tolist()
+    assert [record["prediction_before"] for record in part] == result.predictions_before.tolist()
+    assert [record["evaluations"] for record in part] == result.evaluations.tolist()
+    assert [record["accepted"] for record in part] == result.accepted.tolist()
+    torch.testing.assert_close(torch.tensor([record["loss"] for record in part]), result.loss, rtol=1e-4, atol=1e-6)
+    best = result.outputs.softmax(1).max(1).values
+    torch.testing.assert_close(torch.tensor([record["confidence"] for record in part]), best, rtol=1e-4, atol=1e-5)
+    assert all(record["top"][0] == [record["prediction"], record["confidence"]] and len(record["top"]) == 5 for record in part)
+
+
+def test_the_summary_adds_up(finished):
+    found, whole = records(finished), json.loads((finished / "summary.json").read_text())
+    right = [record["prediction"] == record["label"] for record in found]
+    assert whole["accuracy"] == pytest.approx(sum(right) / 20)
+    assert whole["groups"]["brightness5"]["accuracy"] == pytest.approx(sum(right[10:]) / 10)
+    assert whole["evaluations_per_image"] == pytest.approx(sum(record["evaluations"] for record in found) / 20)
+    assert whole["interval"][0] <= whole["accuracy"] <= whole["interval"][1]
+    assert RunConfig.from_description(whole["config"]) == RUN
+    assert whole["environment"]["torch"] in torch.__version__
+    assert {"start", "load", "encode", "adapt", "guard", "write"} <= set(whole["seconds"])
+
+
+def test_20_kills_at_random_points_leave_the_records_of_one_run(finished, tmp_path):
+    """Processes that are killed without a word; each goes on in the folder of the last one, which was reading, adapting or writing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dtta_fast.evaluate", "timm", "sklearn.datasets", "imagecorruptions", "dtta_fast.denoisers.dit"])
+    draw, kills, rounds, lost = random.Random(0), 0, 0, 0
+    folder = tmp_path / "0"
+    for name in ("first", "timed"):  # the first one waits for the imports of the process that all are forked from
+        start = time.perf_counter()
+        whole = context.Process(target=evaluate, args=(RUN, tmp_path / name))
+        whole.start()
+        whole.join()
+        takes = time.perf_counter() - start
+        assert whole.exitcode == 0
+    while kills < 20:
+        process = context.Process(target=evaluate, args=(RUN, folder))
+        process.start()
+        process.join(draw.uniform(0.05, 0.95) * takes)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            kills += 1
+            lost += (folder / "records.jsonl").is_file()
+        else:
+            assert process.exitcode == 0
+            assert records(folder) == records(finished)
+            rounds += 1
+            folder = tmp_path / str(rounds)
+    evaluate(RUN, folder)
+    assert records(folder) == records(finished)
+    assert lost > 3  # some of them had begun to write
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.6, 0.99])
+def test_a_file_cut_anywhere_goes_on_to_the_same_records(finished, tmp_path, keep):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "summary.json").unlink()
+    text = (finished / "records.jsonl").read_bytes()
+    (folder / "records.jsonl").write_bytes(text[: int(keep * len(text))])
+    done: list[int] = []
+    evaluate(RUN, folder, advance=lambda some: done.extend(record["image_id"] for record in some))
+    assert records(folder) == records(finished)
+    assert done == [record["image_id"] for record in records(finished)]
+
+
+def test_only_whole_batches_count(tmp_path):
+    """Every cut of the file's last batch gives the batches before it, and none of its lines."""
+    batches = [[3, 4], [5, 6]]
+    lines = [{"image_id": i, "batch": number, "path": "ü", "group": "a", "label": None} for number, ids in enumerate(batches) for i in ids]
+    with RunFolder(tmp_path / "run", {"a": 1}, batches) as folder:
+        folder.append(0, lines[:2])
+        folder.append(1, lines[2:])
+    path = tmp_path / "run" / "records.jsonl"
+    text = path.read_bytes()
+    second = text.index(b"\n", text.index(b"\n") + 1) + 1
+    for cut in range(second, len(text)):
+        path.write_bytes(text[:cut])
+        with RunFolder(tmp_path / "run", {"a": 1}, batches) as folder:
+            assert folder.remaining() == [1]
+        assert path.read_bytes() == text[:second]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("lines_lost", [0, 1, 4])
+def test_an_online_run_goes_on_with_its_state(finished_online, tmp_path, lines_lost):
+    """Also where the state of a batch was written and its records were not."""
+    folder, seen = tmp_path / "run", []
+
+    def advance(some):
+        seen.append(some)
+        if len(seen) == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        evaluate(ONLINE, folder, advance=advance)
+    lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 8
+    (folder / "records.jsonl").write_bytes(b"".join(lines[: 8 - lines_lost]))
+    evaluate(ONLINE, folder)
+    assert records(folder) == records(finished_online)
+    assert not list(folder.glob("state-*"))
+
+
+def test_what_an_online_run_has_learnt_goes_on_as_its_protocol_says(finished_online, tmp_path):
+    """online begins each corruption anew, continual does not."""
+    continual = evaluate(RunConfig.from_description({**ONLINE.described(), "protocol": "continual"}), tmp_path / "run")
+    assert continual["config"]["protocol"] == "continual"
+    first, second = (records(folder) for folder in (finished_online, tmp_path / "run"))
+    assert first[:10] == second[:10]
+    assert [record["loss"] for record in first[10:]] != [record["loss"] for record in second[10:]]
+    data, adapter = open_data(ONLINE), Adapter(*zoo.load("digits"), ONLINE.adapt)
+    ids = [record["image_id"] for record in first[10:14]]
+    result = adapter.adapt(torch.stack([data.read(i) for i in ids]), image_ids=torch.tensor(ids))
+    torch.testing.assert_close(torch.tensor([record["loss"] for record in first[10:14]]), result.loss, rtol=1e-4, atol=1e-6)
+
+
+def test_records_of_another_config_are_refused(finished):
+    before = (finished / "records.jsonl").read_bytes()
+    other = RunConfig.from_description({**RUN.described(), "batch": 5, "adapt": {**RUN.described()["adapt"], "lr": 0.1}})
+    with pytest.raises(ValueError, match=r"another config: adapt.lr: 0.0005 / 0.1; batch: 4 / 5"):
+        evaluate(other, finished)
+    assert (finished / "records.jsonl").read_bytes() == before
+
+
+def test_two_runs_into_one_folder(finished):
+    with RunFolder(finished, RUN.described(), []), pytest.raises(ValueError, match="is being written to by another run"):
+        evaluate(RUN, finished)
+
+
+def test_a_damaged_line_is_named(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "records.jsonl").write_bytes(b"".join([*lines[:3], b"{broken\n", *lines[3:]]))
+    with pytest.raises(ValueError, match=r"records.jsonl, line 4, is no record"):
+        evaluate(RUN, folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json is damaged"):
+        evaluate(RUN, folder)
+
+
+def test_a_full_disk_loses_nothing(finished, tmp_path):
+    """The kernel refuses to let a file grow over a size: what was written stands, and the run goes on where there is room again."""
+    folder, settings = tmp_path / "run", tmp_path / "run.yaml"
+    size = (finished / "records.jsonl").stat().st_size // 2
+    settings.write_text(json.dumps({**FLAT, "batch": 4}))  # JSON is YAML
+    command = [DTTA, "evaluate", str(folder), "--settings", str(settings)]
+    ended = subprocess.run(
+        command, capture_output=True, text=True, check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    )
+    assert ended.returncode == 2
+    assert "records.jsonl cannot be written: File too large; its" in ended.stderr
+    kept = records(folder)
+    assert kept == records(finished)[: len(kept)]
+    assert 0 < len(kept) < 20
+    assert len(kept) % 4 in (0, 2)
+    evaluate(RUN, folder)
+    assert records(folder) == records(finished)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": "depth"}, "they do not go together"),
+        ({"data": "map-folder", "root": "."}, "they do not go together"),
+        ({"data": "no-such-set"}, "name is 'no-such-set'"),
+        ({"model": "no_such_model"}, "model is 'no_such_model'"),
+        ({"corruptions": ("rain",)}, "rain"),
+    ],
+)
+def test_bad_settings_leave_no_folder(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(RunConfig(**{"corruptions": ("contrast",), "per_class": 1, "adapt": SMALL, **change}), tmp_path / "run")
+    assert not (tmp_path / "run" / "records.jsonl").exists() or not (tmp_path / "run" / "records.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"protocol": "online"}, r"protocol is 'online' with adapt.mode 'episodic'"),
+        ({"batch": 0}, "batch is 0"),
+        ({"per_class": 0}, "per_class is 0"),
+        ({"task": "captioning"}, "task is 'captioning'; allowed: classification"),
+        ({"corruptions": "brightness"}, "corruptions is 'fog'; allowed: a list"),
+    ],
+)
+def test_a_wrong_setting_names_itself(change, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig(**change)
+
+
+def test_where_a_run_cannot_write(tmp_path):
+    with pytest.raises(ValueError, match="give a folder, or a name for one in a folder that exists"):
+        evaluate(RUN, tmp_path / "no" / "such")
+    with pytest.raises(ValueError, match=r"protocol is 'online' with several workers, and its state goes"):
+        evaluate(ONLINE, tmp_path / "run", scale="ray")
+    with pytest.raises(ValueError, match="scale is 'slurm'; allowed: none, ray"):
+        evaluate(RUN, tmp_path / "run", scale="slurm")
