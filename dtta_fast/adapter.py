@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.engine import Engine, anchor
 from dtta_fast.inputs import check_draws, checked_deadline, checked_ids, checked_images, checked_latents
 from dtta_fast.parameters import select
+from dtta_fast.result import AdaptResult, Group, assembled
 from dtta_fast.runtime.clock import Clock, Pace
 from dtta_fast.runtime.torch_state import TorchState
 from dtta_fast.step import State, initial_state
@@ -23,67 +24,6 @@ from dtta_fast.tasks.base import Task
 from dtta_fast.tasks.classification import Classification
 
 ATTEMPTS = 20  # out of memory halves the chunk, and a failed compilation falls back to eager mode: neither goes on for ever
-
-
-@dataclass(frozen=True)
-class AdaptResult:
-    """What an adaptation gave, image by image.
-
-    Attributes:
-        outputs, outputs_before: the model's outputs [B, ...] after and before (logits, for a classifier); where the guard refused
-            the change, after is before; with match "both" it may also be the source's outputs for the matched image.
-        predictions, predictions_before: the task's answers: [B] class indices, or labels or depth [B, H, W] at the task's crop.
-        loss: [B, steps], the denoising loss before each update; NaN for an image that the pre-check left alone.
-        accepted: [B] bool, False where the answer before stands. steps_run: updates made.
-        evaluations: [B], an image's forwards of the denoiser for one (timestep, noise, condition), the guard's included.
-        seconds: wall time of the batch by phase: encode, adapt, guard.
-    """
-
-    outputs: Tensor
-    outputs_before: Tensor
-    predictions: Tensor
-    predictions_before: Tensor
-    loss: Tensor
-    accepted: Tensor
-    steps_run: int
-    evaluations: Tensor
-    seconds: dict[str, float]
-
-
-class _Group(NamedTuple):
-    state: State
-    before: Tensor
-    outputs: Tensor
-    loss: Tensor
-    accepted: Tensor
-    evaluations: Tensor
-
-
-def _assembled(rows: Tensor, groups: list[_Group], outputs: Tensor | None, forwards: int) -> dict[str, Any]:
-    """AdaptResult's fields of all images: those of `rows` by the groups, the others as they were.
-
-    outputs [B, ...]: of the source, where some images were left alone. forwards: of the denoiser, an image and step.
-    """
-    names = ("before", "outputs", "loss", "accepted", "evaluations")
-    found = {name: torch.cat([getattr(group, name) for group in groups]) for name in names} if groups else {}
-    steps = found["loss"].shape[1] if found else 0
-    if found:
-        found["evaluations"] = found["evaluations"] + steps * forwards
-    if outputs is not None:
-        images = len(outputs)
-        whole = {
-            "before": outputs,
-            "outputs": outputs.clone(),
-            "loss": outputs.new_full((images, steps), torch.nan, dtype=torch.promote_types(outputs.dtype, torch.float32)),
-            "accepted": torch.zeros(images, dtype=torch.bool, device=outputs.device),
-            "evaluations": torch.zeros(images, dtype=torch.int64, device=outputs.device),
-        }
-        for name, values in found.items():
-            if name != "before":
-                whole[name][rows] = values.to(whole[name].dtype)
-        found = whole
-    found["outputs_before"] = found.pop("before")
-    return {**found, "steps_run": steps}
 
 
 class Adapter:
@@ -245,7 +185,7 @@ class Adapter:
                 matched_part = None if inputs is None else inputs[here]
                 groups.append(self._group(original[here], matched_part, x0[part], image_ids[here], given, deadline, clock))
             state = groups[-1].state
-        result = _assembled(rows, groups, outputs, pairs * problem.forwards())
+        result = assembled(rows, groups, outputs, pairs * problem.forwards())
         size = crop.shape[-2], crop.shape[-1]
         predictions, predictions_before = (problem.task.predict(found, size) for found in (result["outputs"], result["outputs_before"]))
         return state, AdaptResult(**result, predictions=predictions, predictions_before=predictions_before, seconds=clock.seconds)
@@ -259,13 +199,13 @@ class Adapter:
         given: list[Tensor | None],
         deadline: float | None,
         clock: Clock,
-    ) -> _Group:
+    ) -> Group:
         """Adapts images that run at once, on matched inputs where there are some; the answers before are to the original ones."""
         engine, losses, timed = self._engine, [], self._warming or deadline is not None
         inputs = original if matched is None else matched
         if self.config.method != "adapt":
             return self._classified(original, matched, x0, image_ids, clock)
-        pace = self._paces.setdefault((len(inputs), None if given[0] is None else given[0].shape[2]), Pace())
+        pace = self._pace(len(inputs), None if given[0] is None else given[0].shape[2])
         with clock.phase("adapt"):
             state, start = engine.start(inputs, self._state)
             before = start if matched is None else engine.before(original, self._state)
@@ -284,16 +224,23 @@ class Adapter:
         if self._warming or (timed and bool(evaluations.any())):  # where no answer changed, there was nothing to time
             pace.guard.note(clock.now() - begun)
         loss = torch.stack(losses, dim=1) if losses else x0.new_empty(len(inputs), 0)
-        return _Group(state, before, outputs, loss, accepted, evaluations)
+        return Group(state, before, outputs, loss, accepted, evaluations)
 
-    def _classified(self, original: Tensor, matched: Tensor | None, x0: Tensor, image_ids: Tensor, clock: Clock) -> _Group:
+    def _pace(self, images: int, pairs: int | None) -> Pace:
+        """Of so many images at once; at first that of the next larger number, since a pre-check lets any number through."""
+        if (images, pairs) not in self._paces:
+            larger = sorted(count for count, given in self._paces if count > images and given == pairs)
+            self._paces[images, pairs] = copy.deepcopy(self._paces[larger[0], pairs]) if larger else Pace()
+        return self._paces[images, pairs]
+
+    def _classified(self, original: Tensor, matched: Tensor | None, x0: Tensor, image_ids: Tensor, clock: Clock) -> Group:
         """By a method that trains nothing: its state is empty, and every answer is accepted."""
         engine = self._engine
         with clock.phase("adapt"):
             before = engine.before(original, None)
             outputs, evaluations = engine.classify(before if matched is None else engine.before(matched, None), x0, image_ids)
         state = State({}, {}, [], [], torch.zeros((), dtype=torch.int64))
-        return _Group(state, before, outputs, x0.new_empty(len(x0), 0), torch.ones_like(image_ids, dtype=torch.bool), evaluations)
+        return Group(state, before, outputs, x0.new_empty(len(x0), 0), torch.ones_like(image_ids, dtype=torch.bool), evaluations)
 
     def crop(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] as model and denoiser look at them: adapt() crops too, and leaves a crop as it is."""

@@ -69,16 +69,17 @@ class Calibration:
         if float(deviation.mean()) < FLAT:
             raise ValueError("images have no contrast: their standard deviation is 0")
         power = _power(torch.fft.rfft2(unit, norm="forward"), _radius(unit)).mean(0)
-        scatter, typical = torch.std_mean(_statistics(images), dim=0)
-        found = cls(
+        statistics = _statistics(images)
+        scatter, typical = torch.std_mean(statistics, dim=0)
+        return cls(
             fingerprint(denoiser),
             float(mean.mean()),
             float(deviation.mean()),
             tuple(power.tolist()),
             tuple(typical.tolist()),
             tuple(scatter.clamp(min=LEAST_SCATTER).tolist()),
+            limit=float(_distances_to_the_others(statistics).quantile(USUAL)),
         )
-        return dataclasses.replace(found, limit=float(found.distance(images).quantile(USUAL)))
 
     @torch.no_grad()
     def distance(self, images: Tensor) -> Tensor:
@@ -152,8 +153,8 @@ class Calibration:
             raise ValueError(f"{path} is no calibration: mean, deviation and power have to be finite, deviation positive")
         if len(read.signal) != len(read.spread) or min(read.spread, default=1) <= 0:
             raise ValueError(f"{path} is no calibration: signal and spread have to be of one length, spread positive")
-        if len(read.typical) != len(read.scatter) or min(read.scatter, default=1) <= 0 or read.limit < 0:
-            raise ValueError(f"{path} is no calibration: typical and scatter have to be of one length, scatter positive, limit 0 and more")
+        if len(read.typical) != len(read.scatter) or min(read.scatter, default=1) <= 0 or (read.typical and read.limit <= 0):
+            raise ValueError(f"{path} is no calibration: typical and scatter have to be of one length, scatter and limit positive")
         if read.fingerprint != fingerprint(denoiser):
             raise ValueError(f"{path} belongs to another denoiser (fingerprint {read.fingerprint}): measure this one by `dtta calibrate`")
         return read
@@ -161,13 +162,16 @@ class Calibration:
 
 @torch.no_grad()
 def fingerprint(denoiser: nn.Module) -> str:
-    """Twelve hexadecimal digits of its parameters' names and shapes and of the signs of their first values.
+    """Twelve hexadecimal digits of its noise process, its parameters' names and shapes and the signs of their first values.
 
-    Matrices are left out, which quantisation packs; signs are what rounding to half precision leaves as they are.
+    Matrices are left out, which quantisation packs, but for embeddings; signs are what rounding to half precision leaves as they are.
     """
     found = hashlib.sha256()
+    if hasattr(denoiser, "process"):
+        found.update(" ".join(f"{value:.4f}" for value in denoiser.process.table.flatten()[::7].tolist()).encode())
+    embeddings = {f"{name}.weight" for name, part in denoiser.named_modules() if isinstance(part, nn.Embedding)}
     for name, parameter in denoiser.named_parameters():
-        if parameter.ndim != 2:
+        if parameter.ndim != 2 or name in embeddings:
             signs = parameter.detach().flatten()[:64].cpu().signbit().int().tolist()
             found.update(f"{name} {tuple(parameter.shape)} {signs}".encode())
     return found.hexdigest()[:12]
@@ -184,6 +188,16 @@ def _statistics(images: Tensor) -> Tensor:
     unit, mean, deviation = _standardised(images)
     power = _power(torch.fft.rfft2(unit, norm="forward"), _radius(unit))[:, 1:-1]  # the last holds the rest
     return torch.cat([mean.flatten(1), deviation.clamp(min=FLAT).log().flatten(1), power.clamp(min=NO_POWER).log()], dim=1)
+
+
+def _distances_to_the_others(statistics: Tensor) -> Tensor:
+    """Each image's distance(), [N], by the statistics [N, S] of all but itself: its own would draw the mean towards it."""
+    count, values = len(statistics), statistics.double()
+    away = values - values.mean(0)
+    mean = -away / (count - 1)  # of the others, from that of all
+    variance = (away.square().sum(0) - away.square() * count / (count - 1)) / (count - 2)
+    scatter = variance.clamp(min=LEAST_SCATTER**2).sqrt()
+    return ((away - mean) / scatter).square().mean(1).sqrt()
 
 
 def _radius(images: Tensor) -> Tensor:

@@ -221,9 +221,10 @@ class Engine:
             return state, self.forward(state, inputs)
         problem, (theta, phi) = self.problem, self.source()
         outputs = self._outputs(inputs)
-        kept, images = self._storage, len(inputs)
-        if kept is None or not problem.per_image or any(len(p) != images for p in (*kept.theta.values(), *kept.phi.values())):
-            self._storage = kept = None  # before the new one is made
+        images = len(inputs)
+        kept = None if self._storage is None else step.first_images(self._storage, images, exactly=self.config.optimizer == "adam8bit")
+        if kept is None:
+            self._storage = None  # before the new one is made
             kept = step.initial_state(problem, theta, phi, outputs)
             self._storage = kept if problem.per_image else None
         else:

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from dtta_fast import environment
-from dtta_fast.adapter import Adapter, AdaptResult
+from dtta_fast.adapter import Adapter
 from dtta_fast.data.images import Images, holds_maps, open_images, subsample
 from dtta_fast.data.maps import Maps
 from dtta_fast.metrics import confusion, depth_errors, mean_class_accuracy, mean_iou
+from dtta_fast.result import AdaptResult
 from dtta_fast.runs.config import RunConfig
 from dtta_fast.runs.folder import SUMMARY, Record, RunFolder, write_whole
 from dtta_fast.runs.models import image_size, load_models

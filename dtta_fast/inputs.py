@@ -71,6 +71,8 @@ def check_draws(
         if low < 0 or high >= rows:
             raise ValueError(f"timesteps lies in {low} .. {high}; the denoiser's process has 0 .. {rows - 1}")
         pairs = timesteps.shape[2]
+        if config.antithetic and noise is None and pairs % 2:
+            raise ValueError(f"timesteps has {pairs} pairs with antithetic; opposite noises take an even number of pairs")
     if noise is not None:
         noise = checked_tensor("noise", noise, images.device)
         expected = (count, config.steps, pairs, *latent_shape)

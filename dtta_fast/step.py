@@ -66,7 +66,7 @@ class Problem:
         config = self.config
         if config.objective == "embedding_mix":
             return 1
-        classes = len(self.denoiser.class_embeddings({})) if config.top_k is None else config.top_k + config.drawn_classes
+        classes = self.task.class_count(self.denoiser) if config.top_k is None else config.top_k + config.drawn_classes
         return classes + config.null_condition
 
 
@@ -92,6 +92,18 @@ def initial_state(problem: Problem, theta: Parameters, phi: Parameters, outputs:
         theta = {FREE_LOGITS: outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32), copy=True)}
     theta_slots, phi_slots = (init_slots(kind, list(moving.values()), images or 1) for moving in (theta, phi))
     return State(theta, phi, theta_slots, phi_slots, torch.zeros((), dtype=torch.int64, device=outputs.device))
+
+
+def first_images(state: State, images: int, exactly: bool) -> State | None:
+    """The storage of a state's first images, for so many; None where it has fewer, or, with `exactly`, another number."""
+    held = min((len(p) for p in (*state.theta.values(), *state.phi.values())), default=0)
+    if held < images or (exactly and held != images):
+        return None
+    theta, phi = ({name: p[:images] for name, p in moving.items()} for moving in (state.theta, state.phi))
+    slots = [state.theta_slots, state.phi_slots]
+    if held != images:
+        slots = [[[slot[:images] for slot in tensors] for tensors in kind] for kind in slots]
+    return State(theta, phi, *slots, state.step)
 
 
 @torch.no_grad()
@@ -132,10 +144,9 @@ def gradients(
     vector-Jacobian product carries it into the weights.
     """
     config, task, denoiser = problem.config, problem.task, problem.denoiser
-    draws = problem.draws(config.pairs)
-    if timesteps is None:
-        timesteps = draws.timesteps(image_ids, state.step)
-        noise = draws.noise(x0, image_ids, state.step) if noise is None else noise
+    draws = problem.draws(config.pairs if timesteps is None else timesteps.shape[1])
+    timesteps = draws.timesteps(image_ids, state.step) if timesteps is None else timesteps
+    noise = draws.noise(x0, image_ids, state.step) if noise is None else noise
     theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
     phi = {name: p.detach().requires_grad_() for name, p in state.phi.items()}
     outputs = (problem.forward or forward)(problem, theta, inputs)
@@ -196,9 +207,10 @@ def guard(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which outputs stand, [B, ...]; whether they are others than those from before, [B] bool; denoiser evaluations spent on it, [B].
 
-    Where an answer changed, every answer conditions the source denoiser on the same pairs, held out from the adaptation, and the one
-    with the lowest loss stands: the one from before, unless another's is lower by a paired test. Of equal answers the earlier
-    candidate stands. Outputs that are not finite never do. Without a guard the first candidate stands.
+    Where an answer changed, every answer conditions the source denoiser on the same pairs, held out from the adaptation. The one from
+    before stands, unless another's loss is lower by a paired test: its mean difference and guard_threshold standard errors are below
+    0; of several the one whose sum is lowest. Of equal answers the earlier candidate stands. Outputs that are not finite never do.
+    Without a guard the first candidate stands.
     """
     task, config = problem.task, problem.config
     evaluations = torch.zeros_like(image_ids)
@@ -208,10 +220,12 @@ def guard(
     source = task.decision(before, problem.denoiser)
     answers = [task.decision(outputs, problem.denoiser) for outputs in candidates]
     # an answer is asked about once: where it is not the one from before, nor an earlier candidate's
-    fresh = [
-        usable & torch.stack([(answer != other).flatten(1).any(1) for other in (source, *answers[:k])]).all(0)
-        for k, (answer, usable) in enumerate(zip(answers, finite, strict=True))
-    ]
+    fresh = []
+    for k, (answer, usable) in enumerate(zip(answers, finite, strict=True)):
+        asked_already = (answer == source).flatten(1).all(1)
+        for other, other_usable in zip(answers[:k], finite[:k], strict=True):
+            asked_already |= other_usable & (answer == other).flatten(1).all(1)
+        fresh.append(usable & ~asked_already)
     same = finite[0] & (answers[0] == source).flatten(1).all(1)  # the same answer by the adapted weights
     standing, score = _where(same, candidates[0], before), torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
     asked = torch.stack(fresh).any(0)

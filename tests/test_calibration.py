@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DDPMScheduler
 from torch import nn
 
 from dtta_fast import AdaptConfig, Adapter, Calibration, adapt, presets, zoo
+from dtta_fast.calibrating import BINS, DRAWS, RIVALS, class_signal
+from dtta_fast.calibration import _distances_to_the_others, fingerprint
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import load_digits
+from dtta_fast.denoisers.dit import DiT
+from dtta_fast.kernels.philox import normal
+from dtta_fast.process import NoiseProcess
 
 
 @pytest.fixture
@@ -71,13 +78,74 @@ def test_files(tmp_path, calibration):
     own = dataclasses.replace(calibration, fingerprint=Calibration.measure(denoiser, torch.rand(8, 3, 8, 8)).fingerprint)
     own.save(tmp_path / "c.json")
     assert Calibration.load(tmp_path / "c.json", denoiser) == own
-    with pytest.raises(ValueError, match="belongs to another denoiser"):
-        Calibration.load(tmp_path / "c.json", nn.Linear(2, 2))
+    for other in (nn.Linear(2, 2), nn.Linear(3, 2)):
+        with torch.no_grad():
+            other.bias.copy_(-denoiser.bias)
+        with pytest.raises(ValueError, match="belongs to another denoiser"):
+            Calibration.load(tmp_path / "c.json", other)
     written = json.loads((tmp_path / "c.json").read_text())
-    for damage in ({"deviation": 0.0}, {"power": [1.0]}, {"mean": "grey"}, {"power": [float("nan")] * 5}):
+    for damage in ({"deviation": 0.0}, {"power": [1.0]}, {"mean": "grey"}, {"power": [float("nan")] * 5}, {"limit": 0.0}):
         (tmp_path / "c.json").write_text(json.dumps({**written, **damage}))
         with pytest.raises(ValueError, match="is no calibration"):
             Calibration.load(tmp_path / "c.json", denoiser)
+
+
+def test_the_fingerprint_tells_denoisers_apart(denoiser, random_network):
+    """By the class table and by the noise process too; precision does not matter."""
+    own = fingerprint(denoiser)
+    assert fingerprint(copy.deepcopy(denoiser).half()) == own
+    other_process = DiT(denoiser.network, NoiseProcess.from_scheduler(DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2")))
+    other_classes = copy.deepcopy(denoiser)
+    with torch.no_grad():
+        other_classes.network.y_embedder.embedding_table.weight.neg_()
+    assert len({own, fingerprint(other_process), fingerprint(other_classes)}) == 3
+
+
+def test_the_limit_is_of_images_that_the_statistics_have_not_seen():
+    """Of 16 images, 95 % of others are not usual by their own distances: those are drawn towards the mean of so few."""
+    statistics = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)).double()
+    found = _distances_to_the_others(statistics)
+    for i in range(12):
+        others = torch.cat([statistics[:i], statistics[i + 1 :]])
+        away = (statistics[i] - others.mean(0)) / others.std(0)
+        assert float(found[i]) == pytest.approx(float(away.square().mean().sqrt()))
+
+
+def test_a_gain_is_at_most_4(calibration):
+    """What blur has taken altogether stays away: a wave of 8 cycles, a ten-thousandth of one of 2, stays under 16 ten-thousandths."""
+    x = torch.arange(32) / 32 * 2 * torch.pi
+    image = (0.5 + 0.2 * (2 * x).cos() + 0.2e-4 * (8 * x).cos()).expand(1, 3, 32, 32)
+    found = torch.fft.rfft(calibration.match(image)[0, 0, 0].double(), norm="forward").abs()
+    assert float(found[8] / found[2]) < 16.5e-4
+
+
+def test_how_surely_timesteps_tell_classes_apart(denoiser, images):
+    """Two parts of the process by a plain loop in float64: an image's own class is the best of all, its rivals the next ones."""
+    x0 = denoiser.encode(images)
+    signal, spread = class_signal(denoiser, x0)
+    table, width = denoiser.class_embeddings({}), 1000 // BINS
+
+    def losses(i: int, k: int, timesteps: torch.Tensor, step: int) -> torch.Tensor:
+        pairs = torch.arange(len(timesteps))
+        noise = normal(x0[0].numel(), pairs, torch.tensor([i]), 0, torch.tensor(step), torch.float64)[0].view(len(pairs), *x0.shape[1:])
+        signal_of, noise_of = (denoiser.process.table[timesteps, column].double().view(-1, 1, 1, 1) for column in (0, 1))
+        with torch.no_grad():
+            prediction = denoiser(signal_of * x0[i] + noise_of * noise, timesteps, table[k].expand(len(timesteps), -1))
+        return (prediction[:, : x0.shape[1]] - noise).square().mean((1, 2, 3))
+
+    middles = torch.arange(BINS) * width + width // 2
+    first = torch.stack([torch.stack([losses(i, k, middles, 0) for k in range(len(table))]) for i in range(len(x0))])
+    order = (first / first.std(1, keepdim=True).mean(0)).mean(2).argsort(1)[:, : 1 + RIVALS]
+    for part in (3, 12):
+        within = part * width + ((torch.arange(DRAWS) + 0.5) / DRAWS * width).long()
+        # the draws of all parts are numbered through
+        margins = []
+        for i in range(len(x0)):
+            everywhere = torch.cat([torch.zeros(part * DRAWS, dtype=torch.int64), within])
+            found = [losses(i, int(k), everywhere, 1)[part * DRAWS :].mean() for k in order[i]]
+            margins += [value - found[0] for value in found[1:]]
+        assert float(signal[part]) == pytest.approx(float(torch.stack(margins).mean()), rel=1e-3, abs=1e-9)
+        assert float(spread[part]) == pytest.approx(float(torch.stack(margins).std()), rel=1e-3, abs=1e-9)
 
 
 @pytest.mark.parametrize("images", [torch.rand(4, 3, 8, 8), torch.rand(8, 8), torch.rand(8, 3, 8, 8) * 255, torch.full((8, 3, 8, 8), 0.5)])

@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=["segmentation", "depth"])
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--only", nargs="*", default=[""])
+    parser.add_argument("--only", nargs="*")
     parser.add_argument("--split", choices=["validation", "test"], default="test")
     args = parser.parse_args()
     choosing = args.split == "validation"
@@ -122,7 +122,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=False).stdout.strip()
     methods = {**METHODS, **candidates()} if choosing else METHODS
     for name, config in methods.items():
-        if not any(name.startswith(word) for word in args.only):
+        if args.only and name not in args.only:
             continue
         rows = source if name == "source" else measure(args.task, config, name == "matched alone", streams, truth)
         record = {

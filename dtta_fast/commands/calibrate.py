@@ -16,8 +16,8 @@ from dtta_fast.data.folder import read_images
 class Calibrate:
     """Measure a denoiser on clean images, without labels: what adaptation matches corrupted images to, and which timesteps it draws.
 
-    The timesteps take some 1,600 forwards of the denoiser for each of the first 64 images, 640 where there are 2 classes: a Stable
-    Diffusion wants a GPU, or fewer images by --most.
+    The timesteps take 1,600 forwards of the denoiser and 20 more a class for each of the first 64 images (21,600 for ImageNet's classes):
+    a large denoiser wants a GPU, or fewer images by --most.
     """
 
     denoiser: tyro.conf.Positional[str]

@@ -29,6 +29,9 @@ class Task(Protocol):
     def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:
         """The classes [B, M] that take part in a step, by number, where the config asks for fewer than all; None is all."""
 
+    def class_count(self, denoiser: Denoiser) -> int:
+        """How many classes take part where none are chosen; 1 where a map is no class's."""
+
     def condition(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None = None
     ) -> Tensor:

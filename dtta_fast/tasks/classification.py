@@ -76,6 +76,9 @@ class Classification:
         drawn = scores.scatter(1, best, -torch.inf).topk(config.drawn_classes, dim=1).indices
         return torch.cat([best, drawn], dim=1)
 
+    def class_count(self, denoiser: Denoiser) -> int:
+        return len(denoiser.class_embeddings({})) if self._subset is None else len(self._subset)
+
     def condition(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None = None
     ) -> Tensor:

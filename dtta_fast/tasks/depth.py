@@ -33,6 +33,9 @@ class Depth(DenseTask):
     def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:
         return None
 
+    def class_count(self, denoiser: Denoiser) -> int:
+        return 1
+
     def condition(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None = None
     ) -> Tensor:

@@ -45,6 +45,9 @@ class Segmentation(DenseTask):
             return None
         return outputs.detach().softmax(1).mean((2, 3)).topk(config.top_k, dim=1).indices
 
+    def class_count(self, denoiser: Denoiser) -> int:
+        return len(denoiser.class_embeddings({}))
+
     def condition(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None = None
     ) -> Tensor:
