@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,10 +21,12 @@ RETRIES = 3  # of a batch whose worker died
 class RayWorker:
     """Adapts to the batches that reach it."""
 
-    def __init__(self, run: RunConfig, data: Any) -> None:
+    def __init__(self, run: RunConfig, kept: list[Any]) -> None:
+        import ray
+
         if run.device == "cpu":
             torch.set_num_threads(1)  # a worker a core
-        self._worker = Worker(run, data)
+        self._worker = Worker(run, ray.get(kept[0]))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         batch = pickle.loads(row["batch"])
@@ -45,10 +48,12 @@ def ray_records(run: RunConfig, data: Images | Maps, batches: Sequence[Sequence[
         raise ImportError("scale 'ray' needs Ray: pip install 'dtta-fast[scale]'") from error
     ours = not ray.is_initialized()
     if ours:
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the workers wherever else something runs
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
+        context.issue_detectors_config.detectors = []
         context.actor_task_retry_on_errors = False  # an error is ours to tell; a death is retried
         context.max_errored_blocks = 0
         kind = "GPU" if run.device.startswith("cuda") else "CPU"
@@ -60,11 +65,12 @@ def ray_records(run: RunConfig, data: Images | Maps, batches: Sequence[Sequence[
             return {"batch": pickle.dumps(fetch(ray.get(kept), number, batches[number]))}
 
         rows = ray.data.from_items(list(remaining), override_num_blocks=len(remaining))
-        rows = rows.map(read, num_cpus=0.01, concurrency=2 * workers)
+        # beside GPUs the cores read; where the cores adapt, one reader between them is enough, and each takes a process with torch in it
+        rows = rows.map(read, concurrency=2 * workers) if kind == "GPU" else rows.map(read, num_cpus=0.01, concurrency=1)
         placed = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 0.9}
         done = rows.map(
             RayWorker,
-            fn_constructor_args=(run, data),
+            fn_constructor_args=(run, [kept]),  # in a list it stays a reference of ours, for restarts
             concurrency=workers,
             max_restarts=RETRIES,
             max_task_retries=RETRIES,

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+import tyro
 
 from dtta_fast import presets
 from dtta_fast.config import AdaptConfig
@@ -49,7 +50,7 @@ class RunConfig:
     workers: int = 2
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     dtype: Dtype = "float32"
-    adapt: AdaptConfig = presets.FAST
+    adapt: Annotated[AdaptConfig, tyro.conf.arg(name="")] = presets.FAST
 
     def __post_init__(self) -> None:
         def refuse(name: str, allowed: str) -> None:

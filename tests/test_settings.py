@@ -1,0 +1,109 @@
+"""Where a run's settings come from: presets, YAML, flags and the reference implementation's names."""
+
+from __future__ import annotations
+
+import pytest
+
+from dtta_fast import presets
+from dtta_fast.commands.evaluate import Evaluate
+from dtta_fast.runs.config import RunConfig, differences, with_settings
+
+
+def test_yaml_then_names_then_flags(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "data: imagenet-c\nroot: /data\ncorruptions: [fog, snow]\nper_class: 3\nsteps: 7\nadapt: {guard: 9, lr: 1.0e-3}\nbatch: 5\n"
+    )
+    found, flags = Evaluate.start(
+        ["evaluate", "out", "--settings", str(path), "tta.loss=l1", "--tta.gradient_descent.train_steps=4", "--batch", "6"]
+    )
+    run = found.run_config
+    assert (run.data, run.root, run.corruptions, run.per_class, run.batch) == ("imagenet-c", "/data", ("fog", "snow"), 3, 5)
+    assert run.adapt == presets.FAST.replace(steps=4, guard=9, lr=1e-3, loss="l1")
+    assert flags == ["evaluate", "out", "--settings", str(path), "--batch", "6"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "preset", "protocol"),
+    [
+        ([], presets.FAST, "episodic"),
+        (["--protocol", "online"], presets.ONLINE, "online"),
+        (["--protocol=continual"], presets.ONLINE, "continual"),
+        (["tta.online=true"], presets.ONLINE, "online"),
+        (["--preset", "ONLINE"], presets.ONLINE, "online"),
+        (["--preset", "DUSA", "--protocol", "continual"], presets.DUSA, "continual"),
+        (["--task", "depth"], presets.DENSE, "episodic"),
+        (["--preset", "PAPER"], presets.PAPER, "episodic"),
+    ],
+)
+def test_protocol_and_preset_go_together(arguments, preset, protocol):
+    run = Evaluate.start(["evaluate", "out", *arguments])[0].run_config
+    assert (run.adapt, run.protocol) == (preset, protocol)
+
+
+def test_the_reference_s_recipe_by_its_own_names():
+    """Its command for ImageNet-C with DiT: 12 batches of 15 pairs an update, 5 updates, SGD, both adapting."""
+    settings = {
+        "input": {
+            "dataset_name": "ImageNetCDataset",
+            "root_path": "/data",
+            "batch_size": 15,
+            "subsample": 3,
+            "mean": [0.5] * 3,
+            "sd_img_res": 256,
+        },
+        "model": {"use_dit": True, "class_arch": "resnet18", "adapt_only_classifier": False},
+        "tta": {
+            "online": False,
+            "adapt_topk": -1,
+            "loss": "mse",
+            "use_same_noise_among_timesteps": True,
+            "gradient_descent": {
+                "train_steps": 5,
+                "accum_iter": 12,
+                "optimizer": "sgd",
+                "base_learning_rate": 5e-3,
+                "optimizer_momentum": 0.8,
+            },
+        },
+        "gpu": -1,
+        "seed": None,
+        "preset": "PAPER",
+    }
+    run = with_settings(RunConfig(device="cpu"), settings)
+    wanted = presets.PAPER.replace(chunk=15, share_noise=True, momentum=0.8)
+    assert run == RunConfig(
+        data="imagenet-c", root="/data", per_class=3, model="resnet18.tv_in1k", denoiser="facebook/DiT-XL-2-256", device="cpu", adapt=wanted
+    )
+    assert run.adapt.pairs == 180
+    clip = with_settings(RunConfig(device="cpu"), {"model.sd_version": "2-1", "tta.adapt_topk": 5, "gpu": 1, "tta.loss": "l1", "steps": 2})
+    assert (clip.denoiser, clip.adapt.top_k, clip.device, clip.adapt.loss) == ("stabilityai/stable-diffusion-2-1-base", 5, "cuda:1", "l1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stepz": 3}, "stepz is no setting of a run; there are"),
+        ({"tta.stepz": 3}, "tta.stepz is no name of the reference's config"),
+        ({"input.dataset_name": "Mnist"}, "input.dataset_name is 'Mnist'; there are ImageNetDataset"),
+        ({"steps": 0}, "steps is 0"),
+        ({"preset": "SLOW"}, "preset is 'SLOW'"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        with_settings(RunConfig(), settings)
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [", "3: 4", "\x00"])
+def test_a_file_that_is_no_settings(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"run.yaml"):
+        Evaluate.start(["evaluate", "out", "--settings", str(tmp_path / "run.yaml")])
+
+
+def test_what_two_configs_differ_in():
+    first, second = RunConfig().described(), RunConfig(per_class=2, adapt=presets.FAST.replace(lr=1.0)).described()
+    assert list(differences(first, second)) == ["adapt.lr: 0.0005 / 1.0", "data.per_class: None / 2"]
+    assert list(differences(first, {**first, "extra": 1})) == ["extra: None / 1"]
+    assert not list(differences(first, RunConfig(workers=7).described()))  # which changes no result
