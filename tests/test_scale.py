@@ -122,7 +122,7 @@ def test_a_folder_of_maps(tmp_path):
     records = list(read_records(tmp_path / "run" / "records.jsonl"))
     assert found["mean_iou"]["after"] == pytest.approx(sum(record["score"]["mean_iou"] for record in records) / 3)
     assert 0.2 < found["mean_iou"]["before"] < 1
-    assert records[0]["evaluations"] in (4, 6, 8)
+    assert 4 <= records[0]["evaluations"] <= 4 + 3 * 2
 
 
 def test_running_figures_reach_tensorboard(alone, tmp_path, capsys):
