@@ -12,6 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from dtta_fast.metrics import bootstrap_interval
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -21,35 +26,54 @@ def _records(name: str) -> dict[str, Any]:
     return found
 
 
+def _right(record: dict[str, Any], seeds: int, images: int) -> Tensor:
+    """Answers right (1) or wrong (0) on the first seeds and images: means over seeds and corruptions, [images]."""
+    rows = [run[corruption]["right"][:images] for run in record["runs"][:seeds] for corruption in record["severities"]]
+    return torch.tensor([[float(answer) for answer in row] for row in rows]).mean(0)
+
+
+def advantage(fast: dict[str, Any], other: dict[str, Any]) -> str:
+    """FAST's accuracy minus another's in points, on the images and seeds that both have, with the interval over those images."""
+    seeds, images = min(len(fast["runs"]), len(other["runs"])), min(fast["images"], other["images"])
+    change = 100 * (_right(fast, seeds, images) - _right(other, seeds, images))
+    low, high = bootstrap_interval(change)
+    return f"{float(change.mean()):+.1f} ({low:+.1f} .. {high:+.1f})"
+
+
 def quality(name: str) -> str:
-    """A row a method: means over corruptions and seeds, with the 95 % interval over images."""
+    """A row a method: means over corruptions and seeds, with the 95 % interval over images; FAST beside each, where it was run."""
+    records = _records(name)
+    fast = records.get("FAST")
     lines = [
-        "| method | protocol | images, seeds | corrupted % (95 %) | gain | worst corruption | clean | turned wrong | calibration error "
-        "| forward + backward | s an image |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| method | protocol | images, seeds | corrupted % (95 %) | gain | "
+        + ("FAST minus this (95 %) | " if fast else "")
+        + "worst corruption | clean | turned wrong | calibration error | forward + backward | s an image |",
+        "|---" * (12 if fast else 11) + "|",
     ]
-    for method, record in _records(name).items():
+    for method, record in records.items():
         all_of_it, clean = record["corrupted"], record["clean"]
         low, high = (100 * bound for bound in all_of_it["interval"])
         worst, where = all_of_it["worst"]
+        beside = f"{'' if record is fast else advantage(fast, record)} | " if fast else ""
         lines.append(
             f"| {method} | {record['protocol']} | {record['images']}, {len(record['runs'])} | {100 * all_of_it['accuracy']:.1f} "
-            f"({low:.1f} .. {high:.1f}) | {100 * all_of_it['gain']:+.1f} | {100 * worst:+.1f} {where} | {100 * clean['accuracy']:.1f} | "
-            f"{100 * all_of_it['negative_flips']:.1f} % | {all_of_it['calibration_error']:.2f} | "
+            f"({low:.1f} .. {high:.1f}) | {100 * all_of_it['gain']:+.1f} | {beside}{100 * worst:+.1f} {where} | "
+            f"{100 * clean['accuracy']:.1f} | {100 * all_of_it['negative_flips']:.1f} % | {all_of_it['calibration_error']:.2f} | "
             f"{all_of_it['forwards']:.1f} + {all_of_it['backwards']:.1f} | {all_of_it['seconds']:.3f} |"
         )
     return "\n".join(lines)
 
 
 def by_corruption(name: str) -> str:
-    """A row a method, a column a corruption: accuracy in %, the mean over seeds."""
+    """A row a method, a column a corruption: accuracy in %, the mean over seeds; rows of unlike images do not compare."""
     records = _records(name)
     severities = next(iter(records.values()))["severities"]
-    lines = ["| method | " + " | ".join(f"{corruption} {severity}" for corruption, severity in severities.items()) + " | clean |"]
-    lines.append("|---" * (len(severities) + 2) + "|")
+    head = " | ".join(f"{corruption} {severity}" for corruption, severity in severities.items())
+    lines = [f"| method | images, seeds | {head} | clean |", "|---" * (len(severities) + 3) + "|"]
     for method, record in records.items():
         cells = [statistics.mean(run[column]["accuracy"] for run in record["runs"]) for column in (*severities, "clean")]
-        lines.append(f"| {method} | " + " | ".join(f"{100 * cell:.1f}" for cell in cells) + " |")
+        row = " | ".join(f"{100 * cell:.1f}" for cell in cells)
+        lines.append(f"| {method} | {record['images']}, {len(record['runs'])} | {row} |")
     return "\n".join(lines)
 
 

@@ -43,6 +43,33 @@ def entropy_gradient(linear: nn.Module, x: torch.Tensor, weights: torch.Tensor) 
     return (to_features * normal).sum(0), to_features.sum(0)
 
 
+class LogitNorm(nn.Module):
+    """Images are logits [B, 3], and their shift is what moves: probabilities are what a test says they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images + self.bias
+
+
+# sure of class 0, 1 and 2 (0.11 nats), less sure of class 2 (0.39), of none (1.09); 0.4 ln 3 is 0.44
+P0, P1, P2, P2_WEAK, NONE = torch.tensor(
+    [[0.98, 0.01, 0.01], [0.01, 0.98, 0.01], [0.01, 0.01, 0.98], [0.05, 0.05, 0.90], [0.4, 0.3, 0.3]], dtype=torch.float64
+)
+
+
+def images_of(*rows: torch.Tensor) -> torch.Tensor:
+    return torch.stack(rows).log()
+
+
+def to_logits(p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entropies [B] of probabilities [B, K] and their gradient to the logits [B, K]."""
+    h = -(p * p.log()).sum(1)
+    return h, -p * (p.log() + h[:, None])
+
+
 def adam(p: torch.Tensor, gradient: torch.Tensor, lr: float) -> torch.Tensor:
     """Adam's first step."""
     return p.detach() - lr * gradient / (gradient.abs() + 1e-8)
@@ -93,7 +120,21 @@ def test_eata_is_drawn_back(linear, x):
     weights = torch.where(used, (limit - h).exp(), torch.zeros_like(h)) / used.sum()
     _, to_shift = entropy_gradient(eata.model, x, weights)
     eata(x)
-    torch.testing.assert_close(eata.moving[1].grad, to_shift + 2000 * 2 * 0.3 * drift, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(eata.moving[1].grad, to_shift + 1.0 * 2 * 0.3 * drift, rtol=1e-7, atol=1e-9)
+
+
+def test_eata_over_two_batches():
+    eata = baselines.Eata(LogitNorm(), 0.0, [torch.ones(3, dtype=torch.float64)])  # nothing moves: gradients and memory are looked at
+    eata(images_of(*[P0] * 6, *[P1] * 3, *[P2] * 2, NONE))
+    mean = (6 * P0 + 3 * P1 + 2 * P2) / 11
+    torch.testing.assert_close(eata.average, mean)
+    # cosines with the mean: class 0 0.86, class 1 0.45, class 2 0.31 and 0.36; the limit is 0.4
+    eata(images_of(P0, P1, P2, P2_WEAK, NONE))
+    used = torch.stack([P2, P2_WEAK])
+    torch.testing.assert_close(eata.average, 0.9 * mean + 0.1 * used.mean(0))
+    h, gradient = to_logits(used)
+    expected = ((0.4 * math.log(3) - h).exp()[:, None] * gradient).mean(0)
+    torch.testing.assert_close(eata.moving[0].grad, expected)
 
 
 def test_fisher_information(linear, x):
@@ -125,18 +166,57 @@ def test_sar(linear, x):
     assert all(torch.equal(a, b) for a, b in zip(moved(sar), linear[0].parameters(), strict=True))
 
 
+def sharp(images: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean entropy, and its gradient to the shift, 0.05 up the gradient."""
+    gradient = to_logits((images + bias).softmax(1))[1].mean(0)
+    h, there = to_logits((images + bias + 0.05 * gradient / gradient.norm()).softmax(1))
+    return h.mean(), there.mean(0)
+
+
+def test_sar_over_two_batches():
+    sar, first, second = baselines.Sar(LogitNorm(), 0.1), images_of(P0, P2_WEAK), images_of(P2_WEAK, P2_WEAK, P1)
+    sar(torch.cat([first, images_of(NONE)]))
+    loss, gradient = sharp(first, torch.zeros(3, dtype=torch.float64))
+    bias = -0.1 * gradient
+    torch.testing.assert_close(sar.model.bias.detach(), bias)
+    assert sar.average == pytest.approx(float(loss))
+    sar(second)
+    loss_there, gradient_there = sharp(second, bias)
+    torch.testing.assert_close(sar.model.bias.detach(), bias - 0.1 * (0.9 * gradient + gradient_there))
+    assert sar.average == pytest.approx(0.9 * float(loss) + 0.1 * float(loss_there))
+
+
+def test_sar_where_no_image_is_reliable():
+    sar, images = baselines.Sar(LogitNorm(), 0.1), images_of(NONE, NONE)
+    assert torch.equal(sar(images), images)
+    assert torch.equal(sar.model.bias, torch.zeros(3, dtype=torch.float64))
+    assert sar.average is None
+
+
+def test_sar_collapses_at_a_share_of_the_number_of_classes():
+    surer = torch.tensor([0.998, 0.001, 0.001], dtype=torch.float64)  # 0.016 nats; the limit is 0.2 ln 3 / ln 1000 = 0.032
+    sar = baselines.Sar(LogitNorm(), 0.1)
+    sar(images_of(P0))
+    assert sar.average is not None
+    assert bool(sar.model.bias.any())
+    sar.reset()
+    sar(images_of(surer))
+    assert sar.average is None
+    assert not bool(sar.model.bias.any())
+
+
 def test_cotta(linear, x):
     calls = []
 
-    def augment(images):
+    def augment(images, generator):
         calls.append(1)
-        return images + 0.1
+        return images.roll(1, 1)  # a shift or a scale would be lost in the LayerNorm
 
     cotta = baselines.Cotta(linear, 0.01, augment)
     cotta.RESTORE, cotta.SURE = 0.0, 2.0  # never sure
     target = cotta(x)
     assert len(calls) == 32
-    torch.testing.assert_close(target, linear(x + 0.1).detach())
+    torch.testing.assert_close(target, linear(x.roll(1, 1)).detach())
     to_z = (probabilities(linear, x) - target.softmax(1)) / 6
     normal = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
     to_weight = to_z.T @ (normal * linear[0].weight + linear[0].bias).detach()
@@ -151,8 +231,46 @@ def test_cotta(linear, x):
     assert torch.equal(cotta.model[1].weight, linear[1].weight)
 
 
+def test_cotta_asks_the_source_whether_it_is_sure(linear, x):
+    calls = []
+
+    def augment(images, generator):
+        calls.append(1)
+        return images.roll(1, 1)  # a shift or a scale would be lost in the LayerNorm
+
+    cotta = baselines.Cotta(linear, 0.3, augment)
+    cotta.RESTORE, cotta.SURE, cotta.TEACHER = 0.0, 2.0, 0.0  # the teacher is the student, far from the source
+    cotta(x)
+    source, teacher = (float(probabilities(model, x).amax(1).mean()) for model in (linear, cotta.teacher))
+    assert abs(source - teacher) > 0.01
+    cotta.SURE = (source + teacher) / 2
+    cotta(x)
+    assert len(calls) == (64 if source < teacher else 32)
+    cotta.RESTORE = 1.0
+    cotta(x)
+    assert torch.equal(cotta.model[1].weight, linear[1].weight)
+    assert not torch.equal(cotta.teacher[1].weight, linear[1].weight)
+
+
+def noisy(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return images + torch.randn(images.shape, generator=generator, dtype=images.dtype)
+
+
+def test_draws_start_again_with_a_reset_and_go_on_between_images(linear, x):
+    cotta, memo = baselines.Cotta(linear, 0.01, noisy, seed=1), baselines.Memo(linear, 0.05, noisy, seed=1)
+    cotta.SURE = 2.0
+    for baseline in (cotta, memo):
+        first, second = baseline(x), baseline(x)
+        assert not torch.equal(first, second)
+        baseline.reset()
+        assert torch.equal(baseline(x), first)
+        assert torch.equal(baseline(x), second)
+    one, other = memo(x[:1].repeat(2, 1))
+    assert not torch.equal(one, other)
+
+
 def test_memo(linear, x):
-    memo = baselines.Memo(linear, 0.05, lambda views: views + torch.linspace(0, 1, len(views), dtype=torch.float64)[:, None] * x[1])
+    memo = baselines.Memo(linear, 0.05, lambda views, _: views + torch.linspace(0, 1, len(views), dtype=torch.float64)[:, None] * x[1])
     found = memo(x[:2])
     for i in range(2):
         views = x[i] + torch.linspace(0, 1, 32, dtype=torch.float64)[:, None] * x[1]

@@ -8,15 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 
+from dtta_fast import Adapter, presets, zoo
+from dtta_fast.data.digits import load_digits
 from dtta_fast.metrics import calibration_error
 
 QUALITY = Path(__file__).parents[1] / "bench" / "quality"
+DUSA = presets.DUSA.replace(lr=1e-3)  # so that two batches differ
 
 
 @pytest.fixture
 def run(monkeypatch):
     monkeypatch.syspath_prepend(str(QUALITY))
     return importlib.import_module("run")
+
+
+@pytest.fixture
+def methods(run):
+    return importlib.import_module("methods")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Classifier, denoiser, eight images."""
+    return *zoo.load("digits"), load_digits("validation")[0][:8] * 0.6
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
@@ -62,3 +76,56 @@ def test_what_a_method_has_learnt_goes_on_as_its_protocol_says(run):
     seen.clear()
     run.measure(run.Method(make, 4, "continual", "x"), None, streams, labels)
     assert "reset" not in seen
+
+
+@pytest.mark.parametrize("match", ["off", "both"])
+def test_dusa_answers_before_it_learns_from_a_batch(methods, digits, match):
+    model, denoiser, images = digits
+    config, ids = DUSA.replace(match=match), torch.arange(8)
+    run, _ = methods.by_adapter(config, answer_first=True)(methods.Setting(model, denoiser, images, 0))
+    found = [run(images[part], ids[part]).logits for part in ids.split(4)]
+    adapter = Adapter(model, denoiser, config)
+    still = Adapter(model, denoiser, config.replace(lr=0.0, denoiser_lr=0.0))  # answers after an update that moves nothing
+    torch.testing.assert_close(found[0], still.adapt(images[:4]).outputs)
+    adapter.adapt(images[:4])
+    still.load_state_dict(adapter.state_dict())
+    torch.testing.assert_close(found[1], still.adapt(images[4:], image_ids=ids[4:]).outputs, rtol=1e-4, atol=1e-4)
+    after = adapter.adapt(images[4:], image_ids=ids[4:]).outputs
+    assert float((found[1] - after).abs().max()) > 1e-2
+
+
+def test_passes_of_noise_mixing_over_all_classes(methods, digits):
+    model, denoiser, images = digits
+    run, _ = methods.by_adapter(DUSA.replace(top_k=None, drawn_classes=0))(methods.Setting(model, denoiser, images, 0))
+    answer = run(images[:2], torch.arange(2))
+    assert (answer.forwards, answer.backwards) == (20, 20)
+
+
+def test_baselines_look_at_the_crop_and_at_the_matched_image(methods, digits):
+    model, denoiser, images = digits
+    setting, ids = methods.Setting(model, denoiser, images, 0), torch.arange(8)
+    larger = torch.nn.functional.interpolate(images, size=40)
+    plain, matched = (methods.by_baseline(methods.source, matched=m)(setting)[0] for m in (False, True))
+    crop = Adapter(model, denoiser).crop(larger)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(larger, ids).logits, model(crop * 2 - 1))
+        torch.testing.assert_close(matched(larger, ids).logits, model(denoiser.calibration.match(crop) * 2 - 1))
+
+
+def test_ablations_of_an_open_vocabulary_are_refused(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run.py", "open_vocabulary", "--ablations"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "--ablations" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_fast_is_compared_on_the_images_and_seeds_that_both_have(monkeypatch):
+    monkeypatch.syspath_prepend(str(QUALITY.parent))
+    readme = importlib.import_module("readme")
+
+    def record(images: int, *seeds: str) -> dict:
+        return {"images": images, "severities": {"fog": 3}, "runs": [{"fog": {"right": right}} for right in seeds]}
+
+    fast, other = record(4, "1100", "0000"), record(2, "01")
+    assert readme.advantage(fast, other) == "+50.0 (+0.0 .. +100.0)"  # of the first seed's first two images one is gained
+    assert readme.advantage(fast, record(4, "1100", "1000")) == "-12.5 (-37.5 .. +0.0)"

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from methods import SINGLE, Answer, Method, Run, Setting, by_adapter
+from methods import SINGLE, Answer, Method, Run, Setting, bound, by_adapter, model_inputs
 from torch import Tensor, nn
 
 from dtta_fast import AdaptConfig, presets
@@ -52,12 +52,13 @@ def random_weights(model: nn.Module) -> nn.Module:
 def free_and_classifier(setting: Setting) -> tuple[Run, Callable[[], None]]:
     """The mean of the probabilities of free logits that know nothing and of the classifier."""
     free, reset = with_model(FREE, Undecided)(setting)
+    own = bound(setting)
 
     def run(images: Tensor, ids: Tensor) -> Answer:
         found = free(images, ids)
         with torch.no_grad():
-            own = setting.model(images * 2 - 1)
-        return found._replace(logits=mean_probability(found.logits, own))
+            logits = own.model(model_inputs(own, images))
+        return found._replace(logits=mean_probability(found.logits, logits))
 
     return run, reset
 

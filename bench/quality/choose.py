@@ -13,15 +13,12 @@ import dataclasses
 import json
 from pathlib import Path
 
-import torch
-from baselines import Cotta, Eata, Memo, Sar, Tent, fisher_information
-from methods import BATCH, METHODS, SINGLE, Method, Setting, augmented, by_adapter, by_baseline
+from methods import BATCH, METHODS, SINGLE, Method, Protocol, Setting, by_adapter, by_baseline, cotta, eata, memo, sar, tent
 from run import measure, summary
 
 from dtta_fast import AdaptConfig, environment, presets, zoo
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import load_digits
-from dtta_fast.tasks.classification import Classification
 
 RESULTS = Path(__file__).parents[1] / "results" / "choose.jsonl"
 FAST, ONLINE, DUSA = presets.FAST, presets.ONLINE, presets.DUSA
@@ -57,28 +54,22 @@ CONFIGS: dict[str, AdaptConfig] = {
     "DUSA logit_scale 3": DUSA.replace(logit_scale=3.0),
     "DUSA matched": DUSA.replace(match="both"),
 }
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
-
-
-def generator(setting: Setting) -> torch.Generator:
-    return torch.Generator().manual_seed(setting.seed)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+BASELINES = {"TENT": tent, "EATA": eata, "SAR": sar, "CoTTA": cotta, "MEMO": memo}
 
 
 def candidates() -> dict[str, tuple[Method, dict[str, object]]]:
     found: dict[str, tuple[Method, dict[str, object]]] = {}
     for name, config in CONFIGS.items():
         online = config.mode == "online"
-        found[name] = Method(by_adapter(config), 10 if online else BATCH, "online" if online else SINGLE, name), dataclasses.asdict(config)
-    for lr in RATES:
-        builders = {
-            "TENT": lambda s, lr=lr: Tent(s.model, lr),
-            "EATA": lambda s, lr=lr: Eata(s.model, lr, fisher_information(s.model, Classification().normalise(s.model, s.train[:500]))),
-            "SAR": lambda s, lr=lr: Sar(s.model, lr),
-            "CoTTA": lambda s, lr=lr: Cotta(s.model, lr, augmented(generator(s)), s.seed),
-            "MEMO": lambda s, lr=lr: Memo(s.model, lr, augmented(generator(s))),
-        }
-        for name, build in builders.items():
-            found[f"{name} lr {lr}"] = Method(by_baseline(build), 10, SINGLE if name == "MEMO" else "online", name), {"lr": lr}
+        make = by_adapter(config, answer_first=name.startswith("DUSA"))
+        found[name] = Method(make, 10 if online else BATCH, "online" if online else SINGLE, name), dataclasses.asdict(config)
+    for name, build in BASELINES.items():
+        for lr in RATES:
+            protocol: Protocol = "single-sample" if name == "MEMO" else "online"
+            found[f"{name} lr {lr}"] = Method(by_baseline(build(lr)), 10, protocol, name), {"lr": lr}
+            if name in ("TENT", "EATA"):
+                found[f"{name}, matched lr {lr}"] = Method(by_baseline(build(lr), matched=True), 10, protocol, name), {"lr": lr}
     return found
 
 

@@ -2,6 +2,9 @@
 
 Settings of the presets are the library's; learning rates and timesteps of the others were chosen on the validation split of digits-C by
 bench/quality/choose.py, and are the same on every benchmark.
+
+When a stream's method answers: TENT, EATA, SAR, CoTTA and DUSA say what they know before the batch's own update, as in their papers;
+ONLINE, our own protocol, updates on the batch first and answers after it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from baselines import Baseline, Cotta, Eata, Memo, Sar, Source, Tent, fisher_information
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from dtta_fast import AdaptConfig, Adapter, presets, zoo
 from dtta_fast.denoisers.base import Denoiser
@@ -55,47 +59,63 @@ class Method:
     family: str
 
 
-def by_adapter(config: AdaptConfig) -> Callable[[Setting], tuple[Run, Callable[[], None]]]:
+def bound(setting: Setting) -> Setting:
+    """Model and denoiser as the task takes them."""
+    task = setting.task or Classification()
+    model, denoiser = task.bind(setting.model, setting.denoiser)
+    return setting._replace(model=model, denoiser=denoiser, task=task)
+
+
+def model_inputs(setting: Setting, images: Tensor, matched: bool = False) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1] as a bound setting's model takes them, or those matched to the denoiser's own."""
+    assert setting.task is not None
+    crop = setting.task.crop(setting.model, images)
+    if matched:
+        assert setting.denoiser.calibration is not None
+        crop = setting.denoiser.calibration.match(crop)
+    return setting.task.normalise(setting.model, crop)
+
+
+def by_adapter(config: AdaptConfig, answer_first: bool = False) -> Callable[[Setting], tuple[Run, Callable[[], None]]]:
+    """answer_first: the answers to a batch are those from before its update."""
+
     def make(setting: Setting) -> tuple[Run, Callable[[], None]]:
         adapter = Adapter(setting.model, setting.denoiser, config.replace(seed=setting.seed), setting.task)
+        own = bound(setting) if answer_first else setting
 
         def run(images: Tensor, ids: Tensor) -> Answer:
+            theta = adapter.state_dict().get("theta", {})  # none before the first batch: the source's
             result = adapter.adapt(images, image_ids=ids)
+            logits = result.outputs
+            if answer_first and config.match == "both":
+                with torch.no_grad():  # outputs_before are to the images as they are
+                    logits = functional_call(own.model, theta, (model_inputs(own, images, matched=True),))
+            elif answer_first:
+                logits = result.outputs_before
             trained = int((~result.loss.isnan()).sum()) * config.pairs
-            per_pair = 1 if config.null_condition or config.objective == "embedding_mix" else config.top_k + config.drawn_classes
+            classes = logits.shape[1] if config.top_k is None else config.top_k + config.drawn_classes
+            per_pair = 1 if config.null_condition or config.objective == "embedding_mix" else classes
             backward = config.objective == "embedding_mix" or config.denoiser_parameters == "all"
-            return Answer(result.outputs, int(result.evaluations.sum()), trained * per_pair * backward)
+            return Answer(logits, int(result.evaluations.sum()), trained * per_pair * backward)
 
         return run, adapter.reset
 
     return make
 
 
-def by_baseline(build: Callable[[Setting], Baseline]) -> Callable[[Setting], tuple[Run, Callable[[], None]]]:
+def by_baseline(build: Callable[[Setting], Baseline], matched: bool = False) -> Callable[[Setting], tuple[Run, Callable[[], None]]]:
+    """matched: on images matched to the denoiser's own, by its calibration."""
+
     def make(setting: Setting) -> tuple[Run, Callable[[], None]]:
-        task = setting.task or Classification()
-        setting = setting._replace(model=task.bind(setting.model, setting.denoiser)[0])
+        setting = bound(setting)
         baseline = build(setting)
 
         def run(images: Tensor, ids: Tensor) -> Answer:
-            return Answer(baseline(task.normalise(setting.model, images)), 0, 0)
+            return Answer(baseline(model_inputs(setting, images, matched)), 0, 0)
 
         return run, baseline.reset
 
     return make
-
-
-def matched_alone(setting: Setting) -> tuple[Run, Callable[[], None]]:
-    """The source on matched images, nothing adapted."""
-    task = setting.task or Classification()
-    model, denoiser = task.bind(setting.model, setting.denoiser)
-
-    def run(images: Tensor, ids: Tensor) -> Answer:
-        assert denoiser.calibration is not None
-        with torch.no_grad():
-            return Answer(model(task.normalise(model, denoiser.calibration.match(images))), 0, 0)
-
-    return run, lambda: None
 
 
 def zero_shot(method: Callable[[Setting], tuple[Run, Callable[[], None]]], **keywords: object) -> Callable[[Setting], Any]:
@@ -108,25 +128,35 @@ def zero_shot(method: Callable[[Setting], tuple[Run, Callable[[], None]]], **key
     return make
 
 
-def augmented(generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     """Small shifts, and noise: what the digits and the clothes bear (flips would change their class)."""
+    shifts = torch.randint(-2, 3, (len(images), 2), generator=generator)
+    moved = torch.stack([image.roll((int(y), int(x)), (1, 2)) for image, (y, x) in zip(images, shifts, strict=True)])
+    return moved + 0.05 * torch.randn(images.shape, generator=generator)
 
-    def augment(images: Tensor) -> Tensor:
-        shifts = torch.randint(-2, 3, (len(images), 2), generator=generator)
-        moved = torch.stack([image.roll((int(y), int(x)), (1, 2)) for image, (y, x) in zip(images, shifts, strict=True)])
-        return moved + 0.05 * torch.randn(images.shape, generator=generator)
 
-    return augment
+def source(setting: Setting) -> Baseline:
+    return Source(setting.model, 0.0)
+
+
+def tent(lr: float) -> Callable[[Setting], Baseline]:
+    return lambda setting: Tent(setting.model, lr)
 
 
 def eata(lr: float) -> Callable[[Setting], Baseline]:
-    return lambda setting: Eata(
-        setting.model, lr, fisher_information(setting.model, Classification().normalise(setting.model, setting.train[:500]))
-    )
+    return lambda setting: Eata(setting.model, lr, fisher_information(setting.model, model_inputs(setting, setting.train[:500])))
 
 
-def _generator(setting: Setting) -> torch.Generator:
-    return torch.Generator().manual_seed(setting.seed)
+def sar(lr: float) -> Callable[[Setting], Baseline]:
+    return lambda setting: Sar(setting.model, lr)
+
+
+def cotta(lr: float) -> Callable[[Setting], Baseline]:
+    return lambda setting: Cotta(setting.model, lr, augmented, setting.seed)
+
+
+def memo(lr: float) -> Callable[[Setting], Baseline]:
+    return lambda setting: Memo(setting.model, lr, augmented, setting.seed)
 
 
 FAST, ONLINE, DUSA, PAPER = presets.FAST, presets.ONLINE, presets.DUSA, presets.PAPER
@@ -134,8 +164,8 @@ CLASSIFIER = FAST.replace(method="diffusion_classifier", match="denoiser", prech
 BATCH, SINGLE = 50, "single-sample"
 
 METHODS: dict[str, Method] = {
-    "source": Method(by_baseline(lambda s: Source(s.model, 0.0)), BATCH, SINGLE, "source"),
-    "matched alone": Method(matched_alone, BATCH, SINGLE, "matched alone"),
+    "source": Method(by_baseline(source), BATCH, SINGLE, "source"),
+    "matched alone": Method(by_baseline(source, matched=True), BATCH, SINGLE, "matched alone"),
     "FAST": Method(by_adapter(FAST), BATCH, SINGLE, "FAST"),
     "FAST, unmatched": Method(by_adapter(FAST.replace(match="off", precheck="off")), BATCH, SINGLE, "FAST, unmatched"),
     "FAST, guard of 8": Method(by_adapter(FAST.replace(guard=8)), BATCH, SINGLE, "FAST"),
@@ -159,14 +189,16 @@ METHODS: dict[str, Method] = {
     "ensemble": Method(by_adapter(CLASSIFIER.replace(method="ensemble", steps=1, pairs=2)), BATCH, SINGLE, "ensemble"),
     "ONLINE": Method(by_adapter(ONLINE), 10, "online", "ONLINE"),
     "ONLINE, continual": Method(by_adapter(ONLINE), 10, "continual", "ONLINE, continual"),
-    "DUSA": Method(by_adapter(DUSA), 10, "online", "DUSA"),
-    "DUSA, matched": Method(by_adapter(DUSA.replace(match="both")), 10, "online", "DUSA, matched"),
+    "DUSA": Method(by_adapter(DUSA, answer_first=True), 10, "online", "DUSA"),
+    "DUSA, matched": Method(by_adapter(DUSA.replace(match="both"), answer_first=True), 10, "online", "DUSA, matched"),
     "PAPER": Method(by_adapter(PAPER), 4, SINGLE, "PAPER"),
-    "TENT": Method(by_baseline(lambda s: Tent(s.model, 3e-3)), 10, "online", "TENT"),
-    "EATA": Method(by_baseline(eata(3e-3)), 10, "online", "EATA"),
-    "SAR": Method(by_baseline(lambda s: Sar(s.model, 1e-2)), 10, "online", "SAR"),
-    "CoTTA": Method(by_baseline(lambda s: Cotta(s.model, 1e-4, augmented(_generator(s)), s.seed)), 10, "online", "CoTTA"),
-    "MEMO": Method(by_baseline(lambda s: Memo(s.model, 1e-4, augmented(_generator(s)))), BATCH, SINGLE, "MEMO"),
+    "TENT": Method(by_baseline(tent(3e-3)), 10, "online", "TENT"),
+    "TENT, matched": Method(by_baseline(tent(1e-3), matched=True), 10, "online", "TENT, matched"),
+    "EATA": Method(by_baseline(eata(1e-2)), 10, "online", "EATA"),
+    "EATA, matched": Method(by_baseline(eata(1e-2), matched=True), 10, "online", "EATA, matched"),
+    "SAR": Method(by_baseline(sar(3e-2)), 10, "online", "SAR"),
+    "CoTTA": Method(by_baseline(cotta(1e-2)), 10, "online", "CoTTA"),
+    "MEMO": Method(by_baseline(memo(1e-3)), BATCH, SINGLE, "MEMO"),
 }
 
 SEEN = {"templates": ("a photo of the number {}.",), "diffusion_template": "a photo of the number {}."}
@@ -178,7 +210,7 @@ LORA = WHOLE.replace(parameters="lora", lr=5e-3)
 # on CLIP and Stable Diffusion; "a photo of a {}." is no template of their training, though all of its words are
 ZERO_SHOT: dict[str, Method] = {
     "source": Method(zero_shot(METHODS["source"].make), BATCH, SINGLE, "source"),
-    "matched alone": Method(zero_shot(matched_alone), BATCH, SINGLE, "matched alone"),
+    "matched alone": Method(zero_shot(METHODS["matched alone"].make), BATCH, SINGLE, "matched alone"),
     "FAST": Method(zero_shot(by_adapter(FAST)), BATCH, SINGLE, "FAST"),
     "guard of 14, whole image tower": Method(zero_shot(by_adapter(WHOLE)), BATCH, SINGLE, "FAST"),
     "guard of 14, LoRA": Method(zero_shot(by_adapter(LORA)), BATCH, SINGLE, "FAST, LoRA"),

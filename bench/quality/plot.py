@@ -41,7 +41,7 @@ def main() -> None:
             passes, gains, low, high = zip(*points, strict=True)
             errors = [[a - b for a, b in zip(gains, low, strict=True)], [b - a for a, b in zip(gains, high, strict=True)]]
             style = {"linewidth": 2.5 if ours else 1.0, "markersize": 9 if ours else 4.5, "zorder": 3 if ours else 2}
-            style |= {"color": colours[family], "marker": "*" if ours else "osv^D"[k % 5], "elinewidth": 0.7, "capsize": 2}
+            style |= {"color": colours[family], "marker": "*" if ours else "osv^DP<"[k % 7], "elinewidth": 0.7, "capsize": 2}
             axis.errorbar(passes, gains, errors, label=family, **style)
         axis.axhline(0, color="black", linewidth=0.6)
         axis.set(xscale="log", xlabel="passes through the denoiser an image", title=f"{path.stem.removeprefix('quality_')}-C, test images")

@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="validation to choose, test for the table")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.ablations and args.benchmark == "open_vocabulary":
+        parser.error("--ablations are of a classifier and a DiT; name digits or fashion")
     methods = ABLATIONS if args.ablations else ZERO_SHOT if args.benchmark == "open_vocabulary" else METHODS
     unknown = sorted(set(args.only or ()) - set(methods))
     if unknown:
