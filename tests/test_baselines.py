@@ -187,8 +187,10 @@ def test_sar_over_two_batches():
 
 
 def test_sar_where_no_image_is_reliable():
-    sar, images = baselines.Sar(LogitNorm(), 0.1), images_of(NONE, NONE)
+    sar, images, seen = baselines.Sar(LogitNorm(), 0.1), images_of(NONE, NONE), []
+    sar.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     assert torch.equal(sar(images), images)
+    assert seen == [2]  # the model is not asked about an empty batch, which not every model takes
     assert torch.equal(sar.model.bias, torch.zeros(3, dtype=torch.float64))
     assert sar.average is None
 
