@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from dtta_fast import Adapter, presets, zoo
-from dtta_fast.evaluate import evaluate, open_data
+from dtta_fast.evaluate import batches_of, evaluate, open_data
 from dtta_fast.runs.config import RunConfig
 from dtta_fast.runs.folder import RunFolder, read_records
 
@@ -187,8 +187,16 @@ def test_records_of_another_config_are_refused(finished):
 
 
 def test_two_runs_into_one_folder(finished):
-    with RunFolder(finished, RUN.described(), []), pytest.raises(ValueError, match="is being written to by another run"):
+    batches = batches_of(RUN, open_data(RUN))
+    with RunFolder(finished, RUN.described(), batches), pytest.raises(ValueError, match="is being written to by another run"):
         evaluate(RUN, finished)
+
+
+def test_a_data_set_that_has_changed_loses_no_records(finished):
+    before = (finished / "records.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"holds image \d+ in batch 0, where the data set has \[1\]: has it changed"):
+        RunFolder(finished, RUN.described(), [[1]])
+    assert (finished / "records.jsonl").read_bytes() == before
 
 
 def test_a_damaged_line_is_named(finished, tmp_path):
@@ -245,7 +253,7 @@ def test_bad_settings_leave_no_folder(tmp_path, change, message):
         ({"batch": 0}, "batch is 0"),
         ({"per_class": 0}, "per_class is 0"),
         ({"task": "captioning"}, "task is 'captioning'; allowed: classification"),
-        ({"corruptions": "brightness"}, "corruptions is 'fog'; allowed: a list"),
+        ({"corruptions": "brightness"}, "corruptions is 'brightness'; allowed: a list"),
     ],
 )
 def test_a_wrong_setting_names_itself(change, message):

@@ -94,11 +94,14 @@ class RunFolder:
         lines = list(read_records(path))
         for record in lines:
             by_batch.setdefault(record["batch"], []).append(record)
-        whole = {
-            number: records
-            for number, records in by_batch.items()
-            if 0 <= number < len(self.batches) and [record["image_id"] for record in records] == list(self.batches[number])
-        }
+        whole = {}
+        for number, records in by_batch.items():
+            wanted = list(self.batches[number]) if 0 <= number < len(self.batches) else []
+            ids = [record["image_id"] for record in records]
+            if ids == wanted:
+                whole[number] = records
+            elif ids != wanted[: len(ids)]:  # not the beginning of it, as a killed run leaves it
+                raise ValueError(f"{path} holds image {ids[-1]} in batch {number}, where the data set has {wanted}: has it changed?")
         kept = [record for records in whole.values() for record in records]
         text = "".join(map(line_of, kept))
         if path == self._records and text != path.read_text():
