@@ -207,6 +207,17 @@ def real_sizes() -> str:
     return "\n".join([*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows.items())])
 
 
+def own_time() -> str:
+    """What a run takes beside the models."""
+    found = json.loads((RESULTS / "own_time.json").read_text())
+    lines = ["| run | images | models, s | the tool's own, s | share |", "|---|---|---|---|---|"]
+    for name in ("one process", "ray"):
+        row = found[name]
+        shown = "one process" if name == "one process" else f"Ray, {row['workers']} workers"
+        lines.append(f"| {shown} | {row['images']} | {row['models']:.1f} | {row['own']:.2f} | {row['own_share']:.1%} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "README.md": {
         "quality": lambda: quality("digits"),
@@ -216,6 +227,7 @@ TABLES = {
         "end-to-end": end_to_end,
     },
     "docs/performance.md": {"real sizes": real_sizes},
+    "docs/evaluation.md": {"own time": own_time},
     "docs/quality.md": {
         "open vocabulary by corruption": lambda: by_corruption("open_vocabulary"),
         "ablations": lambda: quality("digits_ablations"),

@@ -167,8 +167,9 @@ def fingerprint(denoiser: nn.Module) -> str:
     Matrices are left out, which quantisation packs, but for embeddings; signs are what rounding to half precision leaves as they are.
     """
     found = hashlib.sha256()
-    if hasattr(denoiser, "process"):
-        found.update(" ".join(f"{value:.4f}" for value in denoiser.process.table.flatten()[::7].tolist()).encode())
+    process: Any = getattr(denoiser, "process", None)
+    if process is not None:
+        found.update(" ".join(f"{value:.4f}" for value in process.table.flatten()[::7].tolist()).encode())
     embeddings = {f"{name}.weight" for name, part in denoiser.named_modules() if isinstance(part, nn.Embedding)}
     for name, parameter in denoiser.named_parameters():
         if parameter.ndim != 2 or name in embeddings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ RETRIES = 3  # of a batch whose worker died
 
 
 class RayWorker:
-    """Adapts to the batches that reach it."""
+    """Adapts to the batches that reach it; tells the seconds between them as `load`, and its own beside the models' as `own`."""
 
     def __init__(self, run: RunConfig, kept: list[Any]) -> None:
         import ray
@@ -27,10 +28,15 @@ class RayWorker:
         if run.device == "cpu":
             torch.set_num_threads(1)  # a worker a core
         self._worker = Worker(run, ray.get(kept[0]))
+        self._ended: float | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        start = time.perf_counter()
         batch = pickle.loads(row["batch"])
         records, seconds = self._worker.adapt(batch, self._worker.cropped(batch))
+        end = time.perf_counter()
+        seconds = {**seconds, "own": end - start - sum(seconds.values()), "load": 0.0 if self._ended is None else start - self._ended}
+        self._ended = end
         return {"number": batch.number, "records": json.dumps(records), "seconds": json.dumps(seconds)}
 
 

@@ -100,10 +100,10 @@ def first_images(state: State, images: int, exactly: bool) -> State | None:
     if held < images or (exactly and held != images):
         return None
     theta, phi = ({name: p[:images] for name, p in moving.items()} for moving in (state.theta, state.phi))
-    slots = [state.theta_slots, state.phi_slots]
-    if held != images:
-        slots = [[[slot[:images] for slot in tensors] for tensors in kind] for kind in slots]
-    return State(theta, phi, *slots, state.step)
+    if held == images:
+        return State(theta, phi, state.theta_slots, state.phi_slots, state.step)
+    slots = ([[slot[:images] for slot in tensors] for tensors in kind] for kind in (state.theta_slots, state.phi_slots))
+    return State(theta, phi, next(slots), next(slots), state.step)
 
 
 @torch.no_grad()

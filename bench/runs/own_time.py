@@ -2,9 +2,9 @@
 
     python bench/runs/own_time.py [--images-per-class 10]
 
-One process, then Ray's workers, one a core, each on the same images in batches of 50. Start-up (models, processes) is told apart: it does
-not grow with the data. Of Ray's workers the share is counted between the first batch's arrival and the last one's. Writes
-bench/results/own_time.json.
+One process, then Ray's workers, one a core, each on the same images in batches of 50. Start-up (models, processes) is told apart: it
+does not grow with the data. A worker's own time is what it waits for images and what a batch takes it beside the models, from its second
+batch on. Writes bench/results/own_time.json.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import argparse
 import json
 import os
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from dtta_fast import environment
-from dtta_fast.evaluate import Finished, batches_of, evaluate, open_data
+from dtta_fast.evaluate import batches_of, evaluate, open_data
 from dtta_fast.runs.config import RunConfig
 from dtta_fast.scale import ray_records
 
@@ -30,27 +29,27 @@ def alone(run: RunConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         found = evaluate(run, Path(folder) / "run")
     seconds = found["seconds"]
-    wall = found["wall_seconds"] - seconds["start"]
-    return _shares(wall, 1, sum(seconds[name] for name in MODELS), found["images"], seconds)
+    models, whole = sum(seconds[name] for name in MODELS), found["wall_seconds"] - seconds["start"]
+    return told(1, found["images"], models, whole - models, seconds)
 
 
 def on_ray(run: RunConfig) -> dict[str, Any]:
     data = open_data(run)
     batches = batches_of(run, data)
-    start = time.perf_counter()
-    arrivals: list[tuple[float, Finished]] = [(time.perf_counter(), one) for one in ray_records(run, data, batches, range(len(batches)))]
-    workers = os.cpu_count() or 1
-    later = arrivals[workers:]  # each worker's first batch began before the clock
-    wall = later[-1][0] - arrivals[workers - 1][0]
-    busy = sum(seconds[name] for _, (_, _, seconds) in later for name in MODELS)
-    images = sum(len(records) for _, (_, records, _) in later)
-    return {**_shares(wall, workers, busy, images, {}), "start": arrivals[0][0] - start}
+    seconds: dict[str, float] = {}
+    images = 0
+    for _, records, phases in ray_records(run, data, batches, range(len(batches))):
+        if phases["load"]:  # not a worker's first
+            images += len(records)
+            for name, took in phases.items():
+                seconds[name] = seconds.get(name, 0.0) + took
+    return told(os.cpu_count() or 1, images, sum(seconds[name] for name in MODELS), seconds["own"] + seconds["load"], seconds)
 
 
-def _shares(wall: float, workers: int, busy: float, images: int, seconds: dict[str, float]) -> dict[str, Any]:
-    own = 1 - busy / (wall * workers)
-    print(f"{workers} worker(s): {images} images in {wall:.1f} s, the tool's own share {own:.1%}", flush=True)
-    return {"workers": workers, "images": images, "wall": wall, "models": busy, "own_share": own, "seconds": seconds}
+def told(workers: int, images: int, models: float, own: float, seconds: dict[str, float]) -> dict[str, Any]:
+    share = own / (own + models)
+    print(f"{workers} worker(s): {images} images, models {models:.1f} s, the tool's own {own:.2f} s: {share:.1%}", flush=True)
+    return {"workers": workers, "images": images, "models": models, "own": own, "own_share": share, "seconds": seconds}
 
 
 def main() -> None:
