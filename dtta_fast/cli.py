@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             command = tyro.cli(_commands(arguments), prog="dtta", args=arguments)
         command.run()
+    except KeyboardInterrupt:
+        print(f"dtta {' '.join(arguments[:1])}: stopped", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, TypeError, ImportError, OSError) as error:
         print(f"dtta {' '.join(arguments[:1])}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,10 +127,14 @@ class Worker:
             took, seconds = time.perf_counter() - start, result.seconds
             answers = self._scores(result, torch.stack([*batch.truth.values()])) if batch.truth else self._classes(result)
             losses, accepted, evaluations = result.loss.tolist(), result.accepted.tolist(), result.evaluations.tolist()
+            finite = result.outputs.isfinite().flatten(1).all(1).tolist()
             for k, i in enumerate(batch.images):
+                if not finite[k]:
+                    found[i] = {"error": "the model's outputs for it are not finite"}
+                    continue
                 found[i] = {
                     **answers[k],
-                    "loss": [None if loss != loss else rounded(loss) for loss in losses[k]],
+                    "loss": [rounded(loss) for loss in losses[k]],
                     "accepted": accepted[k],
                     "evaluations": evaluations[k],
                     "seconds": round(took / len(crops), 6),
@@ -148,13 +154,20 @@ class Worker:
     def _classes(self, result: AdaptResult) -> list[Record]:
         """Of each image the class and the likeliest ones with their probabilities, before and after, in the data set's numbers."""
         found: list[Record] = [{} for _ in range(len(result.outputs))]
+        known, held = len(self.data.classes), result.outputs.shape[1]
+        if self._class_of is None and known and known != held:
+            raise ValueError(f"the data set has {known} classes and the model {held}: give a model of the same classes, in the same order")
         for suffix, outputs in (("_before", result.outputs_before), ("", result.outputs)):
             probabilities = outputs.float().masked_fill(~self.task.possible(outputs), -torch.inf).softmax(1)
+            if self._class_of is not None:  # several outputs may mean one class: their probabilities add up
+                whole = probabilities.new_zeros(len(probabilities), known)
+                outputs_of = torch.tensor(list(self._class_of), device=whole.device)
+                classes_of = torch.tensor(list(self._class_of.values()), device=whole.device)
+                probabilities = whole.index_add(1, classes_of, probabilities[:, outputs_of])
             best = probabilities.topk(min(BEST, probabilities.shape[1]), dim=1)
             for record, classes, shares in zip(found, best.indices.tolist(), best.values.tolist(), strict=True):
-                named = classes if self._class_of is None else [self._class_of.get(k) for k in classes]
-                top = [[k, rounded(p)] for k, p in zip(named, shares, strict=True) if k is not None]
-                record |= {f"prediction{suffix}": named[0], f"confidence{suffix}": rounded(shares[0]), f"top{suffix}": top}
+                top = [[k, rounded(p)] for k, p in zip(classes, shares, strict=True)]
+                record |= {f"prediction{suffix}": classes[0], f"confidence{suffix}": rounded(shares[0]), f"top{suffix}": top}
         return found
 
     def _scores(self, result: AdaptResult, truth: Tensor) -> list[Record]:
@@ -171,9 +184,9 @@ class Worker:
         return found
 
 
-def rounded(value: float) -> float:
-    """To 6 digits, which is what float32 holds for sure."""
-    return float(f"{value:.6g}")
+def rounded(value: float) -> float | None:
+    """To 6 digits, which is what float32 holds for sure; None, which JSON has for it, where it is no number."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def evaluate(run: RunConfig, out: str | Path, *, scale: str = "none", advance: Advance = lambda records: None) -> dict[str, Any]:
@@ -198,8 +211,10 @@ def evaluate(run: RunConfig, out: str | Path, *, scale: str = "none", advance: A
         )
     begun = time.perf_counter()
     data = open_data(run)
+    if run.classes and data.classes and len(run.classes) != len(data.classes):
+        raise ValueError(f"classes names {len(run.classes)}, and the data set has {len(data.classes)}, whose order they have to be in")
     batches, config = batches_of(run, data), run.described()
-    with _together(world), RunFolder(Path(out), config, batches, part=str(rank) if world > 1 else "") as folder:
+    with _together(world), RunFolder(Path(out), config, batches, data.names, part=str(rank) if world > 1 else "") as folder:
         for number in sorted(folder.done):
             advance(folder.done[number])
         remaining = [number for number in folder.remaining() if number % world == rank]
@@ -228,7 +243,7 @@ def evaluate(run: RunConfig, out: str | Path, *, scale: str = "none", advance: A
         found = {
             **summary(everything),
             "config": config,
-            "classes": list(data.classes),
+            "classes": list(run.classes or data.classes),
             "environment": environment.describe(),
             "seconds": seconds,
             "wall_seconds": time.perf_counter() - begun,
@@ -243,7 +258,9 @@ def _together(world: int) -> Iterator[None]:
     if world == 1:
         yield
         return
-    torch.distributed.init_process_group("gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # "cuda" is then this process's own
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # shares may end hours apart
     try:
         yield
     finally:
@@ -275,9 +292,10 @@ def _records(run: RunConfig, data: Images | Maps, remaining: Sequence[int], fold
                 batch, crops = coming.popleft().result()
                 waited = time.perf_counter() - waited
                 records, phases = worker.adapt(batch, crops)
+                saved = time.perf_counter()
                 if online:
                     folder.save_state(batch.number, worker.adapter.state_dict())
-                yield batch.number, records, {**phases, "load": waited, **started}
+                yield batch.number, records, {**phases, "load": waited, "state": time.perf_counter() - saved, **started}
                 started = {}
         finally:
             for future in coming:

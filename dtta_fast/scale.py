@@ -48,6 +48,8 @@ def ray_records(run: RunConfig, data: Images | Maps, batches: Sequence[Sequence[
     Raises:
         ImportError: Ray is missing (extra `scale`).
     """
+    if run.device not in ("cpu", "cuda"):
+        raise ValueError(f"device is {run.device!r} with scale 'ray', which gives each worker a GPU of its own: use cuda, or cpu")
     try:
         import ray
     except ImportError as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import multiprocessing
 import random
@@ -12,17 +14,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from dtta_fast import Adapter, presets, zoo
 from dtta_fast.evaluate import batches_of, evaluate, open_data
 from dtta_fast.runs.config import RunConfig
 from dtta_fast.runs.folder import RunFolder, read_records
+from dtta_fast.tasks import Classification
 
 DTTA = Path(sys.executable).with_name("dtta")
 SMALL = presets.FAST.replace(steps=1, guard=4, precheck="off")
+evaluate_module = importlib.import_module("dtta_fast.evaluate")
 RUN = RunConfig(corruptions=("contrast", "brightness"), per_class=1, batch=4, adapt=SMALL)
 FLAT = {"corruptions": ["contrast", "brightness"], "per_class": 1, "adapt": {"steps": 1, "guard": 4, "precheck": "off"}}
 ONLINE = RunConfig(corruptions=("contrast", "brightness"), per_class=1, batch=4, protocol="online", adapt=presets.ONLINE)
@@ -100,7 +106,8 @@ def test_20_kills_at_random_points_leave_the_records_of_one_run(finished, tmp_pa
             process.join()
             assert process.exitcode == -signal.SIGKILL
             kills += 1
-            lost += (folder / "records.jsonl").is_file()
+            path = folder / "records.jsonl"
+            lost += path.is_file() and path.stat().st_size > 0 and not (folder / "summary.json").is_file()
         else:
             assert process.exitcode == 0
             assert records(folder) == records(finished)
@@ -128,7 +135,7 @@ def test_only_whole_batches_count(tmp_path):
     """Every cut of the file's last batch gives the batches before it, and none of its lines."""
     batches = [[3, 4], [5, 6]]
     lines = [{"image_id": i, "batch": number, "path": "ü", "group": "a", "label": None} for number, ids in enumerate(batches) for i in ids]
-    with RunFolder(tmp_path / "run", {"a": 1}, batches) as folder:
+    with RunFolder(tmp_path / "run", {"a": 1}, batches, ["ü"] * 7) as folder:
         folder.append(0, lines[:2])
         folder.append(1, lines[2:])
     path = tmp_path / "run" / "records.jsonl"
@@ -136,7 +143,7 @@ def test_only_whole_batches_count(tmp_path):
     second = text.index(b"\n", text.index(b"\n") + 1) + 1
     for cut in range(second, len(text)):
         path.write_bytes(text[:cut])
-        with RunFolder(tmp_path / "run", {"a": 1}, batches) as folder:
+        with RunFolder(tmp_path / "run", {"a": 1}, batches, ["ü"] * 7) as folder:
             assert folder.remaining() == [1]
         assert path.read_bytes() == text[:second]
 
@@ -178,6 +185,26 @@ def test_what_an_online_run_has_learnt_goes_on_as_its_protocol_says(finished_onl
     torch.testing.assert_close(torch.tensor([record["loss"] for record in first[10:14]]), result.loss, rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_no_number_is_told_and_the_run_goes_on(monkeypatch, tmp_path):
+    """A model that fails on one image: its record says so, the others are what they were."""
+    load = evaluate_module.load_models
+
+    def damaged(*arguments):
+        found = load(*arguments)
+        found.model.register_forward_hook(lambda _, inputs, outputs: outputs.where(inputs[0].mean((1, 2, 3))[:, None] < darkest, torch.nan))
+        return found
+
+    data = open_data(RUN)
+    means = sorted(float((data.read(i).float() / 255 * 2 - 1).mean()) for i in [i for batch in batches_of(RUN, data)[:3] for i in batch])
+    darkest = (means[-1] + means[-2]) / 2
+    monkeypatch.setattr(evaluate_module, "load_models", damaged)
+    run = RunConfig.from_description({**RUN.described(), "data": {**RUN.described()["data"], "corruptions": ["contrast"]}})
+    run = dataclasses.replace(run, adapt=presets.FAST.replace(steps=1, guard=0, guard_threshold=0.0, precheck="off", match="off"))
+    found = evaluate(run, tmp_path / "run")
+    assert [record["error"] for record in records(tmp_path / "run") if "error" in record] == ["the model's outputs for it are not finite"]
+    assert (found["images"], found["errors"]) == (10, 1)
+
+
 def test_records_of_another_config_are_refused(finished):
     before = (finished / "records.jsonl").read_bytes()
     other = RunConfig.from_description({**RUN.described(), "batch": 5, "adapt": {**RUN.described()["adapt"], "lr": 0.1}})
@@ -188,14 +215,18 @@ def test_records_of_another_config_are_refused(finished):
 
 def test_two_runs_into_one_folder(finished):
     batches = batches_of(RUN, open_data(RUN))
-    with RunFolder(finished, RUN.described(), batches), pytest.raises(ValueError, match="is being written to by another run"):
+    names = open_data(RUN).names
+    with RunFolder(finished, RUN.described(), batches, names), pytest.raises(ValueError, match="is being written to by another run"):
         evaluate(RUN, finished)
 
 
 def test_a_data_set_that_has_changed_loses_no_records(finished):
     before = (finished / "records.jsonl").read_bytes()
     with pytest.raises(ValueError, match=r"holds image \d+ in batch 0, where the data set has \[1\]: has it changed"):
-        RunFolder(finished, RUN.described(), [[1]])
+        RunFolder(finished, RUN.described(), [[1]], [])
+    names = ["another.png"] * 1000
+    with pytest.raises(ValueError, match=r"which is another.png now: has the data set changed"):
+        RunFolder(finished, RUN.described(), batches_of(RUN, open_data(RUN)), names)
     assert (finished / "records.jsonl").read_bytes() == before
 
 
@@ -240,10 +271,10 @@ def test_a_full_disk_loses_nothing(finished, tmp_path):
         ({"corruptions": ("rain",)}, "rain"),
     ],
 )
-def test_bad_settings_leave_no_folder(tmp_path, change, message):
+def test_bad_settings_leave_nothing_behind(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         evaluate(RunConfig(**{"corruptions": ("contrast",), "per_class": 1, "adapt": SMALL, **change}), tmp_path / "run")
-    assert not (tmp_path / "run" / "records.jsonl").exists() or not (tmp_path / "run" / "records.jsonl").read_bytes()
+    assert evaluate(RUN, tmp_path / "run")["images"] == 20  # the settings that were refused do not stand in the way
 
 
 @pytest.mark.parametrize(
@@ -262,9 +293,33 @@ def test_a_wrong_setting_names_itself(change, message):
 
 
 def test_where_a_run_cannot_write(tmp_path):
-    with pytest.raises(ValueError, match="give a folder, or a name for one in a folder that exists"):
-        evaluate(RUN, tmp_path / "no" / "such")
+    (tmp_path / "file").touch()
+    for wrong in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match="where a file is in the way"):
+            evaluate(RUN, wrong)
     with pytest.raises(ValueError, match=r"protocol is 'online' with several workers, and its state goes"):
         evaluate(ONLINE, tmp_path / "run", scale="ray")
     with pytest.raises(ValueError, match="scale is 'slurm'; allowed: none, ray"):
         evaluate(RUN, tmp_path / "run", scale="slurm")
+
+
+def test_classes_that_are_not_the_model_s_are_refused(tmp_path):
+    for k in range(3):
+        (tmp_path / "data" / str(7 + k)).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (80 * k, 0, 0)).save(tmp_path / "data" / str(7 + k) / "0.png")
+    run = RunConfig(data="folder", root=str(tmp_path / "data"), adapt=SMALL)
+    with pytest.raises(ValueError, match="the data set has 3 classes and the model 10"):
+        evaluate(run, tmp_path / "run")
+    with pytest.raises(ValueError, match="classes names 2, and the data set has 3"):
+        evaluate(dataclasses.replace(run, task="zero_shot", classes=("a", "b")), tmp_path / "other")
+
+
+def test_outputs_that_mean_one_class_add_up():
+    """As ObjectNet's: outputs 4 and 2 are class 0, output 7 is class 1; the others cannot occur."""
+    worker = object.__new__(evaluate_module.Worker)
+    worker._class_of, worker.data, worker.task = {4: 0, 7: 1, 2: 0}, SimpleNamespace(classes=("a", "b")), Classification(subset=[2, 4, 7])
+    logits = torch.tensor([[9.0, 9, 1, 9, 1, 9, 9, 1.5, 9, 9]])
+    found = worker._classes(SimpleNamespace(outputs=logits, outputs_before=-logits))[0]
+    shares = torch.tensor([1.0, 1.0, 1.5]).softmax(0)
+    assert found["prediction"] == 0
+    assert found["top"] == [[0, pytest.approx(float(shares[:2].sum()), rel=1e-5)], [1, pytest.approx(float(shares[2]), rel=1e-5)]]

@@ -34,11 +34,20 @@ def test_yaml_then_names_then_flags(tmp_path):
         (["--preset", "DUSA", "--protocol", "continual"], presets.DUSA, "continual"),
         (["--task", "depth"], presets.DENSE, "episodic"),
         (["--preset", "PAPER"], presets.PAPER, "episodic"),
+        (["tta.gradient_descent.base_learning_rate=5e-3"], presets.FAST.replace(lr=5e-3, denoiser_lr=5e-3), "episodic"),
     ],
 )
 def test_protocol_and_preset_go_together(arguments, preset, protocol):
     run = Evaluate.start(["evaluate", "out", *arguments])[0].run_config
     assert (run.adapt, run.protocol) == (preset, protocol)
+
+
+def test_a_preset_by_flag_comes_before_the_file_s(tmp_path):
+    (tmp_path / "run.yaml").write_text("preset: PAPER\nlr: 1e-3\n")
+    named = Evaluate.start(["evaluate", "out", "--settings", str(tmp_path / "run.yaml")])[0].run_config.adapt
+    assert named == presets.PAPER.replace(lr=1e-3)
+    flag = Evaluate.start(["evaluate", "out", "--settings", str(tmp_path / "run.yaml"), "--preset", "DENSE"])[0].run_config.adapt
+    assert flag == presets.DENSE.replace(lr=1e-3)
 
 
 def test_the_reference_s_recipe_by_its_own_names():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from dtta_fast.commands.common import check_path, checked_device, option, quiet
 from dtta_fast.evaluate import batches_of, evaluate, open_data
-from dtta_fast.runs.config import RunConfig, flattened, read_yaml, with_settings
+from dtta_fast.runs.config import RunConfig, flattened, read_yaml, with_settings, yaml_value
 from dtta_fast.runs.reference_names import is_reference
 from dtta_fast.runs.summary import error_lines
 from dtta_fast.tracking import Tracker, tracker
@@ -53,18 +54,18 @@ class Evaluate:
         Raises:
             ValueError: an unknown preset or setting, or a file that cannot be read.
         """
-        import yaml
-
-        dotted, flags = {}, []
+        dotted: dict[str, Any] = {}
+        flags = []
         for argument in arguments:
             name, equals, value = argument.removeprefix("--").partition("=")
             if equals and is_reference(name):
-                dotted[name] = yaml.safe_load(value)
+                dotted[name] = yaml_value(value)
             else:
                 flags.append(argument)
         path = option(flags, "--settings")
         settings = {**(flattened(read_yaml(Path(path))) if path else {}), **dotted}
-        named = option(flags, "--preset") or settings.pop("preset", None)
+        in_file = settings.pop("preset", None)
+        named = option(flags, "--preset") or in_file
         for name in ("protocol", "task"):
             given = option(flags, f"--{name}")
             if given is not None:
@@ -77,7 +78,13 @@ class Evaluate:
         quiet()
         check_path(self.json)
         checked_device(self.run_config.device)
-        run, sent = self.run_config, tracker(self.track, self.out, self.run_config.described()) if self.track else None
+        run = self.run_config
+
+        def sent() -> Tracker | None:
+            """Begun with the first records: by then the folder is this run's, and the settings are sound."""
+            first = os.environ.get("RANK", "0") == "0"
+            return tracker(self.track, self.out, run.described()) if self.track and first else None
+
         terminal = Console(stderr=True)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
@@ -91,8 +98,7 @@ class Evaluate:
             try:
                 found = evaluate(run, self.out, scale=self.scale, advance=advance)
             finally:
-                if sent is not None:
-                    sent.close()
+                running.close()
         if not found:
             return  # a process beside the first one
         _print_summary(found, self.out)
@@ -103,12 +109,15 @@ class Evaluate:
 class Running:
     """Means over the images so far; what a progress bar says, and what goes to a tracker."""
 
-    def __init__(self, sent: Tracker | None) -> None:
-        self._sent, self._images = sent, 0
+    def __init__(self, start: Callable[[], Tracker | None]) -> None:
+        self._start, self._images = start, 0
+        self._sent: Tracker | None = None
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
     def add(self, records: list[dict[str, Any]]) -> None:
+        if not self._images:
+            self._sent = self._start()
         self._images += len(records)
         for record in records:
             for name, value in _values(record).items():
@@ -116,6 +125,10 @@ class Running:
                 self._counts[name] = self._counts.get(name, 0) + 1
         if self._sent is not None:
             self._sent.log(self._images, self.means())
+
+    def close(self) -> None:
+        if self._sent is not None:
+            self._sent.close()
 
     def means(self) -> dict[str, float]:
         return {name: self._sums[name] / self._counts[name] for name in self._sums}
@@ -137,7 +150,7 @@ def _values(record: dict[str, Any]) -> dict[str, float]:
     found = {"seconds": record["seconds"], "evaluations": float(record["evaluations"])}
     if "score" in record:
         for suffix in ("_before", ""):
-            found |= {f"{name}{suffix}": value for name, value in record[f"score{suffix}"].items()}
+            found |= {f"{name}{suffix}": value for name, value in record[f"score{suffix}"].items() if value is not None}
     elif record["label"] is not None:
         found |= {f"accuracy{suffix}": float(record[f"prediction{suffix}"] == record["label"]) for suffix in ("_before", "")}
     return found

@@ -48,6 +48,8 @@ class Maps(Dataset[tuple[Tensor, Tensor]], ABC):
             raise ValueError(f"{name}: the image is {tuple(image.shape[1:])} and its map {tuple(truth.shape)}; both have one size")
         image = T.center_crop(T.resize(image, [self.size], T.InterpolationMode.BICUBIC, antialias=True), [self.size, self.size])
         near = T.center_crop(T.resize(truth[None], [self.size], T.InterpolationMode.NEAREST), [self.size, self.size])
+        if not bool(((near != NO_LABEL) if near.dtype == torch.int64 else near > 0).any()):
+            raise ValueError(f"{name}: what the crop shows of it has no label or depth")
         return image.clamp(0, 1), near[0]
 
 

@@ -60,7 +60,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     for folder, place in zip(folders, places, strict=True):
         if places.count(place) > 1:
             raise ValueError(f"runs has {str(folder)!r} twice; name each once")
-        if not (place / RECORDS).is_file():
+        if not any(place.glob("records*.jsonl")):
             raise ValueError(f"{str(folder)!r} holds no {RECORDS}: give the folder of a run of `dtta evaluate`")
     runs = [_read(place, name) for place, name in zip(places, _names(places), strict=True)]
     tasks = {run.task: run.name for run in runs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,18 +151,34 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def yaml_value(text: str) -> Any:
+    """YAML, where 5e-3 is a number, as YAML 1.2 and people have it; PyYAML's 1.1 wants 5.0e-3.
+
+    Raises:
+        ValueError: it is no YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # which has no types here
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"it cannot be read as YAML: {error}") from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a YAML file.
 
     Raises:
         ValueError: it is missing, no YAML, or no mapping of names to values.
     """
-    import yaml
-
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
+        found = yaml_value(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise ValueError(f"{path} holds no settings; give lines such as `data: imagenet-c` and `steps: 5`")
     return found

@@ -26,25 +26,32 @@ class RunFolder:
     arrived is not there, and is done again: so the records of a run that was killed and goes on are those of one that was not.
 
     Args:
-        folder: made where it is missing, not its parent. config: of the run, as RunConfig.described() gives it. batches: the image ids
-            of each. part: "" for a run of one process; another process's own records and lock bear its name.
+        folder: made where it is missing. config: of the run, as RunConfig.described() gives it. batches: the image ids
+            of each. names: of the data set's images, by id. part: "" for a run of one process; the records and the lock of one of
+            several bear its name.
 
     Raises:
         ValueError: another run writes to it, it holds the records of another config, or a file in it is damaged. OSError: it cannot be
         written to.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], batches: Sequence[Sequence[int]], part: str = "") -> None:
-        if not folder.resolve().parent.is_dir() or (folder.exists() and not folder.is_dir()):
-            raise ValueError(f"out is {str(folder)!r}: give a folder, or a name for one in a folder that exists")
-        folder.mkdir(exist_ok=True)
-        self.folder, self.batches = folder, batches
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], batches: Sequence[Sequence[int]], names: Sequence[str], part: str = ""
+    ) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"out is {str(folder)!r}, where a file is in the way: name another folder") from error
+        self.folder, self.batches, self._names = folder, batches, names
         self._records = folder / (f"records-{part}.jsonl" if part else RECORDS)
         self._open: list[int] = []
         try:
             self._lock("lock", fcntl.LOCK_SH if part else fcntl.LOCK_EX)
             if part:
                 self._lock(f"lock-{part}", fcntl.LOCK_EX)
+            else:
+                for path in folder.glob("*.new"):  # of a write that a kill cut short
+                    path.unlink()
             self._check_config(config)
             self.done = self._read_all()
             self._file = os.open(self._records, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -76,11 +83,13 @@ class RunFolder:
             except ValueError as error:
                 raise ValueError(f"{path} is damaged: {error}; the records beside it belong to an unknown config") from error
             changed = list(differences(kept, config))
-            if changed:
+            if changed and not any(found.stat().st_size for found in self.folder.glob("records*.jsonl")):
+                write_whole(path, json.dumps(config, indent=2) + "\n")  # nothing belongs to it yet
+            elif changed:
                 shown = "; ".join(changed)
                 raise ValueError(f"{self.folder} holds the records of another config: {shown} (there / here); name another folder")
             return
-        if any(self.folder.glob("records*.jsonl")):
+        if any(found.stat().st_size for found in self.folder.glob("records*.jsonl")) and not path.is_file():
             raise ValueError(f"{self.folder} holds records without a {CONFIG}: name another folder")
         write_whole(path, json.dumps(config, indent=2) + "\n")
 
@@ -102,6 +111,12 @@ class RunFolder:
                 whole[number] = records
             elif ids != wanted[: len(ids)]:  # not the beginning of it, as a killed run leaves it
                 raise ValueError(f"{path} holds image {ids[-1]} in batch {number}, where the data set has {wanted}: has it changed?")
+            for record in records:
+                if record["path"] != self._names[record["image_id"]]:
+                    now = self._names[record["image_id"]]
+                    raise ValueError(
+                        f"{path} holds {record['path']} as image {record['image_id']}, which is {now} now: has the data set changed?"
+                    )
         kept = [record for records in whole.values() for record in records]
         text = "".join(map(line_of, kept))
         if path == self._records and text != path.read_text():
@@ -136,6 +151,8 @@ class RunFolder:
     def finish(self) -> list[Record]:
         """All records, other processes' too, in the order of the data set, as one file."""
         self.done = self._read_all()
+        if self.remaining():
+            raise ValueError(f"{self.folder} lacks {len(self.remaining())} batches: do all processes write to this folder, on one disk?")
         records = [record for number in sorted(self.done) for record in self.done[number]]
         write_whole(self.folder / RECORDS, "".join(map(line_of, records)))
         for path in (path for kind in ("records-*.jsonl", "lock-*", "state-*.safetensors") for path in self.folder.glob(kind)):

@@ -12,6 +12,7 @@ from torch import nn
 from dtta_fast import zoo
 from dtta_fast.calibration import Calibration
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.reading import download, read_json
 from dtta_fast.runs.config import RunConfig
 from dtta_fast.tasks import Classification, Depth, Segmentation, Task
 
@@ -85,6 +86,14 @@ def _timm(name: str) -> nn.Module:
     return model
 
 
+def _kind(place: str) -> str:
+    """What a pipeline's folder or hub id says that it is; "" where it is none."""
+    folder = Path(place)
+    if not folder.is_dir():
+        folder = download(place, ["model_index.json"])
+    return str(read_json(folder / "model_index.json").get("_class_name", "")) if (folder / "model_index.json").is_file() else ""
+
+
 def _processor(task: str, model: str) -> Any:
     if model == "zoo":
         return zoo.load_processor(ZOO[task])
@@ -99,8 +108,7 @@ def _denoiser(run: RunConfig, names: list[str]) -> Denoiser:
         from dtta_fast.denoisers.concat_unet import ConcatUNet
 
         return ConcatUNet.from_pretrained(zoo.folder(ZOO[run.task]) / "denoiser" if place == "zoo" else place)
-    a_pipeline = (Path(place) / "model_index.json").is_file() and not (Path(place) / "transformer").is_dir()
-    if run.task == "zero_shot" or a_pipeline:
+    if run.task == "zero_shot" or (place != "zoo" and _kind(place).startswith("StableDiffusion")):
         from dtta_fast.denoisers.stable_diffusion import StableDiffusion
 
         pipeline = StableDiffusion.from_pretrained(zoo.folder("open_vocabulary") / "diffusion" if place == "zoo" else place)

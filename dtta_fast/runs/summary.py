@@ -35,7 +35,10 @@ def _figures(records: Sequence[Record]) -> dict[str, Any]:
     found["accepted"] = sum(record["accepted"] for record in sound) / len(sound)
     if "score" in sound[0]:
         for name in sound[0]["score"]:
-            scores = ([record[key][name] for record in sound] for key in ("score_before", "score"))
+            told = [record for record in sound if None not in (record["score_before"][name], record["score"][name])]  # a map without labels
+            if not told:
+                continue
+            scores = ([record[key][name] for record in told] for key in ("score_before", "score"))
             before, after = (torch.tensor(part, dtype=torch.float64) for part in scores)
             found[name] = {
                 "before": float(before.mean()),
