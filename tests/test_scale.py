@@ -9,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage import data
 
 from dtta_fast import presets
 from dtta_fast.cli import main
@@ -110,13 +112,13 @@ def test_an_imagenet_c_tree_from_the_shell(tmp_path, capsys):
 
 def test_a_folder_of_maps(tmp_path):
     """Scores of segmentation by the zoo's models, on files that a user would have."""
-    data = scenes("test", 3)
+    made = scenes("test", 3)
     for kind in ("images", "maps"):
         (tmp_path / "data" / kind).mkdir(parents=True)
     (tmp_path / "data" / "classes.txt").write_text("\n".join(["floor", "wall", "sphere", "box", "cylinder", "cone"]))
     for i in range(3):
-        Image.fromarray((data.images[i].permute(1, 2, 0) * 255).round().byte().numpy()).save(tmp_path / "data" / "images" / f"{i}.png")
-        Image.fromarray(data.labels[i].byte().numpy()).save(tmp_path / "data" / "maps" / f"{i}.png")
+        Image.fromarray((made.images[i].permute(1, 2, 0) * 255).round().byte().numpy()).save(tmp_path / "data" / "images" / f"{i}.png")
+        Image.fromarray(made.labels[i].byte().numpy()).save(tmp_path / "data" / "maps" / f"{i}.png")
     adapt = presets.DENSE.replace(steps=1, guard=2, precheck="off")
     found = evaluate(RunConfig(data="map-folder", root=str(tmp_path / "data"), task="segmentation", batch=2, adapt=adapt), tmp_path / "run")
     records = list(read_records(tmp_path / "run" / "records.jsonl"))
@@ -163,3 +165,22 @@ def test_running_figures_reach_wandb(tmp_path, monkeypatch):
     written = list(tmp_path.rglob("*.wandb"))
     assert len(written) == 1
     assert b"accuracy" in written[0].read_bytes()
+
+
+def test_a_real_stereo_pair_s_depth(tmp_path):
+    """scikit-image's motorcycle: its measured disparity as depth, f B / (d + offset), by the calibration of Middlebury's quarter size."""
+    left, _, disparity = data.stereo_motorcycle()
+    known = np.isfinite(disparity)
+    metres = 994.978 * 0.193001 / (np.where(known, disparity, 1.0) + 31.086)
+    for kind in ("images", "maps"):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+    Image.fromarray(left).save(tmp_path / "data" / "images" / "motorcycle.png")
+    Image.fromarray((metres * known * 1000).round().astype(np.uint16)).save(tmp_path / "data" / "maps" / "motorcycle.png")
+    run = RunConfig(data="map-folder", root=str(tmp_path / "data"), task="depth", batch=1, adapt=presets.DENSE.replace(precheck="off"))
+    found = evaluate(run, tmp_path / "run")
+    (record,) = read_records(tmp_path / "run" / "records.jsonl")
+    assert 2.0 < float(metres[known].mean()) < 6.0  # the motorcycle stands some metres away
+    assert record["evaluations"] <= 40
+    assert len(record["loss"]) == 3
+    assert 0 < record["score"]["abs_rel"] < 2
+    assert found["abs_rel"]["before"] == pytest.approx(record["score_before"]["abs_rel"])
