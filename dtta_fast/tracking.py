@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,13 +59,12 @@ def _wandb(folder: Path, config: Mapping[str, Any]) -> Tracker:
 KINDS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {"tensorboard": _TensorBoard, "trackio": _trackio, "wandb": _wandb}
 
 
-def tracker(kind: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """Of that kind, for a run's folder.
+def require(kind: str) -> None:
+    """Raises ImportError where the library of that kind is missing: before a run, not at its first batch."""
+    if find_spec(kind) is None:
+        raise ImportError(f"track is {kind!r}, which needs its library: pip install 'dtta-fast[{kind}]'")
 
-    Raises:
-        ImportError: its library is missing.
-    """
-    try:
-        return KINDS[kind](folder, config)
-    except ImportError as error:
-        raise ImportError(f"track is {kind!r}, which needs its library: pip install 'dtta-fast[{kind}]'") from error
+
+def tracker(kind: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
+    """Of that kind, for a run's folder."""
+    return KINDS[kind](folder, config)

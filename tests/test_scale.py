@@ -26,6 +26,7 @@ BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[1]
 SMALL = presets.FAST.replace(steps=1, guard=4, precheck="off")
 RUN = RunConfig(corruptions=("contrast", "brightness"), per_class=1, batch=4, device="cpu", adapt=SMALL)
+FLAT = {"corruptions": ["contrast", "brightness"], "per_class": 1, "batch": 4, "device": "cpu", "steps": 1, "guard": 4, "precheck": "off"}
 EXACT = ("image_id", "batch", "path", "group", "label", "prediction", "prediction_before", "accepted", "evaluations")
 
 
@@ -66,16 +67,7 @@ def test_torchrun_s_processes_share_a_run(alone, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = tmp_path / "run.yaml"
-    described = {
-        "corruptions": list(RUN.corruptions),
-        "per_class": 1,
-        "batch": 4,
-        "steps": 1,
-        "guard": 4,
-        "precheck": "off",
-        "device": "cpu",
-    }
-    settings.write_text(json.dumps(described))
+    settings.write_text(json.dumps(FLAT))
     command = [BIN / "torchrun", "--nproc-per-node=2", f"--master-port={port}", "--no-python", BIN / "dtta"]
     command += ["evaluate", tmp_path / "run", "--settings", settings]
     shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
@@ -134,22 +126,21 @@ def test_running_figures_reach_tensorboard(alone, tmp_path, capsys):
     folder.mkdir()
     for name in ("records.jsonl", "config.json"):
         (folder / name).write_bytes((alone / name).read_bytes())
-    settings = {
-        "corruptions": list(RUN.corruptions),
-        "per_class": 1,
-        "batch": 4,
-        "steps": 1,
-        "guard": 4,
-        "precheck": "off",
-        "device": "cpu",
-    }
-    (tmp_path / "run.yaml").write_text(json.dumps(settings))
+    (tmp_path / "run.yaml").write_text(json.dumps(FLAT))
     main(["evaluate", str(folder), "--settings", str(tmp_path / "run.yaml"), "--track", "tensorboard"])
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     last = events.Scalars("accuracy")[-1]
     summary = json.loads((folder / "summary.json").read_text())
     assert (last.step, last.value) == (20, pytest.approx(summary["accuracy"]))
     assert "all" in capsys.readouterr().out
+
+
+def test_a_tracker_that_is_missing_is_told_before_the_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("dtta_fast.tracking.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(tmp_path / "run"), "--track", "trackio"])
+    assert "pip install 'dtta-fast[trackio]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_running_figures_reach_wandb(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from dtta_fast.evaluate import batches_of, evaluate, open_data
 from dtta_fast.runs.config import RunConfig, flattened, read_yaml, with_settings, yaml_value
 from dtta_fast.runs.reference_names import is_reference
 from dtta_fast.runs.summary import error_lines
-from dtta_fast.tracking import Tracker, tracker
+from dtta_fast.tracking import Tracker, require, tracker
 
 Tracked = Literal["tensorboard", "trackio", "wandb"]
 
@@ -78,6 +78,8 @@ class Evaluate:
         quiet()
         check_path(self.json)
         checked_device(self.run_config.device)
+        if self.track is not None:
+            require(self.track)
         run = self.run_config
 
         def sent() -> Tracker | None:
@@ -116,6 +118,7 @@ class Running:
         self._counts: dict[str, int] = {}
 
     def add(self, records: list[dict[str, Any]]) -> None:
+        """Takes in a batch's records, and sends the means so far."""
         if not self._images:
             self._sent = self._start()
         self._images += len(records)
