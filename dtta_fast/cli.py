@@ -11,14 +11,17 @@ import tyro
 
 from dtta_fast import presets
 from dtta_fast.commands.adapt import Adapt
+from dtta_fast.commands.bench import Bench
 from dtta_fast.commands.calibrate import Calibrate
 from dtta_fast.commands.common import option
 from dtta_fast.commands.demo import Demo
 from dtta_fast.commands.env import Env
 from dtta_fast.commands.evaluate import Evaluate
+from dtta_fast.commands.export import Export
+from dtta_fast.commands.profile import Profile
 from dtta_fast.commands.report import Report
 
-COMMANDS: tuple[Any, ...] = (Demo, Adapt, Evaluate, Report, Calibrate, Env)
+COMMANDS: tuple[Any, ...] = (Demo, Adapt, Evaluate, Report, Calibrate, Bench, Profile, Export, Env)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,6 +53,9 @@ def _commands(arguments: Sequence[str], start: Evaluate | None = None) -> Any:
             command = tyro.conf.subcommand(name, default=start)
         elif "config" in fields and arguments[:1] == [name]:
             preset = presets.get(option(arguments, "--preset") or str(fields["preset"].default))
+            usual: Any = fields["config"].default
+            if usual.precheck == "off":  # a command that measures wants every image adapted, under any preset
+                preset = preset.replace(precheck="off")
             required = [field for field, own in fields.items() if own.default is dataclasses.MISSING]
             command = tyro.conf.subcommand(name, default=kind(**dict.fromkeys(required, tyro.MISSING), config=preset))
         annotated: Any = Annotated[kind, command]

@@ -18,6 +18,7 @@ from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.draws import cumulative_density
 from dtta_fast.parameters import Parameters, select
 from dtta_fast.runtime import compiling, memory
+from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.precision import private_denoiser
 from dtta_fast.runtime.private import PrivateCopy
 from dtta_fast.step import Problem, State
@@ -96,7 +97,7 @@ class Engine:
 
     def refresh(self) -> None:
         """The private copies take over what the caller has written into the modules since the last call."""
-        with torch.no_grad():
+        with torch.no_grad(), phase("restore"):
             self._at_once = 1  # of this attempt: before its plan, fewer rows would not help
             if self._stale or not (self._model.refresh() and self._denoiser.refresh()):
                 self._build()
@@ -188,7 +189,8 @@ class Engine:
 
     def _outputs(self, inputs: Tensor) -> Tensor:
         """Of the source model, checked."""
-        outputs: Tensor = self._forward(self.problem, {}, inputs)
+        with phase("classifier"):
+            outputs: Tensor = self._forward(self.problem, {}, inputs)
         self.task.check(outputs, self.problem.denoiser, self.config)
         return outputs
 
@@ -217,18 +219,20 @@ class Engine:
     def start(self, inputs: Tensor, online: State | None) -> tuple[State, Tensor]:
         """A state of this call's own to adapt, and the outputs before."""
         if online is not None:
-            state = copy.deepcopy(online)  # steps write in place, and a call that fails must leave no trace
+            with phase("restore"):
+                state = copy.deepcopy(online)  # steps write in place, and a call that fails must leave no trace
             return state, self.forward(state, inputs)
         problem, (theta, phi) = self.problem, self.source()
         outputs = self._outputs(inputs)
         images = len(inputs)
-        kept = None if self._storage is None else step.first_images(self._storage, images, exactly=self.config.optimizer == "adam8bit")
-        if kept is None:
-            self._storage = None  # before the new one is made
-            kept = step.initial_state(problem, theta, phi, outputs)
-            self._storage = kept if problem.per_image else None
-        else:
-            step.restore_(kept, theta, phi, outputs)
+        with phase("restore"):
+            kept = None if self._storage is None else step.first_images(self._storage, images, exactly=self.config.optimizer == "adam8bit")
+            if kept is None:
+                self._storage = None  # before the new one is made
+                kept = step.initial_state(problem, theta, phi, outputs)
+                self._storage = kept if problem.per_image else None
+            else:
+                step.restore_(kept, theta, phi, outputs)
         if problem.per_image and images > 1 and not (self._loop or self._batched):
             self._try_batching(kept, inputs)
         return kept, outputs
@@ -248,13 +252,15 @@ class Engine:
 
     def step(self, state: State, *inputs: Tensor | None) -> Tensor:
         """One update of the state in place; the loss [B] before it."""
-        loss: Tensor = self._step(self.problem, state, *inputs)  # type: ignore[arg-type]
+        with phase("step (compiled)") if self._compile == "step" else nullcontext():
+            loss: Tensor = self._step(self.problem, state, *inputs)  # type: ignore[arg-type]
         return loss
 
     @torch.no_grad()
     def forward(self, state: State, inputs: Tensor) -> Tensor:
         """The model's outputs [B, ...] under the state's weights."""
-        outputs: Tensor = self._forward(self.problem, state.theta, inputs)
+        with phase("classifier"):
+            outputs: Tensor = self._forward(self.problem, state.theta, inputs)
         return outputs
 
     def guard(

@@ -11,6 +11,7 @@ from torch import Tensor
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.kernels import add_noise, denoising_loss, denoising_loss_and_gradient
 from dtta_fast.parameters import Parameters, call, in_dtypes_of
+from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.precision import gradient_scale
 
 
@@ -57,15 +58,18 @@ def pair_losses(denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool, 
 
     rows: forwards of exactly that many rows, the last filled up, so that a compiled denoiser meets one shape; None is one forward.
     """
-    x_t = add_noise(**_draws(denoiser, drawn), dtype=denoiser.dtype)
-    if rows is None:
-        prediction = denoiser(x_t, drawn.timesteps.flatten(), conditions)
-    else:
-        shared = conditions[:, None].expand(*drawn.timesteps.shape, *conditions.shape[1:]).flatten(0, 1)
-        inputs = (x_t, drawn.timesteps.flatten(), shared)
-        numbers = torch.arange(-(-len(x_t) // rows) * rows, device=x_t.device).clamp(max=len(x_t) - 1)
-        prediction = torch.cat([denoiser(*(x[part] for x in inputs)) for part in numbers.split(rows)])[: len(x_t)]
-    return denoising_loss(prediction, **_draws(denoiser, drawn), l1=l1)
+    with phase("noising"):
+        x_t = add_noise(**_draws(denoiser, drawn), dtype=denoiser.dtype)
+    with phase("denoiser forward"):
+        if rows is None:
+            prediction = denoiser(x_t, drawn.timesteps.flatten(), conditions)
+        else:
+            shared = conditions[:, None].expand(*drawn.timesteps.shape, *conditions.shape[1:]).flatten(0, 1)
+            inputs = (x_t, drawn.timesteps.flatten(), shared)
+            numbers = torch.arange(-(-len(x_t) // rows) * rows, device=x_t.device).clamp(max=len(x_t) - 1)
+            prediction = torch.cat([denoiser(*(x[part] for x in inputs)) for part in numbers.split(rows)])[: len(x_t)]
+    with phase("loss"):
+        return denoising_loss(prediction, **_draws(denoiser, drawn), l1=l1)
 
 
 class Noised(NamedTuple):
@@ -164,10 +168,14 @@ def accumulated_gradients(
     dtype, divisor = denoiser.dtype, pairs if per_image else pairs * images
     scale = gradient_scale(dtype, drawn.x0[0].numel(), divisor)
     for part in drawn.chunks(chunk):
-        x_t = add_noise(**_draws(denoiser, part), dtype=dtype)
-        predictions = predict(denoiser, weights, leaves, Noised(x_t, part.timesteps.flatten(), *part.timesteps.shape))
-        upstream = torch.full_like(part.timesteps, scale / divisor, dtype=torch.float64)
-        found = [denoising_loss_and_gradient(p.detach(), upstream, **_draws(denoiser, part), l1=l1) for p in predictions]
-        torch._foreach_add_(gradients, torch.autograd.grad(predictions, wanted, [g for _, g in found], materialize_grads=True))
-        loss += found[0][0].sum(1) / pairs
+        with phase("noising"):
+            x_t = add_noise(**_draws(denoiser, part), dtype=dtype)
+        with phase("denoiser forward"):
+            predictions = predict(denoiser, weights, leaves, Noised(x_t, part.timesteps.flatten(), *part.timesteps.shape))
+        with phase("loss"):
+            upstream = torch.full_like(part.timesteps, scale / divisor, dtype=torch.float64)
+            found = [denoising_loss_and_gradient(p.detach(), upstream, **_draws(denoiser, part), l1=l1) for p in predictions]
+            loss += found[0][0].sum(1) / pairs
+        with phase("denoiser backward"):
+            torch._foreach_add_(gradients, torch.autograd.grad(predictions, wanted, [g for _, g in found], materialize_grads=True))
     return loss, gradients[: len(moving)], gradients[len(moving) :], scale

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from dtta_fast import Adapter, presets, zoo
+from dtta_fast.benchmark import first_image
 from dtta_fast.environment import describe
 
 BENCH = Path(__file__).parents[1]
@@ -56,8 +57,11 @@ def test_one_image(benchmark):
 
 @pytest.mark.parametrize("compile", ["off", "regional", "step"])
 def test_first_image(benchmark, tmp_path, compile):
+    images = zoo.example("digits")[0][:1]
+
     def start() -> list[float]:
-        return run("end_to_end/first_image.py", compile, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+        found = first_image(None, None, images, FAST.replace(compile=compile), tmp_path)
+        return [found["total"], found["adaptation"]]
 
     cold = start()
     kept: list[list[float]] = []

@@ -16,6 +16,15 @@ COMPILATIONS = 1024
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
+def is_tracing() -> bool:
+    """Whether operators become a graph, by torch.compile or by an export, and do not run."""
+    if torch.compiler.is_compiling():
+        return True
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
 def is_failure(error: BaseException) -> bool:
     """Whether torch.compile could not trace or build; Inductor's errors included."""
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # here, since its import takes seconds

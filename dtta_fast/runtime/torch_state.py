@@ -14,7 +14,6 @@ class TorchState(NamedTuple):
     """
 
     attention: tuple[bool, ...]
-    fastpath: bool
     grad: bool
     transforms: int
 
@@ -23,7 +22,7 @@ class TorchState(NamedTuple):
         cuda = torch.backends.cuda
         attention = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled())
         depth = torch._C._functorch.get_dynamic_layer_stack_depth()
-        return cls(attention, torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled(), depth)
+        return cls(attention, torch.is_grad_enabled(), depth)
 
     def restore(self) -> None:
         cuda = torch.backends.cuda
@@ -32,5 +31,4 @@ class TorchState(NamedTuple):
         settings = (cuda.enable_flash_sdp, cuda.enable_mem_efficient_sdp, cuda.enable_math_sdp, cuda.enable_cudnn_sdp)
         for choose, enabled in zip(settings, self.attention, strict=True):
             choose(enabled)
-        torch.backends.mha.set_fastpath_enabled(self.fastpath)
         torch.set_grad_enabled(self.grad)

@@ -1,0 +1,72 @@
+"""`dtta export`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from rich.console import Console
+
+from dtta_fast import presets
+from dtta_fast.commands.common import Settings, check_path, quiet
+from dtta_fast.commands.subjects import load_subject
+
+
+@dataclass(frozen=True)
+class Export:
+    """Compile an adaptation ahead of time into a package that Python and C++ hosts load in milliseconds, without a compiler or models.
+
+    By default of the digits zoo. The package takes images of the size that the model looks at, and --batch of them in a call. How far
+    its outputs may be from those of the engine is measured here, and stands in its manifest. Takes minutes, and a C++ compiler.
+    """
+
+    package: tyro.conf.Positional[Path]
+    """The file to write, such as digits.pt2."""
+    model: str | None = None
+    """A classifier: timm's name, hf-hub:ID, or local-dir:FOLDER in timm's format; with --denoiser."""
+    denoiser: str | None = None
+    """A DiT's folder, or its id on the hub, of the same classes; with --model."""
+    images: Path | None = None
+    """A folder of images like those to come, to measure the tolerance on; digits-C's for the zoo, random pixels for other models."""
+    batch: int = 1
+    """Images in a call: the package takes no other number."""
+    measured: int = 32
+    """Images to measure the tolerance on, in batches."""
+    json: Path | None = None
+    """Write the manifest to this file too."""
+    preset: str = "FAST"
+    """FAST, PAPER, ONLINE or DUSA: what the settings below start from. FAST and ONLINE take a calibration."""
+    config: Settings = presets.FAST
+
+    def run(self) -> None:
+        """Raises ValueError for what cannot be exported, for bad models, images or paths: before anything is compiled."""
+        from dtta_fast.embed.exporting import check_exportable, check_target, export
+
+        check_path(self.json)
+        check_target(self.package, self.batch)
+        check_exportable(self.config)
+        if self.measured < self.batch:
+            raise ValueError(f"measured is {self.measured}; give batch = {self.batch} and more")
+        quiet()
+        subject = load_subject(self.model, self.denoiser, self.images, self.measured, torch.device("cpu"))
+        with Console(stderr=True).status("loading") as status:
+            manifest = export(
+                subject.model,
+                subject.denoiser,
+                subject.images,
+                self.package,
+                config=self.config,
+                batch=self.batch,
+                progress=lambda name: status.update(f"compiling {name}"),
+            )
+        if self.json is not None:
+            self.json.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+        size = self.package.stat().st_size / 2**20
+        print(f"{self.package}: written, {size:.0f} MiB, for torch {manifest.torch} on {manifest.capability}, weights {manifest.weights}")
+        print(
+            f"outputs and losses differ from the engine's by {manifest.measured:.1e} at most on {manifest.measured_images} images; "
+            f"tolerance {manifest.tolerance:.1e}"
+        )

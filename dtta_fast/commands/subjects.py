@@ -1,0 +1,107 @@
+"""What `dtta bench` and `dtta profile` run on: the digits zoo, or models of the user's own."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dtta_fast import presets, zoo
+from dtta_fast.data.folder import read_images
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.dit import DiT
+
+EVERY_IMAGE = presets.FAST.replace(precheck="off")  # an image that is left alone takes no time to measure
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Models and images for them.
+
+    Attributes:
+        model, denoiser: in eval mode, on one device. images: [N, 3, H, W] in [0, 1], there too. labels: [N], or None where none are
+            known. name: for people.
+    """
+
+    model: nn.Module
+    denoiser: Denoiser
+    images: Tensor
+    labels: Tensor | None
+    name: str
+
+
+def load_subject(model: str | None, denoiser: str | None, images: Path | None, count: int, device: torch.device) -> Subject:
+    """Loads a classifier, a denoiser and `count` images of the size that the classifier looks at.
+
+    Args:
+        model, denoiser: as load_pair takes them. images: a folder of images. None means digits-C's test split with its labels, the
+            corruptions in turn, for the zoo, and random pixels for other models. Fewer images than `count` are repeated.
+
+    Raises:
+        ValueError, OSError: one of the two models is given without the other, or something cannot be read.
+        ImportError: the zoo's images need the extra `demo`.
+    """
+    classifier, diffusion = load_pair(model, denoiser)
+    size, labels = _image_size(classifier), None
+    if images is not None:
+        pixels = read_images(images, size, count)
+    elif model is None:
+        pixels, labels = _digits_c(count)
+    else:
+        pixels = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+    rows = torch.arange(count) % len(pixels)
+    name = "digits zoo" if model is None else f"{model} + {denoiser}"
+    return Subject(
+        classifier.to(device), diffusion.to(device), pixels[rows].to(device), None if labels is None else labels[rows].to(device), name
+    )
+
+
+def load_pair(model: str | None, denoiser: str | None) -> tuple[nn.Module, Denoiser]:
+    """A classifier and a denoiser on the CPU, in eval mode.
+
+    Args:
+        model: timm's name, hf-hub:ID, or local-dir:FOLDER in timm's format. denoiser: a DiT's folder, or its id on the hub. Neither of
+            them means the digits zoo.
+
+    Raises:
+        ValueError, OSError: one of the two is given without the other, or cannot be read.
+    """
+    if model is None and denoiser is None:
+        return zoo.load("digits")
+    if model is None or denoiser is None:
+        given, missing = ("model", "denoiser") if denoiser is None else ("denoiser", "model")
+        raise ValueError(f"{given} is {model or denoiser!r} without a {missing}: give --{missing} too, or neither for the digits zoo")
+    import timm
+
+    local = model.partition("local-dir:")[2]
+    if local and not os.path.isdir(local):
+        raise ValueError(
+            f"model is {model!r}, and there is no folder {local!r}: give one that holds config.json and weights in timm's format"
+        )
+    try:
+        classifier: nn.Module = timm.create_model(model, pretrained=True)
+    except Exception as error:  # timm raises many kinds for unknown names and damaged files
+        remedy = "give local-dir:FOLDER in timm's format, or a name of timm.list_models(pretrained=True)"
+        raise ValueError(f"model is {model!r}, which timm cannot load ({type(error).__name__}: {error}); {remedy}") from error
+    return classifier.eval(), DiT.from_pretrained(denoiser).eval()
+
+
+def _image_size(model: nn.Module) -> int:
+    """Pixels of a side of what a timm model looks at."""
+    from timm.data import resolve_model_data_config
+
+    size: int = resolve_model_data_config(model)["input_size"][-1]
+    return size
+
+
+def _digits_c(count: int) -> tuple[Tensor, Tensor]:
+    """Image i is digits-C's own image i under corruption i, modulo their number: some that the model errs on, and labels."""
+    from dtta_fast.data.corruptions import DIGITS_C, corrupt
+
+    clean, labels = zoo.example("digits")
+    kinds = list(DIGITS_C.items())
+    found = [corrupt(image[None], *kinds[i % len(kinds)], first_id=i) for i, image in enumerate(clean[:count])]
+    return torch.cat(found), labels[:count]

@@ -1,0 +1,318 @@
+"""One adaptation under the profiler: time, work and memory by phase and by operator, against what the machine attains."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtta_fast import environment
+from dtta_fast.adapter import Adapter
+from dtta_fast.bottleneck import Row, bottleneck
+from dtta_fast.config import AdaptConfig
+from dtta_fast.engine import anchor
+from dtta_fast.result import AdaptResult
+from dtta_fast.roofline import Peak, measured_peak
+from dtta_fast.runtime.clock import Clock
+from dtta_fast.runtime.counting import Count, Counter
+from dtta_fast.runtime.phases import OTHER, PHASES, Listener, listening
+
+RUNS, LONG = 3, 10.0  # timed runs, fewer where they take so many seconds
+UNSTEADY = 1.3  # the slowest run, by the fastest
+WHOLE, MARK = "adaptation", "phase: "  # names of spans in a trace: of the call, and what a phase's begins with
+IDLE, OUTSIDE, COMPILED = "(device idle)", "(Python and autograd)", "(compiled code, Python and autograd)"  # what no operator accounts for
+WITHIN = ("aten::_fused_", "dtta_fast::")  # operators that call others, which the counter does not see
+POINTS = 1000  # of a memory timeline, at most
+
+
+@dataclass(frozen=True)
+class Span:
+    """A phase's stretch of the profiled run, in seconds from its start."""
+
+    phase: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of tensors on the device above those that there were at the start, over the profiled run.
+
+    points: (seconds from the start, bytes). peak: the largest, reached at peak_seconds in peak_phase.
+    """
+
+    points: list[tuple[float, int]]
+    peak: int
+    peak_seconds: float
+    peak_phase: str
+    spans: list[Span]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What profile() found.
+
+    Attributes:
+        seconds: of the adaptation, the fastest of some runs without the profiler, with its phases, whose times add up to it.
+        runs: seconds of those runs. profiled_seconds: of the run under the profiler, whose operators are in `kernels`, the longest first,
+            what is left between them included.
+        peak: what the machine attains. bottleneck: a sentence about the longest phase. notes: what the figures do not say by themselves.
+        images, adapted: of the batch, and those of them that the denoiser was asked about. evaluations: of the denoiser, in all.
+        warmup: seconds of the first call and of a warm one, as Adapter.warmup gives them. device, shape, config, environment: what was
+            measured, and where.
+    """
+
+    seconds: float
+    runs: list[float]
+    phases: list[Row]
+    profiled_seconds: float
+    kernels: list[Row]
+    memory: Memory
+    peak: Peak
+    bottleneck: str
+    notes: list[str]
+    images: int
+    adapted: int
+    evaluations: int
+    warmup: dict[str, float]
+    device: str
+    shape: tuple[int, ...]
+    config: dict[str, Any]
+    environment: dict[str, str]
+
+
+def profile(
+    adapter: Adapter,
+    images: Tensor,
+    *,
+    image_ids: Tensor | None = None,
+    latents: Tensor | None = None,
+    timesteps: Tensor | None = None,
+    noise: Tensor | None = None,
+    trace: Path | None = None,
+) -> Profile:
+    """Adapts `images` some times: to warm up, timed by phase, under torch.profiler, and once more with its work counted.
+
+    An online adapter's state is the same at the start of each run, and afterwards.
+
+    Args:
+        images: [B, 3, H, W], and image_ids, latents, timesteps and noise: as Adapter.adapt takes them.
+        trace: where to write the Chrome trace of the profiled run, which holds the phases too (chrome://tracing, ui.perfetto.dev).
+
+    Raises:
+        ValueError: bad input.
+    """
+    given: dict[str, Any] = {"image_ids": image_ids, "latents": latents, "timesteps": timesteps, "noise": noise}
+    state, compiled = adapter.state_dict(), adapter.config.compile != "off"
+    on_cuda = images.device.type == "cuda"
+
+    def run() -> tuple[float, AdaptResult]:
+        """Seconds of one adaptation, until the device has finished."""
+        clock = Clock(images.device)
+        start = clock.now()
+        result = adapter.adapt(images, **given)
+        seconds = clock.now() - start
+        adapter.load_state_dict(state)
+        return seconds, result
+
+    warmup = adapter.warmup(images, **given)
+    timed: list[tuple[float, dict[str, float]]] = []
+    while len(timed) < RUNS and sum(seconds for seconds, _ in timed) < LONG:
+        stopwatch = Stopwatch(images.device)
+        with listening(stopwatch):
+            seconds, result = run()
+        timed.append((seconds, stopwatch.seconds()))
+    whole, seconds_by_phase = min(timed, key=lambda one: one[0])  # the one that other work disturbed least
+    profiled_seconds, recorded, events = _recorded(run, on_cuda, trace)
+    counter = Counter()
+    # operators that a compilation has merged cannot be counted
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), counter, listening(counter):
+        run()
+    dtype = anchor(adapter.engine.problem.denoiser).dtype
+    peak = measured_peak(images.device, dtype)
+
+    by_phase: dict[str, Count] = {}
+    by_operator: dict[str, Count] = {}
+    for (phase, operator), count in counter.counts.items():
+        by_phase.setdefault(phase, Count()).add(count)
+        by_operator.setdefault(operator, Count()).add(count)
+    runs = [seconds for seconds, _ in timed]
+    seconds_by_phase[OTHER] = whole - sum(seconds_by_phase.values())
+    names = [name for name in (*PHASES, OTHER) if name in seconds_by_phase]
+    phases = [Row.of(name, seconds_by_phase[name], whole, by_phase.get(name, Count()), peak) for name in names]
+    return Profile(
+        seconds=whole,
+        runs=runs,
+        phases=phases,
+        profiled_seconds=profiled_seconds,
+        kernels=_kernels(recorded, by_operator, profiled_seconds, peak, on_cuda, compiled),
+        memory=_memory(events, on_cuda),
+        peak=peak,
+        bottleneck=bottleneck(phases, adapter.config, peak, images.device),
+        notes=_notes(adapter.config, len(images), result, runs),
+        images=len(images),
+        adapted=int((result.evaluations > 0).sum()),
+        evaluations=int(result.evaluations.sum()),
+        warmup=warmup,
+        device=torch.cuda.get_device_name(images.device) if on_cuda else str(images.device),
+        shape=tuple(images.shape),
+        config=asdict(adapter.config),
+        environment=environment.describe(),
+    )
+
+
+class Stopwatch(Listener):
+    """Seconds by phase: on CUDA those of the device's own timeline, for which nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._spans.append((name, start, self._now()))
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, once the device has finished."""
+        found: dict[str, float] = {}
+        for name, start, end in self._spans:
+            took = start.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - start
+            found[name] = found.get(name, 0.0) + took
+        return found
+
+
+class Annotator(Listener):
+    """Makes each phase a span of the trace."""
+
+    def during(self, name: str) -> torch.profiler.record_function:
+        return torch.profiler.record_function(MARK + name)
+
+
+def _recorded(run: Callable[[], tuple[float, AdaptResult]], on_cuda: bool, trace: Path | None) -> tuple[float, Any, list[dict[str, Any]]]:
+    """Seconds of a run under the profiler, its operators, and the events of its trace."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if on_cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with (
+        torch.profiler.profile(activities=activities, profile_memory=True) as recorded,
+        listening(Annotator()),
+        torch.profiler.record_function(WHOLE),
+    ):
+        seconds, _ = run()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(path))
+        if trace is not None:
+            shutil.copyfile(path, trace)
+        return seconds, recorded.events(), json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+
+
+def _kernels(events: Any, counts: dict[str, Count], whole: float, peak: Peak, on_cuda: bool, compiled: bool) -> list[Row]:
+    """A row for each operator that was counted: its time with that of operators without a count of their own that it calls.
+
+    On CUDA that of the kernels that they launch. What is left of `whole` is a row too. Where compiled code has swallowed some of an
+    operator's calls, its count is of more than its time, and left out.
+    """
+    seconds: dict[str, float] = {}
+    calls: dict[str, int] = {}
+    longest: dict[str, tuple[float, str]] = {}
+    for event in events:
+        if event.device_type.name != "CPU":
+            continue
+        took = (sum(kernel.duration for kernel in event.kernels) if on_cuda else event.self_cpu_time_total) / 1e6
+        owner = _owner(event, counts)
+        if owner is None and not (event.kernels if on_cuda else event.name.startswith("aten::")):
+            continue
+        name = event.name if owner is None else owner.name
+        seconds[name] = seconds.get(name, 0.0) + took
+        calls[name] = calls.get(name, 0) + (event.name == name)
+        for kernel in event.kernels if on_cuda else ():
+            longest[name] = max(longest.get(name, (0.0, "")), (kernel.duration, kernel.name))
+    seconds[IDLE if on_cuda else COMPILED if compiled else OUTSIDE] = whole - sum(seconds.values())
+    rows = []
+    for name, took in sorted(seconds.items(), key=lambda item: -item[1]):
+        met = Count(calls=calls.get(name, 0))
+        count = counts.get(name, met)
+        if compiled and count.calls != met.calls:
+            count = met
+        rows.append(Row.of(name, took, whole, count, peak, kernel=longest.get(name, (0.0, ""))[1]))
+    return rows
+
+
+def _owner(event: Any, counts: dict[str, Count]) -> Any:
+    """The operator whose count this one's time belongs to, or None: the nearest with a count, or a fused one around it."""
+    owner, outer = None, event
+    while outer is not None:
+        if outer.name in counts and (owner is None or outer.name.startswith(WITHIN)):
+            owner = outer
+        outer = outer.cpu_parent
+    return owner
+
+
+def _memory(events: list[dict[str, Any]], on_cuda: bool) -> Memory:
+    """Of a trace's events, whose times are microseconds."""
+    named = [event for event in events if event.get("cat") == "user_annotation"]
+    whole = next(event for event in named if event["name"] == WHOLE)
+    start = whole["ts"]
+    spans = [
+        Span(event["name"].removeprefix(MARK), (event["ts"] - start) / 1e6, (event["ts"] + event["dur"] - start) / 1e6)
+        for event in sorted(named, key=lambda event: float(event["ts"]))
+        if event["name"].startswith(MARK)
+    ]
+    changes = sorted(
+        ((event["ts"] - start) / 1e6, event["args"]["Bytes"])
+        for event in events
+        if event.get("name") == "[memory]" and event["args"]["Device Type"] == int(on_cuda)
+    )
+    points, held = [(0.0, 0)], 0
+    for seconds, change in changes:
+        held += change
+        points.append((seconds, held))
+    peak_seconds, peak = max(points, key=lambda point: point[1])
+    inside = [span.phase for span in spans if span.start <= peak_seconds <= span.end]
+    return Memory(_thinned(points), peak, peak_seconds, inside[0] if inside else OTHER, spans)
+
+
+def _thinned(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """The highest of each part, of POINTS."""
+    width = -(-len(points) // POINTS)
+    return [max(points[i : i + width], key=lambda point: point[1]) for i in range(0, len(points), width)]
+
+
+def _notes(config: AdaptConfig, images: int, result: AdaptResult, runs: list[float]) -> list[str]:
+    notes = [
+        "FLOPs are those of matrix products, convolutions and attention, two for a multiplication with its addition.",
+        "Bytes are a lower bound: those of the operators' inputs and outputs, each once a call.",
+    ]
+    if config.compile != "off":
+        notes[1] = "Bytes are those of eager mode's operators, inputs and outputs once a call; compiled code moves fewer."
+    if config.compile == "step":
+        notes.append("With compile='step' a step is one piece of code, whose phases cannot be told apart: step (compiled).")
+    alone = images - int((result.evaluations > 0).sum())
+    if alone:
+        notes.append(f"{alone} of {images} images were left alone: precheck is {config.precheck!r}; 'off' adapts every image.")
+    if max(runs) > UNSTEADY * min(runs):
+        told = f"{1e3 * min(runs):,.0f} to {1e3 * max(runs):,.0f} ms"
+        notes.append(f"Runs took {told}: other work disturbs this machine, and shares of its peaks are not to be relied on.")
+    return notes
