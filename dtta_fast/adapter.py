@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Adapter:
     episodic mode every image starts from the model's weights, and a batch of B images is B independent adaptations (B copies of the
     weights that move). In online mode one set of weights and its optimizer go on from call to call, until reset(); where the guard
     refuses an answer there, the weights have moved all the same, and a batch after which they are not finite leaves no trace.
-    One thread at a time.
+    Threads may share it and take turns: each call is alone in it, and an online state sees the batches in the order of the calls.
 
     A model that torch.vmap cannot batch runs image by image, and a compilation that fails gives way to eager mode, each with one
     warning (DTTA_FAST_STRICT=1: a failed compilation raises). Where memory runs out, the call starts again with half the rows.
@@ -77,14 +78,15 @@ class Adapter:
             select(model, config.parameters)
         if config.denoiser_parameters == "lora":
             lora.check(denoiser.network_to_adapt(), config.lora_targets, "denoiser")
-        self._engine = Engine(model, denoiser, task, config)
+        self.engine = Engine(model, denoiser, task, config)  # what runs the steps, for tools of this package
+        self._lock = threading.RLock()  # a forward swaps weights in the private copies, and the storage of a state is one
         self._state: State | None = None
         self._warming = False  # every step is timed, and the guard run whether an answer changed or not
         self._paces: dict[tuple[int, int | None], Pace] = {}  # by images at once, and pairs where they are given
 
     @property
     def config(self) -> AdaptConfig:
-        return self._engine.config
+        return self.engine.config
 
     def adapt(
         self,
@@ -111,7 +113,7 @@ class Adapter:
         Raises:
             ValueError: bad input; nothing has changed. RuntimeError: called under torch.inference_mode().
         """
-        start, engine, config = time.perf_counter(), self._engine, self.config
+        start, engine, config = time.perf_counter(), self.engine, self.config
         if torch.is_inference_mode_enabled():
             raise RuntimeError("adapt() was called under torch.inference_mode(), which forbids gradients; use torch.no_grad(), or neither")
         origin = anchor(engine.model)
@@ -124,10 +126,23 @@ class Adapter:
             raise ValueError(
                 f"deadline_ms is {deadline_ms!r} with method {config.method!r}, which makes no steps to stop after: leave it out"
             )
-        torch_state = TorchState.now()
+        with self._lock:
+            return self._attempted(images, image_ids, latents, timesteps, noise, deadline)
+
+    def _attempted(
+        self,
+        images: Tensor,
+        image_ids: Tensor,
+        latents: Tensor | None,
+        timesteps: Tensor | None,
+        noise: Tensor | None,
+        deadline: float | None,
+    ) -> AdaptResult:
+        """Once more where less memory or eager mode may help; an online state moves on at the end."""
+        engine, torch_state = self.engine, TorchState.now()
         for _ in range(ATTEMPTS):
             try:
-                with torch.enable_grad(), torch.autocast(origin.device.type, enabled=False), engine.context():
+                with torch.enable_grad(), torch.autocast(images.device.type, enabled=False), engine.context():
                     engine.refresh()
                     state, result = self._adapt(images, image_ids, latents, timesteps, noise, deadline)
                 break
@@ -136,7 +151,7 @@ class Adapter:
                 torch_state.restore()
                 if not engine.failed(error):
                     raise
-        if config.mode == "online" and state is not None:
+        if self.config.mode == "online" and state is not None:
             moved = [*state.theta.values(), *state.phi.values()]
             if bool(torch.stack([p.isfinite().all() for p in moved]).all()):
                 self._state = state
@@ -151,7 +166,7 @@ class Adapter:
         noise: Tensor | None,
         deadline: float | None,
     ) -> tuple[State | None, AdaptResult]:
-        engine, config = self._engine, self.config
+        engine, config = self.engine, self.config
         problem, clock, count = engine.problem, Clock(images.device), len(images)
         with clock.phase("encode"):
             crop = problem.task.crop(problem.model, images)
@@ -201,7 +216,7 @@ class Adapter:
         clock: Clock,
     ) -> Group:
         """Adapts images that run at once, on matched inputs where there are some; the answers before are to the original ones."""
-        engine, losses, timed = self._engine, [], self._warming or deadline is not None
+        engine, losses, timed = self.engine, [], self._warming or deadline is not None
         inputs = original if matched is None else matched
         if self.config.method != "adapt":
             return self._classified(original, matched, x0, image_ids, clock)
@@ -235,7 +250,7 @@ class Adapter:
 
     def _classified(self, original: Tensor, matched: Tensor | None, x0: Tensor, image_ids: Tensor, clock: Clock) -> Group:
         """By a method that trains nothing: its state is empty, and every answer is accepted."""
-        engine = self._engine
+        engine = self.engine
         with clock.phase("adapt"):
             before = engine.before(original, None)
             outputs, evaluations = engine.classify(before if matched is None else engine.before(matched, None), x0, image_ids)
@@ -244,7 +259,7 @@ class Adapter:
 
     def crop(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] as model and denoiser look at them: adapt() crops too, and leaves a crop as it is."""
-        problem = self._engine.problem
+        problem = self.engine.problem
         return problem.task.crop(problem.model, images)
 
     def warmup(self, images: Tensor, **keywords: Any) -> dict[str, float]:
@@ -255,17 +270,18 @@ class Adapter:
         Returns:
             Seconds of the first call, `cold`, compilation included, and of the second, `warm`.
         """
-        online, seconds = self._state, {}
-        self._warming = True
-        try:
-            for name in ("cold", "warm"):
-                start = time.perf_counter()
-                self.adapt(images, **keywords)
-                seconds[name] = time.perf_counter() - start
-        finally:
-            self._warming = False
-            self._state = online
-        return seconds
+        with self._lock:
+            online, seconds = self._state, {}
+            self._warming = True
+            try:
+                for name in ("cold", "warm"):
+                    start = time.perf_counter()
+                    self.adapt(images, **keywords)
+                    seconds[name] = time.perf_counter() - start
+            finally:
+                self._warming = False
+                self._state = online
+            return seconds
 
     def forward(self, images: Tensor) -> Tensor:
         """Adapts and returns the outputs [B, ...]: for code that calls a model."""
@@ -275,11 +291,13 @@ class Adapter:
 
     def reset(self) -> None:
         """Back to the model's own weights and an empty optimizer."""
-        self._state = None
+        with self._lock:
+            self._state = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The online state: adapted weights by name, optimizer memory and step; empty before the first batch."""
-        return {} if self._state is None else self._state._asdict()
+        """The online state: adapted weights by name, optimizer memory and step; empty before the first batch. Later calls leave it."""
+        state = self._state
+        return {} if state is None else state._asdict()
 
     def save_lora(self, folder: str | Path) -> None:
         """Writes the online state's LoRA adapters in the ecosystem's formats.
@@ -299,9 +317,9 @@ class Adapter:
                 f"{self.config.mode!r}; an online adapter with 'lora' has some after its first batch"
             )
         if kinds[0] == "lora":
-            lora.save(Path(folder), self._engine.problem.model, self._state.theta, unet=False)
+            lora.save(Path(folder), self.engine.problem.model, self._state.theta, unet=False)
         if kinds[1] == "lora":
-            lora.save(Path(folder), self._engine.problem.denoiser, self._state.phi, unet=True)
+            lora.save(Path(folder), self.engine.problem.denoiser, self._state.phi, unet=True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what state_dict() gave under the same config and models.
@@ -310,21 +328,22 @@ class Adapter:
             ValueError: the adapter is episodic, or the state holds other weights or another optimizer's memory.
         """
         if not state:
-            self._state = None
+            self.reset()
             return
         if self.config.mode != "online":
             raise ValueError("state belongs to an online adapter, and this one is episodic")
         if set(state) != set(State._fields):
             raise ValueError(f"state has {', '.join(state)}; state_dict() gives {', '.join(State._fields)}")
         new = State(**state)
-        engine = self._engine
+        engine = self.engine
         expected = initial_state(engine.problem, *engine.source(), torch.empty(0, device=anchor(engine.model).device))
         for field in ("theta", "phi"):
             shapes = [{name: p.shape for name, p in getattr(s, field).items()} for s in (new, expected)]
             slots = [[[(p.shape, p.dtype) for p in tensors] for tensors in getattr(s, f"{field}_slots")] for s in (new, expected)]
             if shapes[0] != shapes[1] or slots[0] != slots[1]:
                 raise ValueError(f"state's {field} holds other weights, or another optimizer's memory, than this adapter's")
-        self._state = new
+        with self._lock:
+            self._state = new
 
 
 def adapt(

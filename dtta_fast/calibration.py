@@ -104,7 +104,7 @@ class Calibration:
         unit, _, _ = _standardised(images.float())
         spectrum, radius = torch.fft.rfft2(unit, norm="forward"), _radius(unit)
         lower = radius.long()
-        bins = int(lower.max()) + 2
+        bins = int(math.hypot(*(side // 2 for side in images.shape[-2:]))) + 2  # beyond the highest frequency
         wanted = _extended(torch.tensor(self.power, device=images.device), bins)
         found = _extended(_power(spectrum, radius), bins)
         gain = ((wanted + NOTHING) / (found + NOTHING)).sqrt().clamp(1 / MOST_GAIN, MOST_GAIN)

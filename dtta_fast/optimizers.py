@@ -5,12 +5,14 @@ Parameters stacked over images are updated as if each image had an optimizer of 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dtta_fast import adam8bit
+from dtta_fast.runtime.compiling import is_tracing
 
 Optimizer = Literal["sgd", "adam", "adamw", "adam8bit"]
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim's defaults
@@ -49,7 +51,7 @@ def update_(
     By torch's fused kernels, one pass over memory, where one operator after the other took a third of an adaptation of 16 images on a
     CPU. torch.compile has no form of them (SGD's has no meta kernel), and fuses the operators itself.
     """
-    if torch.compiler.is_compiling():
+    if is_tracing():
         _by_operators_(optimizer, parameters, gradients, slots, step, lr, momentum, weight_decay)
         return
     if optimizer == "adam8bit":
@@ -127,8 +129,10 @@ def _by_operators_(
     torch._foreach_mul_(second, BETA2)
     torch._foreach_addcmul_(second, gradients, gradients, 1 - BETA2)
     count = step.double() + 1
+    # by exp, which Inductor computes once for all weights; a power it would put into the loop over each of them
+    correction1, correction2 = (1 - (count * math.log(beta)).exp() for beta in (BETA1, BETA2))
     denominator = torch._foreach_sqrt(second)
-    torch._foreach_div_(denominator, (1 - BETA2**count).sqrt())
+    torch._foreach_div_(denominator, correction2.sqrt())
     torch._foreach_add_(denominator, EPSILON)
-    torch._foreach_div_(denominator, -lr / (1 - BETA1**count))
+    torch._foreach_div_(denominator, -lr / correction1)
     torch._foreach_addcdiv_(parameters, first, denominator)

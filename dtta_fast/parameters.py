@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from dtta_fast import lora
 
@@ -97,18 +100,53 @@ def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_i
     return stacked
 
 
-@contextmanager
-def _vmappable_attention(device: torch.device) -> Iterator[None]:
-    """Attention by operators that vmap can batch, in place of those that it runs image by image or not at all."""
-    math = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()  # the fused CPU kernel has no batching rule
-    if torch.compiler.is_compiling():  # never takes the fast path, and cannot trace the switch
-        with math:
-            yield
-        return
-    fastpath = torch.backends.mha.get_fastpath_enabled()  # nn.MultiheadAttention's inference kernel has no derivative
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with math:
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+class _VmappableAttention(TorchFunctionMode):
+    """Attention by operators that vmap can batch, in place of those that it runs image by image or not at all.
+
+    For this thread alone, where torch's own switches are the process's. Where a mode is on, nn.MultiheadAttention leaves its inference
+    kernel, which has no derivative, aside.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._math = device.type == "cpu"  # the fused CPU kernel has no batching rule
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self._math and function is F.scaled_dot_product_attention:
+            return torch._scaled_dot_product_attention_math(*args, **(kwargs or {}))[0]
+        if self._math and function is F.multi_head_attention_forward:  # calls the other where no mode sees it
+            with _math_attention:
+                return function(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+class _MathAttention:
+    """torch's switch to attention by plain operators, which is the process's: on while any thread is within, then as it was."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._within = 0
+        self._switch = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._within:
+                self._switch.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self._within += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if not self._within:
+                self._switch.close()
+
+
+_math_attention = _MathAttention()
+
+
+def _vmappable_attention(device: torch.device) -> AbstractContextManager[Any]:
+    if torch.compiler.is_compiling():  # takes no inference kernel, and cannot trace a mode of ours
+        return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    return _VmappableAttention(device)

@@ -16,6 +16,7 @@ from dtta_fast.draws import Draws
 from dtta_fast.objectives import Pairs, accumulated_gradients, embedding_mix, noise_mix, noise_mix_null, pair_losses
 from dtta_fast.optimizers import Slots, Tensors, init_slots, update_
 from dtta_fast.parameters import Parameters, call, copies, in_dtypes_of
+from dtta_fast.runtime.phases import phase
 from dtta_fast.tasks.base import Task
 
 FREE_LOGITS = "<logits>"  # no parameter's name
@@ -145,27 +146,30 @@ def gradients(
     """
     config, task, denoiser = problem.config, problem.task, problem.denoiser
     draws = problem.draws(config.pairs if timesteps is None else timesteps.shape[1])
-    timesteps = draws.timesteps(image_ids, state.step) if timesteps is None else timesteps
-    noise = draws.noise(x0, image_ids, state.step) if noise is None else noise
-    theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
-    phi = {name: p.detach().requires_grad_() for name, p in state.phi.items()}
-    outputs = (problem.forward or forward)(problem, theta, inputs)
-    chosen = task.choose(outputs, config, image_ids, state.step)
-    if config.objective == "embedding_mix":
-        predict, heads = embedding_mix, [task.condition(outputs, denoiser, phi, config, chosen)]
-    else:
-        predict = noise_mix_null if config.null_condition else noise_mix
-        heads = list(task.candidates(outputs, denoiser, phi, config, chosen))
+    with phase("noising"):
+        timesteps = draws.timesteps(image_ids, state.step) if timesteps is None else timesteps
+        noise = draws.noise(x0, image_ids, state.step) if noise is None else noise
+    with phase("classifier"):
+        theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
+        phi = {name: p.detach().requires_grad_() for name, p in state.phi.items()}
+        outputs = (problem.forward or forward)(problem, theta, inputs)
+        chosen = task.choose(outputs, config, image_ids, state.step)
+        if config.objective == "embedding_mix":
+            predict, heads = embedding_mix, [task.condition(outputs, denoiser, phi, config, chosen)]
+        else:
+            predict = noise_mix_null if config.null_condition else noise_mix
+            heads = list(task.candidates(outputs, denoiser, phi, config, chosen))
     drawn = Pairs(x0, timesteps, image_ids, config.seed, draws.step(state.step), noise)
     loss, to_heads, to_phi, scale = accumulated_gradients(
         predict, denoiser, phi, heads, drawn, problem.chunk, config.loss == "l1", problem.per_image
     )
-    moving, through_heads = [*theta.values(), *phi.values()], [head for head in heads if head.requires_grad]
-    upstream = [gradient.to(head.dtype) for gradient, head in zip(to_heads, through_heads, strict=True)]
-    through = torch.autograd.grad(through_heads, moving, upstream, allow_unused=True)
-    to_theta = [torch.zeros_like(p) if g is None else g for p, g in zip(theta.values(), through, strict=False)]
-    # the label table is reached through the condition, everything else through the prediction
-    to_phi = [g if more is None else g + more for g, more in zip(to_phi, through[len(theta) :], strict=True)]
+    with phase("classifier"):
+        moving, through_heads = [*theta.values(), *phi.values()], [head for head in heads if head.requires_grad]
+        upstream = [gradient.to(head.dtype) for gradient, head in zip(to_heads, through_heads, strict=True)]
+        through = torch.autograd.grad(through_heads, moving, upstream, allow_unused=True)
+        to_theta = [torch.zeros_like(p) if g is None else g for p, g in zip(theta.values(), through, strict=False)]
+        # the label table is reached through the condition, everything else through the prediction
+        to_phi = [g if more is None else g + more for g, more in zip(to_phi, through[len(theta) :], strict=True)]
     return loss, unscaled(to_theta, scale), unscaled(to_phi, scale)
 
 
@@ -191,7 +195,8 @@ def adaptation_step(
 ) -> Tensor:
     """One update of the state, in place; returns the loss [B] before it. The unit that compile="step" compiles."""
     loss, to_theta, to_phi = gradients(problem, state, inputs, x0, image_ids, timesteps, noise)
-    update(problem, state, to_theta, to_phi)
+    with phase("optimizer"):
+        update(problem, state, to_theta, to_phi)
     return loss
 
 
@@ -212,11 +217,25 @@ def guard(
     0; of several the one whose sum is lowest. Of equal answers the earlier candidate stands. Outputs that are not finite never do.
     Without a guard the first candidate stands.
     """
-    task, config = problem.task, problem.config
-    evaluations = torch.zeros_like(image_ids)
+    config, evaluations = problem.config, torch.zeros_like(image_ids)
+    standing, accepted, fresh = compared(problem, before, candidates)
+    asked = torch.stack(fresh).any(0)
+    if not config.guard or not asked.any():
+        return standing, accepted, evaluations
+    losses = _losses_where(problem, before, asked, x0, image_ids, step)
+    changed = [_losses_where(problem, *asking, x0, image_ids, step) for asking in zip(candidates, fresh, strict=True)]
+    standing, accepted = decided(config, standing, accepted, candidates, fresh, losses, changed)
+    return standing, accepted, evaluations + config.guard * (asked + torch.stack(fresh).sum(0))
+
+
+@torch.no_grad()
+def compared(problem: Problem, before: Tensor, candidates: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Which outputs stand before any loss is known, [B, ...]; whether they are others than those from before, [B] bool; and, [B] bool a
+    candidate, whether its answer is to be held against the one from before."""
+    task = problem.task
     finite = [outputs.isfinite().flatten(1).all(1) for outputs in candidates]
-    if not config.guard:
-        return _where(finite[0], candidates[0], before), finite[0], evaluations
+    if not problem.config.guard:
+        return _where(finite[0], candidates[0], before), finite[0], [torch.zeros_like(usable) for usable in finite]
     source = task.decision(before, problem.denoiser)
     answers = [task.decision(outputs, problem.denoiser) for outputs in candidates]
     # an answer is asked about once: where it is not the one from before, nor an earlier candidate's
@@ -224,36 +243,43 @@ def guard(
     for k, (answer, usable) in enumerate(zip(answers, finite, strict=True)):
         asked_already = (answer == source).flatten(1).all(1)
         for other, other_usable in zip(answers[:k], finite[:k], strict=True):
-            asked_already |= other_usable & (answer == other).flatten(1).all(1)
+            asked_already = asked_already | (other_usable & (answer == other).flatten(1).all(1))
         fresh.append(usable & ~asked_already)
     same = finite[0] & (answers[0] == source).flatten(1).all(1)  # the same answer by the adapted weights
-    standing, score = _where(same, candidates[0], before), torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
-    asked = torch.stack(fresh).any(0)
-    accepted = same
-    if not asked.any():
-        return standing, accepted, evaluations
-    losses = _losses_where(problem, source, asked, x0, image_ids, step)
-    evaluations += config.guard * asked
-    for outputs, answer, wanted in zip(candidates, answers, fresh, strict=True):
-        if not wanted.any():
-            continue
-        change = _losses_where(problem, answer, wanted, x0, image_ids, step) - losses
+    return _where(same, candidates[0], before), same, fresh
+
+
+def decided(
+    config: AdaptConfig,
+    standing: Tensor,
+    accepted: Tensor,
+    candidates: list[Tensor],
+    fresh: list[Tensor],
+    losses: Tensor,
+    changed: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """What compared() gave, after the losses [B, guard] under the answers from before and under each candidate's."""
+    score = torch.zeros(len(losses), dtype=torch.float64, device=losses.device)
+    for outputs, wanted, others in zip(candidates, fresh, changed, strict=True):
+        change = others - losses
         standard_error = change.std(1) / config.guard**0.5 if config.guard_threshold else torch.zeros_like(score)
         found = (change.mean(1) + config.guard_threshold * standard_error).double()
         better = wanted & (found < score)
         standing, score, accepted = _where(better, outputs, standing), torch.where(better, found, score), accepted | better
-        evaluations += config.guard * wanted
-    return standing, accepted, evaluations
+    return standing, accepted
 
 
 def _where(mask: Tensor, chosen: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(mask.view(-1, *(1,) * (chosen.ndim - 1)), chosen, otherwise)
 
 
-def _losses_where(problem: Problem, conditions: Tensor, wanted: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor) -> Tensor:
-    """held_out_losses [B, guard] of the images that are wanted; zeros for the others."""
+def _losses_where(problem: Problem, outputs: Tensor, wanted: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor) -> Tensor:
+    """held_out_losses [B, guard] under the answers of the outputs [B, ...] of the images that are wanted; zeros for the others."""
     rows = wanted.nonzero()[:, 0]
-    found = held_out_losses(problem, conditions[rows], x0[rows], image_ids[rows], step)
+    if not len(rows):
+        return x0.new_zeros(len(x0), problem.config.guard)
+    conditions = problem.task.decision(outputs[rows], problem.denoiser)
+    found = held_out_losses(problem, conditions, x0[rows], image_ids[rows], step)
     return found.new_zeros(len(x0), found.shape[1]).index_copy_(0, rows, found)
 
 

@@ -53,21 +53,23 @@ _SIGNATURES = {
 }
 
 
+def path() -> Path | None:
+    """Where the build put the library, or None where it was built without a compiler."""
+    return next((Path(folder) / NAME for folder in dtta_fast.kernels.__path__ if (Path(folder) / NAME).is_file()), None)
+
+
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
     """The library that the build put beside this package, or None where it was built without a compiler."""
-    for folder in dtta_fast.kernels.__path__:
-        path = Path(folder) / NAME
-        if path.is_file():
-            native = ctypes.CDLL(str(path))
-            if not _matches(native):
-                return None
-            for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(native, name)
-                function.restype, function.argtypes = result, arguments
-            native.dtta_use_thread_pool(_openmp())
-            return native
-    return None
+    found = path()
+    native = None if found is None else ctypes.CDLL(str(found))
+    if native is None or not _matches(native):
+        return None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(native, name)
+        function.restype, function.argtypes = result, arguments
+    native.dtta_use_thread_pool(_openmp())
+    return native
 
 
 def _matches(native: ctypes.CDLL) -> bool:
@@ -80,8 +82,7 @@ def _matches(native: ctypes.CDLL) -> bool:
 
 def missing() -> str:
     """Why there is no library, and what to do."""
-    stale = any((Path(folder) / NAME).is_file() for folder in dtta_fast.kernels.__path__)
-    what = "is of an older build: " if stale else "was not built: install a C++17 compiler and "
+    what = "is of an older build: " if path() is not None else "was not built: install a C++17 compiler and "
     return f"{NAME} {what}run pip install --force-reinstall --no-deps again"
 
 

@@ -98,7 +98,7 @@ def test_gradient_reaches_the_model_through_the_map(task, segmenter, of_classes,
     model, denoiser, images = model.double(), denoiser.double(), images.double()
     config = AdaptConfig(steps=1, pairs=3, chunk=2, logit_scale=2.0 if task == "segmentation" else None)
     adapter = Adapter(model, denoiser, config, kind)
-    engine = adapter._engine
+    engine = adapter.engine
     engine.plan(images, denoiser.encode(images), 3)
     theta, phi = engine.source()
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_guard_takes_the_map_with_the_lower_loss(of_depth, images):
     result = adapter.adapt(images)
     x0, ids, after_two = of_depth.encode(images), torch.arange(3), torch.tensor(2)
     before, after = (
-        held_out_losses(adapter._engine.problem, task.decision(outputs, of_depth), x0, ids, after_two).mean(1)
+        held_out_losses(adapter.engine.problem, task.decision(outputs, of_depth), x0, ids, after_two).mean(1)
         for outputs in (result.outputs_before, result.outputs)
     )
     assert bool((after < before)[result.accepted].all())

@@ -265,7 +265,7 @@ def test_half_precision_holds_frozen_weights_and_leaves_the_caller_s(floats, unt
     adapter = Adapter(model, denoiser, CONFIG.replace(precision="bf16", parameters="head"))
     with untouched(model, denoiser):
         adapter.adapt(images)
-    problem = adapter._engine.problem
+    problem = adapter.engine.problem
     kinds = {name: p.dtype for name, p in problem.denoiser.named_parameters()}
     assert kinds.pop("network.y_embedder.embedding_table.weight") == torch.float32
     assert set(kinds.values()) == {torch.bfloat16}
@@ -344,12 +344,12 @@ def test_out_of_memory_is_no_failure_of_vmap(floats, monkeypatch):
         return plain(*arguments)
 
     monkeypatch.setattr(engine_module.step, "forward", once)
-    session._engine._forward = once
+    session.engine._forward = once
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         session.adapt(floats[2])
     assert len(tried) == 2
-    assert not session._engine.problem.loop
+    assert not session.engine.problem.loop
 
 
 def test_warmup_takes_what_adapt_takes(floats):

@@ -96,7 +96,7 @@ def test_saved_adapters_are_read_by_peft_and_diffusers(tmp_path, models, process
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
     task = ZeroShot(NAMES, processor)
     x = task.normalise(task.bind(clip, denoiser)[0], digits)
-    expected = adapter._engine.forward(adapter._state, x)
+    expected = adapter.engine.forward(adapter._state, x)
     plain = _classifier(clip, denoiser, processor)(x)
     assert float((expected - plain).detach().abs().max()) > 1e-2
     torch.testing.assert_close(_classifier(PeftModel.from_pretrained(clip, tmp_path).eval(), denoiser, processor)(x), expected)
@@ -147,7 +147,7 @@ def test_adapters_of_several_ranks_are_saved_as_they_are(tmp_path, models, proce
     adapter.save_lora(tmp_path)
     x = task.normalise(task.bind(own, denoiser)[0], digits)
     read = PeftModel.from_pretrained(clip, tmp_path).eval()
-    torch.testing.assert_close(_classifier(read, denoiser, processor)(x), adapter._engine.forward(adapter._state, x))
+    torch.testing.assert_close(_classifier(read, denoiser, processor)(x), adapter.engine.forward(adapter._state, x))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dtta_fast.runtime.compiling import is_tracing
+
 
 def timestep_embedding(time: Tensor, dim: int = 256) -> Tensor:
     """Sinusoids of the time: [N] -> [N, dim], cosines first.
@@ -40,7 +42,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def _gelu_tanh(x: Tensor) -> Tensor:
     """F.gelu(x, approximate="tanh"); compiled, by a sigmoid, since the tanh that is generated for a CPU takes twice its time."""
-    if torch.compiler.is_compiling() and x.device.type == "cpu":
+    if is_tracing() and x.device.type == "cpu":
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
     return F.gelu(x, approximate="tanh")
 

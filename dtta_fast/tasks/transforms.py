@@ -15,6 +15,12 @@ def unchanged(images: Tensor) -> Tensor:
     return images
 
 
+def normalising(mean: Any, std: Any) -> Transform:
+    """(images - mean) / std, a number a channel each; torchvision's asks for the values of std, which no export can."""
+    mean, std = (torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+    return lambda images: (images - mean.to(images)) / std.to(images)
+
+
 def timm_transforms(model: nn.Module) -> tuple[Transform, Transform]:
     """timm's own evaluation transform for the model; images as they are where it has none."""
     if not getattr(model, "pretrained_cfg", None):
@@ -31,7 +37,7 @@ def timm_transforms(model: nn.Module) -> tuple[Transform, Transform]:
             images = transform(images)
         return images.clamp(0, 1)  # bicubic overshoots
 
-    return crop, normalise
+    return crop, normalising(normalise.mean, normalise.std)
 
 
 def processor_transforms(processor: Any) -> tuple[Transform, Transform]:
@@ -41,8 +47,7 @@ def processor_transforms(processor: Any) -> tuple[Transform, Transform]:
         found: Tensor = processor(images=images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
         return found.to(images.device).clamp(0, 1)  # bicubic overshoots
 
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
-    return crop, lambda images: (images - mean.to(images.device)) / std.to(images.device)
+    return crop, normalising(processor.image_mean, processor.image_std)
 
 
 def open_clip_transforms(clip: Any) -> tuple[Transform, Transform]:
@@ -62,4 +67,5 @@ def open_clip_transforms(clip: Any) -> tuple[Transform, Transform]:
             images = step(images)
         return images.clamp(0, 1)
 
-    return crop, next(step for step in steps if isinstance(step, transforms.Normalize))
+    normalise = next(step for step in steps if isinstance(step, transforms.Normalize))
+    return crop, normalising(normalise.mean, normalise.std)

@@ -1,0 +1,285 @@
+#include "dtta_embed.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Version.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/version.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <mutex>
+#include <sstream>
+
+#include "ops.h"
+
+namespace dtta {
+namespace {
+
+using at::Tensor;
+using Tensors = std::vector<Tensor>;
+using Loader = torch::inductor::AOTIModelPackageLoader;
+using Clock = std::chrono::steady_clock;
+using Metadata = std::unordered_map<std::string, std::string>;
+
+constexpr char kFormat[] = "1";      /* dtta_fast/embed/manifest.py */
+constexpr char kKeeper[] = "start";  /* the function whose metadata the manifest is */
+constexpr int64_t kWords = int64_t{1} << 32;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+template <typename... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream found;
+  (found << ... << parts);
+  return found.str();
+}
+
+/* How long something takes: the upper quartile of its last runs but the very first; 0 where nothing is known. */
+class Durations {
+ public:
+  void note(double seconds) {
+    if (!first_) {
+      last_.push_back(seconds);
+      if (last_.size() > 16) last_.erase(last_.begin());
+    }
+    first_ = false;
+  }
+  double expected() const {
+    if (last_.empty()) return 0;
+    std::vector<double> sorted = last_;
+    std::sort(sorted.begin(), sorted.end());
+    return sorted[3 * sorted.size() / 4];
+  }
+
+ private:
+  bool first_ = true;
+  std::vector<double> last_;
+};
+
+int rank(const std::string& capability) {
+  const std::vector<std::string> known = {"DEFAULT", "NO AVX", "AVX2", "AVX512"};
+  return static_cast<int>(std::find(known.begin(), known.end(), capability) - known.begin());
+}
+
+Manifest read(const Metadata& metadata) {
+  const auto number = [&](const char* name) { return std::stoll(metadata.at(name)); };
+  Manifest found;
+  found.torch = metadata.at("torch");
+  found.device = metadata.at("device");
+  found.capability = metadata.at("capability");
+  found.weights = metadata.at("weights");
+  found.config = metadata.at("config");
+  found.task = metadata.at("task");
+  found.batch = number("batch");
+  found.height = number("height");
+  found.width = number("width");
+  found.steps = number("steps");
+  found.guard = number("guard");
+  found.evaluations = number("evaluations");
+  found.threads = number("threads");
+  found.online = metadata.at("online") == "true";
+  found.tolerance = std::stod(metadata.at("tolerance"));
+  std::istringstream shape(metadata.at("outputs"));
+  for (int64_t side; shape >> side;) found.outputs.push_back(side);
+  return found;
+}
+
+/* Why this process cannot run the package; empty where it can. */
+std::string misfit(const Manifest& manifest, const std::string& weights) {
+  std::string found;
+  const auto say = [&](const std::string& what) { found += (found.empty() ? "" : "; ") + what; };
+  if (manifest.torch != text(TORCH_VERSION_MAJOR, ".", TORCH_VERSION_MINOR, ".", TORCH_VERSION_PATCH))
+    say(text("it was compiled by torch ", manifest.torch, ", and this host is built with ", TORCH_VERSION));
+  if (manifest.device != "cpu") say(text("it is for device '", manifest.device, "', and packages run on 'cpu'"));
+  const std::string here = at::get_cpu_capability();
+  if (rank(manifest.capability) > rank(here)) say(text("its code takes ", manifest.capability, ", and this processor has ", here));
+  if (!weights.empty() && weights != manifest.weights)
+    say(text("its weights have fingerprint ", manifest.weights, ", and ", weights, " was expected"));
+  return found;
+}
+
+std::vector<float> floats(const Tensor& tensor) {
+  const Tensor plain = tensor.to(at::kFloat).contiguous();
+  return {plain.const_data_ptr<float>(), plain.const_data_ptr<float>() + plain.numel()};
+}
+
+std::vector<double> doubles(const Tensor& tensor) {
+  const Tensor plain = tensor.to(at::kDouble).contiguous();
+  return {plain.const_data_ptr<double>(), plain.const_data_ptr<double>() + plain.numel()};
+}
+
+std::string first_line(const std::exception& error) {
+  const std::string all = error.what();
+  return all.substr(0, all.find('\n'));
+}
+
+}  // namespace
+
+struct Session::Impl {
+  Manifest manifest;
+  std::map<std::string, std::unique_ptr<Loader>> functions;
+  Tensors initial, state;
+  Durations step, end, guard;
+  std::mutex mutex;
+
+  Tensors run(const std::string& name, const Tensors& inputs) { return functions.at(name)->run(inputs); }
+
+  Tensors with_state(std::initializer_list<Tensor> others) const {
+    Tensors found = state;
+    found.insert(found.end(), others);
+    return found;
+  }
+
+  std::string refusal(const Images& images, const Options& options) const {
+    const Manifest& m = manifest;
+    if (images.pixels == nullptr || images.batch != m.batch || images.channels != 3 || images.height != m.height || images.width != m.width)
+      return text("images is [", images.batch, ", ", images.channels, ", ", images.height, ", ", images.width, "]",
+                  images.pixels == nullptr ? " without pixels" : "", "; this package takes [", m.batch, ", 3, ", m.height, ", ", m.width, "]");
+    const int64_t count = m.batch * 3 * m.height * m.width;
+    for (int64_t i = 0; i < count; ++i)
+      if (!(images.pixels[i] >= -1e-3f && images.pixels[i] <= 1 + 1e-3f))
+        return text("images holds ", images.pixels[i], "; give [0, 1], not normalised");
+    if (!options.image_ids.empty() && static_cast<int64_t>(options.image_ids.size()) != m.batch)
+      return text("image_ids has ", options.image_ids.size(), " entries; give one an image: ", m.batch);
+    for (const int64_t id : options.image_ids)
+      if (id < 0 || id >= kWords) return text("image_ids holds ", id, "; give 0 .. 2^32 - 1");
+    if (options.has_deadline && !(options.deadline_ms > 0))
+      return text("deadline_ms is ", options.deadline_ms, "; give a positive number of milliseconds, counted from the call");
+    return "";
+  }
+
+  /* As Package.adapt in package.py. warming: every function is run and timed, whether an image asks for it or not. */
+  Result adapt(const Images& images, const Options& options, Clock::time_point begun, bool warming) {
+    const c10::NoGradGuard no_gradients;
+    const Manifest& m = manifest;
+    Result result;
+    const Tensor crop = at::from_blob(const_cast<float*>(images.pixels), {m.batch, 3, m.height, m.width}, at::kFloat).clone();
+    const Tensor ids = at::arange(m.batch, at::kLong);
+    std::copy(options.image_ids.begin(), options.image_ids.end(), ids.mutable_data_ptr<int64_t>());
+    if (!m.online) at::_foreach_copy_(state, initial);
+    Tensors of_start = {crop};
+    if (m.online) of_start.insert(of_start.end(), state.begin(), state.end());
+    const Tensors prepared = run("start", of_start);
+    const Tensor &inputs = prepared[0], &x0 = prepared[1], &before = prepared[2], &first = prepared[3], &asked = prepared[4];
+    Tensor after = first, standing = before, accepted = at::zeros_like(asked), fresh = at::zeros({2, m.batch}, at::kBool);
+    Tensors losses;
+    if (warming || asked.any().item<bool>()) {
+      Tensors kept;
+      if (m.online)
+        for (const Tensor& tensor : state) kept.push_back(tensor.clone());
+      for (int64_t i = 0; i < m.steps; ++i) {
+        const double rest = step.expected() + end.expected() + guard.expected();
+        if (options.has_deadline && seconds_since(begun) + rest > options.deadline_ms / 1000) break;
+        const auto start = Clock::now();
+        losses.push_back(run("step", with_state({inputs, x0, ids}))[0]);
+        result.step_seconds.push_back(seconds_since(start));
+        step.note(result.step_seconds.back());
+      }
+      const auto start = Clock::now();
+      const Tensors finished = run("finish", with_state({inputs, before, first, asked}));
+      end.note(seconds_since(start));
+      after = finished[0], standing = finished[1], accepted = finished[2], fresh = finished[3];
+      const bool usable = std::all_of(state.begin(), state.end(), [](const Tensor& t) { return t.isfinite().all().item<bool>(); });
+      if (m.online && !usable) at::_foreach_copy_(state, kept);  // a batch after which the weights are not finite leaves no trace
+    }
+    const auto start = Clock::now();
+    Tensors decision = {before, after, first, standing, accepted, fresh};
+    for (int i = 0; i < 3; ++i) decision.push_back(at::zeros({m.batch, std::max<int64_t>(1, m.guard)}, x0.options()));
+    if (m.guard > 0 && (warming || fresh.any().item<bool>())) {
+      for (int i = 0; i < 3; ++i)
+        if (warming || i == 0 || fresh[i - 1].any().item<bool>()) decision[6 + i] = run("losses", {decision[i], x0, ids, state.back()})[0];
+      guard.note(seconds_since(start));
+    }
+    const Tensors decided = run("decide", decision);
+    result.steps_run = static_cast<int64_t>(losses.size());
+    result.outputs = floats(decided[0]);
+    result.outputs_before = floats(before);
+    result.predictions = doubles(decided[2]);
+    result.predictions_before = doubles(decided[3]);
+    if (!losses.empty()) result.loss = floats(at::where(asked.unsqueeze(1), at::stack(losses, 1), std::nan("")));
+    const Tensor spent = asked.to(at::kLong) * (result.steps_run * m.evaluations) + (fresh.any(0).to(at::kLong) + fresh.sum(0)) * m.guard;
+    for (int64_t i = 0; i < m.batch; ++i) {
+      result.accepted.push_back(decided[1][i].item<bool>());
+      result.evaluations.push_back(spent[i].item<int64_t>());
+    }
+    result.seconds = seconds_since(begun);
+    return result;
+  }
+};
+
+Session::Session(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+Session::~Session() = default;
+
+const Manifest& Session::manifest() const { return impl_->manifest; }
+
+Expected<Session> Session::load(const std::string& path, const std::string& weights) {
+  if (!std::filesystem::is_regular_file(path)) return Error{Code::bad_file, text("path is '", path, "', and there is no such file")};
+  auto impl = std::make_unique<Impl>();
+  try {
+    Metadata metadata;
+    try {
+      metadata = Loader::load_metadata_from_package(path, kKeeper);
+    } catch (const std::exception& error) {
+      return Error{Code::bad_file, text("'", path, "' is no package of an adaptation: ", first_line(error))};
+    }
+    if (metadata["format"] != kFormat)
+      return Error{Code::misfit, text("'", path, "' is of format '", metadata["format"], "', and this library reads ", kFormat)};
+    try {
+      impl->manifest = read(metadata);
+    } catch (const std::exception&) {
+      return Error{Code::bad_file, text("'", path, "' has a damaged manifest; export it again")};
+    }
+    const std::string wrong = misfit(impl->manifest, weights);
+    if (!wrong.empty()) return Error{Code::misfit, text("'", path, "' does not fit: ", wrong, ". Export it again")};
+    register_ops();
+    for (const char* name : {"state", "start", "step", "finish", "losses", "decide"})
+      if (impl->manifest.guard > 0 || std::string(name) != "losses") impl->functions[name] = std::make_unique<Loader>(path, name);
+    impl->initial = impl->run("state", {});
+    for (const Tensor& tensor : impl->initial) impl->state.push_back(tensor.clone());
+  } catch (const std::exception& error) {
+    return Error{Code::bad_file, text("'", path, "' cannot be loaded: ", first_line(error))};
+  }
+  return Session(std::move(impl));
+}
+
+Expected<Result> Session::adapt(const Images& images, const Options& options) {
+  const auto begun = Clock::now();
+  const std::string refusal = impl_->refusal(images, options);
+  if (!refusal.empty()) return Error{Code::bad_argument, refusal};
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  try {
+    return impl_->adapt(images, options, begun, false);
+  } catch (const std::exception& error) {
+    return Error{Code::failed, first_line(error)};
+  }
+}
+
+Expected<double> Session::warm_up() {
+  const Manifest& m = impl_->manifest;
+  const std::vector<float> grey(static_cast<size_t>(m.batch * 3 * m.height * m.width), 0.5f);
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  try {
+    Tensors kept;
+    for (const Tensor& tensor : impl_->state) kept.push_back(tensor.clone());
+    double seconds = 0;
+    for (int i = 0; i < 3; ++i) seconds = impl_->adapt({grey.data(), m.batch, 3, m.height, m.width}, {}, Clock::now(), true).seconds;
+    at::_foreach_copy_(impl_->state, kept);
+    return seconds;
+  } catch (const std::exception& error) {
+    return Error{Code::failed, first_line(error)};
+  }
+}
+
+void Session::reset() {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  at::_foreach_copy_(impl_->state, impl_->initial);
+}
+
+}  // namespace dtta

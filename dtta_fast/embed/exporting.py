@@ -1,0 +1,168 @@
+"""Compiling an adaptation ahead of time: make_fx, torch.export, AOTInductor, and a manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtta_fast import presets
+from dtta_fast.adapter import Adapter
+from dtta_fast.config import AdaptConfig
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.embed.functions import Function, functions
+from dtta_fast.embed.manifest import FORMAT, KEEPER, Manifest, comparable, fingerprint
+from dtta_fast.embed.package import load
+from dtta_fast.engine import Engine, anchor
+from dtta_fast.runtime import compiling
+from dtta_fast.tasks.base import Task
+
+MARGIN = 8.0  # the tolerance is that many times what was measured on a few images
+LEAST = 1e-5  # and at least that, relative to the largest output
+
+
+def export(
+    model: nn.Module,
+    denoiser: Denoiser,
+    images: Tensor,
+    path: str | Path,
+    *,
+    config: AdaptConfig = presets.FAST,
+    task: Task | None = None,
+    batch: int = 1,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Manifest:
+    """Compiles the whole adaptation of `batch` images under `config` into the package `path`, and measures it against the engine.
+
+    The package takes images [batch, 3, H, W] at the size that model and denoiser look at (Adapter.crop), holds the weights and needs
+    neither models nor config again: load() runs it in Python, dtta_embed.h in C++. It takes a C++ compiler here, not where it runs.
+
+    Args:
+        images: [N, 3, H, W] like those to come, N of `batch` and more: the tolerance is measured on them.
+        path: ends in .pt2. progress: told the name of each function before it is compiled.
+
+    Raises:
+        ValueError: something cannot be exported, or `images` or `path` is no good; the message says what, and nothing is written.
+    """
+    path = Path(path)
+    check_target(path, batch)
+    if not isinstance(images, Tensor) or images.ndim != 4 or len(images) < batch:
+        raise ValueError(f"images has shape {tuple(getattr(images, 'shape', ()))}; give [N, 3, H, W] with N of batch = {batch} and more")
+    check_exportable(config)
+    adapter = Adapter(model, denoiser, config.replace(compile="off"), task)
+    engine = adapter.engine
+    device = anchor(engine.model).device
+    if device.type != "cpu":
+        raise ValueError(f"model is on {device}, and packages are made for the CPU; move model and denoiser there")
+    ids = torch.arange(batch)
+    crop = adapter.crop(images[:batch])
+    adapter.adapt(crop, image_ids=ids)  # refuses what does not fit
+    made = functions(engine, crop, ids)
+    manifest = _manifest(engine, crop, made)
+    with tempfile.TemporaryDirectory() as folder:
+        draft = os.path.join(folder, "draft.pt2")
+        files = {name: _compiled(name, function, manifest if name == KEEPER else None, progress) for name, function in made.items()}
+        _write(draft, files)
+        manifest = _measured(manifest, adapter, draft, images, batch)
+        # the tolerance is known now: the function that keeps the manifest is compiled again, from the cache
+        files[KEEPER] = _compiled(KEEPER, made[KEEPER], manifest, progress)
+        written = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
+        try:
+            _write(str(written), files)
+            os.replace(written, path)
+        finally:
+            written.unlink(missing_ok=True)
+    return manifest
+
+
+def check_target(path: Path, batch: int) -> None:
+    """Raises ValueError where a package cannot be written to path, or for a batch that is none."""
+    if path.suffix != ".pt2" or path.is_dir() or not path.resolve().parent.is_dir():
+        raise ValueError(f"path is {str(path)!r}; give a file ending in .pt2 in a folder that exists")
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch is {batch!r}; give a whole number of 1 and more")
+
+
+def check_exportable(config: AdaptConfig) -> None:
+    """Raises ValueError where a package cannot hold this config."""
+    reasons = {
+        "method": ("adapt", "the diffusion classifier leaves classes out as it goes, which no fixed graph does"),
+        "parameters": ("all, norm, head or lora", "free logits start anew from each image's"),
+        "optimizer": ("sgd, adam or adamw", "bitsandbytes' kernels cannot be traced"),
+    }
+    for field, refused in (("method", ("diffusion_classifier", "ensemble")), ("parameters", ("logits",)), ("optimizer", ("adam8bit",))):
+        if getattr(config, field) in refused:
+            allowed, why = reasons[field]
+            raise ValueError(f"{field} is {getattr(config, field)!r}, which cannot be exported: {why}; allowed: {allowed}")
+
+
+def _compiled(name: str, function: Function, manifest: Manifest | None, progress: Callable[[str], None]) -> list[Any]:
+    """The files of one function."""
+    progress(name)
+    from torch._inductor import aot_compile
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    options = {"aot_inductor.package": True, "aot_inductor.metadata": {} if manifest is None else manifest.to_metadata()}
+    compiling.keep_cache()
+    example = tuple(tensor.clone() for tensor in function.example)  # of one tensor given twice, a trace would make one argument
+    try:
+        graph = make_fx(function.call, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+        with torch.no_grad():
+            program = torch.export.export(graph, example)
+            files: Any = aot_compile(program.module(), example, options=options)
+    except Exception as error:  # each of the three stages has kinds of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name!r}, one of the adaptation's functions, cannot be exported: {type(error).__name__}: {reason}") from error
+    return list(files)
+
+
+def _write(path: str, files: dict[str, list[Any]]) -> None:
+    from torch._inductor.package.package import package_aoti
+
+    package_aoti(path, files)
+
+
+def _manifest(engine: Engine, crop: Tensor, made: dict[str, Function]) -> Manifest:
+    config, state = engine.config, made["state"].call()
+    outputs = made["finish"].example[-3]
+    return Manifest(
+        format=FORMAT,
+        torch=torch.__version__.partition("+")[0],
+        device="cpu",
+        capability=torch.backends.cpu.get_cpu_capability(),
+        threads=torch.get_num_threads(),
+        weights=fingerprint(engine),
+        config=json.dumps(comparable(config)),
+        task=type(engine.task).__name__,
+        batch=len(crop),
+        height=crop.shape[2],
+        width=crop.shape[3],
+        outputs=" ".join(map(str, outputs.shape)),
+        steps=config.steps,
+        guard=config.guard,
+        evaluations=config.pairs * engine.problem.forwards(),
+        online=config.mode == "online",
+        state=json.dumps([[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in state]),
+    )
+
+
+def _measured(manifest: Manifest, adapter: Adapter, draft: str, images: Tensor, batch: int) -> Manifest:
+    """With the tolerance: the largest difference of outputs and losses from the engine's."""
+    package, farthest, largest, parts = load(draft), 0.0, 0.0, [part for part in images.split(batch) if len(part) == batch]
+    for number, part in enumerate(parts):
+        adapter.reset()
+        package.reset()
+        crop, ids = adapter.crop(part), torch.arange(batch) + number * batch
+        expected, found = adapter.adapt(crop, image_ids=ids), package.adapt(crop, image_ids=ids)
+        for theirs, ours in ((found.outputs, expected.outputs), (found.loss, expected.loss)):
+            farthest = max(farthest, float((theirs - ours).nan_to_num().abs().max()) if ours.numel() else 0.0)
+        largest = max(largest, float(expected.outputs.abs().max()))
+    tolerance = max(MARGIN * farthest, LEAST * largest)
+    values = {**manifest.__dict__, "tolerance": tolerance, "measured": farthest, "measured_images": len(parts) * batch}
+    return Manifest(**values)

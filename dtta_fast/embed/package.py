@@ -1,0 +1,131 @@
+"""A package at work in Python: the same calls as an Adapter's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtta_fast.adapter import Adapter
+from dtta_fast.embed.manifest import KEEPER, Manifest
+from dtta_fast.inputs import checked_deadline, checked_ids, checked_images
+from dtta_fast.result import AdaptResult
+from dtta_fast.runtime.clock import Clock, Pace
+
+
+def load(path: str | Path, adapter: Adapter | None = None) -> Package:
+    """Opens what export() wrote. Its code runs in this process: load packages of people you trust.
+
+    Args:
+        adapter: where it is given, the package has to hold its weights and compute what its config says.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no package there, or it does not fit this machine, this torch or the adapter; the message
+            lists what differs, and nothing of the package has run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path is {str(path)!r}, and there is no such file; write one by export() or `dtta export`")
+    loader: Any = torch._C._aoti.AOTIModelPackageLoader
+    try:
+        metadata = loader.load_metadata_from_package(str(path), KEEPER)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is no package of an adaptation: {str(error).splitlines()[0]}") from error
+    manifest = Manifest.from_metadata(metadata, path)
+    wrong = manifest.misfits() or ([] if adapter is None else manifest.differences(adapter.engine))
+    if wrong:
+        raise ValueError(f"{path} does not fit: {'; '.join(wrong)}. Export it again")
+    names = ["state", "start", "step", "finish", *(["losses"] if manifest.guard else []), "decide"]
+    return Package(manifest, {name: loader(str(path), name, False, 1, -1) for name in names})
+
+
+class Package:
+    """An adaptation that was compiled ahead: adapt() as an Adapter's, for images of one size and number. Threads take turns.
+
+    Attributes:
+        manifest: what it was made of.
+    """
+
+    def __init__(self, manifest: Manifest, functions: dict[str, Any]) -> None:
+        self.manifest = manifest
+        self._functions = functions
+        self._lock = threading.Lock()
+        self._pace = Pace()
+        self._initial: list[Tensor] = self._run("state")
+        self._state = [tensor.clone() for tensor in self._initial]
+
+    def _run(self, name: str, *tensors: Tensor) -> list[Tensor]:
+        found: list[Tensor] = self._functions[name].run(list(tensors))
+        return found
+
+    @torch.no_grad()
+    def adapt(self, images: Tensor, *, image_ids: Tensor | None = None, deadline_ms: float | None = None) -> AdaptResult:
+        """Adapts to a batch and predicts: Adapter.adapt, for images [batch, 3, height, width] of the manifest's size.
+
+        Raises:
+            ValueError: bad input; nothing has changed.
+        """
+        start, manifest = time.perf_counter(), self.manifest
+        images = checked_images(images, torch.device("cpu"))
+        expected = (manifest.batch, 3, manifest.height, manifest.width)
+        if tuple(images.shape) != expected:
+            raise ValueError(f"images has shape {tuple(images.shape)}; this package takes {list(expected)}")
+        image_ids = checked_ids(image_ids, images)
+        deadline = None if deadline_ms is None else start + checked_deadline(deadline_ms) / 1000
+        with self._lock:
+            return self._adapt(images.float().contiguous(), image_ids.contiguous(), deadline)
+
+    def _adapt(self, images: Tensor, image_ids: Tensor, deadline: float | None) -> AdaptResult:
+        manifest, state, pace, clock = self.manifest, self._state, self._pace, Clock(images.device)
+        with clock.phase("encode"):
+            if not manifest.online:
+                torch._foreach_copy_(state, self._initial)
+            inputs, x0, before, first, asked = self._run("start", images, *(state if manifest.online else []))
+        losses: list[Tensor] = []
+        after, standing, accepted, fresh = first, before, torch.zeros_like(asked), torch.zeros_like(asked).expand(2, -1).contiguous()
+        if bool(asked.any()):
+            kept = [tensor.clone() for tensor in state] if manifest.online else []
+            with clock.phase("adapt"):
+                for _ in range(manifest.steps):
+                    if deadline is not None and clock.now() + pace.step.expected + pace.end.expected + pace.guard.expected > deadline:
+                        break
+                    with pace.step.timed(clock, wanted=True):
+                        losses += self._run("step", *state, inputs, x0, image_ids)
+                with pace.end.timed(clock, wanted=True):
+                    after, standing, accepted, fresh = self._run("finish", *state, inputs, before, first, asked)
+            if kept and not all(bool(tensor.isfinite().all()) for tensor in state):
+                torch._foreach_copy_(state, kept)  # a batch after which the weights are not finite leaves no trace
+        begun = clock.now()
+        with clock.phase("guard"):
+            known = [x0.new_zeros(len(x0), max(1, manifest.guard))] * 3
+            if bool(fresh.any()):
+                wanted = (True, bool(fresh[0].any()), bool(fresh[1].any()))
+                for i, outputs in enumerate((before, after, first)):
+                    if wanted[i]:
+                        (known[i],) = self._run("losses", outputs, x0, image_ids, state[-1])
+                pace.guard.note(clock.now() - begun)
+            outputs, accepted, predictions, predictions_before = self._run(
+                "decide", before, after, first, standing, accepted, fresh, *known
+            )
+        loss = torch.stack(losses, dim=1) if losses else x0.new_empty(len(x0), 0)
+        loss = torch.where(asked[:, None], loss, torch.nan)
+        spent = asked * (len(losses) * manifest.evaluations) + manifest.guard * (fresh.any(0) + fresh.sum(0))
+        return AdaptResult(
+            outputs, before, predictions, predictions_before, loss, accepted, len(losses), spent.to(torch.int64), clock.seconds
+        )
+
+    def warmup(self, images: Tensor) -> None:
+        """Runs what adapt() runs, twice, so that its steps are timed; nothing of it stays in an online state."""
+        kept = [tensor.clone() for tensor in self._state]
+        for _ in range(2):
+            self.adapt(images)
+        torch._foreach_copy_(self._state, kept)
+
+    def reset(self) -> None:
+        """Back to the weights of the export and an empty optimizer."""
+        with self._lock:
+            torch._foreach_copy_(self._state, self._initial)
