@@ -112,7 +112,7 @@ def _compiled(name: str, function: Function, manifest: Manifest | None, progress
     compiling.keep_cache()
     example = tuple(tensor.clone() for tensor in function.example)  # of one tensor given twice, a trace would make one argument
     try:
-        graph = make_fx(function.call, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+        graph = make_fx(function.call, tracing_mode="real", _allow_non_fake_inputs=True)(*example)
         with torch.no_grad():
             program = torch.export.export(graph, example)
             files: Any = aot_compile(program.module(), example, options=options)

@@ -17,7 +17,7 @@ from dtta_fast.engine import Engine
 
 FORMAT = 1  # of the functions in a package and of its manifest; session.cpp reads the same
 CAPABILITIES = ("DEFAULT", "NO AVX", "AVX2", "AVX512")  # of processors, each with what those before it have
-KEEPER = "start"  # the function whose metadata the manifest is
+KEEPER = "decide"  # the function whose metadata the manifest is
 UNUSED = ("compile", "memory_budget", "chunk")  # settings that do not change what a package computes
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dtta_fast.config import AdaptConfig
@@ -67,9 +66,9 @@ class Segmentation(DenseTask):
         return at_latent_size(shares, denoiser), table[chosen]
 
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
-        one_hot = F.one_hot(outputs.argmax(1), outputs.shape[1]).movedim(-1, 1)
         table = denoiser.class_embeddings({})
-        return _mixed(one_hot.to(table.dtype), denoiser, table)
+        one_hot = torch.zeros_like(outputs, dtype=table.dtype).scatter(1, outputs.argmax(1, keepdim=True), 1.0)  # F.one_hot reads values
+        return _mixed(one_hot, denoiser, table)
 
     def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
         return resized(outputs, size).argmax(1)

@@ -27,7 +27,7 @@ using Clock = std::chrono::steady_clock;
 using Metadata = std::unordered_map<std::string, std::string>;
 
 constexpr char kFormat[] = "1";      /* dtta_fast/embed/manifest.py */
-constexpr char kKeeper[] = "start";  /* the function whose metadata the manifest is */
+constexpr char kKeeper[] = "decide"; /* the function whose metadata the manifest is */
 constexpr int64_t kWords = int64_t{1} << 32;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }

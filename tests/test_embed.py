@@ -1,0 +1,281 @@
+"""The digits package, compiled: in Python and in a C++ host it gives what the engine gives, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dtta_fast import AdaptConfig, Adapter, embed, presets, zoo
+from dtta_fast.cli import main
+from dtta_fast.data.corruptions import DIGITS_C, corrupt
+from dtta_fast.embed.manifest import KEEPER
+
+ROOT = Path(__file__).parents[1]
+COUNT = 40  # images: some are left alone, some adapted, some guarded
+
+
+@pytest.fixture(scope="module")
+def digits():
+    clean, _ = zoo.example("digits")
+    kinds = list(DIGITS_C.items())
+    return torch.cat([corrupt(clean[i : i + 1], *kinds[i % len(kinds)], first_id=i) for i in range(COUNT)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("package")
+
+
+@pytest.fixture(scope="module")
+def package(folder):
+    """Written by the command, FAST, batches of one: about two minutes."""
+    path = folder / "digits.pt2"
+    main(["export", str(path), "--measured", "8", "--json", str(folder / "manifest.json")])
+    return path
+
+
+@pytest.fixture(scope="module")
+def expected(digits):
+    adapter = Adapter(*zoo.load("digits"), presets.FAST)
+    return [adapter.adapt(digits[i : i + 1], image_ids=torch.tensor([i])) for i in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def measure(folder):
+    """The C++ host of bench/embed."""
+    build = folder / "build"
+    given = [f"-DPython3_EXECUTABLE={sys.executable}"]
+    subprocess.run(["cmake", "-S", str(ROOT / "bench" / "embed"), "-B", str(build), *given], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(build)], check=True, capture_output=True)
+    return build / "measure"
+
+
+@pytest.fixture(scope="module")
+def images(folder, digits):
+    path = folder / "images.f32"
+    digits.numpy().tofile(path)
+    return path
+
+
+def test_the_images_take_every_way(expected):
+    evaluations = {int(result.evaluations) for result in expected}
+    assert {0, 12} < evaluations or {0, 60} <= evaluations
+    assert any(bool(result.accepted) for result in expected)
+
+
+def test_python_equals_the_engine(package, digits, expected):
+    loaded = embed.load(package)
+    tolerance = loaded.manifest.tolerance
+    assert 0 < tolerance < 0.05
+    for i, result in enumerate(expected):
+        found = loaded.adapt(digits[i : i + 1], image_ids=torch.tensor([i]))
+        for name in ("outputs", "outputs_before", "loss"):
+            torch.testing.assert_close(getattr(found, name), getattr(result, name), rtol=0, atol=tolerance, equal_nan=True)
+        for name in ("predictions", "predictions_before", "accepted", "evaluations"):
+            assert torch.equal(getattr(found, name), getattr(result, name)), (i, name)
+
+
+def test_cpp_equals_the_engine(package, measure, images, folder, expected):
+    tolerance = json.loads((folder / "manifest.json").read_text())["tolerance"]
+    run = subprocess.run([measure, "outputs", package, images], check=True, capture_output=True, text=True)
+    rows = json.loads(run.stdout)
+    assert len(rows) == COUNT
+    for i, (row, result) in enumerate(zip(rows, expected, strict=True)):
+        for name in ("outputs", "outputs_before", "loss"):
+            theirs, ours = torch.tensor(row[name]), getattr(result, name)[0]
+            if name == "loss" and not len(theirs):  # left alone: the batch made no step
+                assert not bool(result.evaluations)
+                continue
+            torch.testing.assert_close(theirs, ours, rtol=0, atol=tolerance)
+        assert row["predictions"] == result.predictions.tolist(), i
+        assert row["evaluations"] == result.evaluations.tolist(), i
+        assert row["accepted"] == result.accepted.int().tolist(), i
+
+
+def test_cpp_refuses_bad_input_and_lives(package, measure, images):
+    run = subprocess.run([measure, "refusals", package, images], check=True, capture_output=True, text=True)
+    found = json.loads(run.stdout)
+    told = {row["what"]: (row["code"], row["message"]) for row in found["told"]}
+    bad_file, misfit, bad_argument = 0, 1, 2
+    for what, part in {
+        "width": "images is [1, 3, 32, 33]; this package takes [1, 3, 32, 32]",
+        "channels": "images is [1, 1, 32, 32]",
+        "batch": "images is [2, 3, 32, 32]",
+        "null": "without pixels",
+        "range": "images holds 200",
+        "nan": "images holds",
+        "deadline 0": "deadline_ms is 0; give a positive number",
+        "deadline -5": "deadline_ms is -5",
+        "deadline nan": "deadline_ms is",
+        "id": "image_ids holds 4294967296",
+        "ids": "image_ids has 2 entries",
+    }.items():
+        assert told[what][0] == bad_argument, what
+        assert part in told[what][1], what
+    assert told["weights"][0] == misfit
+    assert "0123456789abcdef was expected" in told["weights"][1]
+    assert told["missing"][0] == bad_file
+    assert found["alive"]  # four threads got what one got before
+
+
+def test_cpp_under_deadlines(package, measure, folder, digits):
+    """One that has passed makes no step and answers as before; a far one makes them all."""
+    alone = folder / "one.f32"
+    digits[9:10].numpy().tofile(alone)
+    run = subprocess.run([measure, "deadlines", package, alone, "0.001", "1e9"], check=True, capture_output=True, text=True)
+    rows = json.loads(run.stdout)
+    assert {row["steps"] for row in rows if row["deadline_ms"] < 1} == {0}
+    assert {row["steps"] for row in rows if row["deadline_ms"] > 1} == {presets.FAST.steps}
+
+
+def test_the_example_host(package, images, folder, expected):
+    assert len((ROOT / "examples" / "cpp" / "main.cpp").read_text().splitlines()) < 100
+    build = folder / "host"
+    source = ["-S", str(ROOT / "examples" / "cpp"), "-B", str(build), f"-DPython3_EXECUTABLE={sys.executable}"]
+    subprocess.run(["cmake", *source], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", str(build)], check=True, capture_output=True)
+    run = subprocess.run([build / "host", package, images], check=True, capture_output=True, text=True)
+    for i, result in enumerate(expected):
+        before, after = int(result.predictions_before), int(result.predictions)
+        assert f"image {i}: class {before} before, {after} after" in run.stdout
+    wrong = subprocess.run([build / "host", package, images, "0"], check=False, capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr.strip()) == (
+        2,
+        "host: deadline_ms is 0; give a positive number of milliseconds, counted from the call",
+    )
+
+
+def changed(package, target, **values):
+    """A copy of the package whose manifest says something else."""
+    with zipfile.ZipFile(package) as read, zipfile.ZipFile(target, "w") as written:
+        for entry in read.infolist():
+            content = read.read(entry)
+            if f"/{KEEPER}/" in entry.filename and entry.filename.endswith("_metadata.json"):
+                content = json.dumps({**json.loads(content), **values}).encode()
+            written.writestr(entry.filename.replace(Path(entry.filename).parts[0], Path(target).stem, 1), content)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"torch": "2.9.0"}, r"compiled by torch 2\.9\.0, and this is"),
+        ({"device": "cuda"}, "it is for device 'cuda'"),
+        ({"capability": "AVX2048"}, "its code takes AVX2048, and this processor has"),
+        ({"format": "0"}, "is of format 0, and this version reads 1"),
+        ({"steps": "many"}, "has a damaged manifest"),
+    ],
+)
+def test_packages_that_do_not_fit_here(package, measure, images, tmp_path, values, message):
+    """Refused by both hosts, before any of their code is loaded."""
+    other = changed(package, tmp_path / "other.pt2", **values)
+    with pytest.raises(ValueError, match=message):
+        embed.load(other)
+    run = subprocess.run([measure, "outputs", other, images], check=False, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "format '0'" in run.stderr or message.split(",")[0].replace("\\", "") in run.stderr
+
+
+def test_packages_of_other_adapters(package):
+    model, denoiser = zoo.load("digits")
+    embed.load(package, Adapter(model, denoiser, presets.FAST.replace(compile="off", memory_budget=10**9)))
+    with pytest.raises(ValueError, match="steps is 3 in it, and 4 in the adapter"):
+        embed.load(package, Adapter(model, denoiser, presets.FAST.replace(steps=4)))
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-6
+    with pytest.raises(ValueError, match="its weights have fingerprint"):
+        embed.load(package, Adapter(model, denoiser, presets.FAST))
+
+
+def test_files_that_are_no_packages(package, measure, images, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        embed.load(tmp_path / "none.pt2")
+    cut = tmp_path / "cut.pt2"
+    cut.write_bytes(package.read_bytes()[: package.stat().st_size // 2])
+    empty, words = tmp_path / "empty.pt2", tmp_path / "words.pt2"
+    empty.touch()
+    words.write_text("no archive")
+    other = tmp_path / "other_archive.pt2"
+    with zipfile.ZipFile(other, "w") as written:
+        written.writestr("other_archive/archive_format", "pt2")
+    for path in (cut, empty, words, other):
+        with pytest.raises(ValueError, match="is no package of an adaptation"):
+            embed.load(path)
+        run = subprocess.run([measure, "outputs", path, images], check=False, capture_output=True, text=True)
+        assert (run.returncode, "is no package of an adaptation" in run.stderr) == (2, True), run.stderr
+
+
+def test_bad_input_in_python(package, digits):
+    loaded = embed.load(package)
+    first = loaded.adapt(digits[9:10]).outputs
+    for images, keywords, message in (
+        (digits[:2], {}, r"images has shape \(2, 3, 32, 32\); this package takes \[1, 3, 32, 32\]"),
+        (digits[:1, :, :31], {}, "this package takes"),
+        (digits[:1] * 300, {}, "images lies in"),
+        (digits[:1], {"deadline_ms": 0}, "deadline_ms is 0; give a positive number"),
+        (digits[:1], {"image_ids": torch.tensor([-1])}, "image_ids"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loaded.adapt(images, **keywords)
+    assert torch.equal(loaded.adapt(digits[9:10]).outputs, first)
+
+
+class Undecided(nn.Module):
+    """Looks at a value to decide what to do, which no graph can."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x) if float(x.mean()) > -100 else self.model(-x)
+
+
+def test_a_model_that_cannot_be_exported_leaves_nothing_behind(model, denoiser, tmp_path):
+    images = torch.rand(2, 3, 16, 16)
+    target = tmp_path / "model.pt2"
+    target.write_text("an older one")
+    config = AdaptConfig(steps=1, pairs=2)
+    with pytest.raises(ValueError, match="'start', one of the adaptation's functions, cannot be exported"):
+        embed.export(Undecided(model.float()), denoiser.float(), images, target, config=config)
+    assert target.read_text() == "an older one"
+    assert os.listdir(tmp_path) == ["model.pt2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.onnx"], "path is 'model.onnx'; give a file ending in .pt2"),
+        (["m.pt2", "--parameters", "logits", "--precheck", "off"], "parameters is 'logits', which cannot be exported"),
+        (["m.pt2", "--batch", "0"], "batch is 0; give a whole number of 1 and more"),
+        (["m.pt2", "--batch", "4", "--measured", "2"], "measured is 2; give batch = 4 and more"),
+        (["m.pt2", "--model", "resnet18"], "model is 'resnet18' without a denoiser"),
+    ],
+)
+def test_bad_arguments_of_the_command(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_host_without_the_package_is_told(tmp_path):
+    """Of a Python that has no dtta_fast, CMake says what to give."""
+    if shutil.which("cmake") is None:
+        pytest.fail("cmake is missing: pip install cmake")
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
+    bare.chmod(0o755)
+    command = ["cmake", "-S", str(ROOT / "dtta_fast" / "embed" / "cpp"), "-B", str(tmp_path / "build"), f"-DPython3_EXECUTABLE={bare}"]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode != 0
+    assert "a Python that has dtta_fast" in " ".join(run.stderr.split())

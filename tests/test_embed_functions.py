@@ -1,0 +1,174 @@
+"""A package's flow on functions that are not compiled: for every kind of config it gives what an Adapter gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dtta_fast import AdaptConfig, Adapter, presets, zoo
+from dtta_fast.data.corruptions import DIGITS_C, corrupt
+from dtta_fast.embed.exporting import _manifest, check_exportable
+from dtta_fast.embed.functions import functions
+from dtta_fast.embed.package import Package
+from dtta_fast.tasks import Classification
+
+SMALL = AdaptConfig(steps=2, pairs=4, lr=3e-3)
+
+
+class Plain:
+    """Stands in for a compiled function."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def run(self, inputs):
+        return self.call(*inputs)
+
+
+class Traced(Plain):
+    """The graph that would be compiled: nothing of Python is left in it."""
+
+    def __init__(self, function):
+        example = [tensor.clone() for tensor in function.example]
+        super().__init__(make_fx(function.call, tracing_mode="real", _allow_non_fake_inputs=True)(*example))
+
+
+def made(adapter, images, kind):
+    """A package of an adapter for batches like `images`, without a compiler."""
+    ids = torch.arange(len(images))
+    found = functions(adapter.engine, adapter.crop(images), ids)
+    manifest = _manifest(adapter.engine, adapter.crop(images), found)
+    return Package(manifest, {name: kind(function) if kind is Traced else kind(function.call) for name, function in found.items()})
+
+
+def assert_same(found, expected, rtol=1e-5, atol=1e-5):
+    for name in ("outputs", "outputs_before", "loss"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=rtol, atol=atol, equal_nan=True)
+    for name in ("predictions", "predictions_before", "accepted", "evaluations"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert found.steps_run == expected.steps_run
+
+
+CONFIGS = {
+    "plain": SMALL,
+    "guard": SMALL.replace(guard=6, guard_threshold=0.5, optimizer="sgd", lr=0.5),  # a rate that changes answers
+    "sgd": SMALL.replace(optimizer="sgd", lr=0.5, weight_decay=1e-2),
+    "adamw": SMALL.replace(optimizer="adamw", weight_decay=1e-2),
+    "norm layers": SMALL.replace(parameters="norm"),
+    "denoiser adapts": SMALL.replace(denoiser_parameters="all"),
+    "lora": SMALL.replace(denoiser_parameters="lora", lora_rank=2),
+    "noise mixing": SMALL.replace(objective="noise_mix", top_k=3, drawn_classes=1),
+    "antithetic, l1, few classes": SMALL.replace(antithetic=True, loss="l1", top_k=2),
+    "chunks": SMALL.replace(chunk=1),
+    "online": SMALL.replace(mode="online"),
+    "online with a guard": SMALL.replace(mode="online", guard=4, optimizer="sgd", lr=0.5),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_flow_is_an_adapter_s(model, denoiser, images, name):
+    """Two calls, so that an online state goes on, and an episodic one starts anew; then one after reset()."""
+    model, denoiser, images = model.float(), denoiser.float(), images.float()
+    adapter = Adapter(model, denoiser, CONFIGS[name])
+    package = made(adapter, images[:3], Plain)
+    adapter.reset()
+    for part, ids in ((images[:3], [5, 6, 7]), (images[1:4], [1, 2, 3])):
+        assert_same(package.adapt(part, image_ids=torch.tensor(ids)), adapter.adapt(part, image_ids=torch.tensor(ids)))
+    adapter.reset()
+    package.reset()
+    expected = adapter.adapt(images[:3])
+    assert_same(package.adapt(images[:3]), expected)
+    if "guard" in name:
+        assert int(expected.evaluations.max()) > SMALL.steps * SMALL.pairs  # some answers were compared
+
+
+@pytest.mark.parametrize("name", ["guard", "denoiser adapts", "noise mixing", "online"])
+def test_the_graphs_are_the_functions(model, denoiser, images, name):
+    """What make_fx keeps holds for other images, ids and steps than it saw: nothing is baked in. By SGD, since Adam's first updates are
+    gradients' signs, of which rounding decides some (Adam's graph: test_digits_under_a_preset)."""
+    model, denoiser, images = model.float(), denoiser.float(), images.float()
+    adapter = Adapter(model, denoiser, CONFIGS[name].replace(optimizer="sgd", lr=0.1, denoiser_lr=0.1))
+    package = made(adapter, images[:2], Traced)
+    adapter.reset()
+    for part, ids in ((images[2:4], [8, 3]), (images[:2], [1, 2**32 - 1])):
+        keywords = {"image_ids": torch.tensor(ids)}
+        assert_same(package.adapt(part, **keywords), adapter.adapt(part, **keywords), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", ["FAST", "ONLINE"])
+def test_digits_under_a_preset(preset):
+    """Of the images some are left alone by FAST's pre-check, and some are adapted and guarded."""
+    model, denoiser = zoo.load("digits")
+    clean, _ = zoo.example("digits")
+    kinds = list(DIGITS_C.items())
+    images = torch.cat([corrupt(clean[i : i + 1], *kinds[i % len(kinds)], first_id=i) for i in (0, 9, 54, 55)])
+    adapter = Adapter(model, denoiser, presets.get(preset))
+    package = made(adapter, images, Traced)
+    adapter.reset()
+    found, expected = package.adapt(images), adapter.adapt(images)
+    assert_same(found, expected, rtol=1e-3, atol=1e-3)
+    if preset == "FAST":
+        assert 0 < int((expected.evaluations > 0).sum()) < len(images)
+
+
+def test_segmentation_under_its_preset():
+    model, denoiser = zoo.load("segmentation")
+    images, _ = zoo.example("segmentation")
+    adapter = Adapter(model, denoiser, presets.DENSE, zoo.task("segmentation"))
+    blurred = corrupt(images[:2], "gaussian_blur", 3)
+    package = made(adapter, blurred, Traced)
+    found, expected = package.adapt(adapter.crop(blurred)), adapter.adapt(blurred)
+    assert bool((expected.evaluations > 0).any())
+    torch.testing.assert_close(found.outputs, expected.outputs, rtol=1e-3, atol=1e-3)
+    assert torch.equal(found.predictions, expected.predictions)
+
+
+def test_a_deadline_that_has_passed_gives_the_answer_before(model, denoiser, images):
+    model, denoiser, images = model.float(), denoiser.float(), images.float()
+    adapter = Adapter(model, denoiser, SMALL)
+    package = made(adapter, images, Plain)
+    package.warmup(images)
+    found = package.adapt(images, deadline_ms=1e-6)
+    assert found.steps_run == 0
+    assert not found.evaluations.any()
+    torch.testing.assert_close(found.outputs, found.outputs_before)
+    assert package.adapt(images, deadline_ms=1e9).steps_run == SMALL.steps
+
+
+def test_warmup_leaves_an_online_state_as_it_was(model, denoiser, images):
+    model, denoiser, images = model.float(), denoiser.float(), images.float()
+    package = made(Adapter(model, denoiser, CONFIGS["online"]), images, Plain)
+    first = package.adapt(images)
+    package.reset()
+    package.warmup(images)
+    assert torch.equal(package.adapt(images).outputs, first.outputs)
+
+
+def test_a_batch_that_diverges_leaves_no_trace(model, denoiser, images):
+    model, denoiser, images = model.float(), denoiser.float(), images.float()
+    package = made(Adapter(model, denoiser, SMALL.replace(mode="online", optimizer="sgd", lr=1e38)), images, Plain)
+    before = [tensor.clone() for tensor in package._state]
+    package.adapt(images)
+    assert all(torch.equal(a, b) for a, b in zip(package._state, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "ensemble"}, "method is 'ensemble', which cannot be exported"),
+        ({"parameters": "logits"}, "parameters is 'logits', which cannot be exported"),
+        ({"optimizer": "adam8bit"}, "optimizer is 'adam8bit', which cannot be exported"),
+    ],
+)
+def test_configs_that_no_package_holds(changes, message):
+    with pytest.raises(ValueError, match=message):
+        check_exportable(AdaptConfig(**changes))
+
+
+def test_classes_that_cannot_occur(model, denoiser, images):
+    model, denoiser, images = model.float(), denoiser.float(), images.float()
+    adapter = Adapter(model, denoiser, SMALL, Classification(subset=[5, 0, 3]))
+    found = made(adapter, images, Traced).adapt(images)
+    assert_same(found, adapter.adapt(images), rtol=1e-4, atol=1e-4)
+    assert set(found.predictions.tolist()) <= {5, 0, 3}
