@@ -218,6 +218,74 @@ def own_time() -> str:
     return "\n".join(lines)
 
 
+def _embedded() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / "embed_cpu.json").read_text())
+    return found
+
+
+WAYS = ("eager", "compiled step", "package in Python", "package in C++")
+DTYPES = ("float32", "bfloat16")
+
+
+def embedding() -> str:
+    """A row a way and precision: step and call, their ratios, and what was held against the engine."""
+    found = _embedded()
+    lines = [
+        "| denoiser | way | step, ms | times eager's | times compiled's | call, ms | faster than eager | farthest output | loading, ms |"
+    ]
+    lines.append("|---" * 9 + "|")
+    for dtype in DTYPES:
+        of, median = found[dtype], statistics.median
+        step = {way: 1e3 * median(of["by turns"][way]["step"]) for way in WAYS}
+        call = {way: 1e3 * median(of["by turns"][way]["call"]) for way in WAYS}
+        for way in WAYS:
+            held = f"{of['differences'][way]:.1e} (tolerance {of['manifest']['tolerance']:.1e})" if way in of["differences"] else ""
+            loading = f"{1e3 * median(of['loads'][way]):.0f} (longest {1e3 * max(of['loads'][way]):.0f})" if way in of["loads"] else ""
+            lines.append(
+                f"| {dtype} | {way} | {step[way]:.1f} | {step['eager'] / step[way]:.2f} faster | {step[way] / step['compiled step']:.2f} | "
+                f"{call[way]:.1f} | {call['eager'] / call[way]:.2f} | {held} | {loading} |"
+            )
+    same = " and ".join(f"{found[dtype]['same predictions']} of {found['images']} in {dtype}" for dtype in DTYPES)
+    return "\n".join([*lines, "", f"Predictions of all three alike: {same}."])
+
+
+def latency() -> str:
+    found = _embedded()
+    lines = ["| denoiser | way | calls | p50 | p95 | p99 | p99 / p50 |", "|---" * 7 + "|"]
+    for dtype in DTYPES:
+        for way in WAYS:
+            seconds = found[dtype]["in a row"][way]
+            cuts = statistics.quantiles(seconds, n=100, method="inclusive")
+            p50, p95, p99 = (1e3 * cuts[i] for i in (49, 94, 98))
+            lines.append(f"| {dtype} | {way} | {len(seconds)} | {p50:.1f} | {p95:.1f} | {p99:.1f} | {p99 / p50:.2f} |")
+    return "\n".join(lines)
+
+
+def deadlines() -> str:
+    found = _embedded()["float32"]
+    lines = ["| way | deadline, ms | steps made | longest call, ms | over, in steps |", "|---" * 5 + "|"]
+    for way, calls in found["deadlines"].items():
+        step = 1e3 * statistics.median(found["by turns"][way]["step"])
+        for deadline in sorted({call["deadline_ms"] for call in calls}):
+            own = [call for call in calls if call["deadline_ms"] == deadline]
+            longest, made = 1e3 * max(call["seconds"] for call in own), sorted({int(call["steps"]) for call in own})
+            over = max(0.0, longest - deadline) / step
+            lines.append(
+                f"| {way} | {deadline:.0f} | {' to '.join(map(str, dict.fromkeys((made[0], made[-1]))))} | {longest:.1f} | {over:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def threads() -> str:
+    found = _embedded()["threads"]
+    memory, calls = found["mebibytes"], sum(found["calls"])
+    return (
+        f"{found['threads']} threads on one adapter for {found['seconds']:.0f} s (`python bench/embed/threads.py`): {calls} calls, "
+        f"{found['wrong']} with another result than the serial one, bit for bit; resident memory {memory[2]:.0f} MiB after 10 s, "
+        f"{memory[-1]:.0f} MiB at the end."
+    )
+
+
 TABLES = {
     "README.md": {
         "quality": lambda: quality("digits"),
@@ -228,6 +296,7 @@ TABLES = {
     },
     "docs/performance.md": {"real sizes": real_sizes},
     "docs/evaluation.md": {"own time": own_time},
+    "docs/embedding.md": {"embedding": embedding, "latency": latency, "deadlines": deadlines, "threads": threads},
     "docs/quality.md": {
         "open vocabulary by corruption": lambda: by_corruption("open_vocabulary"),
         "ablations": lambda: quality("digits_ablations"),

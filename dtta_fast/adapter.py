@@ -16,7 +16,7 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.engine import Engine, anchor
 from dtta_fast.inputs import check_draws, checked_deadline, checked_ids, checked_images, checked_latents
-from dtta_fast.parameters import select
+from dtta_fast.parameters import math_attention, select
 from dtta_fast.result import AdaptResult, Group, assembled
 from dtta_fast.runtime.clock import Clock, Pace
 from dtta_fast.runtime.torch_state import TorchState
@@ -84,6 +84,12 @@ class Adapter:
         self._warming = False  # every step is timed, and the guard run whether an answer changed or not
         self._paces: dict[tuple[int, int | None], Pace] = {}  # by images at once, and pairs where they are given
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}  # a copy has a lock of its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
     @property
     def config(self) -> AdaptConfig:
         return self.engine.config
@@ -107,8 +113,8 @@ class Adapter:
             latents: [B, C, h, w], x0 where it is encoded already. timesteps [B, steps, P] and noise [B, steps, P, C, h, w]
                 replace the drawn ones.
             deadline_ms: milliseconds from now within which to answer: no step is begun that would end later, going by the upper
-                quartile of this session's last steps for a batch of this shape, and of what comes after them. The first call has
-                nothing to go by: see warmup.
+                quartile of this session's last steps for a batch of this shape, and of what comes after them. Where no time is left
+                for the guard, the answer from before stands. The first call has nothing to go by: see warmup.
 
         Raises:
             ValueError: bad input; nothing has changed. RuntimeError: called under torch.inference_mode().
@@ -149,6 +155,7 @@ class Adapter:
             except BaseException as error:  # Ctrl-C too leaves tensors of ours in the private modules
                 self._paces.clear()  # what follows runs otherwise
                 torch_state.restore()
+                math_attention.leave()
                 if not engine.failed(error):
                     raise
         if self.config.mode == "online" and state is not None:
@@ -235,7 +242,8 @@ class Adapter:
         with clock.phase("guard"):
             if self._warming:
                 engine.warm_guard(before, x0, image_ids, state.step)
-            outputs, accepted, evaluations = engine.guard(before, candidates, x0, image_ids, state.step)
+            in_time = deadline is None or begun + pace.guard.expected <= deadline
+            outputs, accepted, evaluations = engine.guard(before, candidates, x0, image_ids, state.step, in_time)
         if self._warming or (timed and bool(evaluations.any())):  # where no answer changed, there was nothing to time
             pace.guard.note(clock.now() - begun)
         loss = torch.stack(losses, dim=1) if losses else x0.new_empty(len(inputs), 0)
@@ -311,15 +319,17 @@ class Adapter:
                 DoRA's magnitudes, biases).
         """
         kinds = (self.config.parameters, self.config.denoiser_parameters)
-        if self._state is None or "lora" not in kinds:
+        state = self._state
+        if state is None or "lora" not in kinds:
             raise ValueError(
                 f"there are no adapters to save: parameters is {kinds[0]!r}, denoiser_parameters {kinds[1]!r}, mode "
                 f"{self.config.mode!r}; an online adapter with 'lora' has some after its first batch"
             )
-        if kinds[0] == "lora":
-            lora.save(Path(folder), self.engine.problem.model, self._state.theta, unet=False)
-        if kinds[1] == "lora":
-            lora.save(Path(folder), self.engine.problem.denoiser, self._state.phi, unet=True)
+        with self._lock:  # which weights are adapters is read off the private modules
+            if kinds[0] == "lora":
+                lora.save(Path(folder), self.engine.problem.model, state.theta, unet=False)
+            if kinds[1] == "lora":
+                lora.save(Path(folder), self.engine.problem.denoiser, state.phi, unet=True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what state_dict() gave under the same config and models.
@@ -336,13 +346,13 @@ class Adapter:
             raise ValueError(f"state has {', '.join(state)}; state_dict() gives {', '.join(State._fields)}")
         new = State(**state)
         engine = self.engine
-        expected = initial_state(engine.problem, *engine.source(), torch.empty(0, device=anchor(engine.model).device))
-        for field in ("theta", "phi"):
-            shapes = [{name: p.shape for name, p in getattr(s, field).items()} for s in (new, expected)]
-            slots = [[[(p.shape, p.dtype) for p in tensors] for tensors in getattr(s, f"{field}_slots")] for s in (new, expected)]
-            if shapes[0] != shapes[1] or slots[0] != slots[1]:
-                raise ValueError(f"state's {field} holds other weights, or another optimizer's memory, than this adapter's")
         with self._lock:
+            expected = initial_state(engine.problem, *engine.source(), torch.empty(0, device=anchor(engine.model).device))
+            for field in ("theta", "phi"):
+                shapes = [{name: p.shape for name, p in getattr(s, field).items()} for s in (new, expected)]
+                slots = [[[(p.shape, p.dtype) for p in tensors] for tensors in getattr(s, f"{field}_slots")] for s in (new, expected)]
+                if shapes[0] != shapes[1] or slots[0] != slots[1]:
+                    raise ValueError(f"state's {field} holds other weights, or another optimizer's memory, than this adapter's")
             self._state = new
 
 

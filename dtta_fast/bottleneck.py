@@ -10,6 +10,7 @@ import torch
 from dtta_fast.config import AdaptConfig
 from dtta_fast.roofline import Peak, attained, measured_peak
 from dtta_fast.runtime.counting import Count
+from dtta_fast.runtime.phases import OTHER
 
 NEAR = 0.2  # share of a peak from which on it is what bounds: the peak is of one large operator that nothing interrupts
 SMALL = 5e-5  # seconds that an operator's work would take at the peaks: below them, what the call itself costs counts
@@ -57,7 +58,7 @@ class Row:
 
 def bottleneck(phases: Sequence[Row], config: AdaptConfig, peak: Peak, device: torch.device) -> str:
     """A sentence on the longest phase: what its figures say that it is bound by, and what would shorten it."""
-    row = max(phases, key=lambda phase: phase.seconds)
+    row = max((phase for phase in phases if phase.name != OTHER), key=lambda phase: phase.seconds)  # what no phase explains has no remedy
     shares = f"{100 * row.of_flops:.0f} % of the {peak.dtype} peak and {100 * row.of_bytes:.0f} % of the memory bandwidth"
     found = f"{row.name[0].upper()}{row.name[1:]} takes {100 * row.share:.0f} % of the time at {shares}: "
     each = row.seconds / row.calls if row.calls else 0.0

@@ -264,10 +264,10 @@ class Engine:
         return outputs
 
     def guard(
-        self, before: Tensor, candidates: list[Tensor], x0: Tensor, image_ids: Tensor, step_number: Tensor
+        self, before: Tensor, candidates: list[Tensor], x0: Tensor, image_ids: Tensor, step_number: Tensor, in_time: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """step.guard: outputs that stand, whether they are others than before, evaluations."""
-        return step.guard(self.problem, before, candidates, x0, image_ids, step_number)
+        return step.guard(self.problem, before, candidates, x0, image_ids, step_number, in_time)
 
     def classify(self, outputs: Tensor, x0: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The answers of the methods that train nothing, [B, K], and evaluations [B]."""

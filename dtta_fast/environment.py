@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -26,3 +27,8 @@ def describe() -> dict[str, str]:
     for device in ("cpu", "cuda"):
         found[f"ops on {device}"] = "{}: {}".format(*backends.serving(device))
     return found
+
+
+def load_average() -> list[float] | None:
+    """Over 1, 5 and 15 minutes; None where the system has none (Windows)."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None

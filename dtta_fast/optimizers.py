@@ -114,15 +114,17 @@ def _by_operators_(
     momentum: float,
     weight_decay: float,
 ) -> None:
+    # exported, lr is a constant, and Inductor's foreach operators take none that is a tensor
     if weight_decay and optimizer == "adamw":
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        for p in parameters:
+            p.mul_(1 - lr * weight_decay)
     elif weight_decay:
         gradients = list(torch._foreach_add(gradients, parameters, alpha=weight_decay))
     if optimizer == "sgd":
         (velocity,) = slots
         torch._foreach_mul_(velocity, momentum)
         torch._foreach_add_(velocity, gradients)
-        torch._foreach_sub_(parameters, torch._foreach_mul(velocity, lr))
+        torch._foreach_sub_(parameters, [v * lr for v in velocity])
         return
     first, second = slots
     torch._foreach_lerp_(first, gradients, 1 - BETA1)

@@ -114,36 +114,43 @@ class _VmappableAttention(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self._math and function is F.scaled_dot_product_attention:
-            return torch._scaled_dot_product_attention_math(*args, **(kwargs or {}))[0]
-        if self._math and function is F.multi_head_attention_forward:  # calls the other where no mode sees it
-            with _math_attention:
-                return function(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        attention = function is F.scaled_dot_product_attention
+        if self._math and attention and len(args) < 4 and kwargs.get("attn_mask") is None:
+            return torch._scaled_dot_product_attention_math(*args, **kwargs)[0]
+        # torch turns masks into what the operator takes; multi_head_attention_forward calls attention where no mode sees it
+        if self._math and (attention or function is F.multi_head_attention_forward):
+            with math_attention:
+                return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
-class _MathAttention:
+class MathAttention:
     """torch's switch to attention by plain operators, which is the process's: on while any thread is within, then as it was."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._within = 0
+        self._within: set[int] = set()
         self._switch = ExitStack()
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._within:
                 self._switch.enter_context(sdpa_kernel(SDPBackend.MATH))
-            self._within += 1
+            self._within.add(threading.get_ident())
 
     def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """This thread is not within: also where an interrupt came before it could say so."""
         with self._lock:
-            self._within -= 1
+            self._within.discard(threading.get_ident())
             if not self._within:
                 self._switch.close()
 
 
-_math_attention = _MathAttention()
+math_attention = MathAttention()
 
 
 def _vmappable_attention(device: torch.device) -> AbstractContextManager[Any]:

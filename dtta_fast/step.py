@@ -208,19 +208,19 @@ def _update_(config: AdaptConfig, moving: Parameters, gradients: Tensors, slots:
 
 @torch.no_grad()
 def guard(
-    problem: Problem, before: Tensor, candidates: list[Tensor], x0: Tensor, image_ids: Tensor, step: Tensor
+    problem: Problem, before: Tensor, candidates: list[Tensor], x0: Tensor, image_ids: Tensor, step: Tensor, in_time: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which outputs stand, [B, ...]; whether they are others than those from before, [B] bool; denoiser evaluations spent on it, [B].
 
     Where an answer changed, every answer conditions the source denoiser on the same pairs, held out from the adaptation. The one from
     before stands, unless another's loss is lower by a paired test: its mean difference and guard_threshold standard errors are below
     0; of several the one whose sum is lowest. Of equal answers the earlier candidate stands. Outputs that are not finite never do.
-    Without a guard the first candidate stands.
+    Without a guard the first candidate stands. Without time to compare (in_time) no changed answer does.
     """
     config, evaluations = problem.config, torch.zeros_like(image_ids)
     standing, accepted, fresh = compared(problem, before, candidates)
     asked = torch.stack(fresh).any(0)
-    if not config.guard or not asked.any():
+    if not config.guard or not in_time or not asked.any():
         return standing, accepted, evaluations
     losses = _losses_where(problem, before, asked, x0, image_ids, step)
     changed = [_losses_where(problem, *asking, x0, image_ids, step) for asking in zip(candidates, fresh, strict=True)]

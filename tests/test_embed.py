@@ -124,6 +124,8 @@ def test_cpp_refuses_bad_input_and_lives(package, measure, images):
     assert told["weights"][0] == misfit
     assert "0123456789abcdef was expected" in told["weights"][1]
     assert told["missing"][0] == bad_file
+    assert told["state"][0] == bad_argument
+    assert "this one is episodic" in told["state"][1]
     assert found["alive"]  # four threads got what one got before
 
 
@@ -154,6 +156,28 @@ def test_the_example_host(package, images, folder, expected):
     )
 
 
+def test_an_online_package_of_other_models(model, denoiser, measure, tmp_path):
+    """Two images in a call, no guard, LoRA in the denoiser: a stream in both hosts, and its state taken from call to call."""
+    config = AdaptConfig(steps=1, pairs=2, mode="online", optimizer="sgd", lr=0.1, denoiser_parameters="lora", denoiser_lr=0.1, lora_rank=2)
+    model, denoiser = model.float(), denoiser.float()
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    path, floats = tmp_path / "online.pt2", tmp_path / "images.f32"
+    manifest = embed.export(model, denoiser, (images * 255).to(torch.uint8), path, config=config, batch=2)
+    images.numpy().tofile(floats)
+    adapter, package = Adapter(model, denoiser, config), embed.load(path)
+    run = subprocess.run([measure, "outputs", path, floats], check=True, capture_output=True, text=True)
+    for i, row in enumerate(json.loads(run.stdout)):
+        part, ids = images[2 * i : 2 * i + 2], torch.arange(2 * i, 2 * i + 2)
+        expected, found = adapter.adapt(part, image_ids=ids), package.adapt(part, image_ids=ids)
+        for theirs in (found.outputs, torch.tensor(row["outputs"]).reshape(2, -1)):
+            torch.testing.assert_close(theirs, expected.outputs, rtol=0, atol=max(manifest.tolerance, 1e-4))
+        assert row["evaluations"] == expected.evaluations.tolist() == found.evaluations.tolist() == [2, 2]
+    run = subprocess.run([measure, "stream", path, floats], check=True, capture_output=True, text=True)
+    told = json.loads(run.stdout)
+    assert (told["again"], told["moves"], told["fresh"]) == (1, 1, 1)
+    assert "state is not of this package" in told["damaged"]
+
+
 def changed(package, target, **values):
     """A copy of the package whose manifest says something else."""
     with zipfile.ZipFile(package) as read, zipfile.ZipFile(target, "w") as written:
@@ -170,6 +194,7 @@ def changed(package, target, **values):
     [
         ({"torch": "2.9.0"}, r"compiled by torch 2\.9\.0, and this is"),
         ({"device": "cuda"}, "it is for device 'cuda'"),
+        ({"instructions": "sse2 avx2048f"}, "its code may take avx2048f, which this processor does not have"),
         ({"capability": "AVX2048"}, "its code takes AVX2048, and this processor has"),
         ({"format": "0"}, "is of format 0, and this version reads 1"),
         ({"steps": "many"}, "has a damaged manifest"),

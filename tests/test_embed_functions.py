@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dtta_fast import AdaptConfig, Adapter, presets, zoo
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
+from dtta_fast.embed import package as package_module
 from dtta_fast.embed.exporting import _manifest, check_exportable
 from dtta_fast.embed.functions import functions
 from dtta_fast.embed.package import Package
+from dtta_fast.runtime import clock
 from dtta_fast.tasks import Classification
 
 SMALL = AdaptConfig(steps=2, pairs=4, lr=3e-3)
@@ -122,6 +126,88 @@ def test_segmentation_under_its_preset():
     assert bool((expected.evaluations > 0).any())
     torch.testing.assert_close(found.outputs, expected.outputs, rtol=1e-3, atol=1e-3)
     assert torch.equal(found.predictions, expected.predictions)
+
+
+class Slow(Plain):
+    """Takes so many seconds, on a clock that nothing else moves."""
+
+    def __init__(self, function, now, seconds):
+        super().__init__(function.call)
+        self.now, self.seconds = now, seconds
+
+    def run(self, inputs):
+        self.now[0] += self.seconds
+        return super().run(inputs)
+
+
+@pytest.mark.parametrize(
+    ("deadline", "steps", "evaluations"), [(25, 0, 0), (85, 0, 0), (105, 0, 12), (115, 1, 16), (125, 2, 20), (900, 2, 20)]
+)
+def test_deadlines_are_kept(model, denoiser, images, monkeypatch, deadline, steps, evaluations):
+    """A step takes 10 ms, a forward before and after 20 ms each, the guard 20 ms an answer; where it would come too late, the answer from
+    before stands."""
+    now = [0.0]
+    for module in (package_module, clock):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    adapter = Adapter(model.float(), denoiser.float(), CONFIGS["guard"].replace(steps=2, lr=3.0))
+    images = images.float()[:1]
+    found = functions(adapter.engine, adapter.crop(images), torch.arange(1))
+    seconds = {"state": 0.0, "start": 0.02, "step": 0.01, "finish": 0.02, "losses": 0.02, "decide": 0.0}
+    # whatever the weights, the answer after is another than the one before
+    slow = {name: Slow(function, now, seconds[name]) for name, function in found.items()}
+    finish = slow["finish"].call
+    slow["finish"].call = lambda *inputs: [*finish(*inputs)[:3], torch.tensor([[True], [False]])]
+    package = Package(_manifest(adapter.engine, adapter.crop(images), found), slow)
+    package.warmup(images)  # knows a step of 10 ms, an end of 20, a guard of 60: of all three answers
+    began = now[0]
+    result = package.adapt(images, deadline_ms=deadline)
+    assert (result.steps_run, int(result.evaluations)) == (steps, evaluations)
+    assert now[0] - began <= max(deadline, 40) / 1000 + 1e-9  # two forwards are the least
+
+
+def test_a_call_that_fails_leaves_no_trace(model, denoiser, images):
+    model, denoiser, images = model.float(), denoiser.float(), images.float()
+    package = made(Adapter(model, denoiser, CONFIGS["online"]), images, Plain)
+    package.adapt(images)
+    before, finish = [tensor.clone() for tensor in package._state], package._functions["finish"]
+
+    def fails(inputs):
+        raise RuntimeError("no memory")
+
+    package._functions["finish"] = SimpleNamespace(run=fails)
+    for call in (package.adapt, package.warmup):
+        with pytest.raises(RuntimeError, match="no memory"):
+            call(images)
+        assert all(torch.equal(a, b) for a, b in zip(package._state, before, strict=True))
+    package._functions["finish"] = finish
+    assert package.adapt(images).steps_run == SMALL.steps
+
+
+def test_a_state_goes_on_elsewhere(model, denoiser, images):
+    model, denoiser, images = model.float(), denoiser.float(), images.float()
+    with torch.inference_mode():  # a package may be loaded under it, and used without
+        first, other, episodic = (made(Adapter(model, denoiser, CONFIGS[name]), images, Plain) for name in ("online", "online", "plain"))
+    first.adapt(images)
+    state = first.state_dict()
+    expected = first.adapt(images).outputs
+    other.load_state_dict(state)
+    assert torch.equal(other.adapt(images).outputs, expected)
+    other.load_state_dict(state)  # which later calls have not written to
+    assert torch.equal(other.adapt(images).outputs, expected)
+    for wrong in ({}, {**state, "weights": "0"}, {**state, "state": state["state"][:-1]}):
+        with pytest.raises(ValueError, match="state "):
+            other.load_state_dict(wrong)
+    with pytest.raises(ValueError, match="this one is episodic"):
+        episodic.load_state_dict(state)
+
+
+def test_other_tasks_are_told_apart(model, denoiser, images):
+    model, denoiser, images = model.float(), denoiser.float(), images.float()
+    own = made(Adapter(model, denoiser, SMALL), images, Plain).manifest
+    assert own.differences(Adapter(model, denoiser, SMALL.replace(compile="off", chunk=2)).engine) == []
+    for task in (Classification(subset=[5, 0, 3]), Classification(normalise=lambda crop: crop / 2)):
+        (said,) = own.differences(Adapter(model, denoiser, SMALL, task).engine)
+        assert said.startswith("its task is Classification ")
 
 
 def test_a_deadline_that_has_passed_gives_the_answer_before(model, denoiser, images):

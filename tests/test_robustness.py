@@ -133,6 +133,40 @@ def test_attention_modules_of_torch(denoiser, images, mode):
     assert float((result.outputs - result.outputs_before).abs().max()) > 1e-4
 
 
+@pytest.mark.parametrize("mask", ["none", "bool", "added", "positional"])
+def test_attention_under_a_mask(denoiser, images, mask):
+    """Images at once, each with weights of its own, give what they give one by one: a mask of truth values is no number to add."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(4)
+            self.patches = nn.Conv2d(3, 24, 4, 4)
+            self.head = nn.Linear(8, 7)
+            allowed = torch.rand(16, 16) > 0.5
+            allowed.fill_diagonal_(True)
+            self.register_buffer("allowed", allowed)
+
+        def forward(self, x):
+            q, k, v = self.patches(x).flatten(2).mT.unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            added = torch.zeros(16, 16, dtype=x.dtype).masked_fill(~self.allowed, -torch.inf)
+            attend = nn.functional.scaled_dot_product_attention
+            found = {
+                "none": lambda: attend(q, k, v),
+                "bool": lambda: attend(q, k, v, attn_mask=self.allowed),
+                "added": lambda: attend(q, k, v, attn_mask=added),
+                "positional": lambda: attend(q, k, v, self.allowed),
+            }[mask]()
+            return self.head(found.transpose(1, 2).flatten(2).mean(1))
+
+    config = AdaptConfig(steps=2, pairs=2, optimizer="sgd", lr=0.1)
+    adapter = Adapter(Masked().double(), denoiser, config)
+    together = adapter.adapt(images).outputs
+    for i in range(len(images)):
+        alone = adapter.adapt(images[i : i + 1], image_ids=torch.tensor([i])).outputs[0]
+        torch.testing.assert_close(together[i], alone, rtol=1e-9, atol=1e-9)
+
+
 def test_norm_layers_with_a_fused_activation_are_norm_layers():
     small = timm.create_model("mobilenetv3_small_050", num_classes=7)
     affine = {f"{n}.{p}" for n, m in small.named_modules() if isinstance(m, nn.BatchNorm2d) for p in ("weight", "bias")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -136,6 +137,11 @@ def test_a_call_leaves_the_process_as_it_was(model, denoiser, images, mode):
             assert settings() == before
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_a_copy_of_an_adapter_works_beside_it(model, denoiser, images):
+    adapter = Adapter(model, denoiser, AdaptConfig(steps=1, pairs=2))
+    assert torch.equal(copy.deepcopy(adapter).adapt(images).outputs, adapter.adapt(images).outputs)
 
 
 def test_an_online_state_sees_every_batch_of_every_thread(model, denoiser, images):

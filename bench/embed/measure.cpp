@@ -3,6 +3,7 @@
 //   measure outputs PACKAGE IMAGES.f32           every image: outputs, loss, evaluations, acceptance
 //   measure latency PACKAGE IMAGES.f32 CALLS     seconds of loads, of steps, and of calls on image 0
 //   measure deadlines PACKAGE IMAGES.f32 MS ...  seconds and steps of calls on image 0 under each deadline
+//   measure stream PACKAGE IMAGES.f32            of an online package, whether its state can be taken away, brought back, and warmed beside
 //   measure refusals PACKAGE IMAGES.f32          what bad input is told, and whether the session works after it
 #include <dtta_embed.h>
 
@@ -107,13 +108,29 @@ void deadlines(dtta::Session& session, const Input& input, int count, char** giv
   for (int i = 0; i < count; ++i)
     for (int repeat = 0; repeat < 20; ++repeat) {
       dtta::Options options;
-      options.has_deadline = true;
       options.deadline_ms = std::atof(given[i]);
       const dtta::Result r = adapted(session, input.pixels.data(), 0, &options);
-      std::printf("%s{\"deadline_ms\": %g, \"seconds\": %.9g, \"steps\": %lld}", i + repeat ? ",\n" : "", options.deadline_ms, r.seconds,
+      std::printf("%s{\"deadline_ms\": %g, \"seconds\": %.9g, \"steps\": %lld}", i + repeat ? ",\n" : "", *options.deadline_ms, r.seconds,
                   static_cast<long long>(r.steps_run));
     }
   std::printf("]\n");
+}
+
+void stream(dtta::Session& session, const Input& input) {
+  const float* second = &input.pixels[input.image * static_cast<size_t>(session.manifest().batch)];
+  adapted(session, input.pixels.data(), 0);
+  const std::string state = session.state();
+  const std::vector<float> once = adapted(session, second, 0).outputs;
+  const std::vector<float> later = adapted(session, second, 0).outputs;
+  auto refused = session.restore(state);
+  auto warm = session.warm_up();
+  if (refused || !warm) stop("the state was not taken");
+  const std::vector<float> again = adapted(session, second, 0).outputs;
+  session.reset();
+  const std::vector<float> fresh = adapted(session, second, 0).outputs;
+  auto damaged = session.restore(state.substr(1));
+  std::printf("{\"again\": %d, \"moves\": %d, \"fresh\": %d, \"damaged\": \"%s\"}\n", once == again, once != later, once != fresh,
+              damaged ? damaged->message.c_str() : "");
 }
 
 void refusals(const char* path, dtta::Session& session, const Input& input) {
@@ -124,7 +141,7 @@ void refusals(const char* path, dtta::Session& session, const Input& input) {
   std::vector<float> nan = wild;
   nan[7] = std::numeric_limits<float>::quiet_NaN();
   dtta::Options no_time, negative, not_a_number, far_id, many_ids;
-  no_time.has_deadline = negative.has_deadline = not_a_number.has_deadline = true;
+  no_time.deadline_ms = 0;
   negative.deadline_ms = -5;
   not_a_number.deadline_ms = std::nan("");
   far_id.image_ids.assign(static_cast<size_t>(m.batch), std::int64_t{1} << 32);
@@ -155,9 +172,12 @@ void refusals(const char* path, dtta::Session& session, const Input& input) {
   auto other = dtta::Session::load(path, "0123456789abcdef");
   if (other) stop("other weights were taken");
   tell("weights", other.error());
-  auto none = dtta::Session::load("no_such.pt2");
-  if (none) stop("a missing file was taken");
-  tell("missing", none.error());
+  for (const std::string& missing : {std::string("no_such.pt2"), std::string(300, 'x'), std::string("/proc/1/cwd/x.pt2")}) {
+    auto none = dtta::Session::load(missing);
+    if (none) stop("a missing file was taken");
+    tell("missing", none.error());
+  }
+  if (auto refused = session.restore(session.state())) tell("state", *refused);
 
   std::vector<std::vector<float>> found(4);
   std::vector<std::thread> threads;
@@ -176,11 +196,12 @@ int main(int count, char** arguments) {
     latency(arguments[2], arguments[3], std::atoi(arguments[4]));
     return 0;
   }
-  if (mode != "outputs" && mode != "deadlines" && mode != "refusals") stop("give outputs, latency, deadlines or refusals: see measure.cpp");
+  if (mode != "outputs" && mode != "deadlines" && mode != "stream" && mode != "refusals") stop("give a mode, a package and images: see measure.cpp");
   dtta::Session session = loaded(arguments[2]);
   const Input input = read(arguments[3], session.manifest());
   if (mode == "outputs") outputs(session, input);
   if (mode == "deadlines") deadlines(session, input, count - 4, arguments + 4);
+  if (mode == "stream") stream(session, input);
   if (mode == "refusals") refusals(arguments[2], session, input);
   return 0;
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -56,7 +55,7 @@ class Bench:
         about = {
             "benchmark": "bench",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "load_average": list(os.getloadavg()),
+            "load_average": environment.load_average(),
             "preset": self.preset.upper(),
             "device": _name_of(device),
             "threads": torch.get_num_threads(),

@@ -56,7 +56,7 @@ class Export:
             manifest = export(
                 subject.model,
                 subject.denoiser,
-                subject.images,
+                subject.images.unique(dim=0),  # a folder with fewer is repeated
                 self.package,
                 config=self.config,
                 batch=self.batch,

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dtta_fast import environment
 from dtta_fast.adapter import Adapter
 from dtta_fast.bottleneck import Row
 from dtta_fast.commands.common import Settings, check_path, checked_device, quiet
@@ -83,7 +84,7 @@ class Profile:
             about = {
                 "benchmark": "profile",
                 "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "load_average": list(os.getloadavg()),
+                "load_average": environment.load_average(),
                 "subject": subject.name,
                 "preset": self.preset.upper(),
             }

@@ -17,14 +17,16 @@ from dtta_fast.adapter import Adapter
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.embed.functions import Function, functions
-from dtta_fast.embed.manifest import FORMAT, KEEPER, Manifest, comparable, fingerprint
+from dtta_fast.embed.manifest import FORMAT, KEEPER, Manifest, comparable, fingerprint, instructions, task_of, torch_version
 from dtta_fast.embed.package import load
 from dtta_fast.engine import Engine, anchor
+from dtta_fast.inputs import checked_images
 from dtta_fast.runtime import compiling
 from dtta_fast.tasks.base import Task
 
-MARGIN = 8.0  # the tolerance is that many times what was measured on a few images
+MARGIN = 4.0  # the tolerance is that many times what was measured on a few images
 LEAST = 1e-5  # and at least that, relative to the largest output
+WRONG = 0.25  # of the largest output: no package is that far from the engine by rounding
 
 
 def export(
@@ -55,6 +57,7 @@ def export(
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) < batch:
         raise ValueError(f"images has shape {tuple(getattr(images, 'shape', ()))}; give [N, 3, H, W] with N of batch = {batch} and more")
     check_exportable(config)
+    images = checked_images(images, images.device).float()  # as hosts give them
     adapter = Adapter(model, denoiser, config.replace(compile="off"), task)
     engine = adapter.engine
     device = anchor(engine.model).device
@@ -108,7 +111,11 @@ def _compiled(name: str, function: Function, manifest: Manifest | None, progress
     from torch._inductor import aot_compile
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    options = {"aot_inductor.package": True, "aot_inductor.metadata": {} if manifest is None else manifest.to_metadata()}
+    options = {
+        "aot_inductor.package": True,
+        "aot_inductor.metadata": {} if manifest is None else manifest.to_metadata(),
+        "cpp.dynamic_threads": True,  # as many as the host's torch has
+    }
     compiling.keep_cache()
     example = tuple(tensor.clone() for tensor in function.example)  # of one tensor given twice, a trace would make one argument
     try:
@@ -133,13 +140,13 @@ def _manifest(engine: Engine, crop: Tensor, made: dict[str, Function]) -> Manife
     outputs = made["finish"].example[-3]
     return Manifest(
         format=FORMAT,
-        torch=torch.__version__.partition("+")[0],
+        torch=torch_version(),
         device="cpu",
         capability=torch.backends.cpu.get_cpu_capability(),
-        threads=torch.get_num_threads(),
+        instructions=" ".join(sorted(instructions())),
         weights=fingerprint(engine),
         config=json.dumps(comparable(config)),
-        task=type(engine.task).__name__,
+        task=task_of(engine, [len(crop), *crop.shape[1:]], list(outputs.shape)),
         batch=len(crop),
         height=crop.shape[2],
         width=crop.shape[3],
@@ -161,8 +168,16 @@ def _measured(manifest: Manifest, adapter: Adapter, draft: str, images: Tensor, 
         crop, ids = adapter.crop(part), torch.arange(batch) + number * batch
         expected, found = adapter.adapt(crop, image_ids=ids), package.adapt(crop, image_ids=ids)
         for theirs, ours in ((found.outputs, expected.outputs), (found.loss, expected.loss)):
-            farthest = max(farthest, float((theirs - ours).nan_to_num().abs().max()) if ours.numel() else 0.0)
+            if theirs.shape != ours.shape or not torch.equal(theirs.isfinite(), ours.isfinite()):  # an image left alone has no loss
+                raise ValueError("the package's outputs or losses are not finite where the engine's are: AOTInductor compiled it wrongly")
+            both = ours.isfinite()
+            farthest = max(farthest, float((theirs - ours)[both].abs().max()) if bool(both.any()) else 0.0)
         largest = max(largest, float(expected.outputs.abs().max()))
+    if not farthest <= WRONG * largest:
+        raise ValueError(
+            f"the package's outputs or losses are up to {farthest:.3g} from the engine's, whose largest output is {largest:.3g}: "
+            "AOTInductor compiled this adaptation wrongly, or rounding decides its result (a smaller lr, or precision 'fp32', helps)"
+        )
     tolerance = max(MARGIN * farthest, LEAST * largest)
     values = {**manifest.__dict__, "tolerance": tolerance, "measured": farthest, "measured_images": len(parts) * batch}
     return Manifest(**values)

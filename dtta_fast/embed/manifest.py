@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from dtta_fast.engine import Engine
 
 FORMAT = 1  # of the functions in a package and of its manifest; session.cpp reads the same
 CAPABILITIES = ("DEFAULT", "NO AVX", "AVX2", "AVX512")  # of processors, each with what those before it have
+EXTENSIONS = ("avx", "amx", "bmi", "f16c", "fma", "gfni", "sha", "sse", "vaes", "vpclmul", "adx", "popcnt", "movbe")
 KEEPER = "decide"  # the function whose metadata the manifest is
 UNUSED = ("compile", "memory_budget", "chunk")  # settings that do not change what a package computes
 
@@ -24,13 +27,14 @@ UNUSED = ("compile", "memory_budget", "chunk")  # settings that do not change wh
 @dataclass(frozen=True)
 class Manifest:
     """Attributes:
-    format: of the package. torch: the version that compiled it. device: "cpu". capability: the processor's vector instructions that
-        its code takes. threads: of its generated loops.
-    weights: fingerprint of model, denoiser, noise process and calibration. config: the settings, as JSON. task: its class.
+    format: of the package. torch: the version that compiled it. device: "cpu". capability: what torch calls the processor's vector
+        instructions; instructions: those that its code may take, as Linux names them, separated by spaces.
+    weights: fingerprint of model, denoiser, noise process and calibration. config: the settings, as JSON. task: its class, and a
+        fingerprint of how it normalises and what it makes of outputs.
     batch, height, width: of the images [batch, 3, height, width] that it takes. outputs: shape of the model's, its sides separated by
         spaces.
     steps, guard: as in the config. evaluations: of a step, an image. online: whether the state goes on from call to call.
-    state: names and shapes of the state's tensors, as JSON.
+    state: dtypes and shapes of the state's tensors, as JSON.
     tolerance: how far outputs may be from the engine's, in the unit of the outputs; measured: how far they were at the export, at most,
         over measured_images images.
     """
@@ -39,7 +43,7 @@ class Manifest:
     torch: str
     device: str
     capability: str
-    threads: int
+    instructions: str
     weights: str
     config: str
     task: str
@@ -82,7 +86,7 @@ class Manifest:
     def misfits(self) -> list[str]:
         """Why this machine cannot run the package, in words; empty where it can."""
         found = []
-        here = torch.__version__.partition("+")[0]
+        here = torch_version()
         if self.torch != here:
             found.append(f"it was compiled by torch {self.torch}, and this is {here}")
         if self.device != "cpu":
@@ -90,6 +94,9 @@ class Manifest:
         capability = torch.backends.cpu.get_cpu_capability()
         if rank(self.capability) > rank(capability):
             found.append(f"its code takes {self.capability}, and this processor has {capability}")
+        lacking = set(self.instructions.split()) - instructions() if instructions() else set()
+        if lacking:
+            found.append(f"its code may take {', '.join(sorted(lacking))}, which this processor does not have")
         return found
 
     def differences(self, engine: Engine) -> list[str]:
@@ -99,8 +106,9 @@ class Manifest:
         for name in sorted({*theirs, *ours}):
             if theirs.get(name) != ours.get(name):
                 found.append(f"{name} is {theirs.get(name)!r} in it, and {ours.get(name)!r} in the adapter")
-        if self.task != type(engine.task).__name__:
-            found.append(f"its task is {self.task}, and the adapter's {type(engine.task).__name__}")
+        task = task_of(engine, [self.batch, 3, self.height, self.width], [int(side) for side in self.outputs.split()])
+        if self.task != task:
+            found.append(f"its task is {self.task}, and the adapter's {task}")
         weights = fingerprint(engine)
         if self.weights != weights:
             found.append(f"its weights have fingerprint {self.weights}, and the adapter's {weights}")
@@ -113,6 +121,30 @@ FIELDS = dataclasses.fields(Manifest)
 def rank(capability: str) -> int:
     """Of a processor's vector instructions: what is not known takes what nobody has."""
     return CAPABILITIES.index(capability) if capability in CAPABILITIES else len(CAPABILITIES)
+
+
+def torch_version() -> str:
+    """major.minor.patch: what C++ knows of it."""
+    found = re.match(r"\d+\.\d+\.\d+", torch.__version__)
+    return found[0] if found else torch.__version__
+
+
+def instructions() -> set[str]:
+    """This processor's extensions that compilers use, as Linux names them; none where it does not tell."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.is_file() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    return {flag for flag in flags if flag.startswith(EXTENSIONS)}
+
+
+@torch.no_grad()
+def task_of(engine: Engine, crop: list[int], outputs: list[int]) -> str:
+    """A task's class, and eight digits of what it makes of a crop and of outputs of these shapes: transforms, classes, sizes."""
+    task, found = engine.task, hashlib.sha256()
+    images, given = ((torch.arange(math.prod(shape)) * 0.37).sin().reshape(shape) / 2 + 0.5 for shape in (crop, outputs))
+    for tensor in (task.normalise(engine.problem.model, images), task.decision(given, engine.problem.denoiser)):
+        found.update((tensor.double() * 1e4).round().to(torch.int64).numpy().tobytes())
+    return f"{type(task).__name__} {found.hexdigest()[:8]}"
 
 
 def comparable(config: AdaptConfig) -> dict[str, Any]:

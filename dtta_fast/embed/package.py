@@ -40,7 +40,11 @@ def load(path: str | Path, adapter: Adapter | None = None) -> Package:
     if wrong:
         raise ValueError(f"{path} does not fit: {'; '.join(wrong)}. Export it again")
     names = ["state", "start", "step", "finish", *(["losses"] if manifest.guard else []), "decide"]
-    return Package(manifest, {name: loader(str(path), name, False, 1, -1) for name in names})
+    try:
+        functions = {name: loader(str(path), name, False, 1, -1) for name in names}
+        return Package(manifest, functions)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is damaged, or cannot be loaded here: {str(error).splitlines()[0]}; export it again") from error
 
 
 class Package:
@@ -55,40 +59,55 @@ class Package:
         self._functions = functions
         self._lock = threading.Lock()
         self._pace = Pace()
-        self._initial: list[Tensor] = self._run("state")
-        self._state = [tensor.clone() for tensor in self._initial]
+        with torch.inference_mode(False):  # steps write to them, in whatever mode
+            self._initial = [tensor.clone() for tensor in self._run("state")]
+            self._state = [tensor.clone() for tensor in self._initial]
 
     def _run(self, name: str, *tensors: Tensor) -> list[Tensor]:
         found: list[Tensor] = self._functions[name].run(list(tensors))
         return found
 
-    @torch.no_grad()
     def adapt(self, images: Tensor, *, image_ids: Tensor | None = None, deadline_ms: float | None = None) -> AdaptResult:
         """Adapts to a batch and predicts: Adapter.adapt, for images [batch, 3, height, width] of the manifest's size.
 
         Raises:
             ValueError: bad input; nothing has changed.
         """
-        start, manifest = time.perf_counter(), self.manifest
+        start, images, image_ids = time.perf_counter(), *self._checked(images, image_ids)
+        deadline = None if deadline_ms is None else start + checked_deadline(deadline_ms) / 1000
+        with self._lock:
+            return self._adapt(images, image_ids, deadline, warming=False)
+
+    def _checked(self, images: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        manifest = self.manifest
         images = checked_images(images, torch.device("cpu"))
         expected = (manifest.batch, 3, manifest.height, manifest.width)
         if tuple(images.shape) != expected:
             raise ValueError(f"images has shape {tuple(images.shape)}; this package takes {list(expected)}")
-        image_ids = checked_ids(image_ids, images)
-        deadline = None if deadline_ms is None else start + checked_deadline(deadline_ms) / 1000
-        with self._lock:
-            return self._adapt(images.float().contiguous(), image_ids.contiguous(), deadline)
+        return images.float().contiguous(), checked_ids(image_ids, images).contiguous()
 
-    def _adapt(self, images: Tensor, image_ids: Tensor, deadline: float | None) -> AdaptResult:
+    @torch.no_grad()
+    def _adapt(self, images: Tensor, image_ids: Tensor, deadline: float | None, warming: bool) -> AdaptResult:
+        """warming: every function is run and timed, whether an image asks for it or not, and an online state stays as it was."""
+        kept = [tensor.clone() for tensor in self._state] if self.manifest.online else []
+        stays = False
+        try:
+            result = self._attempted(images, image_ids, deadline, warming)
+            stays = not warming and all(bool(tensor.isfinite().all()) for tensor in (self._state if kept else []))
+        finally:
+            if kept and not stays:  # a call that fails, or after which the weights are not finite, leaves no trace
+                torch._foreach_copy_(self._state, kept)
+        return result
+
+    def _attempted(self, images: Tensor, image_ids: Tensor, deadline: float | None, warming: bool) -> AdaptResult:
         manifest, state, pace, clock = self.manifest, self._state, self._pace, Clock(images.device)
         with clock.phase("encode"):
             if not manifest.online:
                 torch._foreach_copy_(state, self._initial)
             inputs, x0, before, first, asked = self._run("start", images, *(state if manifest.online else []))
         losses: list[Tensor] = []
-        after, standing, accepted, fresh = first, before, torch.zeros_like(asked), torch.zeros_like(asked).expand(2, -1).contiguous()
-        if bool(asked.any()):
-            kept = [tensor.clone() for tensor in state] if manifest.online else []
+        after, standing, accepted, fresh = first, before, torch.zeros_like(asked), torch.zeros((2, len(asked)), dtype=torch.bool)
+        if warming or bool(asked.any()):
             with clock.phase("adapt"):
                 for _ in range(manifest.steps):
                     if deadline is not None and clock.now() + pace.step.expected + pace.end.expected + pace.guard.expected > deadline:
@@ -97,13 +116,13 @@ class Package:
                         losses += self._run("step", *state, inputs, x0, image_ids)
                 with pace.end.timed(clock, wanted=True):
                     after, standing, accepted, fresh = self._run("finish", *state, inputs, before, first, asked)
-            if kept and not all(bool(tensor.isfinite().all()) for tensor in state):
-                torch._foreach_copy_(state, kept)  # a batch after which the weights are not finite leaves no trace
         begun = clock.now()
+        if deadline is not None and begun + pace.guard.expected > deadline:  # no changed answer stands without a comparison
+            fresh = torch.zeros_like(fresh)
         with clock.phase("guard"):
-            known = [x0.new_zeros(len(x0), max(1, manifest.guard))] * 3
-            if bool(fresh.any()):
-                wanted = (True, bool(fresh[0].any()), bool(fresh[1].any()))
+            known = [x0.new_zeros(len(x0), max(1, manifest.guard)) for _ in range(3)]
+            if manifest.guard and (warming or bool(fresh.any())):
+                wanted = (True, warming or bool(fresh[0].any()), warming or bool(fresh[1].any()))
                 for i, outputs in enumerate((before, after, first)):
                     if wanted[i]:
                         (known[i],) = self._run("losses", outputs, x0, image_ids, state[-1])
@@ -118,14 +137,44 @@ class Package:
             outputs, before, predictions, predictions_before, loss, accepted, len(losses), spent.to(torch.int64), clock.seconds
         )
 
-    def warmup(self, images: Tensor) -> None:
-        """Runs what adapt() runs, twice, so that its steps are timed; nothing of it stays in an online state."""
-        kept = [tensor.clone() for tensor in self._state]
-        for _ in range(2):
-            self.adapt(images)
-        torch._foreach_copy_(self._state, kept)
+    def warmup(self, images: Tensor) -> dict[str, float]:
+        """Runs and times all that adapt() may run, three times; nothing of it stays in an online state.
+
+        Returns:
+            Seconds of the first run, `cold`, and of the last, `warm`.
+        """
+        images, image_ids = self._checked(images, None)
+        seconds = []
+        with self._lock:
+            for _ in range(3):
+                start = time.perf_counter()
+                self._adapt(images, image_ids, None, warming=True)
+                seconds.append(time.perf_counter() - start)
+        return {"cold": seconds[0], "warm": seconds[-1]}
 
     def reset(self) -> None:
         """Back to the weights of the export and an empty optimizer."""
-        with self._lock:
+        with self._lock, torch.no_grad():
             torch._foreach_copy_(self._state, self._initial)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the online state, for a package of the same weights and config: their fingerprint, and the state's tensors."""
+        with self._lock, torch.inference_mode(False):
+            return {"weights": self.manifest.weights, "config": self.manifest.config, "state": [tensor.clone() for tensor in self._state]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what state_dict() gave.
+
+        Raises:
+            ValueError: the package is episodic, or the state is of another package; nothing has changed.
+        """
+        manifest = self.manifest
+        if not manifest.online:
+            raise ValueError("state belongs to an online package, and this one is episodic")
+        if set(state) != {"weights", "config", "state"} or (state["weights"], state["config"]) != (manifest.weights, manifest.config):
+            raise ValueError(f"state is not of a package with weights {manifest.weights} and this config; give what state_dict() gave")
+        shapes = [[(tensor.shape, tensor.dtype) for tensor in tensors] for tensors in (state["state"], self._state)]
+        if shapes[0] != shapes[1]:
+            raise ValueError("state holds tensors of other shapes or dtypes than this package's; give what state_dict() gave")
+        with self._lock, torch.no_grad():
+            torch._foreach_copy_(self._state, state["state"])

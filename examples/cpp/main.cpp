@@ -50,8 +50,7 @@ int main(int count, char** arguments) {
   for (size_t i = 0; i < images.size() / pixels; i += batch) {
     dtta::Options options;
     for (size_t k = 0; k < batch; ++k) options.image_ids.push_back(static_cast<std::int64_t>(i + k));
-    options.has_deadline = count == 4;
-    if (options.has_deadline) options.deadline_ms = std::atof(arguments[3]);
+    if (count == 4) options.deadline_ms = std::atof(arguments[3]);
     auto found = session->adapt({&images[i * pixels], manifest.batch, 3, manifest.height, manifest.width}, options);
     if (!found) return failed(found.error());
     for (size_t k = 0; k < batch; ++k)

@@ -1,12 +1,14 @@
 /* Adaptation in a C++ host: packages that `dtta export` or dtta_fast.embed.export() wrote. C++17, and no header of torch.
  *
- * Nothing here throws but std::bad_alloc: what can fail returns an Expected. A package holds native code, which runs in this process: load
- * packages of people you trust. Gradients, Python and a compiler are not needed. */
+ * What can fail returns an Expected; nothing throws but std::bad_alloc, and an Expected that is asked for what it does not hold. A package
+ * holds native code, which runs in this process: load packages of people you trust. Neither Python nor a compiler is needed. A session's
+ * destructor removes the temporary folders of its package: a host that ends by std::exit or a signal leaves them. */
 #ifndef DTTA_EMBED_H
 #define DTTA_EMBED_H
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <variant>
@@ -34,7 +36,9 @@ class Expected {
   Expected(Error error) : held_(std::move(error)) {}
   explicit operator bool() const { return held_.index() == 0; }
   T& operator*() { return std::get<0>(held_); }
+  const T& operator*() const { return std::get<0>(held_); }
   T* operator->() { return &std::get<0>(held_); }
+  const T* operator->() const { return &std::get<0>(held_); }
   const Error& error() const { return std::get<1>(held_); }
 
  private:
@@ -43,24 +47,25 @@ class Expected {
 
 /* What a package says of itself: fields of dtta_fast.embed.Manifest, which has their meaning. */
 struct Manifest {
-  std::string torch, device, capability, weights, config, task;
+  std::string torch, device, capability, instructions, weights, config, task;
   std::int64_t batch = 0, height = 0, width = 0;
   std::vector<std::int64_t> outputs; /* shape of the model's outputs, [batch, ...] */
-  std::int64_t steps = 0, guard = 0, evaluations = 0, threads = 0;
+  std::int64_t steps = 0, guard = 0, evaluations = 0;
   bool online = false;
   double tolerance = 0;
 };
 
 /* Pixels in [0, 1], not normalised, [batch, channels, height, width], of the manifest's sizes; read during the call alone. */
 struct Images {
-  const float* pixels;
-  std::int64_t batch, channels, height, width;
+  const float* pixels = nullptr;
+  std::int64_t batch = 0, channels = 3, height = 0, width = 0;
 };
 
 struct Options {
   std::vector<std::int64_t> image_ids; /* [batch], 0 .. 2^32 - 1; empty: 0 .. batch - 1. An image's draws depend on it */
-  bool has_deadline = false;
-  double deadline_ms = 0; /* from the call on: no step is begun that would end later, going by the last ones; see warm_up() */
+  /* From the call on: no step is begun that would end later, going by the last ones (see warm_up()); where no time is left for the guard,
+   * the answer from before stands. */
+  std::optional<double> deadline_ms;
 };
 
 struct Result {
@@ -87,6 +92,10 @@ class Session {
 
   /* Back to the weights of the export, and an empty optimizer. */
   void reset();
+
+  /* An online state as bytes, and back: of this package alone. What does not fit is an error, and the state stays as it was. */
+  std::string state() const;
+  std::optional<Error> restore(const std::string& state);
 
   const Manifest& manifest() const;
 

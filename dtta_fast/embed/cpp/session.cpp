@@ -9,8 +9,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <map>
 #include <mutex>
 #include <sstream>
@@ -72,6 +74,7 @@ Manifest read(const Metadata& metadata) {
   found.torch = metadata.at("torch");
   found.device = metadata.at("device");
   found.capability = metadata.at("capability");
+  found.instructions = metadata.at("instructions");
   found.weights = metadata.at("weights");
   found.config = metadata.at("config");
   found.task = metadata.at("task");
@@ -81,11 +84,26 @@ Manifest read(const Metadata& metadata) {
   found.steps = number("steps");
   found.guard = number("guard");
   found.evaluations = number("evaluations");
-  found.threads = number("threads");
   found.online = metadata.at("online") == "true";
   found.tolerance = std::stod(metadata.at("tolerance"));
   std::istringstream shape(metadata.at("outputs"));
   for (int64_t side; shape >> side;) found.outputs.push_back(side);
+  TORCH_CHECK(found.batch > 0 && found.height > 0 && found.width > 0 && found.steps > 0 && found.guard >= 0, "sizes");
+  return found;
+}
+
+/* Those of a package's instructions that this processor does not have, as Linux names them; none where it does not tell. */
+std::string lacking(const std::string& instructions) {
+  std::ifstream about("/proc/cpuinfo");
+  std::string flags, found;
+  for (std::string line; std::getline(about, line);)
+    if (line.rfind("flags", 0) == 0) {
+      flags = line + " ";
+      break;
+    }
+  std::istringstream wanted(instructions);
+  for (std::string name; !flags.empty() && wanted >> name;)
+    if (flags.find(" " + name + " ") == std::string::npos) found += (found.empty() ? "" : ", ") + name;
   return found;
 }
 
@@ -98,6 +116,8 @@ std::string misfit(const Manifest& manifest, const std::string& weights) {
   if (manifest.device != "cpu") say(text("it is for device '", manifest.device, "', and packages run on 'cpu'"));
   const std::string here = at::get_cpu_capability();
   if (rank(manifest.capability) > rank(here)) say(text("its code takes ", manifest.capability, ", and this processor has ", here));
+  const std::string missing = lacking(manifest.instructions);
+  if (!missing.empty()) say(text("its code may take ", missing, ", which this processor does not have"));
   if (!weights.empty() && weights != manifest.weights)
     say(text("its weights have fingerprint ", manifest.weights, ", and ", weights, " was expected"));
   return found;
@@ -127,6 +147,9 @@ struct Session::Impl {
   Durations step, end, guard;
   std::mutex mutex;
 
+  /* What a state's bytes begin with. */
+  std::string label() const { return manifest.weights + "\n" + manifest.config + "\n"; }
+
   Tensors run(const std::string& name, const Tensors& inputs) { return functions.at(name)->run(inputs); }
 
   Tensors with_state(std::initializer_list<Tensor> others) const {
@@ -148,15 +171,35 @@ struct Session::Impl {
       return text("image_ids has ", options.image_ids.size(), " entries; give one an image: ", m.batch);
     for (const int64_t id : options.image_ids)
       if (id < 0 || id >= kWords) return text("image_ids holds ", id, "; give 0 .. 2^32 - 1");
-    if (options.has_deadline && !(options.deadline_ms > 0))
-      return text("deadline_ms is ", options.deadline_ms, "; give a positive number of milliseconds, counted from the call");
+    if (options.deadline_ms && !(*options.deadline_ms > 0))
+      return text("deadline_ms is ", *options.deadline_ms, "; give a positive number of milliseconds, counted from the call");
     return "";
   }
 
-  /* As Package.adapt in package.py. warming: every function is run and timed, whether an image asks for it or not. */
+  /* As Package._adapt in package.py. warming: every function is run and timed, whether an image asks for it or not, and an online state
+   * stays as it was. */
   Result adapt(const Images& images, const Options& options, Clock::time_point begun, bool warming) {
     const c10::NoGradGuard no_gradients;
+    Tensors kept;
+    if (manifest.online)
+      for (const Tensor& tensor : state) kept.push_back(tensor.clone());
+    const auto put_back = [&] {
+      if (!kept.empty()) at::_foreach_copy_(state, kept);
+    };
+    try {
+      Result result = attempted(images, options, begun, warming);
+      const auto finite = [](const Tensor& tensor) { return tensor.isfinite().all().item<bool>(); };
+      if (warming || (!kept.empty() && !std::all_of(state.begin(), state.end(), finite))) put_back();
+      return result;
+    } catch (...) {
+      put_back();  // a call that fails leaves no trace
+      throw;
+    }
+  }
+
+  Result attempted(const Images& images, const Options& options, Clock::time_point begun, bool warming) {
     const Manifest& m = manifest;
+    const double limit = options.deadline_ms ? *options.deadline_ms / 1000 : std::numeric_limits<double>::infinity();
     Result result;
     const Tensor crop = at::from_blob(const_cast<float*>(images.pixels), {m.batch, 3, m.height, m.width}, at::kFloat).clone();
     const Tensor ids = at::arange(m.batch, at::kLong);
@@ -169,12 +212,8 @@ struct Session::Impl {
     Tensor after = first, standing = before, accepted = at::zeros_like(asked), fresh = at::zeros({2, m.batch}, at::kBool);
     Tensors losses;
     if (warming || asked.any().item<bool>()) {
-      Tensors kept;
-      if (m.online)
-        for (const Tensor& tensor : state) kept.push_back(tensor.clone());
       for (int64_t i = 0; i < m.steps; ++i) {
-        const double rest = step.expected() + end.expected() + guard.expected();
-        if (options.has_deadline && seconds_since(begun) + rest > options.deadline_ms / 1000) break;
+        if (seconds_since(begun) + step.expected() + end.expected() + guard.expected() > limit) break;
         const auto start = Clock::now();
         losses.push_back(run("step", with_state({inputs, x0, ids}))[0]);
         result.step_seconds.push_back(seconds_since(start));
@@ -184,9 +223,8 @@ struct Session::Impl {
       const Tensors finished = run("finish", with_state({inputs, before, first, asked}));
       end.note(seconds_since(start));
       after = finished[0], standing = finished[1], accepted = finished[2], fresh = finished[3];
-      const bool usable = std::all_of(state.begin(), state.end(), [](const Tensor& t) { return t.isfinite().all().item<bool>(); });
-      if (m.online && !usable) at::_foreach_copy_(state, kept);  // a batch after which the weights are not finite leaves no trace
     }
+    if (seconds_since(begun) + guard.expected() > limit) fresh = at::zeros_like(fresh);  // no changed answer stands without a comparison
     const auto start = Clock::now();
     Tensors decision = {before, after, first, standing, accepted, fresh};
     for (int i = 0; i < 3; ++i) decision.push_back(at::zeros({m.batch, std::max<int64_t>(1, m.guard)}, x0.options()));
@@ -220,7 +258,8 @@ Session::~Session() = default;
 const Manifest& Session::manifest() const { return impl_->manifest; }
 
 Expected<Session> Session::load(const std::string& path, const std::string& weights) {
-  if (!std::filesystem::is_regular_file(path)) return Error{Code::bad_file, text("path is '", path, "', and there is no such file")};
+  std::error_code ignored;
+  if (!std::filesystem::is_regular_file(path, ignored)) return Error{Code::bad_file, text("path is '", path, "', and there is no such file")};
   auto impl = std::make_unique<Impl>();
   try {
     Metadata metadata;
@@ -238,13 +277,17 @@ Expected<Session> Session::load(const std::string& path, const std::string& weig
     }
     const std::string wrong = misfit(impl->manifest, weights);
     if (!wrong.empty()) return Error{Code::misfit, text("'", path, "' does not fit: ", wrong, ". Export it again")};
-    register_ops();
+    try {
+      register_ops();
+    } catch (const std::exception& error) {
+      return Error{Code::misfit, first_line(error)};
+    }
     for (const char* name : {"state", "start", "step", "finish", "losses", "decide"})
       if (impl->manifest.guard > 0 || std::string(name) != "losses") impl->functions[name] = std::make_unique<Loader>(path, name);
     impl->initial = impl->run("state", {});
     for (const Tensor& tensor : impl->initial) impl->state.push_back(tensor.clone());
   } catch (const std::exception& error) {
-    return Error{Code::bad_file, text("'", path, "' cannot be loaded: ", first_line(error))};
+    return Error{Code::bad_file, text("'", path, "' is damaged, or cannot be loaded here: ", first_line(error))};
   }
   return Session(std::move(impl));
 }
@@ -263,14 +306,11 @@ Expected<Result> Session::adapt(const Images& images, const Options& options) {
 
 Expected<double> Session::warm_up() {
   const Manifest& m = impl_->manifest;
-  const std::vector<float> grey(static_cast<size_t>(m.batch * 3 * m.height * m.width), 0.5f);
   const std::lock_guard<std::mutex> lock(impl_->mutex);
   try {
-    Tensors kept;
-    for (const Tensor& tensor : impl_->state) kept.push_back(tensor.clone());
+    const std::vector<float> grey(static_cast<size_t>(m.batch * 3 * m.height * m.width), 0.5f);
     double seconds = 0;
     for (int i = 0; i < 3; ++i) seconds = impl_->adapt({grey.data(), m.batch, 3, m.height, m.width}, {}, Clock::now(), true).seconds;
-    at::_foreach_copy_(impl_->state, kept);
     return seconds;
   } catch (const std::exception& error) {
     return Error{Code::failed, first_line(error)};
@@ -279,7 +319,37 @@ Expected<double> Session::warm_up() {
 
 void Session::reset() {
   const std::lock_guard<std::mutex> lock(impl_->mutex);
+  const c10::NoGradGuard no_gradients;
   at::_foreach_copy_(impl_->state, impl_->initial);
+}
+
+std::string Session::state() const {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  std::string found = impl_->label();
+  for (const Tensor& tensor : impl_->state) {
+    const Tensor plain = tensor.contiguous();
+    found.append(static_cast<const char*>(plain.const_data_ptr()), plain.nbytes());
+  }
+  return found;
+}
+
+std::optional<Error> Session::restore(const std::string& state) {
+  const std::lock_guard<std::mutex> lock(impl_->mutex);
+  if (!impl_->manifest.online) return Error{Code::bad_argument, "state belongs to an online package, and this one is episodic"};
+  const std::string label = impl_->label();
+  size_t size = label.size();
+  for (const Tensor& tensor : impl_->state) size += tensor.nbytes();
+  if (state.size() != size || state.compare(0, label.size(), label) != 0)
+    return Error{Code::bad_argument, "state is not of this package; give what state() gave, under the same weights and config"};
+  const c10::NoGradGuard no_gradients;
+  const char* from = state.data() + label.size();
+  for (Tensor& tensor : impl_->state) {
+    Tensor plain = at::empty(tensor.sizes(), tensor.options());
+    std::memcpy(plain.mutable_data_ptr(), from, plain.nbytes());
+    tensor.copy_(plain);
+    from += plain.nbytes();
+  }
+  return std::nullopt;
 }
 
 }  // namespace dtta

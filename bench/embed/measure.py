@@ -1,0 +1,169 @@
+"""An adaptation of a corrupted digit as a host meets it: eager, compiled, as a package in Python and in C++; every ratio within one run.
+
+    python bench/embed/measure.py [--calls 500] [--packages FOLDER]
+
+Of one image that FAST adapts, in float32 and with the denoiser in bfloat16: seconds of a step and of a call, by turns, so that all ways
+meet the same machine; then 500 calls in a row for percentiles, calls under deadlines, loads of the package, and outputs of 60 images
+against the engine's. --packages keeps what was exported, and finds it again. Writes bench/results/embed_cpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtta_fast import Adapter, embed, environment, presets, zoo
+from dtta_fast.data.corruptions import DIGITS_C, corrupt
+from dtta_fast.embed.functions import functions
+
+HERE = Path(__file__).parent
+RESULT = HERE.parent / "results" / "embed_cpu.json"
+IMAGES, CHOSEN = 60, 9  # the chosen one asks for adaptation, and its answer changes: 3 steps and 2 times 24 guard pairs
+ROUNDS = 9  # of every way, by turns
+STEPS, CALLS = 20, 6  # of a round
+DEADLINES = (20.0, 30.0, 40.0, 50.0, 60.0, 80.0)  # milliseconds
+PRECISIONS = {"float32": None, "bfloat16": "bf16"}
+
+
+def timed(work: Callable[[], Any], repeats: int) -> list[float]:
+    found = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return found
+
+
+def digits() -> Tensor:
+    clean, _ = zoo.example("digits")
+    kinds = list(DIGITS_C.items())
+    return torch.cat([corrupt(clean[i : i + 1], *kinds[i % len(kinds)], first_id=i) for i in range(IMAGES)])
+
+
+def stepper(adapter: Adapter, image: Tensor) -> Callable[[], Tensor]:
+    """One step of a warm session, on a state of its own that goes on."""
+    engine, ids = adapter.engine, torch.tensor([CHOSEN])
+    *state, inputs, x0, _ = functions(engine, image, ids)["step"].example
+    from torch.utils import _pytree as pytree
+
+    with engine.context():
+        own = pytree.tree_unflatten(state, pytree.tree_structure(engine.start(inputs, None)[0]))
+
+    def once() -> Tensor:
+        with torch.enable_grad(), engine.context():
+            return engine.step(own, inputs, x0, ids)
+
+    return once
+
+
+def host(measure: Path, *arguments: Any) -> Any:
+    run = subprocess.run([measure, *map(str, arguments)], check=True, capture_output=True, text=True)
+    return json.loads(run.stdout)
+
+
+def precision(name: str, images: Tensor, packages: Path, measure: Path, calls: int) -> dict[str, Any]:
+    config = presets.FAST.replace(precision=PRECISIONS[name])
+    model, denoiser = zoo.load("digits")
+    path, ids, image = packages / f"digits_{name}.pt2", torch.tensor([CHOSEN]), images[CHOSEN : CHOSEN + 1]
+    if not path.is_file():
+        embed.export(model, denoiser, images[:32], path, config=config)
+    eager, compiled = Adapter(model, denoiser, config), Adapter(model, denoiser, config.replace(compile="step"))
+    package = embed.load(path, eager)
+    one, every = packages / "one.f32", packages / "every.f32"
+    image.numpy().tofile(one)
+    images.numpy().tofile(every)
+    for session in (eager, compiled, package):
+        session.warmup(image)
+    in_python: dict[str, Any] = {"eager": eager, "compiled step": compiled, "package in Python": package}
+    steps: dict[str, Callable[[], Any]] = {"eager": stepper(eager, image), "compiled step": stepper(compiled, image)}
+    example = [tensor.clone() for tensor in functions(eager.engine, image, ids)["step"].example]
+    steps["package in Python"] = lambda: package._run("step", *example)
+    found: dict[str, Any] = {way: {"step": [], "call": []} for way in (*in_python, "package in C++")}
+    for work in steps.values():
+        timed(work, 5)
+    for _ in range(ROUNDS):
+        for way, session in in_python.items():
+            found[way]["step"] += timed(steps[way], STEPS)
+            found[way]["call"] += timed(lambda session=session: session.adapt(image, image_ids=ids), CALLS)
+        told = host(measure, "latency", path, one, CALLS + STEPS // 3)
+        found["package in C++"]["step"] += told["step"]
+        found["package in C++"]["call"] += told["call"]
+    streak = {way: timed(lambda session=session: session.adapt(image, image_ids=ids), calls) for way, session in in_python.items()}
+    told = host(measure, "latency", path, one, calls)
+    streak["package in C++"] = told["call"]
+    loads = {"package in C++": told["load"], "package in Python": timed(lambda: embed.load(path), 11)}
+    deadlines = {"package in C++": host(measure, "deadlines", path, one, *DEADLINES)}
+    for way in ("eager", "package in Python"):
+        deadlines[way] = under_deadlines(in_python[way], image)
+    differences = {"package in Python": 0.0, "package in C++": 0.0}
+    rows = host(measure, "outputs", path, every)
+    same = 0
+    for i, row in enumerate(rows):
+        keywords = {"image_ids": torch.tensor([i])}
+        expected, theirs = eager.adapt(images[i : i + 1], **keywords), package.adapt(images[i : i + 1], **keywords)
+        for way, outputs in (("package in Python", theirs.outputs[0]), ("package in C++", torch.tensor(row["outputs"]))):
+            differences[way] = max(differences[way], float((outputs - expected.outputs[0]).abs().max()))
+        same += row["predictions"] == expected.predictions.tolist() == theirs.predictions.tolist()
+    return {
+        "mebibytes": path.stat().st_size / 2**20,
+        "manifest": {
+            field: getattr(package.manifest, field) for field in ("tolerance", "measured", "measured_images", "threads", "weights")
+        },
+        "by turns": found,
+        "in a row": streak,
+        "loads": loads,
+        "deadlines": deadlines,
+        "differences": differences,
+        "same predictions": same,
+    }
+
+
+def under_deadlines(session: Any, image: Tensor) -> list[dict[str, float]]:
+    found = []
+    for deadline in DEADLINES:
+        for _ in range(20):
+            start = time.perf_counter()
+            result = session.adapt(image, image_ids=torch.tensor([CHOSEN]), deadline_ms=deadline)
+            found.append({"deadline_ms": deadline, "seconds": time.perf_counter() - start, "steps": result.steps_run})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls", type=int, default=500)
+    parser.add_argument("--packages", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        packages = given.packages or Path(scratch)
+        packages.mkdir(parents=True, exist_ok=True)
+        build = Path(scratch) / "build"
+        subprocess.run(
+            ["cmake", "-S", str(HERE), "-B", str(build), f"-DPython3_EXECUTABLE={sys.executable}"], check=True, stdout=sys.stderr
+        )
+        subprocess.run(["cmake", "--build", str(build)], check=True, stdout=sys.stderr)
+        images = digits()
+        load_average = os.getloadavg()
+        result: dict[str, Any] = {"images": IMAGES, "load_average": load_average, "environment": environment.describe()}
+        for name in PRECISIONS:
+            result[name] = precision(name, images, packages, build / "measure", given.calls)
+            ways = result[name]["by turns"]
+            print(name, {way: round(1000 * statistics.median(row["step"]), 2) for way, row in ways.items()}, file=sys.stderr)
+    threads = subprocess.run([sys.executable, str(HERE / "threads.py")], check=True, capture_output=True, text=True)
+    result["threads"] = json.loads(threads.stdout)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
