@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import subprocess
 import sys
@@ -35,9 +36,63 @@ def test_without_the_native_library_the_ops_work_and_it_says_so(monkeypatch, tmp
         native.library.cache_clear()
 
 
-def test_importing_the_package_reads_no_data_library():
-    code = "import sys, dtta_fast\nassert not {'sklearn', 'imagecorruptions', 'diffusers', 'timm'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+def test_importing_the_package_imports_no_heavy_library():
+    heavy = {"sklearn", "imagecorruptions", "diffusers", "timm", "transformers", "torchvision", "peft", "rich", "tyro", "jinja2", "ray"}
+    code = f"import sys, torch\nbefore = set(sys.modules)\nimport dtta_fast\nprint(sorted({heavy} & (set(sys.modules) - before)))"
+    run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]"
+
+
+HOUSE = (  # from the top of the house to its ground; what stands together may look at each other
+    ("cli", "commands"),
+    ("report", "evaluate", "scale", "embed", "benchmark", "profiling"),
+    ("adapter",),
+    ("engine",),
+    ("step",),
+    ("objectives",),
+    ("tasks", "denoisers"),
+    ("process", "draws"),
+    ("kernels",),
+)
+UPSTAIRS = ("cli", "commands", "report", "evaluate", "scale", "embed", "runs", "data", "zoo", "tracking", "demo", "benchmark", "profiling")
+
+
+def imports():
+    """Of every module of the package, the modules of the package that it imports, wherever in it."""
+    files = {}
+    for base, prefix in ((ROOT / "dtta_fast", "dtta_fast"), (ROOT / "kernels", "dtta_fast.kernels")):
+        for path in base.rglob("*.py"):
+            parts = [part for part in path.relative_to(base).with_suffix("").parts if part != "__init__"]
+            files[".".join([prefix, *parts])] = path
+    found = {}
+    for name, path in files.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
+        named = [(node.module, f"{node.module}.{alias.name}") for node in nodes for alias in node.names]
+        found[name] = {full if full in files else module for module, full in named if module.startswith("dtta_fast")} - {name}
+    return found
+
+
+def reached(graph, names):
+    """All modules that these import, directly or not."""
+    seen, left = set(), [name for name in graph if any(f"{name}.".startswith(f"dtta_fast.{start}.") for start in names)]
+    while left:
+        for module in graph.get(left.pop(), set()) - seen:
+            seen.add(module)
+            left.append(module)
+    return seen
+
+
+def test_imports_run_downward():
+    graph = imports()
+    assert len(graph) > 80
+    for floor, names in enumerate(HOUSE):
+        below = reached(graph, names)
+        for above in [name for upper in HOUSE[:floor] for name in upper]:
+            assert not [module for module in below if f"{module}.".startswith(f"dtta_fast.{above}.")], (names, above)
+    engine_room = reached(graph, ["adapter"])
+    assert "dtta_fast.kernels.native" in engine_room
+    for name in UPSTAIRS:  # nothing below adapt() knows a data set, a file or a screen
+        assert not [module for module in engine_room if f"{module}.".startswith(f"dtta_fast.{name}.")], name
 
 
 def test_package_carries_the_zoo_and_the_types():
