@@ -2,6 +2,7 @@
 //
 //   measure outputs PACKAGE IMAGES.f32           every image: outputs, loss, evaluations, acceptance
 //   measure latency PACKAGE IMAGES.f32 CALLS     seconds of loads, of steps, and of calls on image 0
+//   measure turns PACKAGE IMAGES.f32             for each line of standard input a call on image 0, and its seconds and its steps
 //   measure deadlines PACKAGE IMAGES.f32 MS ...  seconds and steps of calls on image 0 under each deadline
 //   measure stream PACKAGE IMAGES.f32            of an online package, whether its state can be taken away, brought back, and warmed beside
 //   measure refusals PACKAGE IMAGES.f32          what bad input is told, and whether the session works after it
@@ -100,6 +101,17 @@ void latency(const char* path, const char* images, int calls) {
   std::printf("{\"load\": %s, \"step\": %s, \"call\": %s}\n", list(loads).c_str(), list(steps).c_str(), list(whole).c_str());
 }
 
+void turns(dtta::Session& session, const Input& input) {
+  auto warm = session.warm_up();
+  if (!warm) stop(warm.error().message);
+  for (int turn; (turn = std::getchar()) != EOF;) {
+    if (turn != '\n') continue;
+    const dtta::Result r = adapted(session, input.pixels.data(), 0);
+    std::printf("{\"call\": %.9g, \"step\": %s}\n", r.seconds, list(r.step_seconds).c_str());
+    std::fflush(stdout);
+  }
+}
+
 void deadlines(dtta::Session& session, const Input& input, int count, char** given) {
   auto warm = session.warm_up();
   if (!warm) stop(warm.error().message);
@@ -196,11 +208,12 @@ int main(int count, char** arguments) {
     latency(arguments[2], arguments[3], std::atoi(arguments[4]));
     return 0;
   }
-  if (mode != "outputs" && mode != "deadlines" && mode != "stream" && mode != "refusals") stop("give a mode, a package and images: see measure.cpp");
+  if (mode != "outputs" && mode != "turns" && mode != "deadlines" && mode != "stream" && mode != "refusals") stop("give a mode, a package and images: see measure.cpp");
   dtta::Session session = loaded(arguments[2]);
   const Input input = read(arguments[3], session.manifest());
   if (mode == "outputs") outputs(session, input);
   if (mode == "deadlines") deadlines(session, input, count - 4, arguments + 4);
+  if (mode == "turns") turns(session, input);
   if (mode == "stream") stream(session, input);
   if (mode == "refusals") refusals(arguments[2], session, input);
   return 0;

@@ -2,9 +2,10 @@
 
     python bench/embed/measure.py [--calls 500] [--packages FOLDER]
 
-Of one image that FAST adapts, in float32 and with the denoiser in bfloat16: seconds of a step and of a call, by turns, so that all ways
-meet the same machine; then 500 calls in a row for percentiles, calls under deadlines, loads of the package, and outputs of 60 images
-against the engine's. --packages keeps what was exported, and finds it again. Writes bench/results/embed_cpu.json.
+Of one image that FAST adapts, in float32 and with the denoiser in bfloat16: seconds of a step (the median of a turn's) and of a call, by
+turns of a tenth of a second, so that all ways meet the same machine; then calls in a row for percentiles, calls under deadlines, loads of
+the package, and outputs of 60 images against the engine's. --packages keeps what was exported, and finds it again. Writes
+bench/results/embed_cpu.json.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from dtta_fast.embed.functions import functions
 HERE = Path(__file__).parent
 RESULT = HERE.parent / "results" / "embed_cpu.json"
 IMAGES, CHOSEN = 60, 9  # the chosen one asks for adaptation, and its answer changes: 3 steps and 2 times 24 guard pairs
-ROUNDS = 6  # of every way, by turns
-STEPS, CALLS = 20, 6  # of a round
+TURNS = 80  # of every way: a call and a few steps each, so that a machine that is slow for a while is so for all
+STEPS = 5  # of a turn
 DEADLINES = (20.0, 40.0, 60.0, 80.0, 120.0, 160.0)  # milliseconds
 PRECISIONS = {"float32": None, "bfloat16": "bf16"}
 
@@ -93,13 +94,19 @@ def precision(name: str, images: Tensor, packages: Path, measure: Path, calls: i
     found: dict[str, Any] = {way: {"step": [], "call": []} for way in (*in_python, "package in C++")}
     for work in steps.values():
         timed(work, 5)
-    for _ in range(ROUNDS):
-        for way, session in in_python.items():
-            found[way]["step"] += timed(steps[way], STEPS)
-            found[way]["call"] += timed(lambda session=session: session.adapt(image, image_ids=ids), CALLS)
-        told = host(measure, "latency", path, one, CALLS + STEPS // 3)
-        found["package in C++"]["step"] += told["step"]
-        found["package in C++"]["call"] += told["call"]
+    with subprocess.Popen([measure, "turns", path, one], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as in_cpp:
+        assert in_cpp.stdin is not None
+        assert in_cpp.stdout is not None
+        for _ in range(TURNS):
+            for way, session in in_python.items():
+                found[way]["step"].append(statistics.median(timed(steps[way], STEPS)))
+                found[way]["call"] += timed(lambda session=session: session.adapt(image, image_ids=ids), 1)
+            in_cpp.stdin.write("\n")
+            in_cpp.stdin.flush()
+            told = json.loads(in_cpp.stdout.readline())
+            found["package in C++"]["step"].append(statistics.median(told["step"]))
+            found["package in C++"]["call"].append(told["call"])
+        in_cpp.stdin.close()
     streak = {way: timed(lambda session=session: session.adapt(image, image_ids=ids), calls) for way, session in in_python.items()}
     told = host(measure, "latency", path, one, calls)
     streak["package in C++"] = told["call"]
@@ -155,7 +162,7 @@ def main() -> None:
         load_average = os.getloadavg()
         result: dict[str, Any] = {"images": IMAGES, "load_average": load_average, "environment": environment.describe()}
         for name in PRECISIONS:
-            result[name] = precision(name, images, packages, build / "measure", given.calls)
+            result[name] = precision(name, images, packages, build / "measure", given.calls if name == "float32" else given.calls * 2 // 5)
             ways = result[name]["by turns"]
             RESULT.write_text(json.dumps(result, indent=1) + "\n")  # what there is, should the next fail
             print(name, {way: round(1000 * statistics.median(row["step"]), 2) for way, row in ways.items()}, file=sys.stderr)
