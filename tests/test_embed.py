@@ -139,16 +139,20 @@ def test_cpp_under_deadlines(package, measure, folder, digits):
     assert {row["steps"] for row in rows if row["deadline_ms"] > 1} == {presets.FAST.steps}
 
 
-def test_the_example_host(package, images, folder, expected):
+def test_the_documented_commands_build_and_run_the_example_host(package, tmp_path, expected):
+    """All of docs/embedding.md's, but for the export, which made this package."""
     assert len((ROOT / "examples" / "cpp" / "main.cpp").read_text().splitlines()) < 100
-    build = folder / "host"
-    source = ["-S", str(ROOT / "examples" / "cpp"), "-B", str(build), f"-DPython3_EXECUTABLE={sys.executable}"]
-    subprocess.run(["cmake", *source], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", str(build)], check=True, capture_output=True)
-    run = subprocess.run([build / "host", package, images], check=True, capture_output=True, text=True)
-    for i, result in enumerate(expected):
+    block = (ROOT / "docs" / "embedding.md").read_text().split("```sh\n")[1].split("```")[0].splitlines()
+    assert block[0] == "dtta export digits.pt2"
+    shutil.copy(package, tmp_path / "digits.pt2")
+    commands = "\n".join(block[1:]).replace("examples/", f"{ROOT}/examples/")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    run = subprocess.run(["bash", "-ec", commands], check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    for i, result in enumerate(expected[:12]):
         before, after = int(result.predictions_before), int(result.predictions)
         assert f"image {i}: class {before} before, {after} after" in run.stdout
+    images = tmp_path / "digits.f32"
+    build = tmp_path / "host"
     wrong = subprocess.run([build / "host", package, images, "0"], check=False, capture_output=True, text=True)
     assert (wrong.returncode, wrong.stderr.strip()) == (
         2,
