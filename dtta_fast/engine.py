@@ -264,7 +264,7 @@ class Engine:
         return outputs
 
     def guard(
-        self, before: Tensor, candidates: list[Tensor], x0: Tensor, image_ids: Tensor, step_number: Tensor, in_time: bool
+        self, before: Tensor, candidates: list[Tensor], x0: Tensor, image_ids: Tensor, step_number: Tensor, in_time: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
         """step.guard: outputs that stand, whether they are others than before, evaluations."""
         return step.guard(self.problem, before, candidates, x0, image_ids, step_number, in_time)

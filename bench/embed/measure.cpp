@@ -40,6 +40,13 @@ std::string list(const std::vector<T>& values) {
   return found + "]";
 }
 
+/* Sums round otherwise where memory is otherwise aligned. */
+bool close(const std::vector<float>& a, const std::vector<float>& b) {
+  for (size_t i = 0; i < a.size(); ++i)
+    if (!(std::fabs(a[i] - b[i]) < 5e-4f)) return false;
+  return a.size() == b.size();
+}
+
 struct Input {
   std::vector<float> pixels;
   size_t image = 0;  // floats of one
@@ -141,7 +148,7 @@ void stream(dtta::Session& session, const Input& input) {
   session.reset();
   const std::vector<float> fresh = adapted(session, second, 0).outputs;
   auto damaged = session.restore(state.substr(1));
-  std::printf("{\"again\": %d, \"moves\": %d, \"fresh\": %d, \"damaged\": \"%s\"}\n", once == again, once != later, once != fresh,
+  std::printf("{\"again\": %d, \"moves\": %d, \"fresh\": %d, \"damaged\": \"%s\"}\n", close(once, again), !close(once, later), !close(once, fresh),
               damaged ? damaged->message.c_str() : "");
 }
 
@@ -196,7 +203,7 @@ void refusals(const char* path, dtta::Session& session, const Input& input) {
   for (auto& own : found) threads.emplace_back([&session, &input, &own] { own = adapted(session, input.pixels.data(), 0).outputs; });
   for (auto& thread : threads) thread.join();
   bool alive = true;
-  for (const auto& own : found) alive = alive && own == before;
+  for (const auto& own : found) alive = alive && close(own, before);
   std::printf("{\"told\": [%s], \"alive\": %s}\n", told.c_str(), alive ? "true" : "false");
 }
 
