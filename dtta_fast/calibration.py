@@ -137,7 +137,7 @@ class Calibration:
         """What save() wrote.
 
         Raises:
-            ValueError: the file is damaged, or belongs to another denoiser.
+            ValueError: the file is missing or damaged, or belongs to another denoiser.
         """
         try:
             found: dict[str, Any] = json.loads(Path(path).read_text())
@@ -146,7 +146,7 @@ class Calibration:
             )
             mean, deviation, limit = float(found["mean"]), float(found["deviation"]), float(found.get("limit", 0.0))
             read = cls(str(found["fingerprint"]), mean, deviation, power, typical, scatter, limit, signal, spread)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path} is no calibration: {type(error).__name__}: {error}") from error
         numbers = (read.mean, read.deviation, read.limit, *read.power, *read.typical, *read.scatter, *read.signal, *read.spread)
         if len(read.power) < 3 or not all(map(math.isfinite, numbers)) or read.deviation <= 0 or min(read.power) < 0:

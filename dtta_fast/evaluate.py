@@ -22,6 +22,7 @@ from dtta_fast import environment
 from dtta_fast.adapter import Adapter
 from dtta_fast.data.images import Images, holds_maps, open_images, subsample
 from dtta_fast.data.maps import Maps
+from dtta_fast.denoisers.reading import read_json
 from dtta_fast.metrics import confusion, depth_errors, mean_class_accuracy, mean_iou
 from dtta_fast.result import AdaptResult
 from dtta_fast.runs.config import RunConfig
@@ -219,8 +220,7 @@ def evaluate(run: RunConfig, out: str | Path, *, scale: str = "none", advance: A
             advance(folder.done[number])
         remaining = [number for number in folder.remaining() if number % world == rank]
         if not remaining and world == 1 and (folder.folder / SUMMARY).is_file():
-            done: dict[str, Any] = json.loads((folder.folder / SUMMARY).read_text())
-            return done
+            return read_json(folder.folder / SUMMARY)
         seconds = {"start": time.perf_counter() - begun}
         if remaining:
             if scale == "ray":

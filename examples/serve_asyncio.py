@@ -52,7 +52,7 @@ class Server:
             while len(batch) < BATCH and (left := end - time.monotonic()) > 0:
                 try:
                     batch.append(await asyncio.wait_for(self._queue.get(), left))
-                except asyncio.TimeoutError:
+                except TimeoutError:
                     break
             try:
                 answers = await asyncio.to_thread(self._adapt, batch)

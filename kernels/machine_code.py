@@ -86,7 +86,7 @@ def cuda(cubin: bytes, tool: Path | str | None = None) -> Code:
     """Reads a cubin with cuobjdump and nvdisasm, which ship inside Triton.
 
     Raises:
-        FileNotFoundError: Triton has no such tools.
+        FileNotFoundError: Triton has no such tools. ValueError: it is no cubin.
     """
     if tool is None:
         import triton
@@ -100,8 +100,11 @@ def cuda(cubin: bytes, tool: Path | str | None = None) -> Code:
         path = Path(scratch) / "kernel.cubin"
         path.write_bytes(cubin)
         command = [tool, "--dump-resource-usage", "--dump-sass", path]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", sass)
+        try:
+            sass = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=60).stdout
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            raise ValueError(f"cubin of {len(cubin)} bytes is none that cuobjdump reads: {error}; compile the kernel again") from error
+    found = re.search(r"REG:(\d{1,9}) STACK:(\d{1,9}) SHARED:(\d{1,9}) LOCAL:(\d{1,9})\b", sass)
     if found is None:
         raise ValueError(f"cuobjdump printed no resource usage: {sass[:200]!r}")
     registers, stack, shared, local = (int(number) for number in found.groups())
@@ -124,17 +127,24 @@ def cuda(cubin: bytes, tool: Path | str | None = None) -> Code:
 
 
 def amd(assembly: str) -> Code:
-    """Reads amdgcn assembly."""
+    """Reads amdgcn assembly.
+
+    Raises:
+        ValueError: a count is missing, or an access to memory is of unknown width.
+    """
 
     def value(name: str) -> int:
-        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        found = re.search(rf"\.{name}:\s+(\d{{1,9}})\b", assembly)
         if found is None:
             raise ValueError(f"the assembly has no .{name}")
         return int(found[1])
 
     counts: dict[str, Counter[int]] = {"load": Counter(), "store": Counter()}
     for kind, width in re.findall(r"^\s+(?:global|buffer|flat)_(load|store)_(\w+)", assembly, re.M):
-        counts[kind][AMD_BITS[width.removesuffix("_d16_hi").removesuffix("_d16").split("_")[0]]] += 1
+        bits = AMD_BITS.get(width.removesuffix("_d16_hi").removesuffix("_d16").split("_")[0])
+        if bits is None:
+            raise ValueError(f"the assembly has {kind}_{width[:40]}, whose width is unknown; there are {', '.join(AMD_BITS)}")
+        counts[kind][bits] += 1
     spills = value("vgpr_spill_count") + value("sgpr_spill_count")
     return Code(
         value("vgpr_count"),

@@ -305,7 +305,7 @@ def test_wrong_folders_are_named(tmp_path):
     ("line", "message"),
     [
         ("no JSON", "line 3, is no record"),
-        ('["image_id", "batch"]', "line 3, is no record: it has no fields"),
+        ('["image_id", "batch"]', "line 3, is no record: it has no image_id"),
         ('{"image_id": 2, "batch": 0, "path": "x", "group": "y", "label": 1}', "line 3, is no record: it has no loss"),
     ],
 )

@@ -59,7 +59,10 @@ class Evaluate:
         for argument in arguments:
             name, equals, value = argument.removeprefix("--").partition("=")
             if equals and is_reference(name):
-                dotted[name] = yaml_value(value)
+                try:
+                    dotted[name] = yaml_value(value)
+                except ValueError as error:
+                    raise ValueError(f"{name} is {value[:40]!r}: {error}") from error
             else:
                 flags.append(argument)
         path = option(flags, "--settings")

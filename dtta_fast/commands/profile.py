@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -83,7 +83,7 @@ class Profile:
         if self.json is not None:
             about = {
                 "benchmark": "profile",
-                "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
                 "load_average": environment.load_average(),
                 "subject": subject.name,
                 "preset": self.preset.upper(),

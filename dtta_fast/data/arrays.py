@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import tokenize
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,10 +94,13 @@ class CifarC(Images):
 
 def _load_array(path: Path) -> NDArray[Any]:
     try:
-        found: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(found, np.ndarray):  # an archive, whatever its name
+            raise ValueError("it is an archive of arrays")
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: give the folder of CORRUPTION.npy files and labels.npy") from error
-    except (OSError, ValueError, EOFError) as error:
+    # numpy reads the header as a literal of Python's, and an archive by zipfile, and lets their errors through
+    except (OSError, ValueError, TypeError, EOFError, OverflowError, tokenize.TokenError, zipfile.BadZipFile, RecursionError) as error:
         raise ValueError(f"{path} is no array that can be read: {error}") from error
     return found
 
@@ -194,8 +200,17 @@ def open_torchvision(name: str, root: Path, split: str) -> Images:
         return ImageArray(images, names, [name] * len(names), torch.as_tensor(found.targets).tolist(), classes)
     # the paths and labels themselves, which torchvision has no public name for: its items are decoded already, by a reader of its own
     paths = found._images if name == "pets" else found._image_files
+    outside = [path for path in map(str, paths) if not _within(path, root)]  # lists of names could name any file of this machine
+    if outside:
+        raise ValueError(f"{root / files[0]} names {outside[0]}, which lies outside of {root}: get the set again")
     names = [Path(path).relative_to(root).as_posix() for path in paths]
     return ImageFiles(root, names, [name] * len(names), [int(label) for label in found._labels], classes)
+
+
+def _within(path: str, folder: str | Path) -> bool:
+    """By name: a link in the folder is its owner's."""
+    place, above = os.path.abspath(path), os.path.abspath(folder)
+    return os.path.commonpath([place, above]) == above
 
 
 class HuggingFace(Images):
@@ -205,9 +220,11 @@ class HuggingFace(Images):
         ValueError: no column of images, no row, or labels beside the classes.
     """
 
-    def __init__(self, data: Any, split: str, image: str, label: str | None) -> None:
-        from datasets import Image
+    def __init__(self, data: Any, split: str, image: str, label: str | None, root: str) -> None:
+        from datasets import Image, config
+        from huggingface_hub.constants import HF_HUB_CACHE
 
+        self._folders = [str(place) for place in (root, config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, HF_HUB_CACHE)]
         self._data, self._image = data.select_columns([image]).cast_column(image, Image(decode=False)), image
         self.names, self.groups = [f"{split}#{i}" for i in range(len(data))], ["hf"] * len(data)
         if label is not None:
@@ -222,6 +239,8 @@ class HuggingFace(Images):
         if row is None or (row["bytes"] is None and row["path"] is None):
             raise ValueError(f"{name} has no image in the column {self._image!r}")
         if row["bytes"] is None:
+            if not any(_within(row["path"], folder) for folder in self._folders):  # a table could name any file of this machine
+                raise ValueError(f"{name} names {row['path']}, which lies outside of {self._folders[0]} and the hub's cache: move it there")
             return read_pixels(Path(row["path"]), f"{name}, {row['path']}")
         return read_pixels(io.BytesIO(row["bytes"]), name)
 
@@ -253,4 +272,4 @@ def open_hugging_face(root: str, split: str) -> HuggingFace:
     if image is None or not len(found[wanted]):
         lack = "rows" if image else f"column of images, only {', '.join(features)}"
         raise ValueError(f"{root}, {wanted}, has no {lack}")
-    return HuggingFace(found[wanted], wanted, image, label)
+    return HuggingFace(found[wanted], wanted, image, label, root)

@@ -15,6 +15,8 @@ from torchvision.transforms import functional as T
 
 from dtta_fast.data.images import Images
 
+# what PIL opens here whatever a file's suffix says: it hands EPS, which it also knows, to Ghostscript, an interpreter
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -62,13 +64,30 @@ def decode(source: Path | BinaryIO, name: str) -> Image.Image:
         ValueError: it is missing, truncated, no image, or has more pixels than PIL's limit; the message has `name`.
     """
     try:
-        with Image.open(source) as image:
-            most, pixels = Image.MAX_IMAGE_PIXELS, image.width * image.height
-            if most is not None and pixels > most:  # PIL itself only warns up to twice its limit
-                raise ValueError(f"it has {pixels} pixels, more than PIL.Image.MAX_IMAGE_PIXELS, {most}")
+        with Image.open(source, formats=FORMATS) as image:
+            check_pixels(image.width * image.height)
             return _rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # a damaged file makes PIL's decoders raise many kinds
         raise ValueError(f"{name} is no image that can be read: {error}") from error
+
+
+def check_pixels(pixels: int) -> None:
+    """Raises ValueError where an image has more than PIL's limit: PIL itself only warns up to its double."""
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and pixels > most:
+        raise ValueError(f"it has {pixels} pixels, more than PIL.Image.MAX_IMAGE_PIXELS, {most}")
+
+
+def read_lines(path: Path) -> list[str]:
+    """A list's lines, as they are.
+
+    Raises:
+        ValueError: the file is missing or no text; the message names it.
+    """
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no list that can be read: {error}; write it as UTF-8 text") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -110,7 +129,9 @@ def image_files(folder: Path) -> list[str]:
     """Paths, from the folder and with slashes, of its images and its subfolders', by name. Hidden files and folders are left out."""
     found = []
     for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        above = {os.path.realpath(place), *map(os.path.realpath, map(str, Path(place).parents))}  # a link to one of them has no end
+        shown = (name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in shown if os.path.realpath(os.path.join(place, name)) not in above)
         inner = Path(place).relative_to(folder).as_posix()
         prefix = "" if inner == "." else f"{inner}/"
         for name in sorted(files):  # macOS leaves ._NAME.jpg files that hold no image

@@ -11,7 +11,7 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
-from dtta_fast.data.folder import ImageFiles, class_files, subfolders
+from dtta_fast.data.folder import ImageFiles, class_files, read_lines, subfolders
 from dtta_fast.data.images import chosen_corruptions
 
 # name -> timm's list of its wnids; None: all 1000
@@ -125,11 +125,13 @@ def open_objectnet(root: Path) -> ImageFiles:
     lines = mappings / "imagenet_to_label_2012_v2"
     if not lines.is_file():
         raise ValueError(f"{lines} is missing: ObjectNet's archive has it beside its images")
-    known = [line.strip() for line in lines.read_text(encoding="utf-8").splitlines()]
+    known = [line.strip() for line in read_lines(lines)]
     try:
         output_of = {known[int(line)]: int(output) for output, line in line_of.items()}
         shared = sorted(folder for folder, label in label_of.items() if label in names_of)
         outputs = [[output_of[name.strip()] for name in names_of[label_of[folder]].split(";")] for folder in shared]
+        if not all(0 <= output < 1000 for output in output_of.values()):
+            raise ValueError("an output beside 0 .. 999")
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise ValueError(f"{mappings} does not fit together: {error!r} is in one of its files and not in another") from error
     there = [folder for folder in subfolders(images) if folder != "mappings"]
@@ -151,8 +153,10 @@ def _mapping(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: ObjectNet's archive has mappings/ beside images/") from error
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(value, (str, int)) for value in found.values()):
+        raise ValueError(f"{path} is no mapping of names to names or numbers; get it again from ObjectNet's archive")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as T
 
-from dtta_fast.data.folder import SUFFIXES, read_image
+from dtta_fast.data.folder import FORMATS, SUFFIXES, check_pixels, read_image, read_lines
 from dtta_fast.data.images import chosen_corruptions
 
 NO_LABEL = 255
@@ -140,7 +141,7 @@ class NyuV2(Maps):
     def __init__(self, file: str | Path, split: str, size: int) -> None:
         try:
             import h5py  # noqa: F401 - to say so before the first image
-            from scipy.io import loadmat
+            from scipy.io import whosmat
         except ImportError as error:
             raise ImportError("NYUv2 needs h5py and scipy: pip install 'dtta-fast[data]'") from error
         file = Path(file) / "nyu_depth_v2_labeled.mat" if Path(file).is_dir() else Path(file)
@@ -152,10 +153,12 @@ class NyuV2(Maps):
         self._data: Any = None
         self._process = 0
         try:
-            self._rows = loadmat(splits)[f"{split}Ndxs"].ravel().astype(int) - 1  # MATLAB counts from 1
-            count = len(self._opened()["images"])
-            self._opened()["depths"]
-        except (OSError, KeyError, ValueError) as error:
+            count = _checked_arrays(self._opened())
+            sizes = {name: math.prod(shape) for name, shape, _ in whosmat(splits)}
+            if not 0 <= sizes[f"{split}Ndxs"] <= count:
+                raise ValueError(f"{split}Ndxs has {sizes[f'{split}Ndxs']} numbers for {count} images")
+            self._rows = _numbers(splits, f"{split}Ndxs")
+        except Exception as error:  # scipy's and HDF5's readers raise what damaged files make them
             raise ValueError(f"{file} with {splits.name} is no NYUv2: {error}") from error
         if len(self._rows) == 0 or self._rows.min() < 0 or self._rows.max() >= count:
             raise ValueError(f"{splits} names images that {file} does not have: it has 1 .. {count}")
@@ -177,9 +180,42 @@ class NyuV2(Maps):
 
     def pair(self, index: int) -> tuple[Tensor, Tensor, str]:
         row, name = int(self._rows[index]), f"{self._file}, image {int(self._rows[index]) + 1}"
-        image = torch.from_numpy(np.asarray(self._opened()["images"][row])).mT  # MATLAB's columns come first
-        depth = torch.from_numpy(np.asarray(self._opened()["depths"][row])).mT
+        try:
+            image = torch.from_numpy(np.asarray(self._opened()["images"][row])).mT  # MATLAB's columns come first
+            depth = torch.from_numpy(np.asarray(self._opened()["depths"][row])).mT
+        except OSError as error:
+            raise ValueError(f"{name} cannot be read: {error}; get the file again") from error
         return image.float() / 255, checked_depth(depth, name), name
+
+
+def _checked_arrays(data: Any) -> int:
+    """How many images an opened NYUv2 has.
+
+    Raises:
+        ValueError: it has other arrays, or arrays that lie in other files: HDF5's links could name any file of this machine.
+    """
+    import h5py
+
+    found = {}
+    for name, axes in (("images", 4), ("depths", 3)):
+        if not isinstance(data.get(name, getlink=True), h5py.HardLink) or not isinstance(data[name], h5py.Dataset):
+            raise ValueError(f"{name} is missing, or a link")
+        array = found[name] = data[name]
+        if array.external or array.is_virtual:
+            raise ValueError(f"{name} lies in another file")
+        if array.ndim != axes or array.dtype.kind not in "uif" or (axes == 4 and (array.shape[1] != 3 or array.dtype != np.uint8)):
+            raise ValueError(f"{name} is {array.dtype} of shape {list(array.shape)}")
+        check_pixels(math.prod(array.shape[-2:]))
+    if len(found["images"]) != len(found["depths"]):
+        raise ValueError(f"it has {len(found['images'])} images and {len(found['depths'])} depths")
+    return len(found["images"])
+
+
+def _numbers(splits: Path, name: str) -> Any:
+    """A split's rows; MATLAB counts from 1."""
+    from scipy.io import loadmat
+
+    return loadmat(splits, variable_names=[name])[name].ravel().astype(int) - 1
 
 
 class MapFolder(Maps):
@@ -213,7 +249,7 @@ def open_map_folder(folder: Path, size: int) -> MapFolder:
     listed = folder / "classes.txt"
     if not listed.is_file():
         return MapFolder(folder, size)
-    names = tuple(line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip())
+    names = tuple(line.strip() for line in read_lines(listed) if line.strip())
     if not names:
         raise ValueError(f"{listed} has no name; write one class a line, or remove it where the maps are depth")
     data = MapFolder(folder, size, len(names))
@@ -226,7 +262,7 @@ def _ade20k_names(folder: Path) -> tuple[str, ...]:
     listed = folder / "objectInfo150.txt"
     if not listed.is_file():
         return ()
-    lines = [line for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in read_lines(listed) if line.strip()]
     head, *rows = [[cell.strip() for cell in line.split("\t")] for line in lines or [""]]
     if "Name" not in head or len(rows) != ADE20K_CLASSES or any(len(row) != len(head) for row in rows):
         raise ValueError(f"{listed} is not ADE20K's: a heading with Name and {ADE20K_CLASSES} lines, with tabs between")
@@ -252,9 +288,10 @@ def _pairs(images: Path, maps: Path) -> list[tuple[Path, Path]]:
 
 def _read_map(path: Path) -> Tensor:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            check_pixels(image.width * image.height)
             values = np.asarray(image)
-    except (OSError, Image.DecompressionBombError) as error:
+    except Exception as error:  # a damaged file makes PIL's decoders raise many kinds
         raise ValueError(f"{path} is no map that can be read: {error}") from error
     if values.ndim != 2:
         raise ValueError(f"{path} has {values.ndim} dimensions; a map is one channel of 8 or 16 bits")

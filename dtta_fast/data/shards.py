@@ -12,10 +12,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dtta_fast.data.folder import SUFFIXES, read_pixels
+from dtta_fast.data.folder import SUFFIXES, read_lines, read_pixels
 from dtta_fast.data.images import Images
 
 # webdataset's own rule: a sample's key goes up to the first dot of the file's name
+MOST_SHARDS = 100_000  # names that a pattern may stand for
+MOST_LABEL = 512  # bytes of a .cls
 _MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 
 
@@ -38,7 +40,7 @@ class Shards(Images):
         self.names = names = []
         labels: list[int | None] = []
         listed = next((place / "classnames.txt" for place in (common, common.parent) if (place / "classnames.txt").is_file()), None)
-        self.classes = tuple(line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()) if listed else ()
+        self.classes = tuple(line.strip() for line in read_lines(listed) if line.strip()) if listed else ()
         for path in paths:
             shard = path.relative_to(common).as_posix()
             for key, members in _samples(path).items():
@@ -68,13 +70,13 @@ def open_webdataset(root: Path) -> Shards:
     Raises:
         ValueError: no file, or as `Shards`.
     """
-    if root.is_dir():
+    if os.path.isdir(root):  # of a name that is too long pathlib raises
         paths = sorted(path for path in root.iterdir() if path.suffix.lower() == ".tar" and not path.name.startswith("."))
         if not paths:
             raise ValueError(f"{root} holds no .tar file; give the folder that does, or a pattern")
         return Shards(paths)
     paths = []
-    for pattern in [str(root)] if root.exists() else _braces(str(root)):
+    for pattern in [str(root)] if os.path.exists(root) else _braces(str(root)):
         found = sorted(glob(pattern)) if has_magic(pattern) and not os.path.exists(pattern) else [pattern]
         if not found or not os.path.isfile(found[0]):
             raise ValueError(f"{pattern} is missing; give a tar file, a folder of tar files, or a pattern such as shard-{{000..009}}.tar")
@@ -84,23 +86,32 @@ def open_webdataset(root: Path) -> Shards:
 
 def _braces(pattern: str) -> list[str]:
     """shard-{08..10}.tar as three names, {a,b} as two."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    first, dots, last = match[1].partition("..")
-    if dots and first.isdigit() and last.isdigit():
-        middle = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-    else:
-        middle = match[1].split(",")
-    return [whole for part in middle for whole in _braces(pattern[: match.start()] + part + pattern[match.end() :])]
+    found = [pattern]
+    while match := re.search(r"\{([^{}]*)\}", found[0]):
+        middle: Sequence[str] = match[1].split(",")
+        span = re.fullmatch(r"([0-9]{1,9})\.\.([0-9]{1,9})", match[1])
+        numbers = range(int(span[1]), int(span[2]) + 1) if span else range(len(middle))
+        if len(found) * len(numbers) > MOST_SHARDS:
+            raise ValueError(f"root is {pattern!r}, which names more than {MOST_SHARDS} files: give the folder that holds them")
+        if span:
+            middle = [str(number).zfill(len(span[1])) for number in numbers]
+        begin, end = match[0], len(match[0])
+        found = [whole[: (at := whole.index(begin))] + part + whole[at + end :] for whole in found for part in middle]
+        if not found:
+            raise ValueError(f"root is {pattern!r}, whose {begin} is empty: give the first number before the last")
+    return found
 
 
 def _samples(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """key -> extension -> (offset, bytes), in the order of the file."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
+        whole = path.stat().st_size
         with tarfile.open(path, "r:") as archive:
             for member in archive:
+                # a negative size turns tarfile's reading back, for ever; one beyond the end makes a read take that memory
+                if member.size < 0 or member.offset_data + member.size > whole or member.issparse():
+                    raise tarfile.ReadError(f"its member {member.name!r} has {member.size} bytes, which are not there")
                 match = _MEMBER.fullmatch(member.name.removeprefix("./"))
                 if not member.isreg() or match is None or member.name.startswith("__"):  # __ marks what is about the shard
                     continue
@@ -108,15 +119,15 @@ def _samples(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
                 if extension in samples.setdefault(key, {}):
                     raise ValueError(f"{path} has {key}.{extension} twice: a sample's name is its own")
                 samples[key][extension] = member.offset_data, member.size
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, OverflowError, MemoryError, RecursionError, UnicodeError) as error:
         raise ValueError(f"{path} is no tar file that can be read: {error}; unpack .gz first, as members are read by seeking") from error
     return samples
 
 
 def _label(path: Path, key: str, span: tuple[int, int], classes: tuple[str, ...]) -> int:
     name = f"{path}, sample {key}"
-    text = _bytes(path, *span, name).decode("ascii", "replace").strip()
-    if not (text.isascii() and text.isdigit()) or (classes and int(text) >= len(classes)):
+    text = _bytes(path, span[0], min(span[1], MOST_LABEL), name).decode("ascii", "replace").strip()
+    if not re.fullmatch(r"[0-9]{1,9}", text) or (classes and int(text) >= len(classes)):
         raise ValueError(f"{name} has the label {text[:20]!r}; .cls is 0 .. {len(classes) - 1 if classes else 'classes - 1'}")
     return int(text)
 

@@ -129,16 +129,18 @@ class ConcatUNet(UNetDenoiser):
         parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": AutoencoderKL} if (folder / "vae").is_dir() else {})
         for name, kind in parts.items():
             parts[name] = read_model(kind, folder / name, use_safetensors=True, torch_dtype=torch.float32)
-        span = config.get("depth_range")
+        span, classes = config.get("depth_range"), config.get("classes")
+        if classes is not None and (type(classes) is not int or not 2 <= classes < 2**16):
+            raise ValueError(f"{folder / 'config.json'} has classes {str(classes)[:40]}; give a whole number from 2 to 65535")
         try:
             denoiser = cls(
                 parts["unet"],
                 read_process(folder),
                 parts.get("vae"),
-                classes=config.get("classes"),
+                classes=classes,
                 depth_range=None if span is None else (float(span[0]), float(span[1])),
             )
-        except (TypeError, IndexError, KeyError) as error:
+        except (TypeError, LookupError, ValueError, RuntimeError, OverflowError) as error:  # RuntimeError: sizes that no memory holds
             raise ValueError(f"{folder / 'config.json'} describes no {KIND}: {error}") from error
         if denoiser.embeddings is not None:
             file = folder / "embeddings.safetensors"

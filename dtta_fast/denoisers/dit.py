@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from dtta_fast.calibration import Calibration
 from dtta_fast.denoisers.base import Denoiser, image_size, to_latents, to_model_range
 from dtta_fast.denoisers.dit_network import DiTNetwork
-from dtta_fast.denoisers.reading import CALIBRATION, download, read_json, read_process
+from dtta_fast.denoisers.reading import CALIBRATION, OF_VALUES, download, read_json, read_model, read_process
 from dtta_fast.process import NoiseProcess
 
 LABEL_TABLE = "network.y_embedder.embedding_table.weight"
@@ -106,7 +107,9 @@ class DiT(Denoiser):
         """
         given = path_or_state_dict
         state: Mapping[str, Any] = given if isinstance(given, Mapping) else _read_torch_file(Path(given))
-        network = _network_from_original(state.get("ema", state), num_heads)  # a training checkpoint keeps both, and samples with ema
+        source = "path_or_state_dict" if isinstance(given, Mapping) else str(given)
+        weights = state.get("ema", state)  # a training checkpoint keeps both, and samples with ema
+        network = _network_from_original(weights, num_heads, source)
         if process is None:
             from diffusers import DDPMScheduler
 
@@ -129,18 +132,19 @@ class DiT(Denoiser):
             if vae is None:
                 from diffusers import AutoencoderKL
 
-                vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
+                vae = read_model(AutoencoderKL, folder / "vae").eval()
             return cls(_network_from_diffusers(folder / "transformer"), read_process(folder), vae)
         config = read_json(folder / "config.json")
         if config.get("_class_name") == "DiTTransformer2DModel":
             return cls(_network_from_diffusers(folder), read_process(folder if (folder / "scheduler").is_dir() else folder.parent), vae)
         if config.pop("_class_name", None) != "DiT":
             raise ValueError(f"{folder / 'config.json'} names no DiT: _class_name has to be DiT or DiTTransformer2DModel")
+        weights = _read_safetensors(folder / "model.safetensors")
         try:
-            network = DiTNetwork(**config)
-        except (TypeError, ValueError, ZeroDivisionError) as error:
+            network = _sized(config, weights)
+        except OF_VALUES as error:
             raise ValueError(f"{folder / 'config.json'} describes no DiT: {error}") from error
-        _load(network, _read_safetensors(folder / "model.safetensors"), folder / "model.safetensors")
+        _load(network, weights, folder / "model.safetensors")
         denoiser = cls(network, read_process(folder), vae)
         if (folder / CALIBRATION).is_file():
             denoiser.calibration = Calibration.load(folder / CALIBRATION, denoiser)
@@ -158,27 +162,60 @@ class DiT(Denoiser):
             self.calibration.save(folder / CALIBRATION)
 
 
-def _network_from_original(state: Mapping[str, Tensor], num_heads: int) -> DiTNetwork:
+def _sized(sizes: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiTNetwork:
+    """A network of these sizes, made only where the weights are as large: a line of text could ask for any memory.
+
+    Raises:
+        ValueError: they are not, or a size is none. TypeError: an unknown size, or one is missing.
+    """
+    for name, value in sizes.items():
+        if not isinstance(value, (int, float)) or not 0 <= value < 2**24:
+            raise ValueError(f"{name} is {str(value)[:40]!r}, no size")
+    side = sizes["input_size"] / sizes["patch_size"] if {"input_size", "patch_size"} <= set(sizes) else 0
+    depth, width, rows = (sizes.get(name, 0) for name in ("depth", "hidden_size", "num_classes"))
+    wide = max(1.0, float(sizes.get("mlp_ratio", 4.0)))
+    patch = sizes.get("patch_size", 0) ** 2 * sizes.get("in_channels", 0)
+    needed = width * (side * side + rows + patch + depth * width * (10 + 2 * wide))
+    there = sum(value.numel() for value in state.values())
+    if depth > len(state) or needed > 4 * there + 2**20:
+        raise ValueError(f"its sizes take {needed:.0f} weights and more, and there are {there}")
+    return DiTNetwork(**sizes)
+
+
+def _network_from_original(state: Mapping[str, Tensor], num_heads: int, source: str) -> DiTNetwork:
     labels, final = "y_embedder.embedding_table.weight", "final_layer.linear.weight"
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{source} is no DiT checkpoint: ema holds a {type(state).__name__}, not a state dict")
     wanted = ("x_embedder.proj.weight", "pos_embed", labels, "blocks.0.mlp.fc1.weight", final)
     missing = [name for name in wanted if name not in state]
     if missing:
-        raise ValueError(f"path_or_state_dict is no DiT checkpoint: {', '.join(missing)} missing")
+        raise ValueError(f"{source} is no DiT checkpoint: {', '.join(missing)} missing")
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{source} is no DiT checkpoint: {name} is no tensor, or one whose values share their memory")
+    try:
+        network = _sized(_original_sizes(state, num_heads), state)
+    except OF_VALUES as error:
+        raise ValueError(f"{source} is no DiT checkpoint: {error}") from error
+    _load(network, state, source)
+    return network
+
+
+def _original_sizes(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Any]:
+    labels, final = "y_embedder.embedding_table.weight", "final_layer.linear.weight"
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     outputs = len(state[final]) // patch_size**2
-    network = DiTNetwork(
-        input_size=round(state["pos_embed"].shape[1] ** 0.5) * patch_size,
-        patch_size=patch_size,
-        in_channels=in_channels,
-        hidden_size=hidden_size,
-        depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
-        num_heads=num_heads,
-        mlp_ratio=len(state["blocks.0.mlp.fc1.weight"]) / hidden_size,
-        num_classes=len(state[labels]) - 1,  # the last row is the null class
-        learn_sigma=outputs == 2 * in_channels,
-    )
-    _load(network, state, "path_or_state_dict")
-    return network
+    return {
+        "input_size": round(state["pos_embed"].shape[1] ** 0.5) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
+        "num_heads": num_heads,
+        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / hidden_size,
+        "num_classes": len(state[labels]) - 1,  # the last row is the null class
+        "learn_sigma": outputs == 2 * in_channels,
+    }
 
 
 def _network_from_diffusers(folder: Path) -> DiTNetwork:
@@ -186,7 +223,7 @@ def _network_from_diffusers(folder: Path) -> DiTNetwork:
 
     try:
         model, loading = DiTTransformer2DModel.from_pretrained(folder, output_loading_info=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, *OF_VALUES) as error:
         raise ValueError(f"{folder} cannot be read as a diffusers DiTTransformer2DModel: {error}") from error
     lacking = [str(key) for key in (*loading["missing_keys"], *loading["mismatched_keys"])]
     if lacking:
@@ -255,6 +292,10 @@ def _read_torch_file(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
+        if zipfile.is_zipfile(path):  # torch stores tensors as they are: what is compressed could unpack to any size
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("its members are compressed, or longer than the file")
         with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints keep their arguments, plain data
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip and runtime errors alike here

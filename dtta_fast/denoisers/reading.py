@@ -11,6 +11,9 @@ from safetensors import SafetensorError
 from dtta_fast.process import NoiseProcess
 
 CALIBRATION = "calibration.json"
+# what the libraries' constructors make of a config's values of other kinds; a RuntimeError is also torch's for sizes beyond memory
+OF_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, ImportError, RuntimeError, MemoryError)
+MOST_TIMESTEPS = 100_000  # of a schedule: a table has a row for each
 
 
 def read_process(folder: Path) -> NoiseProcess:
@@ -22,9 +25,12 @@ def read_process(folder: Path) -> NoiseProcess:
     name = str(config.get("_class_name"))
     if not name.endswith("Scheduler") or not hasattr(diffusers, name):
         raise ValueError(f"{path} names {name}, which is no scheduler of diffusers")
+    count = config.get("num_train_timesteps", 1000)
+    if type(count) is not int or not 1 <= count <= MOST_TIMESTEPS:
+        raise ValueError(f"{path} has num_train_timesteps {str(count)[:40]}; give a whole number from 1 to {MOST_TIMESTEPS}")
     try:
         return NoiseProcess.from_scheduler(getattr(diffusers, name).from_config(config))
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except OF_VALUES as error:
         raise ValueError(f"{path} describes no noise process: {error}") from error
 
 
@@ -33,7 +39,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is missing")
     try:
         config = json.loads(path.read_text())
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -48,7 +54,7 @@ def read_model(kind: Any, folder: Path, **keywords: Any) -> Any:
     """
     try:
         model, found = kind.from_pretrained(folder, output_loading_info=True, **keywords)
-    except (OSError, SafetensorError, RuntimeError, ValueError, ImportError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, *OF_VALUES) as error:
         raise ValueError(f"{folder} cannot be read as a {kind.__name__}: {error}") from error
     lacking = sorted(map(str, found["missing_keys"]))
     if lacking:

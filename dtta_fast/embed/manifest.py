@@ -21,6 +21,7 @@ FORMAT = 1  # of the functions in a package and of its manifest; session.cpp rea
 CAPABILITIES = ("DEFAULT", "NO AVX", "AVX2", "AVX512")  # of processors, each with what those before it have
 EXTENSIONS = ("avx", "amx", "bmi", "f16c", "fma", "gfni", "sha", "sse", "vaes", "vpclmul", "adx", "popcnt", "movbe")
 KEEPER = "decide"  # the function whose metadata the manifest is
+MOST_VALUES = 2**30  # of a batch of images, and of outputs
 UNUSED = ("compile", "memory_budget", "chunk")  # settings that do not change what a package computes
 
 
@@ -78,8 +79,8 @@ class Manifest:
             values: Any = {
                 field.name: found[field.name] if field.type == "str" else json.loads(found[field.name] or "") for field in FIELDS
             }
-            json.loads(values["config"]), json.loads(values["state"])
-        except (TypeError, ValueError) as error:
+            _check(values)
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} has a damaged manifest ({error}); export it again") from error
         return cls(**values)
 
@@ -116,6 +117,30 @@ class Manifest:
 
 
 FIELDS = dataclasses.fields(Manifest)
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Raises ValueError where a value is of another kind, or sizes are beyond what any memory holds."""
+    for field in FIELDS:
+        value = values[field.name]
+        if field.type == "int" and not (type(value) is int and 0 <= value < 2**31):
+            raise ValueError(f"{field.name} is {str(value)[:40]}, no whole number from 0 to 2^31")
+        if field.type == "bool" and not isinstance(value, bool):
+            raise ValueError(f"{field.name} is {str(value)[:40]}, not true or false")
+        if field.type == "float" and not (type(value) in (int, float) and 0 <= value < math.inf):
+            raise ValueError(f"{field.name} is {str(value)[:40]}, no number of 0 and more")
+        if field.type == "str" and not isinstance(value, str):
+            raise ValueError(f"{field.name} is missing")
+    if not isinstance(json.loads(values["config"]), dict) or not isinstance(json.loads(values["state"]), list):
+        raise ValueError("config is no object, or state no list")
+    outputs = values["outputs"].split()
+    if not outputs or not all(re.fullmatch("[0-9]{1,10}", side) for side in outputs):
+        raise ValueError(f"outputs is {values['outputs'][:40]!r}, not the sides of a shape")
+    for shape in ([values["batch"], 3, values["height"], values["width"]], list(map(int, outputs))):
+        if not 0 < math.prod(shape) < MOST_VALUES:
+            raise ValueError(f"it is for tensors of shape {shape}; they have 1 to {MOST_VALUES} values")
+    if values["steps"] < 1:
+        raise ValueError("steps is 0")
 
 
 def rank(capability: str) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import stat
+import struct
 import threading
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,11 @@ def load(path: str | Path, adapter: Adapter | None = None) -> Package:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path is {str(path)!r}, and there is no such file; write one by export() or `dtta export`")
+    _check_names(path)
     loader: Any = torch._C._aoti.AOTIModelPackageLoader
     try:
         metadata = loader.load_metadata_from_package(str(path), KEEPER)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no package of an adaptation: {str(error).splitlines()[0]}") from error
     manifest = Manifest.from_metadata(metadata, path)
     wrong = manifest.misfits() or ([] if adapter is None else manifest.differences(adapter.engine))
@@ -45,6 +49,21 @@ def load(path: str | Path, adapter: Adapter | None = None) -> Package:
         return Package(manifest, functions)
     except RuntimeError as error:
         raise ValueError(f"{path} is damaged, or cannot be loaded here: {str(error).splitlines()[0]}; export it again") from error
+
+
+def _check_names(path: Path) -> None:
+    """Raises ValueError where the file is no archive, or a member's name leads out of the folder that torch unpacks it to."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, EOFError) as error:
+        raise ValueError(f"{path} is no package of an adaptation: {error}") from error
+    for member in members:
+        name = member.orig_filename  # as torch reads it: zipfile's own cuts at a NUL and turns separators round
+        linked = stat.S_ISLNK(member.external_attr >> 16)
+        if linked or not name or name[0] == "/" or ".." in name.split("/") or any(mark in name for mark in "\\:\0"):
+            kind = "a link" if linked else "a name that leads out of its folder"
+            raise ValueError(f"{path} is no package of an adaptation: its member {name!r} is {kind}; export it again")
 
 
 class Package:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,44 @@ OF_IMAGE = ("path", "group", "label")
 OF_ANSWER = ("loss", "accepted", "evaluations", "seconds")
 OF_CLASSES = ("prediction_before", "prediction", "confidence_before", "confidence", "top_before", "top")
 OF_MAPS = ("score_before", "score")
+
+OF_SUMMARY: dict[str, type] = {"config": dict, "classes": list, "environment": dict, "seconds": dict}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _class(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31)
+
+
+def _scores(value: Any) -> bool:
+    return isinstance(value, dict) and all(score is None or _number(score) for score in value.values())
+
+
+def _top(value: Any) -> bool:
+    pairs = value if isinstance(value, list) else [None]
+    return all(isinstance(pair, list) and len(pair) == 2 and _class(pair[0]) and _number(pair[1]) for pair in pairs)
+
+
+def _losses(value: Any) -> bool:
+    return isinstance(value, list) and all(loss is None or _number(loss) for loss in value)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+KINDS: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("path", "group", "error"), _text),
+    **dict.fromkeys(("label", "prediction_before", "prediction"), _class),
+    **dict.fromkeys(("confidence_before", "confidence", "evaluations", "seconds"), _number),
+    **dict.fromkeys(("top_before", "top"), _top),
+    **dict.fromkeys(OF_MAPS, _scores),
+    "accepted": lambda value: isinstance(value, bool),
+    "loss": _losses,
+}
 
 
 @dataclass(frozen=True)
@@ -91,11 +129,21 @@ def _read(folder: Path, name: str) -> Run:
             missing = _missing(record)
             if missing:
                 raise ValueError(f"{path}, line {number}, is no record: it has no {missing}")
+            wrong = next((name for name, sound in KINDS.items() if name in record and not sound(record[name])), None)
+            if wrong:
+                raise ValueError(f"{path}, line {number}, is no record: {wrong} is {str(record[wrong])[:40]!r}; remove the line")
             records[record["image_id"]] = record
     ordered = [records[i] for i in sorted(records)]
     sound = [record for record in ordered if "error" not in record]
     finished = (folder / SUMMARY).is_file()
     summary = _read_object(folder / SUMMARY) if finished else {}
+    for field, kind in OF_SUMMARY.items():
+        if not isinstance(summary.get(field, kind()), kind):
+            raise ValueError(f"{folder / SUMMARY} is damaged: {field} is no {kind.__name__}; end the run again by `dtta evaluate`")
+    if not all(map(_number, (*summary.get("seconds", {}).values(), summary.get("wall_seconds") or 0))):
+        raise ValueError(f"{folder / SUMMARY} is damaged: seconds and wall_seconds are no numbers; end the run again by `dtta evaluate`")
+    if not all(isinstance(name, str) for name in summary.get("classes", ())):
+        raise ValueError(f"{folder / SUMMARY} is damaged: classes are no names; end the run again by `dtta evaluate`")
     config = summary["config"] if "config" in summary else _read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     return Run(
         name=name,
@@ -112,10 +160,8 @@ def _read(folder: Path, name: str) -> Run:
     )
 
 
-def _missing(record: Any) -> str | None:
+def _missing(record: Record) -> str | None:
     """The first field that a record lacks."""
-    if not isinstance(record, dict):
-        return "fields"
     answer = () if "error" in record else OF_ANSWER + (OF_MAPS if "score" in record else OF_CLASSES)
     return next((field for field in OF_IMAGE + answer if field not in record), None)
 
@@ -123,7 +169,7 @@ def _missing(record: Any) -> str | None:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds no object")

@@ -19,6 +19,8 @@ TaskName = Literal["classification", "zero_shot", "segmentation", "depth"]
 Protocol = Literal["episodic", "online", "continual"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DATA_FIELDS = ("root", "corruptions", "severities", "split", "per_class")
+UNSET = ("root", "split", "calibration")  # may be None
+MOST_YAML = 1_000_000  # characters: settings are a page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +68,17 @@ class RunConfig:
         if self.per_class is not None and (not isinstance(self.per_class, int) or self.per_class < 1):
             refuse("per_class", "None or a whole number of 1 and more")
         for name in ("corruptions", "severities", "classes"):
-            if isinstance(getattr(self, name), (str, int)):
+            if not isinstance(getattr(self, name), (list, tuple)):
                 refuse(name, "a list")
             object.__setattr__(self, name, tuple(getattr(self, name)))  # hashable, also when read from YAML
         if not isinstance(self.adapt, AdaptConfig):
             raise TypeError(f"adapt is a {type(self.adapt).__name__}; give an AdaptConfig, such as presets.FAST")
+        for name in ("data", "root", "split", "model", "denoiser", "calibration", "device"):
+            if not isinstance(getattr(self, name), str) and (name not in UNSET or getattr(self, name) is not None):
+                refuse(name, f"text{' or None' if name in UNSET else ''}")
+        for name, one in (("corruptions", str), ("severities", int), ("classes", str)):
+            if not all(isinstance(value, one) for value in getattr(self, name)):
+                refuse(name, "a list of " + ("whole numbers" if one is int else "text"))
         mode = "episodic" if self.protocol == "episodic" else "online"
         if self.adapt.mode != mode:
             raise ValueError(f"protocol is {self.protocol!r} with adapt.mode {self.adapt.mode!r}; it takes {mode!r}")
@@ -85,10 +93,17 @@ class RunConfig:
 
     @classmethod
     def from_description(cls, described: Mapping[str, Any]) -> RunConfig:
-        """What described() gave, as a config again."""
-        found = {name: value for name, value in described.items() if name not in ("data", "adapt")}
-        data = dict(described["data"])
-        return cls(data=data.pop("name"), **data, **found, adapt=AdaptConfig(**described["adapt"]))
+        """What described() gave, as a config again.
+
+        Raises:
+            ValueError: it is no description of a run.
+        """
+        try:
+            found = {name: value for name, value in described.items() if name not in ("data", "adapt")}
+            data = dict(described["data"])
+            return cls(data=data.pop("name"), **data, **found, adapt=AdaptConfig(**described["adapt"]))
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"described is no description of a run: {error!r}; give what described() gave") from error
 
 
 def _plain(value: Any) -> Any:
@@ -125,6 +140,8 @@ def with_settings(start: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
         if name in own:
             outer_changes[name] = value
         elif name == "preset":
+            if not isinstance(value, str):
+                raise ValueError(f"preset is {value!r}; there are {', '.join(presets.ALL)}")
             start = dataclasses.replace(start, adapt=presets.get(value), protocol=_protocol_of(presets.get(value), start.protocol))
         elif bare in inner:
             changes[bare] = value
@@ -160,12 +177,17 @@ def yaml_value(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):  # type: ignore[misc]  # which has no types here
-        pass
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # aliases of aliases are more values than any memory holds
+                raise yaml.YAMLError(f"*{self.peek_event().anchor} is an alias: write its value out")
+            return super().compose_node(parent, index)
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+    if len(text) > MOST_YAML:
+        raise ValueError(f"it has {len(text)} characters; settings take at most {MOST_YAML}")
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of dates such as 2001-99-99
         raise ValueError(f"it cannot be read as YAML: {error}") from error
 
 

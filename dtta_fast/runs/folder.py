@@ -80,7 +80,9 @@ class RunFolder:
         if path.is_file():
             try:
                 kept = json.loads(path.read_text())
-            except ValueError as error:
+                if not isinstance(kept, dict):
+                    raise ValueError("it holds no object")
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path} is damaged: {error}; the records beside it belong to an unknown config") from error
             changed = list(differences(kept, config))
             if changed and not any(found.stat().st_size for found in self.folder.glob("records*.jsonl")):
@@ -112,14 +114,14 @@ class RunFolder:
             elif ids != wanted[: len(ids)]:  # not the beginning of it, as a killed run leaves it
                 raise ValueError(f"{path} holds image {ids[-1]} in batch {number}, where the data set has {wanted}: has it changed?")
             for record in records:
-                if record["path"] != self._names[record["image_id"]]:
+                if record.get("path") != self._names[record["image_id"]]:
                     now = self._names[record["image_id"]]
                     raise ValueError(
-                        f"{path} holds {record['path']} as image {record['image_id']}, which is {now} now: has the data set changed?"
+                        f"{path} holds {record.get('path')!r} as image {record['image_id']}, which is {now} now: has the data set changed?"
                     )
         kept = [record for records in whole.values() for record in records]
         text = "".join(map(line_of, kept))
-        if path == self._records and text != path.read_text():
+        if path == self._records and text.encode() != path.read_bytes():
             write_whole(path, text)
         return whole
 
@@ -201,12 +203,18 @@ def read_records(path: Path) -> Iterator[Record]:
             if not line.endswith(b"\n"):
                 return
             try:
-                record = json.loads(line)
-                if not {"image_id", "batch"} <= set(record):
+                record = json.loads(line, parse_constant=_refuse)
+                if not isinstance(record, dict) or not {"image_id", "batch"} <= set(record):
                     raise ValueError("it has no image_id or no batch")
-            except (ValueError, TypeError) as error:
+                if not all(type(record[name]) is int and record[name] >= 0 for name in ("image_id", "batch")):
+                    raise ValueError("image_id and batch are whole numbers of 0 and more")
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}, is no record: {error}") from error
             yield record
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it has {constant}, which is no JSON")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -71,7 +71,7 @@ def _model(run: RunConfig, names: list[str], outputs: Sequence[int] | None) -> t
     import transformers
 
     loader = {"segmentation": "AutoModelForSemanticSegmentation", "depth": "AutoModelForDepthEstimation"}[run.task]
-    loaded: nn.Module = getattr(transformers, loader).from_pretrained(run.model).float()
+    loaded: nn.Module = getattr(transformers, loader).from_pretrained(run.model, trust_remote_code=False).float()
     return loaded, kind(processor)
 
 
@@ -99,7 +99,7 @@ def _processor(task: str, model: str) -> Any:
         return zoo.load_processor(ZOO[task])
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(model)
+    return AutoImageProcessor.from_pretrained(model, trust_remote_code=False)  # left out, transformers asks at the terminal
 
 
 def _denoiser(run: RunConfig, names: list[str]) -> Denoiser:

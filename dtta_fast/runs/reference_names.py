@@ -82,6 +82,9 @@ def translated(settings: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = value
     per_forward, forwards = theirs.pop("input.batch_size", None), theirs.pop("tta.gradient_descent.accum_iter", None)
     if per_forward is not None or forwards is not None:
+        for name, given in (("input.batch_size", per_forward), ("tta.gradient_descent.accum_iter", forwards)):
+            if given is not None and (not isinstance(given, int) or isinstance(given, bool)):
+                raise ValueError(f"{name} is {given!r}; give a whole number")
         found["pairs"], found["chunk"] = (per_forward or 1) * (forwards or 1), per_forward or "auto"
     for name, value in theirs.items():
         if name not in WITHOUT_EFFECT:
@@ -92,6 +95,8 @@ def translated(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _one(name: str, value: Any) -> dict[str, Any]:
     if name in RENAMED:
         return {RENAMED[name]: value}
+    if isinstance(value, (list, dict, set)):
+        raise ValueError(f"{name} is {value!r}; give a single value")
     tables = {
         "input.dataset_name": ("data", DATA_SETS),
         "model.class_arch": ("model", MODELS),

@@ -49,7 +49,7 @@ def load_model(name: str | Path) -> nn.Module:
         import transformers
 
         kind = {"segmentation": "AutoModelForSemanticSegmentation", "depth": "AutoModelForDepthEstimation"}[str(name)]
-        loaded: nn.Module = getattr(transformers, kind).from_pretrained(folder(name) / "model").float().eval()
+        loaded: nn.Module = getattr(transformers, kind).from_pretrained(folder(name) / "model", trust_remote_code=False).float().eval()
         return loaded
     import timm
 

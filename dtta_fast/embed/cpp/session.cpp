@@ -29,6 +29,7 @@ using Clock = std::chrono::steady_clock;
 using Metadata = std::unordered_map<std::string, std::string>;
 
 constexpr char kFormat[] = "1";      /* dtta_fast/embed/manifest.py */
+constexpr long long kMost = 1 << 20; /* a size in a manifest is below: batch * 3 * height * width stays in 64 bits */
 constexpr char kKeeper[] = "decide"; /* the function whose metadata the manifest is */
 constexpr int64_t kWords = int64_t{1} << 32;
 
@@ -69,7 +70,13 @@ int rank(const std::string& capability) {
 }
 
 Manifest read(const Metadata& metadata) {
-  const auto number = [&](const char* name) { return std::stoll(metadata.at(name)); };
+  const auto number = [&](const char* name) {
+    const std::string& written = metadata.at(name);
+    size_t read = 0;
+    const long long found = std::stoll(written, &read);
+    TORCH_CHECK(read == written.size() && found < kMost, name);
+    return found;
+  };
   Manifest found;
   found.torch = metadata.at("torch");
   found.device = metadata.at("device");
