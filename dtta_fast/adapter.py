@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dtta_fast import lora, presets
 from dtta_fast.config import AdaptConfig
@@ -56,8 +57,8 @@ class Adapter:
             raise TypeError(f"denoiser is a {type(denoiser).__name__}; give a Denoiser, such as DiT.from_pretrained(folder)")
         if not isinstance(config, AdaptConfig):
             raise TypeError(f"config is a {type(config).__name__}; give an AdaptConfig, such as presets.FAST")
-        if task is not None and not hasattr(task, "bind"):
-            raise TypeError(f"task is a {type(task).__name__}; give a Task, such as Classification()")
+        if task is not None and (isinstance(task, type) or not hasattr(task, "bind")):
+            raise TypeError(f"task is {task!r}; give a Task, such as Classification()")
         task = task or Classification()
         model, denoiser = task.bind(model, denoiser)
         rows = len(denoiser.process)
@@ -92,6 +93,7 @@ class Adapter:
 
     @property
     def config(self) -> AdaptConfig:
+        """The settings that it was made with."""
         return self.engine.config
 
     def adapt(
@@ -132,6 +134,9 @@ class Adapter:
             raise ValueError(
                 f"deadline_ms is {deadline_ms!r} with method {config.method!r}, which makes no steps to stop after: leave it out"
             )
+        for name, draw in (("timesteps", timesteps), ("noise", noise)):
+            if draw is not None and config.method != "adapt":
+                raise ValueError(f"{name} is given with method {config.method!r}, which draws pairs of its own: leave it out")
         with self._lock:
             return self._attempted(images, image_ids, latents, timesteps, noise, deadline)
 
@@ -146,7 +151,7 @@ class Adapter:
     ) -> AdaptResult:
         """Once more where less memory or eager mode may help; an online state moves on at the end."""
         engine, torch_state = self.engine, TorchState.now()
-        for _ in range(ATTEMPTS):
+        for attempt in range(ATTEMPTS):
             try:
                 with torch.enable_grad(), torch.autocast(images.device.type, enabled=False), engine.context():
                     engine.refresh()
@@ -156,10 +161,10 @@ class Adapter:
                 self._paces.clear()  # what follows runs otherwise
                 torch_state.restore()
                 math_attention.leave()
-                if not engine.failed(error):
+                if not engine.failed(error) or attempt + 1 == ATTEMPTS:
                     raise
         if self.config.mode == "online" and state is not None:
-            moved = [*state.theta.values(), *state.phi.values()]
+            moved = pytree.tree_leaves(state)  # the optimizers' too
             if bool(torch.stack([p.isfinite().all() for p in moved]).all()):
                 self._state = state
         return result
@@ -200,7 +205,11 @@ class Adapter:
             together = engine.plan(original[rows], x0, pairs)
             if together < len(rows) and (deadline is not None or not problem.per_image):
                 asked = "deadline_ms" if deadline is not None else "mode 'online'"
-                raise ValueError(f"images holds {count}, and memory_budget has room for {together} at once; {asked} takes no more")
+                bound, remedy = ("memory", "") if config.memory_budget is None else ("memory_budget", ", or a larger memory_budget")
+                raise ValueError(
+                    f"images holds {count}, and {bound} has room for {together} at once; {asked} takes a batch together: "
+                    f"give {together} images and fewer{remedy}"
+                )
             for part in torch.arange(len(rows), device=rows.device).split(together):
                 here = rows[part]
                 given = [None if draw is None else draw[here] for draw in (timesteps, noise)]
@@ -292,7 +301,7 @@ class Adapter:
             return seconds
 
     def forward(self, images: Tensor) -> Tensor:
-        """Adapts and returns the outputs [B, ...]: for code that calls a model."""
+        """Adapts to images as adapt() takes them, and returns the outputs [B, ...]: for code that calls a model. Raises as it does."""
         return self.adapt(images).outputs
 
     __call__ = forward
@@ -371,5 +380,14 @@ def adapt(
     """Adapts `model` to `images` by the denoiser's loss, and predicts: Adapter(model, denoiser, config, task).adapt(images, ...).
 
     model and denoiser are bit for bit what they were, whatever happens.
+
+    Args:
+        model: a torch.nn.Module, such as a timm classifier. denoiser: the diffusion model, on the same device.
+        images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised. config: a preset, or an AdaptConfig.
+        task: None means Classification(). image_ids, latents, timesteps, noise: as Adapter.adapt takes them.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong kind, or a config that does not fit model, denoiser or task.
+        RuntimeError: called under torch.inference_mode().
     """
     return Adapter(model, denoiser, config, task).adapt(images, image_ids=image_ids, latents=latents, timesteps=timesteps, noise=noise)

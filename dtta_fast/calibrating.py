@@ -14,7 +14,7 @@ from dtta_fast.objectives import Pairs, pair_losses
 from dtta_fast.runtime.private import PrivateCopy
 
 BINS = 20  # equal parts of the noise process
-DRAWS = 16  # pairs a bin and image
+PAIRS = 16  # pairs a bin and image
 RIVALS = 4  # classes an image's own is told from: the nearest ones
 IMAGES = 64  # more change the density less than another seed does
 ROWS = 64  # of the denoiser at once
@@ -29,7 +29,7 @@ def calibrate(denoiser: Denoiser, images: Tensor) -> Calibration:
     of maps has no rivals to tell apart: it gets the statistics alone, for matching.
 
     Raises:
-        ValueError: what Calibration.measure refuses.
+        ValueError: what Calibration.measure refuses; a denoiser of prompts without classes: give denoiser.with_classes([...]).
     """
     found = Calibration.measure(denoiser, images)
     if denoiser.takes_maps:
@@ -43,7 +43,7 @@ def calibrate(denoiser: Denoiser, images: Tensor) -> Calibration:
 def class_signal(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [BINS] of the loss under a rival class less the loss under the image's own, for latents [N, C, h, w].
 
-    Over images and rivals, each difference the mean of DRAWS pairs. One pair's would hide what many can tell: noise averages out, but
+    Over images and rivals, each difference the mean of PAIRS pairs. One pair's would hide what many can tell: noise averages out, but
     what no noise hides from a classifier of templates (the highest timesteps) stays wrong.
     """
     table, width = denoiser.class_embeddings({}), len(denoiser.process) / BINS
@@ -55,10 +55,10 @@ def class_signal(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor]:
     # the bins' losses differ by orders of magnitude: each counts by how much classes differ in it
     scores = (first / first.std(1, keepdim=True).mean(0).clamp(min=1e-30)).mean(2)
     nearest = scores.topk(min(1 + RIVALS, scores.shape[1]), dim=1, largest=False).indices  # [N, M], the image's own first
-    part = (torch.arange(DRAWS, device=x0.device) + 0.5) / DRAWS * width
+    part = (torch.arange(PAIRS, device=x0.device) + 0.5) / PAIRS * width
     timesteps = (starts[:, None] + part).long().flatten().clamp(max=len(denoiser.process) - 1)
     losses = _losses(denoiser, x0, ids, timesteps.expand(len(x0), -1), table[nearest], 1)
-    margins = (losses[:, 1:] - losses[:, :1]).unflatten(2, (BINS, DRAWS)).mean(3).flatten(0, 1)
+    margins = (losses[:, 1:] - losses[:, :1]).unflatten(2, (BINS, PAIRS)).mean(3).flatten(0, 1)
     return margins.mean(0), margins.std(0)
 
 

@@ -63,11 +63,17 @@ class Calibration:
                 f"images has shape {tuple(images.shape)}; give [N, C, H, W] with N of {LEAST} and more, 4 pixels a side and more"
             )
         if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
-            raise ValueError("images holds values outside [0, 1]; give floating point, not normalised")
+            raise ValueError(
+                f"images is {images.dtype} with values {float(images.min()):.3g} .. {float(images.max()):.3g}; "
+                "give floating point in [0, 1], not normalised"
+            )
         images = images.float()
         unit, mean, deviation = _standardised(images)
         if float(deviation.mean()) < FLAT:
-            raise ValueError("images have no contrast: their standard deviation is 0")
+            raise ValueError(
+                f"images have no contrast: their standard deviation is {float(deviation.mean()):.2g}, and {FLAT:g} is the least; "
+                "give photographs, not blank images"
+            )
         power = _power(torch.fft.rfft2(unit, norm="forward"), _radius(unit)).mean(0)
         statistics = _statistics(images)
         scatter, typical = torch.std_mean(statistics, dim=0)

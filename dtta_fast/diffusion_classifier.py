@@ -62,7 +62,9 @@ def _losses(problem: Problem, conditions: Tensor, x0: Tensor, image_ids: Tensor,
     step = torch.tensor(GUARD_STEP + stage, device=x0.device)
     timesteps = problem.held_out(problem.config.pairs).timesteps(image_ids, step)
     drawn = Pairs(x0, timesteps, image_ids, problem.config.seed, step)
-    return pair_losses(problem.denoiser, conditions, drawn, problem.config.loss == "l1").double()
+    rows, l1 = problem.guard_rows if problem.pad else None, problem.config.loss == "l1"
+    parts = drawn.chunks(max(1, problem.guard_rows // len(x0)))
+    return torch.cat([pair_losses(problem.denoiser, conditions, part, l1, rows) for part in parts], dim=1).double()
 
 
 def mean_probability(first: Tensor, second: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ class Engine:
         self._loop = False  # vmap is known to fail on these modules
         self._limit: int | None = None  # rows at once, after running out of memory
         self._at_once = 1  # rows of the last plan
+        self._least = 1  # rows of one pair of one image, which no plan goes below
         # asked for once: a GPU's free memory changes from call to call, and the chunk shall not
         self._budget = config.memory_budget or memory.default_budget(anchor(model).device)
         self._build()
@@ -98,7 +99,7 @@ class Engine:
     def refresh(self) -> None:
         """The private copies take over what the caller has written into the modules since the last call."""
         with torch.no_grad(), phase("restore"):
-            self._at_once = 1  # of this attempt: before its plan, fewer rows would not help
+            self._at_once = self._least = 1  # of this attempt: before its plan, fewer rows would not help
             if self._stale or not (self._model.refresh() and self._denoiser.refresh()):
                 self._build()
 
@@ -111,8 +112,8 @@ class Engine:
             warnings.warn(f"compile is {self._compile!r}, and the compilation failed: {reason} Going on in eager mode", stacklevel=4)
             self._compile, self._stale = "off", True
             return True
-        if memory.out_of_memory(error) and self._at_once > 1:
-            self._limit, self._at_once = self._at_once // 2, 1
+        if memory.out_of_memory(error) and self._at_once > self._least:
+            self._limit, self._at_once = max(self._least, self._at_once // 2), 1
             return True
         return False
 
@@ -147,11 +148,11 @@ class Engine:
             rows *= forwards
         if self._limit is not None:
             rows = min(rows, self._limit)
-            together = min(rows, together)
+            together = min(max(1, rows // forwards), together)
         abreast = min(abreast, together)
         fitting = max(1, rows // (abreast * forwards))
         chunk = fitting if config.chunk == "auto" else min(config.chunk, fitting)
-        self._at_once = abreast * forwards * min(chunk, pairs)
+        self._at_once, self._least = abreast * forwards * min(chunk, pairs), forwards
         self.problem.denoiser.checkpointing = checkpoint
         guard_rows = max(rows, together)
         if config.method == "adapt":

@@ -18,7 +18,7 @@ from dtta_fast.runtime.private import evaluating
 USUAL = (("q_proj", "v_proj"), ("to_q", "to_k", "to_v", "to_out.0"), ("query", "value"), ("qkv",), ("c_fc", "c_proj"))
 
 
-def layers(module: nn.Module) -> list[str]:
+def weight_names(module: nn.Module) -> list[str]:
     """Names of the active adapters' weights that the module brings along."""
     names = {id(p): name for name, p in module.named_parameters()}
     found = []
@@ -52,7 +52,7 @@ def targets(module: nn.Module, wanted: Sequence[str] | None, what: str) -> list[
 
 def check(module: nn.Module, wanted: Sequence[str] | None, what: str) -> None:
     """Raises ValueError where attach() would."""
-    if not layers(module):
+    if not weight_names(module):
         targets(module, wanted, what)
 
 
@@ -61,7 +61,7 @@ def attach(module: nn.Module, rank: int, wanted: Sequence[str] | None, what: str
 
     A is drawn from `seed`, B is 0, so that outputs stay what they are; their product counts once (alpha = rank).
     """
-    if not layers(module):
+    if not weight_names(module):
         from peft import LoraConfig, inject_adapter_in_model
 
         chosen = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets(module, wanted, what))
@@ -69,7 +69,7 @@ def attach(module: nn.Module, rank: int, wanted: Sequence[str] | None, what: str
             torch.manual_seed(seed)
             inject_adapter_in_model(chosen, module)
         evaluating(module).requires_grad_(False)  # a private copy's weights are constants
-    return layers(module)
+    return weight_names(module)
 
 
 def save(folder: Path, module: nn.Module, moved: Mapping[str, Tensor], unet: bool) -> None:

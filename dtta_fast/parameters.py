@@ -39,7 +39,7 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
     held = ([part] if isinstance(part, nn.Parameter) else part.parameters(recurse=which != "norm") for part in parts)
     wanted = {id(p) for own in held for p in own}
     if which == "lora":
-        named = set(lora.layers(model))
+        named = set(lora.weight_names(model))
         wanted = {id(p) for name, p in model.named_parameters() if name in named}
     chosen: Parameters = {name: p for name, p in model.named_parameters() if id(p) in wanted}
     if not chosen and which != "logits":

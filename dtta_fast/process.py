@@ -22,6 +22,9 @@ class NoiseProcess:
         table: [T, 5] floating point, finite; kept as float32. Timesteps are 0-based indices of its rows,
             in order of rising noise.
         model_time: [T] what the denoiser is given for each row; the index itself where it is None.
+
+    Raises:
+        ValueError: a table of another shape or not finite, or a model_time of another length.
     """
 
     def __init__(self, table: Tensor, model_time: Tensor | None = None) -> None:

@@ -19,7 +19,6 @@ from dtta_fast import environment
 from dtta_fast.adapter import Adapter
 from dtta_fast.bottleneck import Row, bottleneck
 from dtta_fast.config import AdaptConfig
-from dtta_fast.engine import anchor
 from dtta_fast.result import AdaptResult
 from dtta_fast.roofline import Peak, measured_peak
 from dtta_fast.runtime.clock import Clock
@@ -137,7 +136,7 @@ def profile(
     # operators that a compilation has merged cannot be counted
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), counter, listening(counter):
         run()
-    dtype = anchor(adapter.engine.problem.denoiser).dtype
+    dtype = adapter.engine.problem.denoiser.dtype
     peak = measured_peak(images.device, dtype)
 
     by_phase: dict[str, Count] = {}

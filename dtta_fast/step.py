@@ -158,7 +158,12 @@ def gradients(
             predict, heads = embedding_mix, [task.condition(outputs, denoiser, phi, config, chosen)]
         else:
             predict = noise_mix_null if config.null_condition else noise_mix
-            heads = list(task.candidates(outputs, denoiser, phi, config, chosen))
+            heads = list(task.class_conditions(outputs, denoiser, phi, config, chosen))
+    if not any(head.requires_grad for head in heads):
+        raise ValueError(
+            f"model is a {type(problem.model).__name__} whose outputs carry no gradient to its {config.parameters!r} parameters; "
+            "take torch.no_grad(), detach() or argmax out of its forward, or choose other parameters"
+        )
     drawn = Pairs(x0, timesteps, image_ids, config.seed, draws.step(state.step), noise)
     loss, to_heads, to_phi, scale = accumulated_gradients(
         predict, denoiser, phi, heads, drawn, problem.chunk, config.loss == "l1", problem.per_image

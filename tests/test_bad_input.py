@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from dtta_fast import AdaptConfig, Adapter, adapt, presets, zoo
+from dtta_fast.tasks import Classification
 
 CONFIG = AdaptConfig(steps=2, pairs=2)
 
@@ -53,7 +54,7 @@ ARGUMENTS = {
     "no norm layer": ({"model": nn.Linear(16, 7), "config": CONFIG.replace(parameters="norm")}, ValueError, "has none of that kind"),
     "other classes": ({"model": nn.Sequential(nn.Flatten(), nn.Linear(768, 5))}, ValueError, "model has 5 classes"),
     "a tuple of outputs": ({"model": Tupled()}, ValueError, "model returns a tuple"),
-    "task": ({"task": "classification"}, TypeError, "task is a str"),
+    "task": ({"task": "classification"}, TypeError, "task is 'classification'"),
     "no logits": ({"model": nn.Conv2d(3, 7, 1)}, ValueError, "model returns shape"),
 }
 
@@ -120,3 +121,24 @@ def test_unknown_names():
         AdaptConfig(guard=1, guard_threshold=1.0)
     with pytest.raises(ValueError, match="free logits belong to one image"):
         AdaptConfig(mode="online", parameters="logits")
+
+
+def test_a_model_without_gradient_is_named(model, denoiser, images):
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = model
+
+        @torch.no_grad()
+        def forward(self, x):
+            return self.own(x)
+
+    with pytest.raises(
+        ValueError, match=r"model is a Detached whose outputs carry no gradient to its .all. parameters; take"
+    ):
+        adapt(Detached(), denoiser, images, config=AdaptConfig(steps=1, pairs=2))
+
+
+def test_a_task_s_class_is_no_task(model, denoiser):
+    with pytest.raises(TypeError, match=r"task is <class .*Classification'>; give a Task"):
+        Adapter(model, denoiser, AdaptConfig(steps=1, pairs=2), Classification)

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import nn
 
+from dtta_fast.calibration import Calibration
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.process import NoiseProcess
 
@@ -187,3 +188,14 @@ def test_table_follows_the_module_but_stays_float32(process, random_network):
     denoiser = DiT(random_network(), process).to(torch.bfloat16)
     assert denoiser.process.table.dtype == torch.float32
     assert denoiser.encode(torch.rand(1, 3, 20, 20)).dtype == torch.float32  # x0 is no activation: noise is added to it in float32
+
+
+def test_a_pipeline_s_calibration_is_read_unless_it_is_to_be_measured_anew(pipeline):
+    denoiser = DiT.from_pretrained(pipeline)
+    found = Calibration.measure(denoiser, torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    found.save(pipeline / "calibration.json")
+    assert DiT.from_pretrained(pipeline).calibration == found
+    (pipeline / "calibration.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"calibration.json"):
+        DiT.from_pretrained(pipeline)
+    assert DiT.from_pretrained(pipeline, calibration=False).calibration is None

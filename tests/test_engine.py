@@ -16,7 +16,6 @@ from torch._dynamo.utils import counters
 
 from dtta_fast import AdaptConfig, Adapter, adapt
 from dtta_fast import adapter as adapter_module
-from dtta_fast import engine as engine_module
 from dtta_fast.runtime import clock, compiling
 
 CONFIG = AdaptConfig(steps=3, pairs=6, lr=1e-2, guard=3)
@@ -137,39 +136,6 @@ def test_activations_are_made_again_where_one_pair_does_not_fit(floats):
     found = adapt(model, denoiser, images, config=config.replace(memory_budget=budget))
     assert len(calls) > 4 * once  # one image at a time, and every block twice
     torch.testing.assert_close(found.outputs, plain.outputs, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("injected"), RuntimeError("DefaultCPUAllocator: not enough memory: injected")])
-def test_out_of_memory_halves_the_rows(floats, error):
-    model, denoiser, images = floats
-    plain = adapt(model, denoiser, images, config=CONFIG)
-    failures: list[int] = []
-
-    def full(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        if len(inputs[0]) > 7:
-            failures.append(len(inputs[0]))
-            raise error
-
-    denoiser.network.blocks[1].register_forward_pre_hook(full)
-    adapter = Adapter(model, denoiser, CONFIG)
-    torch.testing.assert_close(adapter.adapt(images).outputs, plain.outputs, rtol=1e-3, atol=1e-3)
-    assert 1 <= len(failures) <= 3
-    adapter.adapt(images)
-    assert len(failures) <= 3  # it has learnt
-    denoiser.network.blocks[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(error))
-    with pytest.raises(type(error), match="injected"):
-        adapt(model, denoiser, images, config=CONFIG)
-
-
-def test_out_of_memory_before_the_first_step_is_the_caller_s(floats, monkeypatch):
-    model, denoiser, images = floats
-
-    def full(_: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        raise torch.OutOfMemoryError("injected")
-
-    monkeypatch.setattr(type(denoiser), "encode", full)
-    with pytest.raises(torch.OutOfMemoryError, match="injected"):
-        adapt(model, denoiser, images, config=CONFIG)
 
 
 def test_a_deadline_stops_after_the_last_step_that_fits(floats, monkeypatch):
@@ -299,57 +265,6 @@ def test_adam_of_8_bits(denoiser, images, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ImportError, match="pip install"):
         Adapter(*floats[:2], config)
-
-
-def test_a_failed_rebuild_is_made_again(floats, monkeypatch):
-    """Weights were replaced, and memory ran out while the copies were made anew: the next call sees the new weights all the same."""
-    model, denoiser, images = floats
-    session = Adapter(model, denoiser, CONFIG.replace(guard=0))
-    session.adapt(images)
-    model.stem[0].weight = nn.Parameter(model.stem[0].weight.detach() * 1.5)
-    whole = engine_module.private_denoiser
-
-    def fail(*arguments):
-        monkeypatch.setattr(engine_module, "private_denoiser", whole)
-        raise torch.OutOfMemoryError("injected")
-
-    monkeypatch.setattr(engine_module, "private_denoiser", fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        session.adapt(images)
-    fresh = adapt(model, denoiser, images, config=CONFIG.replace(guard=0))
-    torch.testing.assert_close(session.adapt(images).outputs_before, fresh.outputs_before, rtol=1e-4, atol=1e-4)
-
-
-def test_out_of_memory_before_a_later_call_s_plan_is_the_caller_s(floats, monkeypatch):
-    session = Adapter(*floats[:2], CONFIG.replace(guard=0))
-    rows = session.adapt(floats[2])
-    monkeypatch.setattr(type(floats[1]), "encode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("injected")))
-    with pytest.raises(torch.OutOfMemoryError):
-        session.adapt(floats[2])
-    monkeypatch.undo()
-    assert torch.equal(session.adapt(floats[2]).outputs, rows.outputs)
-
-
-def test_out_of_memory_is_no_failure_of_vmap(floats, monkeypatch):
-    session, tried = Adapter(*floats[:2], CONFIG.replace(guard=0)), []
-    plain = engine_module.step.forward
-
-    def once(*arguments):
-        if not tried:
-            tried.append(True)
-            return plain(*arguments)
-        if len(tried) == 1:
-            tried.append(True)
-            raise torch.OutOfMemoryError("injected")
-        return plain(*arguments)
-
-    monkeypatch.setattr(engine_module.step, "forward", once)
-    session.engine._forward = once
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        session.adapt(floats[2])
-    assert len(tried) == 2
-    assert not session.engine.problem.loop
 
 
 def test_warmup_takes_what_adapt_takes(floats):

@@ -124,7 +124,7 @@ def test_adapters_that_a_model_brings_are_the_ones_that_move(tmp_path, models, p
     adapter = Adapter(own, denoiser, LORA.replace(mode="online"), ZeroShot(NAMES, processor))
     adapter.adapt(digits)
     names = set(adapter.state_dict()["theta"])
-    assert names == set(lora.layers(classifier))
+    assert names == set(lora.weight_names(classifier))
     assert all(".fc1." in name for name in names)
     adapter.save_lora(tmp_path)
     sources = dict(classifier.named_parameters())
@@ -187,3 +187,11 @@ def test_bad_input(models, processor, digits):
     adapter.adapt(digits)
     with pytest.raises(ValueError, match="there are no adapters to save"):
         adapter.save_lora("never")
+
+
+def test_a_clip_s_towers_keep_their_mode(models):
+    clip, denoiser = copy.deepcopy(models[0]).train(), models[1]
+    clip.vision_model.eval()
+    Adapter(clip, denoiser, LORA.replace(match="off", precheck="off"), ZeroShot(NAMES, zoo.load_processor("open_vocabulary")))
+    assert clip.training
+    assert not clip.vision_model.training

@@ -284,3 +284,9 @@ def test_a_method_without_steps_has_no_deadline(model, denoiser, images):
     adapter = Adapter(model, denoiser, CONFIG.replace(method="diffusion_classifier"))
     with pytest.raises(ValueError, match="deadline_ms is 50 with method 'diffusion_classifier'"):
         adapter.adapt(images, deadline_ms=50)
+
+
+@pytest.mark.parametrize("name", ["timesteps", "noise"])
+def test_a_method_that_draws_its_own_pairs_refuses_given_ones(model, denoiser, images, name):
+    with pytest.raises(ValueError, match=f"{name} is given with method 'ensemble'"):
+        adapt(model, denoiser, images, config=CONFIG.replace(method="ensemble"), **{name: torch.zeros(4, 1, 1, dtype=torch.int64)})

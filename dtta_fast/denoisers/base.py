@@ -43,6 +43,14 @@ class Denoiser(nn.Module, ABC):
     def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The condition [...] without a class; read from `parameters` where they hold it, with gradient."""
 
+    def depth_map(self, depth: Tensor) -> Tensor:
+        """Depth [B, 1, h, w] to the map [B, 1, h, w] that conditions this denoiser, differentiable.
+
+        Raises:
+            ValueError: its conditions are no maps of depth.
+        """
+        raise ValueError(f"denoiser is a {type(self).__name__}; depth takes one of maps of depth, such as a ConcatUNet")
+
     @abstractmethod
     def adaptable(self) -> list[str]:
         """Names of the parameters that move when the denoiser adapts."""

@@ -12,8 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dtta_fast.calibration import Calibration
-from dtta_fast.denoisers.reading import CALIBRATION, download, read_json, read_model, read_process
+from dtta_fast.denoisers.reading import CALIBRATION, download, read_calibration, read_json, read_model, read_process
 from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.process import NoiseProcess
 
@@ -111,8 +110,11 @@ class ConcatUNet(UNetDenoiser):
         return prediction
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> ConcatUNet:
+    def from_pretrained(cls, path: str | Path, *, calibration: bool = True) -> ConcatUNet:
         """Reads what save_pretrained() wrote, or downloads the hub's model of that id.
+
+        Args:
+            calibration: False leaves the folder's calibration.json unread.
 
         Raises:
             FileNotFoundError, ValueError: a part is missing or damaged; the message names it.
@@ -151,8 +153,8 @@ class ConcatUNet(UNetDenoiser):
             if table.shape != denoiser.embeddings.shape:
                 raise ValueError(f"{file} holds {tuple(table.shape)}; the model takes {tuple(denoiser.embeddings.shape)}")
             denoiser.embeddings.data = table
-        if (folder / CALIBRATION).is_file():
-            denoiser.calibration = Calibration.load(folder / CALIBRATION, denoiser)
+        if calibration:
+            denoiser.calibration = read_calibration(folder, denoiser)
         return denoiser.eval()
 
     def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:

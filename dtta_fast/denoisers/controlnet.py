@@ -38,6 +38,7 @@ class ControlNet(StableDiffusion):
         return {**super().networks(), "controlnet": self.controlnet}
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """Condition: prompts' hidden states [B, tokens, d]; the control image is zeros."""
         time, prompts = self.process.model_time[timesteps], condition.to(x_t.dtype)
         zeros = x_t.new_zeros(1, self.controlnet.config.conditioning_channels, self.image_size, self.image_size)  # one for all rows
         down, middle = self.controlnet(x_t, time, prompts, zeros, return_dict=False)

@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dtta_fast.calibration import Calibration
 from dtta_fast.denoisers.base import Denoiser, image_size, to_latents, to_model_range
 from dtta_fast.denoisers.dit_network import DiTNetwork
-from dtta_fast.denoisers.reading import CALIBRATION, OF_VALUES, download, read_json, read_model, read_process
+from dtta_fast.denoisers.reading import CALIBRATION, OF_VALUES, download, read_calibration, read_json, read_model, read_process
 from dtta_fast.process import NoiseProcess
 
 LABEL_TABLE = "network.y_embedder.embedding_table.weight"
@@ -47,7 +46,11 @@ class DiT(Denoiser):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] to x0: pixels in [-1, 1], or the posterior mean times the scaling factor."""
+        """Images [B, 3, H, W] in [0, 1] to x0: pixels in [-1, 1], or the posterior mean times the scaling factor.
+
+        Raises:
+            ValueError: images of other channels than a pixel model's.
+        """
         dtype = torch.promote_types(self.dtype, torch.float32)
         if self.vae is None:
             if images.shape[1] != self.network.in_channels:
@@ -72,10 +75,12 @@ class DiT(Denoiser):
         return self.network.in_channels, self.network.input_size, self.network.input_size
 
     def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """[K, D], or [B, K, D] where `parameters` hold a table for each image; without the null class."""
         own = self.network.y_embedder.embedding_table.weight
         return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., : self.network.num_classes, :]
 
     def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """[D], or [B, D]: the last row of the label table."""
         own = self.network.y_embedder.embedding_table.weight
         return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., self.network.num_classes, :]
 
@@ -83,6 +88,7 @@ class DiT(Denoiser):
         return [name for name, _ in self.named_parameters() if name.startswith("network.")]
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """Condition: mixtures of class embeddings [B, D]."""
         rows = condition.repeat_interleave(len(x_t) // len(condition), dim=0)
         return self.network(x_t, self.process.model_time[timesteps], rows, self.checkpointing)
 
@@ -100,6 +106,7 @@ class DiT(Denoiser):
         All sizes but the heads are read off the weights. A file is read with weights_only.
 
         Args:
+            num_heads: of the attention, which the weights do not tell. vae: as DiT takes it.
             process: None means the original's: 1,000 linear betas from 1e-4 to 2e-2, predicting the noise.
 
         Raises:
@@ -117,10 +124,13 @@ class DiT(Denoiser):
         return cls(network, process, vae)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, vae: nn.Module | None = None) -> DiT:
-        """Reads a folder: our own (`save_pretrained`, its calibration too), a diffusers DiTTransformer2DModel, or a DiT pipeline.
+    def from_pretrained(cls, path: str | Path, *, vae: nn.Module | None = None, calibration: bool = True) -> DiT:
+        """Reads a folder: our own (`save_pretrained`), a diffusers DiTTransformer2DModel, or a DiT pipeline.
 
-        Anything that is no folder is taken for a model id of the hub. `vae` overrides the pipeline's own.
+        Anything that is no folder is taken for a model id of the hub.
+
+        Args:
+            vae: overrides the pipeline's own. calibration: False leaves the folder's calibration.json unread.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or damaged; the message names it.
@@ -133,7 +143,16 @@ class DiT(Denoiser):
                 from diffusers import AutoencoderKL
 
                 vae = read_model(AutoencoderKL, folder / "vae").eval()
-            return cls(_network_from_diffusers(folder / "transformer"), read_process(folder), vae)
+            denoiser = cls(_network_from_diffusers(folder / "transformer"), read_process(folder), vae)
+        else:
+            denoiser = cls._from_one_model(folder, vae)
+        if calibration:
+            denoiser.calibration = read_calibration(folder, denoiser)
+        return denoiser
+
+    @classmethod
+    def _from_one_model(cls, folder: Path, vae: nn.Module | None) -> DiT:
+        """Of a folder of our own, or of a diffusers DiTTransformer2DModel."""
         config = read_json(folder / "config.json")
         if config.get("_class_name") == "DiTTransformer2DModel":
             return cls(_network_from_diffusers(folder), read_process(folder if (folder / "scheduler").is_dir() else folder.parent), vae)
@@ -145,10 +164,7 @@ class DiT(Denoiser):
         except OF_VALUES as error:
             raise ValueError(f"{folder / 'config.json'} describes no DiT: {error}") from error
         _load(network, weights, folder / "model.safetensors")
-        denoiser = cls(network, read_process(folder), vae)
-        if (folder / CALIBRATION).is_file():
-            denoiser.calibration = Calibration.load(folder / CALIBRATION, denoiser)
-        return denoiser
+        return cls(network, read_process(folder), vae)
 
     def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
         """Writes config.json, model.safetensors, scheduler/scheduler_config.json (of the diffusers scheduler trained with), and

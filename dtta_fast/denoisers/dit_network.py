@@ -135,6 +135,9 @@ class DiTNetwork(nn.Module):
         in_channels: channels of x_t. hidden_size, depth, num_heads, mlp_ratio: the transformer's sizes.
         num_classes: rows of the label table. null_class: one more row, the unconditional one, comes last.
         learn_sigma: the output has 2·in_channels channels; the second half is the learned variance.
+
+    Raises:
+        ValueError: sizes that do not go together.
     """
 
     pos_embed: Tensor
@@ -153,8 +156,10 @@ class DiTNetwork(nn.Module):
         learn_sigma: bool = True,
     ) -> None:
         super().__init__()
-        if min(input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes) < 1:
-            raise ValueError("every size of a DiT has to be 1 and more")
+        named = ("input_size", input_size), ("patch_size", patch_size), ("in_channels", in_channels), ("hidden_size", hidden_size)
+        for name, value in (*named, ("depth", depth), ("num_heads", num_heads), ("num_classes", num_classes)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; give 1 and more")
         if input_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
         if hidden_size % num_heads or hidden_size % 4:

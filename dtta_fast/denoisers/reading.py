@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 
+from dtta_fast.calibration import Calibration
 from dtta_fast.process import NoiseProcess
 
 CALIBRATION = "calibration.json"
@@ -32,6 +34,15 @@ def read_process(folder: Path) -> NoiseProcess:
         return NoiseProcess.from_scheduler(getattr(diffusers, name).from_config(config))
     except OF_VALUES as error:
         raise ValueError(f"{path} describes no noise process: {error}") from error
+
+
+def read_calibration(folder: Path, denoiser: nn.Module) -> Calibration | None:
+    """A folder's calibration.json; None where it has none.
+
+    Raises:
+        ValueError: it is damaged, or of another denoiser.
+    """
+    return Calibration.load(folder / CALIBRATION, denoiser) if (folder / CALIBRATION).is_file() else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

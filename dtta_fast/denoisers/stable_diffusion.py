@@ -13,8 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from dtta_fast.calibration import Calibration
-from dtta_fast.denoisers.reading import CALIBRATION, download, read_json, read_model, read_process
+from dtta_fast.denoisers.reading import download, read_calibration, read_json, read_model, read_process
 from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.process import NoiseProcess
 
@@ -129,18 +128,27 @@ class StableDiffusion(UNetDenoiser):
         return view
 
     def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """[K, tokens, d]."""
+        """[K, tokens, d].
+
+        Raises:
+            ValueError: no classes are set.
+        """
         if self.prompts is None:
             raise ValueError("denoiser has no classes: give task=ZeroShot([...], processor), or denoiser.with_classes([...])")
         return self.prompts
 
     def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The hidden states [tokens, d] of an empty prompt."""
+        """The hidden states [tokens, d] of an empty prompt.
+
+        Raises:
+            ValueError: no classes are set.
+        """
         if self.no_prompt is None:
             raise ValueError("denoiser has no classes: give task=ZeroShot([...], processor), or denoiser.with_classes([...])")
         return self.no_prompt
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """Condition: mixtures of prompts' hidden states [B, tokens, d]."""
         prediction: Tensor = self.unet(x_t, self.process.model_time[timesteps], condition.to(x_t.dtype), return_dict=False)[0]
         return prediction
 
@@ -152,11 +160,13 @@ class StableDiffusion(UNetDenoiser):
         dtype: torch.dtype = torch.float32,
         variant: str | None = None,
         quantization_config: Any = None,
+        calibration: bool = True,
     ) -> StableDiffusion:
         """Reads a pipeline's folder, or downloads the hub's model of that id: unet, vae, text_encoder, tokenizer, scheduler.
 
         Args:
             dtype: of the weights. variant: of the files, such as "fp16". quantization_config: diffusers' BitsAndBytesConfig for the UNet.
+            calibration: False leaves the folder's calibration.json unread.
 
         Raises:
             FileNotFoundError, ValueError: a part is missing or damaged, or quantisation does not run here; the message names it.
@@ -187,8 +197,8 @@ class StableDiffusion(UNetDenoiser):
         if quantization_config is None:
             parts["unet"].to(memory_format=torch.channels_last)  # convolutions run in it, and need not turn their weights round
         denoiser = cls(parts["unet"], read_process(folder), parts["vae"], parts["text_encoder"].eval(), parts["tokenizer"])
-        if (folder / CALIBRATION).is_file():
-            denoiser.calibration = Calibration.load(folder / CALIBRATION, denoiser)
+        if calibration:
+            denoiser.calibration = read_calibration(folder, denoiser)
         return denoiser.eval()
 
 

@@ -17,7 +17,7 @@ from dtta_fast.adapter import Adapter
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.embed.functions import Function, functions
-from dtta_fast.embed.manifest import FORMAT, KEEPER, Manifest, comparable, fingerprint, instructions, task_of, torch_version
+from dtta_fast.embed.manifest import FORMAT, KEEPER, Manifest, comparable, instructions, task_of, torch_version, weights_digest
 from dtta_fast.embed.package import load
 from dtta_fast.engine import Engine, anchor
 from dtta_fast.inputs import checked_images
@@ -49,7 +49,11 @@ def export(
         images: [N, 3, H, W] like those to come, N of `batch` and more: the tolerance is measured on them.
         path: ends in .pt2. progress: told the name of each function before it is compiled.
 
+    Returns:
+        The manifest, as the package holds it.
+
     Raises:
+        TypeError: model, denoiser, config or task of another kind.
         ValueError: something cannot be exported, or `images` or `path` is no good; the message says what, and nothing is written.
     """
     path = Path(path)
@@ -144,7 +148,7 @@ def _manifest(engine: Engine, crop: Tensor, made: dict[str, Function]) -> Manife
         device="cpu",
         capability=torch.backends.cpu.get_cpu_capability(),
         instructions=" ".join(sorted(instructions())),
-        weights=fingerprint(engine),
+        weights=weights_digest(engine),
         config=json.dumps(comparable(config)),
         task=task_of(engine, [len(crop), *crop.shape[1:]], list(outputs.shape)),
         batch=len(crop),

@@ -110,7 +110,7 @@ class Manifest:
         task = task_of(engine, [self.batch, 3, self.height, self.width], [int(side) for side in self.outputs.split()])
         if self.task != task:
             found.append(f"its task is {self.task}, and the adapter's {task}")
-        weights = fingerprint(engine)
+        weights = weights_digest(engine)
         if self.weights != weights:
             found.append(f"its weights have fingerprint {self.weights}, and the adapter's {weights}")
         return found
@@ -180,7 +180,7 @@ def comparable(config: AdaptConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def fingerprint(engine: Engine) -> str:
+def weights_digest(engine: Engine) -> str:
     """Sixteen hexadecimal digits of all weights and buffers of model and denoiser, bit for bit, the noise process and the calibration."""
     found = hashlib.sha256()
     for module in (engine.model, engine.denoiser):

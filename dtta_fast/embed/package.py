@@ -161,6 +161,9 @@ class Package:
 
         Returns:
             Seconds of the first run, `cold`, and of the last, `warm`.
+
+        Raises:
+            ValueError: images that adapt() refuses; nothing has run.
         """
         images, image_ids = self._checked(images, None)
         seconds = []

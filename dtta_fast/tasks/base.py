@@ -37,7 +37,7 @@ class Task(Protocol):
     ) -> Tensor:
         """Outputs [B, ...] to conditions [B, ...], differentiable; `moving` holds the denoiser's adapted weights."""
 
-    def candidates(
+    def class_conditions(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Outputs [B, ...] to probabilities [B, M] and the conditions [B, M, ...] of the M chosen classes, differentiable."""

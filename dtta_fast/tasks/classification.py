@@ -12,10 +12,11 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.draws import class_uniforms
 from dtta_fast.kernels import mix_condition
+from dtta_fast.tasks.base import Task
 from dtta_fast.tasks.transforms import Transform, timm_transforms
 
 
-class Classification:
+class Classification(Task):
     """For any module that maps images to logits [B, K].
 
     Size, crop and normalisation come from the model's own timm config. A module without one gets the images as they are,
@@ -88,7 +89,7 @@ class Classification:
         logits = scaled(outputs, config.logit_scale).gather(1, chosen)
         return mix_condition(logits, _gathered(table, chosen, per_image), per_image=True)
 
-    def candidates(
+    def class_conditions(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         outputs, (table, per_image) = self._allowed(outputs), self._table(denoiser, moving)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.tasks.base import Task
 from dtta_fast.tasks.transforms import Transform, processor_transforms, unchanged
 
 
@@ -43,7 +44,7 @@ def as_map(answer: Any) -> Tensor:
     return answer if answer.ndim == 4 else answer[:, None]
 
 
-class DenseTask:
+class DenseTask(Task):
     """The input's way to a model of maps.
 
     Size, crop and normalisation come from the model's image processor. Without one a model gets the images as they are, in [0, 1], unless

@@ -23,12 +23,10 @@ class Depth(DenseTask):
         """Raises ValueError where outputs are no depth, or not finite, or the config asks for what maps do not have."""
         if outputs.ndim != 4 or outputs.shape[1] != 1:
             raise ValueError(f"model returns shape {tuple(outputs.shape)}; a depth model returns [B, h, w] or [B, 1, h, w]")
-        if not denoiser.takes_maps:
-            raise ValueError(f"denoiser is a {type(denoiser).__name__}; depth takes one of maps, such as a ConcatUNet")
         check_maps("depth", config, {"objective": "embedding_mix", "top_k": None, "logit_scale": None})
         if not bool(outputs.isfinite().all()):
             raise ValueError("model returns depth that holds NaN or infinity")
-        denoiser.depth_map(outputs[:1])  # type: ignore[operator]
+        denoiser.depth_map(outputs[:1])
 
     def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:
         return None
@@ -41,13 +39,13 @@ class Depth(DenseTask):
     ) -> Tensor:
         return self.decision(outputs, denoiser)
 
-    def candidates(
+    def class_conditions(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         raise ValueError("depth has no classes to choose from: use objective 'embedding_mix'")
 
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
-        maps = denoiser.depth_map(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))  # type: ignore[operator]
+        maps = denoiser.depth_map(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))
         return at_latent_size(maps, denoiser)
 
     def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:

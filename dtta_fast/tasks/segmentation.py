@@ -54,7 +54,7 @@ class Segmentation(DenseTask):
             return denoiser.class_embeddings(moving)[outputs.mean((2, 3)).argmax(1)]
         return _mixed(scaled(outputs, config.logit_scale).softmax(1), denoiser, denoiser.class_embeddings(moving))
 
-    def candidates(
+    def class_conditions(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Probabilities [B, M, h, w] at the latent's size."""

@@ -41,12 +41,14 @@ def timm_transforms(model: nn.Module) -> tuple[Transform, Transform]:
 
 
 def processor_transforms(processor: Any) -> tuple[Transform, Transform]:
-    """Of a transformers image processor."""
+    """Of a transformers image processor; images as they are where it does not normalise."""
 
     def crop(images: Tensor) -> Tensor:
         found: Tensor = processor(images=images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
         return found.to(images.device).clamp(0, 1)  # bicubic overshoots
 
+    if not getattr(processor, "do_normalize", False) or getattr(processor, "image_mean", None) is None:
+        return crop, unchanged
     return crop, normalising(processor.image_mean, processor.image_std)
 
 

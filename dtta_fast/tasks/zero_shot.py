@@ -83,15 +83,18 @@ class ZeroShot(Classification):
             classifier = self._from_open_clip(clip)
         else:
             raise TypeError(f"model is a {type(model).__name__}; ZeroShot takes a transformers CLIPModel or a model of open_clip")
-        bound: nn.Module = classifier.train(bool(clip.training))
+        classifier.training = bool(clip.training)  # train() would reach into the caller's towers
+        bound: nn.Module = classifier
         return bound, denoiser.with_classes(self._diffusion_prompts)
 
     def crop(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] to CLIP's size, still in [0, 1]."""
         bound: Any = model
         found: Tensor = bound.transforms[0](images)
         return found
 
     def normalise(self, model: nn.Module, crop: Tensor) -> Tensor:
+        """A crop to CLIP's input, by its own mean and deviation."""
         bound: Any = model
         found: Tensor = bound.transforms[1](crop)
         return found

@@ -88,7 +88,7 @@ void softmax(const dtta_mixture& mixture, int64_t image, float* weights) {
   for (int64_t i = 0; i < chosen.count; ++i) weights[chosen[i]] = static_cast<float>(weights[chosen[i]] / total);
 }
 
-// to_weights [classes] becomes the gradient to z, then to the logits
+// slopes [classes] becomes the gradient to z, then to the logits
 void through_softmax(const dtta_mixture& mixture, int64_t image, const float* weights, float* slopes, void* to_logits) {
   const int64_t first = image * mixture.classes;
   double mean = 0.0, along = 0.0;
