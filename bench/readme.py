@@ -80,7 +80,10 @@ TITLES = {
 
 def gains() -> str:
     """The rows of the quality tables that README shows, and those of maps."""
-    lines = ["| data, models | method | corrupted % | gain (95 %) | worst corruption | clean | evaluations |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| data, models | method | corrupted % | gain (95 %) | worst corruption | clean | evaluations |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, methods in GAINS.items():
         records = _records(name)
         for method in methods:
@@ -104,7 +107,9 @@ def speeds() -> str:
         seconds, slow, info = run["stats"]["median"], naive["stats"]["median"], run["extra_info"]
         what = {"frozen": "frozen", "all": "adapting"}[adapting]
         rate = f"{info['flops'] / seconds / 1e12:.2f} TFLOP/s, {info['flops'] / seconds / info['peak']:.0%} of bf16's peak"
-        lines.append(f"| a step of 30 pairs, {size} {what} + {classifier} | {slow:.2f} s | {seconds:.2f} s | {slow / seconds:.1f} | {rate} |")
+        lines.append(
+            f"| a step of 30 pairs, {size} {what} + {classifier} | {slow:.2f} s | {seconds:.2f} s | {slow / seconds:.1f} | {rate} |"
+        )
     return "\n".join(lines)
 
 

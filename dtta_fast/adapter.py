@@ -42,8 +42,10 @@ class Adapter:
     warning (DTTA_FAST_STRICT=1: a failed compilation raises). Where memory runs out, the call starts again with half the rows.
 
     Args:
-        model: the model to adapt, e.g. a timm classifier. denoiser: the diffusion model, e.g. a DiT.
-        config: a preset, or an AdaptConfig. task: None means Classification().
+        model: the model to adapt, e.g. a timm classifier.
+        denoiser: the diffusion model, e.g. a DiT.
+        config: a preset, or an AdaptConfig.
+        task: None means Classification().
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, or a config that does not fit model or denoiser.
@@ -382,9 +384,12 @@ def adapt(
     model and denoiser are bit for bit what they were, whatever happens.
 
     Args:
-        model: a torch.nn.Module, such as a timm classifier. denoiser: the diffusion model, on the same device.
-        images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised. config: a preset, or an AdaptConfig.
-        task: None means Classification(). image_ids, latents, timesteps, noise: as Adapter.adapt takes them.
+        model: a torch.nn.Module, such as a timm classifier.
+        denoiser: the diffusion model, on the same device.
+        images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised.
+        config: a preset, or an AdaptConfig.
+        task: None means Classification().
+        image_ids, latents, timesteps, noise: as Adapter.adapt takes them.
 
     Raises:
         TypeError, ValueError: an argument of the wrong kind, or a config that does not fit model, denoiser or task.

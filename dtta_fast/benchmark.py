@@ -22,11 +22,11 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.roofline import attained, measured_peak
 from dtta_fast.runtime.counting import Counter
+from dtta_fast.runtime.precision import DTYPES
 
 FEWEST_ROUNDS = 3  # of a batch
 CALLS_BEFORE = 5  # uncounted, after the warm-up: other images may take other ways
 FEWEST_CALLS = 20  # whose percentiles mean something
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 Advance = Callable[[str], None]
@@ -129,8 +129,8 @@ def first_image(
     """Adapts images [B, 3, H, W] on their device in a process of its own.
 
     Args:
-        model, denoiser: as commands.subjects.load_pair takes them. caches: a folder for what compilers keep from process to process; None
-            means their usual ones.
+        model, denoiser: as runs.models.load_pair takes them. caches: a folder for what compilers keep from process to process; None means
+            their usual ones.
 
     Returns:
         Seconds: total, from the start of the process to the answers on the host, and of it imports (and the start of Python), loading,
@@ -187,7 +187,7 @@ def run(
     check_batches(batches)
     adapter = Adapter(model, denoiser, config)
     one = latency(adapter, images, calls, labels, advance)
-    dtype = denoiser.dtype if config.precision is None else DTYPES[config.precision]
+    dtype = DTYPES[config.precision] or denoiser.dtype
     peak = measured_peak(images.device, dtype)
     rows = []
     for batch in batches:

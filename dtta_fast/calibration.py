@@ -35,9 +35,10 @@ class Calibration:
         mean, deviation: of an image's values in [0, 1], over its pixels and channels; means over images.
         power: mean power of images of mean 0 and deviation 1 by spatial frequency, 0, 1, 2 .. cycles an image side.
         typical, scatter: an image's statistics (its mean, the logarithms of its deviation and of its power at 1, 2 .. cycles), mean and
-            standard deviation over images. limit: the distance() that 95 % of them are under.
-        signal, spread: in equal parts of the noise process, mean and standard deviation of how much higher the loss is under a rival
-            class than under an image's own (see calibrate()); empty where they were not measured.
+            standard deviation over images.
+        limit: the distance() that 95 % of them are under.
+        signal, spread: in equal parts of the noise process, mean and standard deviation of how much higher the loss is under a rival class
+            than under an image's own (see calibrate()); empty where they were not measured.
     """
 
     fingerprint: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -22,17 +23,19 @@ from dtta_fast.commands.profile import Profile
 from dtta_fast.commands.report import Report
 
 COMMANDS: tuple[Any, ...] = (Demo, Adapt, Evaluate, Report, Calibrate, Bench, Profile, Export, Env)
+ABOUT = """Test-time adaptation of vision models by diffusion feedback.
+
+Begin with: dtta demo. Help on a subcommand, such as adapt: dtta adapt --help."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; bad input ends it with one line and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        start = None
         if arguments[:1] == ["evaluate"]:
             start, arguments = Evaluate.start(arguments)
-            command: Any = tyro.cli(_commands(arguments, start), prog="dtta", args=arguments)
-        else:
-            command = tyro.cli(_commands(arguments), prog="dtta", args=arguments)
+        command: Any = tyro.cli(_commands(arguments, start), prog="dtta", description=ABOUT, args=arguments)
         command.run()
     except KeyboardInterrupt:
         print(f"dtta {' '.join(arguments[:1])}: stopped", file=sys.stderr)
@@ -43,21 +46,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _commands(arguments: Sequence[str], start: Evaluate | None = None) -> Any:
-    """The union of the commands; settings that start from a preset, or from `start`, have its values for defaults."""
+    """The union of the commands; settings that start from a preset, or from `start`, have its values for defaults.
+
+    The command that is called is described in full, the others by a line.
+    """
     found = None
     for kind in COMMANDS:
         name = kind.__name__.lower()
-        command: Any = tyro.conf.subcommand(name)
         fields = {field.name: field for field in dataclasses.fields(kind)}
-        if start is not None and kind is Evaluate:
+        if arguments[:1] != [name]:
+            command: Any = tyro.conf.subcommand(name, description=(inspect.getdoc(kind) or "").partition("\n\n")[0])
+        elif start is not None and kind is Evaluate:
             command = tyro.conf.subcommand(name, default=start)
-        elif "config" in fields and arguments[:1] == [name]:
+        elif "config" in fields:
             preset = presets.get(option(arguments, "--preset") or str(fields["preset"].default))
             usual: Any = fields["config"].default
             if usual.precheck == "off":  # a command that measures wants every image adapted, under any preset
                 preset = preset.replace(precheck="off")
             required = [field for field, own in fields.items() if own.default is dataclasses.MISSING]
             command = tyro.conf.subcommand(name, default=kind(**dict.fromkeys(required, tyro.MISSING), config=preset))
+        else:
+            command = tyro.conf.subcommand(name)
         annotated: Any = Annotated[kind, command]
         found = annotated if found is None else found | annotated
     return found

@@ -1,4 +1,4 @@
-"""How to adapt: one frozen dataclass, and the presets."""
+"""How to adapt: one frozen dataclass that checks itself."""
 
 from __future__ import annotations
 
@@ -25,59 +25,60 @@ class AdaptConfig:
     """Settings of an adaptation; a wrong value raises ValueError naming the field, the value and what is allowed.
 
     Attributes:
-        method: adapt; diffusion_classifier, which trains nothing and answers with the class under which the denoising loss is lowest
-            (arXiv 2303.16203); or ensemble, the mean of the model's and the diffusion classifier's probabilities. Those two take
-            `steps` stages of `pairs` pairs, the same for all classes; after each a class falls out whose loss is higher than the
+        method: what is done: adapt; diffusion_classifier, which trains nothing and answers with the class under which the denoising loss
+            is lowest (arXiv 2303.16203); or ensemble, the mean of the model's and the diffusion classifier's probabilities. Those two
+            take steps stages of pairs pairs, the same for all classes; after each a class falls out whose loss is higher than the
             lowest by more than guard_threshold standard errors (0: none does). top_k is then how many classes of the model's are
             looked at.
-        steps: updates an image (episodic) or a batch (online).
-        pairs: (timestep, noise) pairs an image and step, fresh in every step unless common_draws.
+        steps: updates an image (episodic) or a batch (online), 1 and more.
+        pairs: pairs of a timestep and a noise that an image has in a step, 1 and more; fresh in every step unless common_draws.
         objective: embedding_mix, the loss under the mixed class embedding (Diffusion-TTA); or noise_mix, the loss of the mixture of the
             predictions under each class (DUSA, NeurIPS 2024), which takes a forward a class: choose few by top_k and drawn_classes.
-        null_condition: of noise_mix with an adapting denoiser: it learns from a forward without a class, and those under the classes
-            leave no gradient in it.
-        chunk: pairs of an image that run through the denoiser at once; "auto" keeps a forward near 64 rows, or
-            what memory_budget has room for. No effect on the result beyond rounding.
-        loss: mse, or l1.
-        timesteps: uniform; stratified, one timestep in each of `pairs` equal parts of the range; or calibrated, stratified under the
-            density that `dtta calibrate` measured for this denoiser.
-        timestep_range: rows low <= t < high of the noise process; None is all of it.
-        antithetic: two pairs each share a timestep and have opposite noise, held in memory; it is else drawn where it is used.
-        share_noise: an image has one noise a step, held in memory.
-        common_draws: all steps of an image see the same pairs.
-        top_k: classes that take part in the condition; None is all.
-        drawn_classes: that many more, drawn without replacement from the others by their probability, anew in every step.
+        null_condition: whether an adapting denoiser, under noise_mix, learns from a forward without a class alone, and those under the
+            classes leave no gradient in it.
+        chunk: pairs of an image that run through the denoiser at once; auto keeps a forward near 64 rows, or what memory_budget has
+            room for. No effect on the result beyond rounding.
+        loss: how prediction and target are compared: mean squared (mse) or mean absolute (l1) difference.
+        timesteps: how timesteps are drawn: uniform; stratified, one in each of as many equal parts of the range as there are pairs; or
+            calibrated, stratified under the density that dtta calibrate measured for this denoiser.
+        timestep_range: the rows of the noise process that are drawn from, the lowest and the one after the highest; None is all of it.
+        antithetic: whether two pairs each share a timestep and have opposite noise, held in memory; it is else drawn where it is used.
+        share_noise: whether an image has one noise a step, held in memory.
+        common_draws: whether all steps of an image see the same pairs.
+        top_k: classes that take part in the condition, the likeliest ones; None is all.
+        drawn_classes: classes beside those of top_k, drawn without replacement from the others by their probability, anew in every step.
         logit_scale: the condition is softmax(logit_scale · logits / ‖logits‖₂); None is softmax(logits).
-        match: who sees an image with the statistics of the denoiser's own images (see Calibration.match): nobody, the denoiser, or the
-            model too. Takes a denoiser with a calibration.
+        match: who sees an image with the statistics of the denoiser's own images (see Calibration.match): nobody (off), the denoiser, or
+            the model too (both). Takes a denoiser with a calibration.
         precheck: which images are left alone, without an evaluation, since adaptation would do more harm than good (docs/log.md): off,
-            none; answer, with match "both" those to which the source gives the same answer as they are and matched; statistics, those whose
+            none; answer, with match both those to which the source gives the same answer as they are and matched; statistics, those whose
             statistics are usual for the denoiser's own images (see Calibration.distance). Compiled code, which is made for one size,
             adapts a batch whole where one of its images asks for it.
         parameters: which of the model's weights move: all, its norm layers, its head, LoRA adapters (its own where it has some, else
             new ones), or the logits themselves. Their requires_grad is not asked.
-        denoiser_parameters: frozen, all, or lora.
-        lora_rank: of new adapters.
-        lora_targets: ends of the names of the linear layers that get one, such as ("q_proj", "v_proj"); None is the attention's
+        denoiser_parameters: which of the denoiser's weights move: none (frozen), all, or those of LoRA adapters (lora).
+        lora_rank: rank of new LoRA adapters, 1 and more.
+        lora_targets: ends of the names of the linear layers that get an adapter, such as q_proj and v_proj; None is the attention's
             projections.
-        optimizer: sgd, adam, adamw, or adam8bit (bitsandbytes' Adam, whose two moments take a byte each).
+        optimizer: what takes the steps: sgd, adam, adamw, or adam8bit (bitsandbytes' Adam, whose two moments take a byte each).
         lr: learning rate of the model's weights.
-        denoiser_lr: of the denoiser's.
-        momentum: of sgd.
-        weight_decay: of every optimizer, on the model and the denoiser alike; decoupled for adamw and adam8bit.
+        denoiser_lr: learning rate of the denoiser's weights.
+        momentum: momentum of sgd, 0 to below 1; the other optimizers have none of it.
+        weight_decay: decay of every optimizer, on the model and the denoiser alike; decoupled for adamw and adam8bit.
         mode: episodic starts every image from the source weights; online carries weights and optimizer on through the stream.
         guard: pairs on which the answers before and after are compared; where the loss is not lower after, the answer from before
             stands. 0 is off.
-        guard_threshold: how much lower: the mean of the pairs' differences is below -guard_threshold standard errors (a paired test).
-        precision: of the denoiser's weights and activations, nearly all of the work; None leaves them as they are. Losses, the sum of
-            the gradients to the condition, optimizers and weights that move are float32, these cast to it for each step. The model
+        guard_threshold: how much lower the loss has to be after: the mean of the pairs' differences is below minus so many standard
+            errors (a paired test).
+        precision: type of the denoiser's weights and activations, nearly all of the work; None leaves them as they are. Losses, the sum
+            of the gradients to the condition, optimizers and weights that move are float32, these cast to it for each step. The model
             keeps its own precision: an update of 1e-5 would be lost in a bfloat16 weight.
-        compile: off; regional, the denoiser's blocks and the model each by torch.compile; or step, the whole step as one
-            graph, whose compilation takes as often as long as a step has chunks. For sessions: see Adapter.warmup.
+        compile: what torch.compile makes: nothing (off); the denoiser's blocks and the model each (regional); or the whole step as one
+            graph (step), whose compilation takes as often as long as a step has chunks. For sessions: see Adapter.warmup.
         memory_budget: bytes for activations, and for the weights, gradients and optimizer memory of images that have their own; it
             bounds the chunk, then how many images of a batch run at once. None is four fifths of what is free on a GPU, and no bound
             on the CPU. Frozen weights are not counted. No effect on the result beyond rounding.
-        seed: of the timesteps and the noise, 0 .. 2^63 - 1.
+        seed: seed of the timesteps and the noise, 0 to 2^63 - 1.
     """
 
     method: Method = "adapt"

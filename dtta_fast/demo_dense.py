@@ -51,6 +51,8 @@ def run(
     Raises:
         ValueError: `images` is under 1.
     """
+    if images < 1:
+        raise ValueError(f"images is {images}; give 1 and more")
     data = scenes("test", images)
     truth = truth_of(name, data)
     model, denoiser = zoo.load(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -27,6 +28,15 @@ def describe() -> dict[str, str]:
     for device in ("cpu", "cuda"):
         found[f"ops on {device}"] = "{}: {}".format(*backends.serving(device))
     return found
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's, where the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def load_average() -> list[float] | None:

@@ -21,8 +21,8 @@ def main() -> None:
     from safetensors.torch import load_file
 
     from dtta_fast.adapter import Adapter
-    from dtta_fast.commands.subjects import load_pair
     from dtta_fast.config import AdaptConfig
+    from dtta_fast.runs.models import load_pair
 
     imported, folder = time.time(), Path.cwd()
     request: dict[str, Any] = json.loads((folder / "request.json").read_text())

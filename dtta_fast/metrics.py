@@ -7,13 +7,17 @@ from torch import Tensor
 
 
 def confusion(predictions: Tensor, labels: Tensor, classes: int, ignore: int = 255) -> Tensor:
-    """Pixels [N, K, K] of each image by true (row) and predicted class, of labels [N, H, W]; `ignore` marks pixels without one.
+    """Pixels [N, K, K] of each image by true (row) and predicted class.
+
+    Args:
+        predictions, labels: [N, H, W] of any integer type. classes: K. ignore: what marks pixels without a label.
 
     Raises:
         ValueError: maps of two sizes, or labels and predictions outside the classes.
     """
     if predictions.shape != labels.shape or labels.ndim != 3:
         raise ValueError(f"predictions have shape {tuple(predictions.shape)} and labels {tuple(labels.shape)}; give both as [N, H, W]")
+    predictions, labels = predictions.long(), labels.long()  # a byte holds no cell's number
     known = labels != ignore
     for name, values in (("labels", labels[known]), ("predictions", predictions[known])):
         if values.numel() and (int(values.min()) < 0 or int(values.max()) >= classes):
@@ -41,13 +45,12 @@ def depth_errors(predictions: Tensor, depth: Tensor) -> dict[str, Tensor]:
     """Each [N], of depth [N, H, W] in metres where the truth is above 0: the errors of Eigen et al. (2014, arXiv 1406.2283), and SSIM.
 
     abs_rel: mean of |d - d*| / d*. rmse: in metres. delta1..3: share of pixels whose ratio to the truth, or the inverse, is under 1.25,
-    1.25², 1.25³. ssim: structural similarity of the maps (Wang et al. 2004), on the range of the truth of all images.
+    1.25², 1.25³. ssim: structural similarity of the maps (Wang et al. 2004), each on the range of its own truth. An image's figures do
+    not depend on the others.
 
     Raises:
         ValueError: maps of two sizes, depth that is not finite, or an image without depth above 0.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
     if predictions.shape != depth.shape or depth.ndim != 3:
         raise ValueError(f"predictions have shape {tuple(predictions.shape)} and depth {tuple(depth.shape)}; give both as [N, H, W]")
     if not bool(predictions.isfinite().all() and depth.isfinite().all()):
@@ -58,13 +61,21 @@ def depth_errors(predictions: Tensor, depth: Tensor) -> dict[str, Tensor]:
     truth, guess = depth.double(), predictions.double().clamp(min=1e-6)
     safe = torch.where(known, truth, 1.0)
     ratio = torch.maximum(guess / safe, safe / guess)
-    low, high = float(truth[known].min()), float(truth[known].max())
     return {
         "abs_rel": _mean_where(((guess - safe).abs() / safe).flatten(1), known.flatten(1)),
         "rmse": _mean_where((guess - safe).square().flatten(1), known.flatten(1)).sqrt(),
         **{f"delta{k}": _mean_where((ratio < 1.25**k).double().flatten(1), known.flatten(1)) for k in (1, 2, 3)},
-        "ssim": ssim(guess[:, None], truth[:, None], data_range=max(high - low, 1e-6), reduction="none").view(-1),
+        "ssim": torch.cat([_similarity(*pair) for pair in zip(guess, truth, known, strict=True)]),
     }
+
+
+def _similarity(guess: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+    """SSIM [1] of one map [H, W]."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    span = float(truth[known].max() - truth[known].min())
+    found: Tensor = ssim(guess[None, None], truth[None, None], data_range=max(span, 1e-6), reduction="none")
+    return found.view(1)
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:

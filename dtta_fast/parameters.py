@@ -155,5 +155,5 @@ math_attention = MathAttention()
 
 def _vmappable_attention(device: torch.device) -> AbstractContextManager[Any]:
     if torch.compiler.is_compiling():  # takes no inference kernel, and cannot trace a mode of ours
-        return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+        return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()  # pragma: no cover (traced, not run)
     return _VmappableAttention(device)

@@ -16,11 +16,12 @@ class AdaptResult:
     """What an adaptation gave, image by image.
 
     Attributes:
-        outputs, outputs_before: the model's outputs [B, ...] after and before (logits, for a classifier); where the guard refused
-            the change, after is before; with match "both" it may also be the source's outputs for the matched image.
+        outputs, outputs_before: the model's outputs [B, ...] after and before (logits, for a classifier); where the guard refused the
+            change, after is before; with match "both" it may also be the source's outputs for the matched image.
         predictions, predictions_before: the task's answers: [B] class indices, or labels or depth [B, H, W] at the task's crop.
         loss: [B, steps_run], the denoising loss before each update; NaN for an image that the pre-check left alone.
-        accepted: [B] bool, False where the answer before stands. steps_run: updates made.
+        accepted: [B] bool, False where the answer before stands.
+        steps_run: updates made.
         evaluations: [B], an image's forwards of the denoiser for one (timestep, noise, condition), the guard's included.
         seconds: wall time of the batch by phase: encode, adapt, guard.
     """

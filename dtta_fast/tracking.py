@@ -66,5 +66,11 @@ def require(kind: str) -> None:
 
 
 def tracker(kind: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """Of that kind, for a run's folder."""
+    """Of that kind, for a run's folder.
+
+    Raises:
+        ValueError: there is no such kind. ImportError: its library is missing; require() says so beforehand.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"track is {kind!r}; there are {', '.join(KINDS)}")
     return KINDS[kind](folder, config)

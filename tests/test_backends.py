@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -120,3 +123,37 @@ def test_strided_tensors_give_what_contiguous_ones_give(dtype):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     logits, table = torch.randn(7, 2, generator=generator, dtype=dtype).T, torch.randn(4, 7, generator=generator, dtype=dtype).T
     assert torch.equal(mix_condition(logits, table), mix_condition(logits.contiguous(), table.contiguous()))
+
+
+def test_gpus_are_triton_s_where_there_is_one(monkeypatch):
+    backends.serving.cache_clear()
+    assert backends.serving("cuda")[0] == "triton"
+    monkeypatch.setattr(backends, "serving", lambda device: ("triton", "as on a GPU"))
+    assert backends.choose(torch.float32, torch.zeros(1)).__name__ == "dtta_fast.kernels.triton.launchers"
+
+
+def test_other_devices_and_a_missing_triton_are_torch_s(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    backends.serving.cache_clear()
+    assert backends.serving("cuda") == ("torch", "Triton is not installed: pip install triton")
+    assert backends.serving("mps") == ("torch", "there are no kernels for mps devices")
+    backends.serving.cache_clear()
+
+
+def test_a_library_without_an_abi_is_another_build_s():
+    assert not native._matches(object())
+
+
+def test_calls_that_the_library_cannot_take_are_named(monkeypatch):
+    with pytest.raises(ValueError, match="name is 'avx1024', which this processor or build does not have"):
+        native.use_instruction_set("avx1024")
+    with pytest.raises(ValueError, match=r"counters has shape \(3,\) and key \(2,\); give \[N, 4\] and \[2\]"):
+        native.philox(np.zeros(3), np.zeros(2))
+    monkeypatch.setattr(native, "library", lambda: None)
+    with pytest.raises(RuntimeError, match="pip install"):
+        native.instruction_set()
+
+
+def test_an_unknown_code_of_the_library_is_told():
+    with pytest.raises(RuntimeError, match="refused the call with code 99"):
+        native._ran(99)

@@ -133,12 +133,23 @@ def test_a_model_without_gradient_is_named(model, denoiser, images):
         def forward(self, x):
             return self.own(x)
 
-    with pytest.raises(
-        ValueError, match=r"model is a Detached whose outputs carry no gradient to its .all. parameters; take"
-    ):
+    with pytest.raises(ValueError, match=r"model is a Detached whose outputs carry no gradient to its .all. parameters; take"):
         adapt(Detached(), denoiser, images, config=AdaptConfig(steps=1, pairs=2))
 
 
 def test_a_task_s_class_is_no_task(model, denoiser):
     with pytest.raises(TypeError, match=r"task is <class .*Classification'>; give a Task"):
         Adapter(model, denoiser, AdaptConfig(steps=1, pairs=2), Classification)
+
+
+def test_weights_that_no_gradient_reaches_are_named(denoiser, images):
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.count = nn.Parameter(torch.zeros(7, dtype=torch.int64), requires_grad=False)
+
+        def forward(self, x):
+            return x.new_zeros(len(x), 7) + self.count
+
+    with pytest.raises(ValueError, match=r"model parameter count has dtype torch\.int64, which no gradient reaches"):
+        adapt(Counting(), denoiser, images, config=AdaptConfig(steps=1, pairs=2))

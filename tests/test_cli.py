@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import timm
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from dtta_fast import Calibration, zoo
-from dtta_fast.cli import main
+from dtta_fast import Calibration, presets, zoo
+from dtta_fast.cli import COMMANDS, main
+from dtta_fast.commands.common import check_path, option
+from dtta_fast.commands.demo import _print_dense
+from dtta_fast.commands.evaluate import Running, _print_summary
 from dtta_fast.data.corruptions import DIGITS_C
 from dtta_fast.data.digits import load_digits
 from dtta_fast.demo_dense import CORRUPTIONS
 from dtta_fast.denoisers.dit import DiT
+from dtta_fast.runs.models import class_names
 
 DTTA = Path(sys.executable).with_name("dtta")
 
@@ -57,6 +64,10 @@ def test_demo_prints_a_table_and_writes_its_result(tmp_path, capsys):
         (["demo", "--task", "depth", "--open-vocabulary"], "open_vocabulary is a way of classification"),
         (["demo", "--json", "nowhere/at/all.json"], "give a file in a folder that exists"),
         (["env", "--json", "."], "give a file in a folder that exists"),
+        (["adapt", "0.png", "--steps", "0"], "steps is 0; allowed"),
+        (["evaluate", "run", "--steps", "0"], "steps is 0; allowed"),
+        (["evaluate", "run", "--batch", "0"], "batch is 0; allowed"),
+        (["evaluate", "run", "--mode", "online"], "give --protocol online"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
@@ -77,9 +88,11 @@ def test_calibrate_writes_what_the_denoiser_then_loads(tmp_path, capsys):
     images.mkdir(parents=True)
     for i, image in enumerate(load_digits("train")[0][:12]):
         to_pil_image(image).save(images / f"{i:02}.png")
-    main(["calibrate", str(denoiser), str(tmp_path / "images")])
+    (denoiser / "calibration.json").write_text("damaged")  # which is not read: it is to be written anew
+    main(["calibrate", str(denoiser), str(tmp_path / "images"), "--json", str(tmp_path / "found.json")])
     assert "calibration.json: written" in capsys.readouterr().out
     found = DiT.from_pretrained(denoiser).calibration
+    assert json.loads((tmp_path / "found.json").read_text())["calibration"]["mean"] == pytest.approx(found.mean)
     again = Calibration.measure(DiT.from_pretrained(denoiser), (load_digits("train")[0][:12] * 255).round() / 255)
     assert found.mean == pytest.approx(again.mean, abs=1e-3)
     assert found.power[:6] == pytest.approx(again.power[:6], rel=0.02)
@@ -87,6 +100,10 @@ def test_calibrate_writes_what_the_denoiser_then_loads(tmp_path, capsys):
         (["calibrate", str(denoiser), str(tmp_path / "nowhere")], "is no folder"),
         (["calibrate", str(denoiser), str(denoiser / "scheduler")], "holds no file"),
         (["calibrate", "some/hub-id", str(images)], "--out FILE"),
+        (["calibrate", str(denoiser), str(images), "--most", "0"], "most is 0; give 1 and more"),
+        (["calibrate", str(denoiser), str(images), "--device", "moon"], "device is 'moon'"),
+        (["calibrate", str(denoiser), str(images), "--classes", "a, b"], "has classes of its own: leave --classes out"),
+        (["calibrate", str(zoo.folder("open_vocabulary") / "diffusion"), str(images), "--out", str(tmp_path / "c.json")], "give --classes"),
     ):
         test_bad_input_is_one_line_and_status_2(capsys, arguments, message)
     (images / "00.png").write_bytes(b"no image")
@@ -104,9 +121,117 @@ def test_env_names_versions_and_backends(tmp_path, capsys):
 
 
 def test_installed_command():
-    shown = subprocess.run([DTTA, "--help"], capture_output=True, text=True, check=True).stdout
-    assert "demo" in shown
+    environment = {**os.environ, "COLUMNS": "100"}
+    shown = subprocess.run([DTTA, "--help"], capture_output=True, text=True, check=True, env=environment).stdout
+    assert "Begin with: dtta demo." in shown
     assert "env" in shown
+    assert shown.count("\n") <= 40  # a screen
+
+
+def _help(capsys, name: str) -> str:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_help_text(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "160")
+    name = command.__name__.lower()
+    shown = _help(capsys, name)
+    box, entries = "", []
+    for line in shown.replace("│", " ").splitlines():  # a box, or without lines where the output is no terminal's
+        title = re.match(r"(?:╭─)? ([\w. -]+?) *─*╮?$", line)
+        if title and not line.startswith("  "):
+            box = title[1]
+        elif re.match(r"  --?\w", line) or ("positional" in box and re.match(r"  [^\s─]", line)):
+            entries.append(line.strip())
+        elif entries and line.startswith("    "):
+            entries[-1] += f"  {line.strip()}"
+    assert len(entries) == len({entry.split()[0] for entry in entries}) >= 2
+    for entry in entries:
+        texts = " ".join(re.split(r"\s{2,}", entry)[1:])
+        assert re.search(r"[A-Za-z]{3,}", re.sub(r"\((default|required)[^)]*\)", "", texts)), entry
+    example = next(line for line in shown.splitlines() if line.startswith("Example: dtta "))
+    assert example.split()[2] == name
+    for flag in re.findall(r" (--[a-z-]+)", example):
+        assert any(flag in entry for entry in entries), flag
+
+
+def test_of_a_flag_given_twice_the_last_counts():
+    assert option(["demo", "--preset", "FAST", "--preset=DUSA"], "--preset") == "DUSA"
+    assert option(["demo", "--preset=DUSA", "--preset", "FAST", "--steps"], "--preset") == "FAST"
+    assert option(["demo"], "--preset") is None
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_the_work(tmp_path, monkeypatch):
+    check_path("json", tmp_path / "found.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=r"html is '.*page.html', where the result cannot be written: give a place that you may write to"):
+        check_path("html", tmp_path / "page.html")
+
+
+def test_depth_is_shown_in_its_own_units(capsys):
+    record = {"seconds": 1.0, "evaluations": 4, "score_before": {"rmse": 0.5, "delta1": 0.5}, "score": {"rmse": 0.25, "delta1": 0.75}}
+    running = Running(lambda: None)
+    running.add([record])
+    assert str(running) == "rmse 0.5000 -> 0.2500 m, delta1 50.0 -> 75.0 %, 1.000 s/image"
+    scores = {name: {"before": record["score_before"][name], "after": record["score"][name], "gain": 0.0} for name in record["score"]}
+    figures = {"images": 1, "errors": 0, **scores, "evaluations_per_image": 4.0, "seconds_per_image": 1.0}
+    _print_summary({**figures, "groups": {"clean": figures}}, Path("run"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "0.2500" in printed
+    assert "25.0" not in printed
+    row = {when: {"abs_rel": 0.25, "ssim": 0.5} for when in ("source", "adapted")} | {
+        "evaluations_per_image": 1.0,
+        "seconds_per_image": 1.0,
+    }
+    result = {"task": "depth", "images": 1, "preset": "DENSE", "corruptions": {"fog": {**row, "severity": 3}}, "clean": row, **row}
+    _print_dense({**result, "gain_interval": [-0.01, 0.02]})
+    printed = capsys.readouterr().out
+    assert "0.2500" in printed
+    assert "%" not in printed.replace("(95 %", "")
+    assert "abs_rel: mean change −0.0100 .. +0.0200 (95 % over scenes); less is better." in printed
+
+
+def test_adapt_takes_a_classifier_and_a_dit(tmp_path, capsys):
+    images, labels = load_digits("validation")
+    for i in range(2):
+        to_pil_image(images[i]).save(tmp_path / f"{i}.png")
+    paths, found = [str(tmp_path / f"{i}.png") for i in range(2)], tmp_path / "found.json"
+    main(["adapt", *paths, "--precheck", "off", "--json", str(found)])
+    printed, by_default = capsys.readouterr().out, json.loads(found.read_text())
+    digits = zoo.folder("digits")
+    own = ["--model", str(digits / "classifier"), "--denoiser", str(digits / "denoiser"), "--precheck", "off"]
+    main(["adapt", *paths, *own, "--json", str(found)])
+    capsys.readouterr()
+    for row, again, label in zip(by_default["images"], json.loads(found.read_text())["images"], labels, strict=False):
+        assert row["path"] in "".join(printed.split())
+        assert list(row["after"]) == [str(k) for k in range(10)]
+        assert max(row["after"], key=row["after"].__getitem__) == str(int(label))
+        assert sum(row["before"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["evaluations"] >= presets.FAST.pairs
+        assert again["after"] == row["after"]
+    diffusion = str(zoo.folder("open_vocabulary") / "diffusion")
+    for arguments, message in (
+        (own[:2], "give --denoiser too"),
+        ([*own[:2], "--denoiser", diffusion], "which takes prompts"),
+        (["--model", "no_such_model", *own[2:4]], "model is 'no_such_model', which timm cannot load"),
+        (["--calibration", paths[0]], "is no calibration"),
+    ):
+        test_bad_input_is_one_line_and_status_2(capsys, ["adapt", *paths, *arguments], message)
+    test_bad_input_is_one_line_and_status_2(capsys, ["adapt"], "images are missing")
+
+
+def test_classes_bear_the_names_that_a_model_knows():
+    model = timm.create_model("resnet18")
+    names = class_names(model, 1000)
+    assert names[0] == "tench, Tinca tinca"
+    assert len(set(names)) == 1000  # "crane" is two classes
+    assert {"crane (134)", "crane (517)"} <= set(names)
+    assert class_names(timm.create_model("resnet18", num_classes=3), 3) == ["0", "1", "2"]
+    own = {"label_names": ["n1", "n2"], "label_descriptions": {"n1": "a cat"}}
+    assert class_names(timm.create_model("resnet18", num_classes=2, pretrained_cfg_overlay=own), 2) == ["a cat", "n2"]
 
 
 @pytest.mark.parametrize("task", ["segmentation", "depth"])
@@ -122,3 +247,11 @@ def test_demo_of_maps_prints_a_table_and_draws(task, tmp_path, capsys):
     assert "defocus_blur" in capsys.readouterr().out
     with Image.open(picture) as image:
         assert image.size == (5 * (2 * 64 + 4) + 4, len(CORRUPTIONS[task]) * (2 * 64 + 4) + 4)
+
+
+def test_adapt_command_reads_no_calibration_where_another_is_given(tmp_path):
+    image, folder, own = tmp_path / "0.png", tmp_path / "diffusion", zoo.folder("open_vocabulary") / "diffusion"
+    to_pil_image(load_digits("validation")[0][0]).save(image)
+    shutil.copytree(own, folder)
+    (folder / "calibration.json").write_text("damaged")
+    main(["adapt", str(image), "--classes", "five, one", "--denoiser", str(folder), "--calibration", str(own / "calibration.json")])

@@ -14,7 +14,7 @@ from dtta_fast.data import fashion
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import SPLITS, load_digits
 from dtta_fast.data.fashion import load_fashion
-from dtta_fast.metrics import bootstrap_interval
+from dtta_fast.metrics import bootstrap_interval, confusion, depth_errors
 
 
 def test_splits_share_no_image_and_cover_all():
@@ -104,3 +104,20 @@ def test_fashion_says_where_its_files_come_from(monkeypatch, tmp_path):
     monkeypatch.setattr(fashion, "DEBIAN", tmp_path)
     with pytest.raises(FileNotFoundError, match="apt install dataset-fashion-mnist"):
         load_fashion("test")
+
+
+def test_bytes_are_counted_as_what_they_are():
+    labels = torch.tensor([[[0, 99], [149, 255]]], dtype=torch.uint8)
+    counts = confusion(labels.clone(), labels, 150)
+    assert counts.sum() == 3
+    assert [int(counts[0, k, k]) for k in (0, 99, 149)] == [1, 1, 1]
+
+
+def test_the_errors_of_a_depth_map_do_not_depend_on_its_batch():
+    generator = torch.Generator().manual_seed(0)
+    depth = torch.rand(2, 16, 16, generator=generator) * torch.tensor([1.0, 9.0])[:, None, None] + 0.5
+    guess = depth + 0.1 * torch.rand(depth.shape, generator=generator)
+    together = depth_errors(guess, depth)
+    for k in range(2):
+        for name, values in depth_errors(guess[k : k + 1], depth[k : k + 1]).items():
+            assert float(values) == pytest.approx(float(together[name][k]), rel=1e-9), name

@@ -85,7 +85,10 @@ def test_the_summary_adds_up(finished):
 
 
 def test_20_kills_at_random_points_leave_the_records_of_one_run(finished, tmp_path):
-    """Processes that are killed without a word; each goes on in the folder of the last one, which was reading, adapting or writing."""
+    """Processes that are killed without a word; each goes on in the folder of the last one, which was reading, adapting or writing.
+
+    Every second one is killed at a random time, the others soon after they have written; one that was faster has ended its run.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dtta_fast.evaluate", "timm", "sklearn.datasets", "imagecorruptions", "dtta_fast.denoisers.dit"])
     draw, kills, rounds, lost = random.Random(0), 0, 0, 0
@@ -100,13 +103,18 @@ def test_20_kills_at_random_points_leave_the_records_of_one_run(finished, tmp_pa
     while kills < 20:
         process = context.Process(target=evaluate, args=(RUN, folder))
         process.start()
-        process.join(draw.uniform(0.05, 0.95) * takes)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            assert process.exitcode == -signal.SIGKILL
+        path = folder / "records.jsonl"
+        if kills % 2:
+            process.join(draw.uniform(0.05, 0.95) * takes)
+        else:
+            held = path.stat().st_size if path.is_file() else 0
+            while process.is_alive() and not (path.is_file() and path.stat().st_size > held):
+                time.sleep(0.002)
+            process.join(draw.uniform(0, 0.2) * takes)
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
             kills += 1
-            path = folder / "records.jsonl"
             lost += path.is_file() and path.stat().st_size > 0 and not (folder / "summary.json").is_file()
         else:
             assert process.exitcode == 0
@@ -280,7 +288,12 @@ def test_bad_settings_leave_nothing_behind(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"protocol": "online"}, r"protocol is 'online' with adapt.mode 'episodic'"),
+        (
+            {"protocol": "online"},
+            r"mode is 'episodic' with protocol 'online', which takes 'online': set protocol to episodic, and leave mode out",
+        ),
+        ({"adapt": presets.ONLINE}, r"set protocol to online, or continual"),
+        ({"task": "zero_shot", "classes": ("cat, dog",)}, r"classes has 'cat, dog', with a comma in it: give each class an argument"),
         ({"batch": 0}, "batch is 0"),
         ({"per_class": 0}, "per_class is 0"),
         ({"task": "captioning"}, "task is 'captioning'; allowed: classification"),

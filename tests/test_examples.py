@@ -7,13 +7,17 @@ import io
 import json
 import os
 import re
+import runpy
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
@@ -51,7 +55,9 @@ def server(tmp_path):
     port = free_port()
     log = (tmp_path / "log").open("w")
     command = [sys.executable, str(EXAMPLES / "serve_litserve.py"), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env={**os.environ, "LIT_SERVER_DISABLE_TELEMETRY": "1"})
+    process = subprocess.Popen(
+        command, stdout=log, stderr=log, cwd=tmp_path, env={**os.environ, "LIT_SERVER_DISABLE_TELEMETRY": "1"}, start_new_session=True
+    )
     try:
         end = time.monotonic() + PATIENCE
         while True:
@@ -67,7 +73,7 @@ def server(tmp_path):
             time.sleep(0.5)
         yield port
     finally:
-        process.terminate()
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too, which outlive it
         process.wait(timeout=30)
         log.close()
 
@@ -87,3 +93,17 @@ def test_litserve(server):
     assert post(server, b"no image")[0] == 400
     assert post(server, png(Image.new("1", (5000, 5000))))[0] == 413
     assert post(server, digit) == (200, answer)
+
+
+def test_the_notebook_runs_and_its_cells_are_those_that_it_is_written_from():
+    notebook = nbformat.read(EXAMPLES / "digits.ipynb", as_version=4)
+    cells = runpy.run_path(str(EXAMPLES / "write_notebook.py"))["CELLS"]
+    assert [cell.source for cell in notebook.cells] == cells
+    kept = [output.text for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == "stream"]
+    assert re.fullmatch(r"right before \d+%, after \d+%, at \d+ evaluations an image\n", kept[0])
+    assert "/" not in "".join(kept)  # no folder of the machine that ran it
+    ran = NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    shares = next(output.text for cell in ran.cells for output in cell.get("outputs", []) if output.get("name") == "stdout")
+    before, after = map(int, re.findall(r"(\d+)%", shares))
+    assert after > before + 10
+    assert sum("image/png" in output.get("data", {}) for cell in ran.cells for output in cell.get("outputs", [])) == 2

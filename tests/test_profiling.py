@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dtta_fast import AdaptConfig, Adapter, zoo
+from dtta_fast import AdaptConfig, Adapter, environment, zoo
 from dtta_fast.bottleneck import Row, bottleneck
 from dtta_fast.cli import main
 from dtta_fast.kernels import add_noise
@@ -254,6 +254,7 @@ def test_the_command_prints_tables_and_writes_its_result(tmp_path, capsys):
     assert (result["config"]["steps"], result["config"]["precheck"], result["adapted"]) == (1, "off", 2)
     assert {"torch", "python"} <= set(result["environment"])
     assert set(result["warmup"]) == {"cold", "warm"}
+    assert result["device"] == environment.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # as of dtta bench
     assert {row["name"] for row in result["phases"]} == STEP
     for name in (*STEP, result["bottleneck"], *(f"{path}: written" for path in paths)):
         assert name in printed.out

@@ -139,6 +139,8 @@ def test_calibration_s_images_leave_hidden_files_out(tmp_path):
     _save(tmp_path / "sub" / "x.png", size=(8, 6))
     _junk(tmp_path / "sub")
     assert read_images(tmp_path, 4, 9).shape == (1, 3, 4, 4)
+    with pytest.raises(ValueError, match="most is 0; give 1 and more"):
+        read_images(tmp_path, 4, 0)
 
 
 # --- the ImageNet family

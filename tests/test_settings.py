@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from dtta_fast import presets
@@ -33,6 +35,7 @@ def test_yaml_then_names_then_flags(tmp_path):
         (["--preset", "ONLINE"], presets.ONLINE, "online"),
         (["--preset", "DUSA", "--protocol", "continual"], presets.DUSA, "continual"),
         (["--task", "depth"], presets.DENSE, "episodic"),
+        (["--preset", "PAPER", "--preset", "DUSA"], presets.DUSA, "online"),
         (["--preset", "PAPER"], presets.PAPER, "episodic"),
         (["tta.gradient_descent.base_learning_rate=5e-3"], presets.FAST.replace(lr=5e-3, denoiser_lr=5e-3), "episodic"),
     ],
@@ -40,6 +43,36 @@ def test_yaml_then_names_then_flags(tmp_path):
 def test_protocol_and_preset_go_together(arguments, preset, protocol):
     run = Evaluate.start(["evaluate", "out", *arguments])[0].run_config
     assert (run.adapt, run.protocol) == (preset, protocol)
+
+
+@pytest.mark.parametrize("text", ["mode: online\n", "adapt: {mode: online}\n", "preset: ONLINE\nmode: online\n"])
+def test_a_file_s_mode_sets_the_protocol(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    run = Evaluate.start(["evaluate", "out", "--settings", str(tmp_path / "run.yaml")])[0].run_config
+    assert (run.protocol, run.adapt) == ("online", presets.ONLINE)
+    (tmp_path / "run.yaml").write_text("protocol: continual\nmode: online\n")
+    assert Evaluate.start(["evaluate", "out", "--settings", str(tmp_path / "run.yaml")])[0].run_config.protocol == "continual"
+
+
+def test_a_mode_by_flag_names_the_protocol():
+    with pytest.raises(
+        ValueError, match=r"--mode is 'online' with protocol 'episodic', .* give --protocol online, or continual, and leave"
+    ):
+        Evaluate.start(["evaluate", "out", "--mode", "online"])
+    assert Evaluate.start(["evaluate", "out", "--mode", "online", "--protocol", "online"])[0].run_config.protocol == "online"
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        RunConfig(corruptions=("fog",), per_class=2, adapt=presets.FAST.replace(lr=1e-5, timestep_range=(3, 9))),
+        RunConfig(data="folder", root="a: b", protocol="continual", adapt=presets.DUSA),
+        RunConfig(data="nyuv2", root="/d", split="test", task="depth", calibration="c.json", adapt=presets.DENSE),
+    ],
+)
+def test_a_run_s_config_holds_settings(tmp_path, run):
+    (tmp_path / "config.json").write_text(json.dumps(run.described(), indent=2))
+    assert Evaluate.start(["evaluate", "out", "--settings", str(tmp_path / "config.json")])[0].run_config == run
 
 
 def test_a_preset_by_flag_comes_before_the_file_s(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from dtta_fast import adapt, presets, zoo
@@ -47,3 +48,9 @@ def test_fast_helps_where_the_source_fails_and_spares_the_clean():
     assert after > before + 0.1
     clean = adapt(model, denoiser, images, config=presets.FAST)
     assert int((clean.predictions != clean.predictions_before).sum()) <= 2
+
+
+@pytest.mark.parametrize("find", [zoo.load, zoo.load_model, zoo.task, zoo.example, zoo.folder])
+def test_a_name_that_the_zoo_has_not_is_refused(find):
+    with pytest.raises(ValueError, match="name is 'sketches'; the zoo has digits"):
+        find("sketches")

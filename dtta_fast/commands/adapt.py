@@ -5,67 +5,76 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 from dtta_fast import presets, zoo
 from dtta_fast.adapter import Adapter
 from dtta_fast.calibration import Calibration
-from dtta_fast.commands.common import Settings, check_path, checked_device, load_denoiser, names_of, quiet
+from dtta_fast.commands.common import OutFile, Settings, check_path, checked_device, names_of, quiet
 from dtta_fast.data.folder import read_image
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.runs.models import class_names, load_pair
+from dtta_fast.tasks import Classification, Task
+
+SHOWN = 10  # classes of an image in its table
 
 
 @dataclass(frozen=True)
 class Adapt:
-    """Adapt CLIP to images by Stable Diffusion, each on its own, and print the classes' probabilities before and after."""
+    """Adapt a classifier to images, each on its own, and print the classes' probabilities before and after.
 
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    A timm classifier by a DiT of the same classes; with --classes a CLIP by a Stable Diffusion, to these names. By default the models of
+    handwritten digits that ship with the package.
+
+    Example: dtta adapt photo.jpg --model resnet50.a1_in1k --denoiser facebook/DiT-XL-2-256 --preset PAPER
+    """
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)")]
     """Files of images."""
-    classes: str
-    """Their names, separated by commas: "a cat, a dog, a car"."""
-    clip: str
-    """A transformers CLIP's folder, or its id on the hub; zoo: the one of the digits that ships with the package."""
-    diffusion: str
-    """A Stable Diffusion's folder, or its id on the hub; zoo: the one of the digits."""
-    calibration: Path | None = None
-    """Of the diffusion model, as `dtta calibrate` wrote it; calibration.json in the model's folder where it is left out."""
+    classes: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help_behavior_hint="(default: those of the classifier)")] = None
+    """What a CLIP tells apart: names separated by commas, such as "a cat, a dog, a car". Left out, the model is a timm classifier."""
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "zoo"
+    """A classifier: timm's name, hf-hub:ID, or a folder in timm's format; with --classes a CLIP's folder or hub id. zoo: the digits'."""
+    denoiser: Annotated[str, tyro.conf.arg(metavar="DENOISER")] = "zoo"
+    """A DiT's folder, or its id on the hub, of the model's classes; with --classes a Stable Diffusion's. zoo: the digits'."""
+    calibration: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the denoiser's own)")] = None
+    """What `dtta calibrate` wrote of the denoiser; calibration.json in its folder where it is left out."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where both models run."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the diffusion model's weights."""
-    json: Path | None = None
+    """Type of the denoiser's weights."""
+    json: OutFile = None
     """Write the result to this file too."""
     preset: str = "FAST"
     """FAST, PAPER, ONLINE or DUSA: what the settings below start from. FAST and ONLINE take a calibration."""
     config: Settings = presets.FAST
+    """Settings of the adaptation; their defaults are the preset's."""
 
     def run(self) -> None:
         """Raises ValueError for bad names, an unknown preset, a model or an image that cannot be read, or a bad path."""
-        from dtta_fast.tasks.zero_shot import ZeroShot, load_clip
-
         quiet()
-        config, names = self.config, names_of(self.classes)
-        check_path(self.json)
+        check_path("json", self.json)
         if not self.images:
             raise ValueError("images are missing: give one file and more")
         device = checked_device(self.device)
         images = [read_image(path) for path in self.images]
-        own = zoo.folder("open_vocabulary")
-        clip, processor = load_clip(own / "clip" if self.clip == "zoo" else self.clip)
-        place = str(own / "diffusion") if self.diffusion == "zoo" else self.diffusion
-        denoiser = load_denoiser(place, stable_diffusion=True, dtype=getattr(torch, self.dtype))
-        if self.calibration is not None:
-            denoiser.calibration = Calibration.load(self.calibration, denoiser)
-        adapter = Adapter(clip.to(device), denoiser.to(device), config, ZeroShot(names, processor))
-        rows = []
+        with Console(stderr=True).status("loading"):
+            model, denoiser, task = self._classifier() if self.classes is None else self._clip(names_of(self.classes))
+            if self.calibration is not None:
+                denoiser.calibration = Calibration.load(self.calibration, denoiser)
+            adapter = Adapter(model.to(device), denoiser.to(device), self.config, task)
+        rows: list[dict[str, Any]] = []
         for number, (path, image) in enumerate(zip(self.images, images, strict=True)):  # one by one: sizes differ
             found = adapter.adapt(image[None].to(device), image_ids=torch.tensor([number], device=device))
-            before, after = (outputs[0].softmax(0).tolist() for outputs in (found.outputs_before, found.outputs))
+            before, after = (outputs[0].float().softmax(0).tolist() for outputs in (found.outputs_before, found.outputs))
+            names = class_names(model, len(after)) if self.classes is None else names_of(self.classes)
             rows.append(
                 {
                     "path": str(path),
@@ -78,14 +87,29 @@ class Adapt:
             )
             _print_probabilities(rows[-1])
         if self.json is not None:
-            self.json.write_text(json.dumps({"images": rows, "config": asdict(config)}, indent=2) + "\n")
+            self.json.write_text(json.dumps({"images": rows, "config": asdict(self.config)}, indent=2) + "\n")
+
+    def _classifier(self) -> tuple[nn.Module, Denoiser, Task]:
+        model, place = (None if name == "zoo" else name for name in (self.model, self.denoiser))
+        classifier, denoiser = load_pair(model, place, calibration=self.calibration is None)
+        return classifier, denoiser.to(dtype=getattr(torch, self.dtype)), Classification()
+
+    def _clip(self, names: list[str]) -> tuple[nn.Module, Denoiser, Task]:
+        from dtta_fast.denoisers.stable_diffusion import StableDiffusion
+        from dtta_fast.tasks.zero_shot import ZeroShot, load_clip
+
+        own = zoo.folder("open_vocabulary")
+        clip, processor = load_clip(own / "clip" if self.model == "zoo" else self.model)
+        place = own / "diffusion" if self.denoiser == "zoo" else self.denoiser
+        denoiser = StableDiffusion.from_pretrained(place, dtype=getattr(torch, self.dtype), calibration=self.calibration is None)
+        return clip, denoiser, ZeroShot(names, processor)
 
 
 def _print_probabilities(row: dict[str, Any]) -> None:
-    """The ten likeliest classes of an image."""
+    """The likeliest classes of an image."""
     table = Table(title=f"{escape(row['path'])}: {row['evaluations']} evaluations, {row['seconds']:.2f} s")
     for head in ("class", "before %", "after %"):
         table.add_column(head, justify="left" if head == "class" else "right")
-    for name in sorted(row["after"], key=row["after"].__getitem__, reverse=True)[:10]:
+    for name in sorted(row["after"], key=row["after"].__getitem__, reverse=True)[:SHOWN]:
         table.add_row(escape(name), *(f"{100 * row[when][name]:.1f}" for when in ("before", "after")))
     Console().print(table)

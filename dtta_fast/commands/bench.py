@@ -3,52 +3,55 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dtta_fast import benchmark, environment
-from dtta_fast.commands.common import Settings, check_path, checked_device, quiet
+from dtta_fast.commands.common import Name, OutFile, Settings, check_path, checked_device, progress_bar, quiet
 from dtta_fast.commands.subjects import EVERY_IMAGE, load_subject
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure an adaptation here: latency, throughput, memory, cold start and share of the machine's peak, and the accuracy it gives.
+    """Measure an adaptation here: latency, throughput, memory, cold start, and the accuracy it gives.
 
-    By default the digits zoo on digits-C, the corruptions in turn. precheck is off where no flag sets it, whatever the preset says: every
-    image is adapted and pays for it. With --precheck answer the images that are left alone are counted in.
+    The share of the machine's peak is told too. By default the digits zoo on digits-C, the corruptions in turn. precheck is off where no
+    flag sets it, whatever the preset says: every image is adapted and pays for it. With --precheck answer the images that are left alone
+    are counted in.
+
+    Example: dtta bench --calls 20 --batches 1 4 --json bench.json
     """
 
-    model: str | None = None
-    """A classifier: timm's name, hf-hub:ID, or local-dir:FOLDER in timm's format; with --denoiser."""
-    denoiser: str | None = None
+    model: Name = None
+    """A classifier: timm's name, hf-hub:ID, or a folder in timm's format; with --denoiser."""
+    denoiser: Name = None
     """A DiT's folder, or its id on the hub, of the same classes; with --model."""
-    images: Path | None = None
+    images: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: digits-C, or random pixels)")] = None
     """A folder of images for them, without labels; random pixels where it is left out, on which a guard has more to compare."""
     calls: int = 200
-    """Of one image, for the percentiles, 20 and more; a batch takes a 20th of them."""
+    """Calls of one image, for the percentiles, 20 and more; a batch takes a 20th of them."""
     batches: tuple[int, ...] = (1, 4, 16)
     """Numbers of images in a call, for throughput and memory: 1 4 16."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where both models run."""
-    json: Path | None = None
+    json: OutFile = None
     """Write the result to this file too, with the seconds of every call."""
     preset: str = "FAST"
     """FAST, PAPER, ONLINE or DUSA: what the settings below start from. FAST and ONLINE take a calibration."""
     config: Settings = EVERY_IMAGE
+    """Settings of the adaptation; their defaults are the preset's."""
 
     def run(self) -> None:
         """Raises ValueError for bad arguments, models or images, all of it before anything is measured."""
-        check_path(self.json)
+        check_path("json", self.json)
         benchmark.check_calls(self.calls)
         benchmark.check_batches(self.batches)
         device = checked_device(self.device)
@@ -57,13 +60,11 @@ class Bench:
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "load_average": environment.load_average(),
             "preset": self.preset.upper(),
-            "device": _name_of(device),
+            "device": environment.device_name(device),
             "threads": torch.get_num_threads(),
         }
         quiet()
-        terminal = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+        with progress_bar() as progress:
             bar = progress.add_task("loading", total=benchmark.rounds_of(self.calls, self.batches))
             subject = load_subject(self.model, self.denoiser, self.images, max(self.calls, *self.batches), device)
             found = benchmark.run(
@@ -81,15 +82,6 @@ class Bench:
         _print_bench(result)
         if self.json is not None:
             self.json.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _name_of(device: torch.device) -> str:
-    """The GPU's or the processor's, where the system tells it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _print_bench(result: dict[str, Any]) -> None:

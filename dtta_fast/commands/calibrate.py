@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+import torch
 import tyro
+from rich.console import Console
 
 from dtta_fast.calibrating import calibrate
-from dtta_fast.commands.common import check_path, load_denoiser, names_of
+from dtta_fast.commands.common import OutFile, check_path, checked_device, names_of, quiet
 from dtta_fast.data.folder import read_images
+from dtta_fast.runs.models import load_denoiser, takes_prompts
 
 
 @dataclass(frozen=True)
@@ -18,32 +23,45 @@ class Calibrate:
 
     The timesteps take 1,600 forwards of the denoiser and 20 more a class for each of the first 64 images (21,600 for ImageNet's classes):
     a large denoiser wants a GPU, or fewer images by --most.
+
+    Example: dtta calibrate models/dit clean_images --out calibration.json
     """
 
-    denoiser: tyro.conf.Positional[str]
-    """A DiT's folder, or its id on the hub; with classes a Stable Diffusion's."""
-    images: tyro.conf.Positional[Path]
+    denoiser: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DENOISER", help_behavior_hint="(required)")]
+    """A DiT's or a Stable Diffusion's folder, or its id on the hub; a Stable Diffusion takes --classes."""
+    images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(required)")]
     """A folder of clean images, 8 and more, like those that the denoiser was trained on; subfolders are searched too."""
-    classes: str | None = None
-    """Of a Stable Diffusion: what the images show, by names separated by commas, two and more."""
+    classes: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help_behavior_hint="(default: none)")] = None
+    """What the images show, for a Stable Diffusion: names separated by commas, two and more, such as "cat, car"."""
     most: int = 256
-    """Images to read at most, in the order of their names."""
-    out: Path | None = None
+    """Images to read at most, 1 and more, in the order of their names."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where the denoiser runs."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: calibration.json in DENOISER)")] = None
     """Where to write; calibration.json in the denoiser's folder where it is left out."""
+    json: OutFile = None
+    """Write the result to this file too."""
 
     def run(self) -> None:
-        """Raises ValueError for a folder without images, and where the denoiser has no folder and out is left out."""
+        """Raises ValueError for a bad device, classes or images, and where the denoiser has no folder and out is left out."""
         folder = Path(self.denoiser)
         if self.out is None and not folder.is_dir():
             raise ValueError(f"denoiser is {self.denoiser!r}, which is no folder here; say where to write by --out FILE")
         path = self.out or folder / "calibration.json"
-        check_path(path)
-        denoiser = load_denoiser(self.denoiser, stable_diffusion=self.classes is not None)
-        if self.classes is not None:
-            from dtta_fast.denoisers.stable_diffusion import check_names
-
-            names = names_of(self.classes)
-            check_names("classes", names)
-            denoiser = denoiser.with_classes([f"a photo of a {name}." for name in names])
-        calibrate(denoiser, read_images(self.images, denoiser.image_size, self.most)).save(path)
+        check_path("out", path)
+        check_path("json", self.json)
+        device = checked_device(self.device)
+        names = [] if self.classes is None else names_of(self.classes)
+        if names and not takes_prompts(self.denoiser):
+            raise ValueError(f"classes is {self.classes!r}, and denoiser {self.denoiser!r} has classes of its own: leave --classes out")
+        quiet()
+        with Console(stderr=True).status("loading") as status:
+            denoiser = load_denoiser(self.denoiser, names, calibration=False).to(device)
+            images = read_images(self.images, denoiser.image_size, self.most)
+            status.update(f"measuring on {len(images)} images")
+            found = calibrate(denoiser, images.to(device))
+        found.save(path)
+        if self.json is not None:
+            result = {"denoiser": self.denoiser, "images": len(images), "calibration": asdict(found)}
+            self.json.write_text(json.dumps(result, indent=2) + "\n")
         print(f"{path}: written")

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dtta_fast.config import AdaptConfig
-from dtta_fast.denoisers.dit import DiT
 
-Settings = Annotated[AdaptConfig, tyro.conf.arg(name="")]  # each a flag of its own
+Settings = Annotated[AdaptConfig, tyro.conf.arg(name="")]  # each a flag of its own; under a name tyro boxes what it refuses
+OutFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: not written)")]
+Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the digits zoo)")]
 
 
-def check_path(path: Path | None) -> None:
-    """Raises ValueError where a result cannot be written to: before the work, not after it."""
-    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-        raise ValueError(f"the result cannot be written to {str(path)!r}: give a file in a folder that exists")
+def check_path(name: str, path: Path | None) -> None:
+    """Raises ValueError, naming the argument, where a result cannot be written to: before the work, not after it."""
+    if path is None:
+        return
+    folder = path.resolve().parent
+    if path.is_dir() or not folder.is_dir():
+        raise ValueError(f"{name} is {str(path)!r}, where the result cannot be written: give a file in a folder that exists")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ValueError(f"{name} is {str(path)!r}, where the result cannot be written: give a place that you may write to")
 
 
 def option(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of a flag, wherever it stands."""
-    for i, argument in enumerate(arguments):
+    """The value of a flag, wherever it stands; of one that stands several times the last, which is the one that counts."""
+    found, rest = None, iter(arguments)
+    for argument in rest:
         if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-        if argument == flag and i + 1 < len(arguments):
-            return arguments[i + 1]
-    return None
+            found = argument.partition("=")[2]
+        elif argument == flag:
+            found = next(rest, found)
+    return found
 
 
 def names_of(classes: str) -> list[str]:
@@ -45,6 +55,13 @@ def quiet() -> None:
     quiet_transformers()
 
 
+def progress_bar() -> Progress:
+    """On standard error, where that is a terminal; it goes when the work is done."""
+    terminal = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal)
+
+
 def checked_device(name: str) -> torch.device:
     """Raises ValueError where there is no such device."""
     try:
@@ -53,12 +70,3 @@ def checked_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: a torch built without CUDA
         raise ValueError(f"device is {name!r}, which is not here: {str(error).splitlines()[0]}") from error
     return device
-
-
-def load_denoiser(path: str, stable_diffusion: bool, dtype: torch.dtype = torch.float32) -> Any:
-    """A DiT or a Stable Diffusion, from a folder or the hub."""
-    if stable_diffusion:
-        from dtta_fast.denoisers.stable_diffusion import StableDiffusion
-
-        return StableDiffusion.from_pretrained(path, dtype=dtype)
-    return DiT.from_pretrained(path).to(dtype)

@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torchvision.transforms.functional import to_pil_image
 
 from dtta_fast import demo, demo_dense, environment, presets
-from dtta_fast.commands.common import check_path, quiet
+from dtta_fast.commands.common import OutFile, check_path, progress_bar, quiet
 from dtta_fast.data.corruptions import DIGITS_C
+from dtta_fast.report.measures import number, scale_of
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Adapt a model to corrupted images, one by one, and show what it gains: handwritten digits, or generated scenes for maps."""
+    """Adapt a model to corrupted images, one by one, and show what it gains: handwritten digits, or generated scenes for maps.
+
+    Example: dtta demo --task segmentation --images 8 --picture maps.png
+    """
 
     task: Literal["classification", "segmentation", "depth"] = "classification"
     """What the model does."""
-    preset: str | None = None
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: as task wants)")] = None
     """FAST, PAPER, ONLINE, DUSA or DENSE; DENSE for segmentation and depth, else FAST, where none is given."""
     images: int = 40
     """Test images for each corruption, at most 500 digits; the default is a sample that fits about a minute on 2 cores."""
-    picture: Path | None = None
-    """Of segmentation or depth: write a PNG of inputs, maps before and after, ground truth and what changed."""
+    picture: OutFile = None
+    """Write a PNG to this file, of segmentation or depth: inputs, maps before and after, ground truth and what changed."""
     open_vocabulary: bool = False
-    """By CLIP and Stable Diffusion, given the digits' names, instead of a classifier and a DiT."""
+    """Adapt by CLIP and Stable Diffusion, given the digits' names, instead of a classifier and a DiT."""
     seed: int = 0
-    """Of timesteps and noise."""
-    json: Path | None = None
+    """Seed of timesteps and noise, 0 to 2^63 - 1."""
+    json: OutFile = None
     """Write the result to this file too."""
 
     def run(self) -> None:
@@ -41,18 +44,15 @@ class Demo:
         dense = None if self.task == "classification" else self.task
         preset = self.preset or ("DENSE" if dense else "FAST")
         config = presets.get(preset).replace(seed=self.seed)
-        for path in (self.json, self.picture):
-            check_path(path)
+        check_path("json", self.json)
+        check_path("picture", self.picture)
         if dense and self.open_vocabulary:
             raise ValueError(f"open_vocabulary is a way of classification; task is {self.task!r}")
         if self.picture is not None and not dense:
             raise ValueError("picture is of maps: give --task segmentation or --task depth")
         if self.open_vocabulary or dense:
             quiet()
-        terminal = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        progress = Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal)
-        with progress:
+        with progress_bar() as progress:
             corruptions = demo_dense.CORRUPTIONS[dense] if dense else DIGITS_C
             bar = progress.add_task("loading", total=self.images * (1 + len(corruptions)))
 
@@ -113,13 +113,14 @@ def _print_dense(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['images']} scenes a row, {models} and a UNet that sees its map, preset {result['preset']}")
     table.add_column("corruption (severity)", no_wrap=True)
     for name in names:
-        for head in (f"{name} before, %", "after, %"):
+        unit = f", {scale_of(name).unit}" if scale_of(name).unit else ""
+        for head in (f"{name} before{unit}", f"after{unit}"):
             table.add_column(head, justify="right")
     for head in ("evals/img", "s/img"):
         table.add_column(head, justify="right")
 
     def add(name: str, row: dict[str, Any]) -> None:
-        values = [f"{100 * row[when][key]:.1f}" for key in names for when in ("source", "adapted")]
+        values = [scale_of(key).shown(row[when][key]) for key in names for when in ("source", "adapted")]
         table.add_row(name, *values, f"{row['evaluations_per_image']:.1f}", f"{row['seconds_per_image']:.3f}")
 
     for name, row in result["corruptions"].items():
@@ -128,6 +129,7 @@ def _print_dense(result: dict[str, Any]) -> None:
     add("mean", result)
     add("clean", result["clean"])
     Console().print(table)
-    low, high = (100 * bound for bound in result["gain_interval"])
-    better = "less" if names[0] == "abs_rel" else "more"
-    print(f"{names[0]}: mean change {low:+.2f} .. {high:+.2f} points (95 % over scenes); {better} is better.")
+    scale = scale_of(names[0])
+    low, high = (number(100 * bound, 2, True) if scale.percent else scale.shown(bound, sign=True) for bound in result["gain_interval"])
+    unit, better = " points" if scale.percent else "", "less" if scale.less else "more"
+    print(f"{names[0]}: mean change {low} .. {high}{unit} (95 % over scenes); {better} is better.")

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dtta_fast.commands.common import check_path, checked_device, option, quiet
+from dtta_fast.commands.common import OutFile, check_path, checked_device, option, progress_bar, quiet
 from dtta_fast.evaluate import batches_of, evaluate, open_data
+from dtta_fast.report.measures import scale_of
 from dtta_fast.runs.config import RunConfig, flattened, read_yaml, with_settings, yaml_value
 from dtta_fast.runs.reference_names import is_reference
 from dtta_fast.runs.summary import error_lines
@@ -25,27 +25,34 @@ from dtta_fast.tracking import Tracker, require, tracker
 Tracked = Literal["tensorboard", "trackio", "wandb"]
 
 
+def _preset_hint(value: str) -> str:
+    return f"(default: {'as protocol and task want' if value == 'None' else value})"
+
+
 @dataclass(frozen=True)
 class Evaluate:
     """Adapt a model to a data set, image by image, and record each one; a run that was stopped goes on by the same command.
 
     Settings come from a preset, then a YAML file of the same names (the reference implementation's dotted names are taken too, there and as
     NAME=VALUE), then flags.
+
+    Example: dtta evaluate runs/digits --per-class 5 --preset FAST --steps 5
     """
 
-    out: tyro.conf.Positional[Path]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help_behavior_hint="(required)")]
     """The run's folder; made where it is missing."""
-    settings: Path | None = None
-    """A YAML file of settings."""
-    preset: str | None = None
+    settings: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    """A YAML file of settings, such as another run's config.json."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_preset_hint)] = None
     """What the settings of the adaptation start from; FAST, ONLINE or DENSE, as protocol and task want, where it is left out."""
     scale: Literal["none", "ray"] = "none"
-    """ray: Ray Data, a worker for each GPU or CPU core. Processes that torchrun starts share the work without it."""
-    track: Tracked | None = None
-    """Send running accuracy and cost there too (an extra of that name)."""
-    json: Path | None = None
+    """How work is shared: none; or ray, by Ray Data, a worker for each GPU or CPU core. Processes of torchrun share it without ray."""
+    track: Annotated[Tracked | None, tyro.conf.arg(metavar="{tensorboard,trackio,wandb}", help_behavior_hint="(default: nowhere)")] = None
+    """Where running accuracy and cost are sent too (an extra of that name)."""
+    json: OutFile = None
     """Write the summary to this file too."""
     run_config: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=RunConfig)
+    """What is run: data, models and protocol."""
 
     @classmethod
     def start(cls, arguments: Sequence[str]) -> tuple[Evaluate, list[str]]:
@@ -74,12 +81,16 @@ class Evaluate:
             if given is not None:
                 settings[name] = given
         settings = {"preset": named or _usual_preset(settings), **settings}
-        return cls(out=tyro.MISSING, preset=named, run_config=with_settings(RunConfig(), settings)), flags
+        run, mode = with_settings(RunConfig(), settings), option(flags, "--mode")
+        if mode in ("episodic", "online") and mode != run.adapt.mode:
+            fitting = "--protocol episodic" if mode == "episodic" else "--protocol online, or continual"
+            raise ValueError(f"--mode is {mode!r} with protocol {run.protocol!r}, which decides it: give {fitting}, and leave --mode out")
+        return cls(out=tyro.MISSING, preset=named, run_config=run), flags
 
     def run(self) -> None:
         """Raises ValueError for bad settings, data or models, a folder that is in use or holds another run; OSError where it is full."""
         quiet()
-        check_path(self.json)
+        check_path("json", self.json)
         checked_device(self.run_config.device)
         if self.track is not None:
             require(self.track)
@@ -90,10 +101,8 @@ class Evaluate:
             first = os.environ.get("RANK", "0") == "0"
             return tracker(self.track, self.out, run.described()) if self.track and first else None
 
-        terminal = Console(stderr=True)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-            total = sum(map(len, batches_of(run, open_data(run)))) if terminal.is_terminal else None
+        with progress_bar() as progress:
+            total = sum(map(len, batches_of(run, open_data(run)))) if progress.console.is_terminal else None
             bar, running = progress.add_task("loading models", total=total), Running(sent)
 
             def advance(records: list[dict[str, Any]]) -> None:
@@ -142,10 +151,11 @@ class Running:
     def __str__(self) -> str:
         found = self.means()
         scores = [name for name in found if name.endswith("_before")]
-        shown = [
-            f"{name.removesuffix('_before')} {100 * found[name]:.1f} -> {100 * found[name.removesuffix('_before')]:.1f} %"
-            for name in scores
-        ]
+        shown = []
+        for name in scores:
+            score = name.removesuffix("_before")
+            scale = scale_of(score)
+            shown.append(f"{score} {scale.shown(found[name])} -> {scale.shown(found[score])} {scale.unit}".strip())
         return ", ".join([*shown, f"{found['seconds']:.3f} s/image"] if "seconds" in found else ["adapting"])
 
 
@@ -165,20 +175,22 @@ def _values(record: dict[str, Any]) -> dict[str, float]:
 def _usual_preset(settings: dict[str, Any]) -> str:
     if settings.get("task") in ("segmentation", "depth"):
         return "DENSE"
-    return "ONLINE" if settings.get("protocol") in ("online", "continual") or settings.get("tta.online") else "FAST"
+    modes = (settings.get(name) for name in ("protocol", "mode", "adapt.mode"))
+    return "ONLINE" if any(mode in ("online", "continual") for mode in modes) or settings.get("tta.online") else "FAST"
 
 
 def _print_summary(found: dict[str, Any], out: Path) -> None:
-    table = Table(title=f"{found['images']} images, {found['errors']} of them unreadable; {out}")
+    table = Table(title=f"{found['images']} images, {found['errors']} of them failed; {out}")
     scores = [name for name in found if isinstance(found[name], dict) and "gain" in found[name]]
-    heads = [f"{name} {when}" for name in scores for when in ("before", "after")] or ["before %", "after %", "gain"]
+    heads = [f"{name} {when} {scale_of(name).unit}".strip() for name in scores for when in ("before", "after")]
+    heads = heads or ["before %", "after %", "gain"]
     table.add_column("", no_wrap=True)
     for head in (*heads, "evals/img", "s/img"):
         table.add_column(head, justify="right")
 
     def add(name: str, row: dict[str, Any]) -> None:
         if scores and scores[0] in row:
-            values = [f"{100 * row[score][when]:.1f}" for score in scores for when in ("before", "after")]
+            values = [scale_of(score).shown(row[score][when]) for score in scores for when in ("before", "after")]
         elif "accuracy" in row:
             values = [f"{100 * row['accuracy_before']:.1f}", f"{100 * row['accuracy']:.1f}", f"{100 * row['gain']:+.1f}"]
         else:

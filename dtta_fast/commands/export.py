@@ -5,47 +5,52 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
 from rich.console import Console
 
 from dtta_fast import presets
-from dtta_fast.commands.common import Settings, check_path, quiet
+from dtta_fast.commands.common import Name, OutFile, Settings, check_path, quiet
 from dtta_fast.commands.subjects import load_subject
 
 
 @dataclass(frozen=True)
 class Export:
-    """Compile an adaptation ahead of time into a package that Python and C++ hosts load in milliseconds, without a compiler or models.
+    """Compile an adaptation ahead of time into a package that Python and C++ hosts load in milliseconds.
 
-    By default of the digits zoo. The package takes images of the size that the model looks at, and --batch of them in a call. How far
-    its outputs may be from those of the engine is measured here, and stands in its manifest. Takes minutes, and a C++ compiler.
+    They need no compiler and no models. By default of the digits zoo. The package takes images of the size that the model looks at, and
+    --batch of them in a call. How far its outputs may be from those of the engine is measured here, and stands in its manifest. Takes
+    minutes, and a C++ compiler.
+
+    Example: dtta export digits.pt2 --batch 4
     """
 
-    package: tyro.conf.Positional[Path]
+    package: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PACKAGE", help_behavior_hint="(required)")]
     """The file to write, such as digits.pt2."""
-    model: str | None = None
-    """A classifier: timm's name, hf-hub:ID, or local-dir:FOLDER in timm's format; with --denoiser."""
-    denoiser: str | None = None
+    model: Name = None
+    """A classifier: timm's name, hf-hub:ID, or a folder in timm's format; with --denoiser."""
+    denoiser: Name = None
     """A DiT's folder, or its id on the hub, of the same classes; with --model."""
-    images: Path | None = None
+    images: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: digits-C, or random pixels)")] = None
     """A folder of images like those to come, to measure the tolerance on; digits-C's for the zoo, random pixels for other models."""
     batch: int = 1
-    """Images in a call: the package takes no other number."""
+    """Images in a call, 1 and more: the package takes no other number."""
     measured: int = 32
     """Images to measure the tolerance on, in batches."""
-    json: Path | None = None
+    json: OutFile = None
     """Write the manifest to this file too."""
     preset: str = "FAST"
     """FAST, PAPER, ONLINE or DUSA: what the settings below start from. FAST and ONLINE take a calibration."""
     config: Settings = presets.FAST
+    """Settings of the adaptation; their defaults are the preset's."""
 
     def run(self) -> None:
         """Raises ValueError for what cannot be exported, for bad models, images or paths: before anything is compiled."""
         from dtta_fast.embed.exporting import check_exportable, check_target, export
 
-        check_path(self.json)
+        check_path("json", self.json)
         check_target(self.package, self.batch)
         check_exportable(self.config)
         if self.measured < self.batch:

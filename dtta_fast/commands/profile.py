@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -18,7 +17,7 @@ from rich.table import Table
 from dtta_fast import environment
 from dtta_fast.adapter import Adapter
 from dtta_fast.bottleneck import Row
-from dtta_fast.commands.common import Settings, check_path, checked_device, quiet
+from dtta_fast.commands.common import Name, OutFile, Settings, check_path, checked_device, quiet
 from dtta_fast.commands.subjects import EVERY_IMAGE, load_subject
 
 WIDE = 110  # columns of a terminal that have room for all of an operator's figures
@@ -26,40 +25,42 @@ WIDE = 110  # columns of a terminal that have room for all of an operator's figu
 
 @dataclass(frozen=True)
 class Profile:
-    """Show where the time of one adaptation goes, by phase and by operator: work, share of the machine's peak, memory, and what bounds it.
+    """Show where the time of one adaptation goes, by phase and by operator, and what bounds it.
 
-    By default the digits zoo on digits-C, the corruptions in turn. precheck is off where no flag sets it, whatever the preset says: every
-    image is adapted.
+    Of each the work, the share of the machine's peak and the memory are told. By default the digits zoo on digits-C, the corruptions in
+    turn. precheck is off where no flag sets it, whatever the preset says: every image is adapted.
+
+    Example: dtta profile --images 16 --html profile.html
     """
 
-    model: str | None = None
-    """A classifier: timm's name, hf-hub:ID, or local-dir:FOLDER in timm's format; with --denoiser. It is given random pixels."""
-    denoiser: str | None = None
+    model: Name = None
+    """A classifier: timm's name, hf-hub:ID, or a folder in timm's format; with --denoiser. It is given random pixels."""
+    denoiser: Name = None
     """A DiT's folder, or its id on the hub, of the same classes; with --model."""
     images: int = 16
-    """In the call, each with an adaptation of its own in episodic mode."""
-    trace: Path | None = None
+    """Images in the call, 1 and more, each with an adaptation of its own in episodic mode."""
+    trace: OutFile = None
     """Write a Chrome trace to this file, with the phases in it, for ui.perfetto.dev or chrome://tracing."""
-    html: Path | None = None
+    html: OutFile = None
     """Write a page with tables and the memory's timeline to this file: it loads nothing."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where both models run."""
-    json: Path | None = None
+    json: OutFile = None
     """Write the result to this file too."""
     preset: str = "FAST"
     """FAST, PAPER, ONLINE or DUSA: what the settings below start from. FAST and ONLINE take a calibration."""
     config: Settings = EVERY_IMAGE
+    """Settings of the adaptation; their defaults are the preset's."""
 
     def run(self) -> None:
         """Raises ValueError for bad arguments or models, before anything is measured."""
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own log goes to standard error
         # here: the profiler takes long to import
         from dtta_fast.profiling import profile
-        from dtta_fast.report import profile as texts
-        from dtta_fast.report.profile import HEADS
+        from dtta_fast.report import profile as page
 
-        for path in (self.trace, self.html, self.json):
-            check_path(path)
+        for given, path in (("trace", self.trace), ("html", self.html), ("json", self.json)):
+            check_path(given, path)
         if self.images < 1:
             raise ValueError(f"images is {self.images}; give 1 and more")
         device = checked_device(self.device)
@@ -71,15 +72,15 @@ class Profile:
             found = profile(adapter, subject.images, trace=self.trace)
         console = Console()
         name = f"{subject.name}, preset {self.preset.upper()}"
-        print(f"{name}: {texts.heading(found)}")
-        console.print(_table("phase", found.phases, HEADS))
-        heads = HEADS if console.width >= WIDE else [head for head in HEADS if head not in ("GFLOP", "MB")]
-        console.print(_table("operator", found.kernels[: texts.KERNELS], heads))
-        for line in (texts.kernels_line(found), texts.peak_line(found), *found.notes, texts.memory_line(found.memory)):
+        print(f"{name}: {page.heading(found)}")
+        console.print(_table("phase", found.phases, page.HEADS))
+        heads = page.HEADS if console.width >= WIDE else [head for head in page.HEADS if head not in ("GFLOP", "MB")]
+        console.print(_table("operator", found.kernels[: page.KERNELS], heads))
+        for line in (page.kernels_line(found), page.peak_line(found), *found.notes, page.memory_line(found.memory)):
             print(line)
         console.print(f"[bold]{escape(found.bottleneck)}[/bold]", soft_wrap=True)
         if self.html is not None:
-            self.html.write_text(texts.make_profile_page(found, name), encoding="utf-8")
+            self.html.write_text(page.make_profile_page(found, name), encoding="utf-8")
         if self.json is not None:
             about = {
                 "benchmark": "profile",
@@ -88,20 +89,21 @@ class Profile:
                 "subject": subject.name,
                 "preset": self.preset.upper(),
             }
-            self.json.write_text(json.dumps({**about, **asdict(found)}, indent=2) + "\n")
+            result = {**about, **asdict(found), "device": environment.device_name(device)}
+            self.json.write_text(json.dumps(result, indent=2) + "\n")
         for path in (self.trace, self.html, self.json):
             if path is not None:
                 print(f"{path}: written")
 
 
 def _table(what: str, rows: Sequence[Row], heads: Sequence[str]) -> Table:
-    from dtta_fast.report.profile import HEADS, texts
+    from dtta_fast.report.profile import HEADS, cells
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column(what, overflow="fold")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        shown = dict(zip(HEADS, texts(row), strict=True))
+        shown = dict(zip(HEADS, cells(row), strict=True))
         table.add_row(escape(f"{row.name}\n  {row.kernel}" if row.kernel else row.name), *(shown[head] for head in heads))
     return table

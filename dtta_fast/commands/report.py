@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from PIL import Image
@@ -19,16 +20,19 @@ THUMBNAIL = 96  # pixels that images of maps are read at
 
 @dataclass(frozen=True)
 class Report:
-    """Write one HTML page about runs of `dtta evaluate`: accuracy, gain, calibration, cost, and the images that changed most."""
+    """Write one HTML page about runs of `dtta evaluate`: accuracy, gain, calibration, cost, and the images that changed most.
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    Example: dtta report runs/digits runs/other --out report.html
+    """
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]
     """Their folders; a run that is still going is shown as far as it is."""
-    out: Path = Path("report.html")
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("report.html")
     """The page: one file that loads nothing, for any browser."""
 
     def run(self) -> None:
         """Raises ValueError for no run, a folder without records, a damaged file, runs of several tasks, or a bad path."""
-        check_path(self.out)
+        check_path("out", self.out)
         page = make_page(read_runs(self.runs), Pictures())
         self.out.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may hold bytes that are no text
         print(f"{self.out}: written")

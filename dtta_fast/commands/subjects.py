@@ -1,8 +1,7 @@
-"""What `dtta bench` and `dtta profile` run on: the digits zoo, or models of the user's own."""
+"""What `dtta bench`, `dtta profile` and `dtta export` run on: the digits zoo, or models of the user's own."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from dtta_fast import presets, zoo
 from dtta_fast.data.folder import read_images
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.denoisers.dit import DiT
+from dtta_fast.runs.models import load_pair
 
 EVERY_IMAGE = presets.FAST.replace(precheck="off")  # an image that is left alone takes no time to measure
 
@@ -57,36 +56,6 @@ def load_subject(model: str | None, denoiser: str | None, images: Path | None, c
     return Subject(
         classifier.to(device), diffusion.to(device), pixels[rows].to(device), None if labels is None else labels[rows].to(device), name
     )
-
-
-def load_pair(model: str | None, denoiser: str | None) -> tuple[nn.Module, Denoiser]:
-    """A classifier and a denoiser on the CPU, in eval mode.
-
-    Args:
-        model: timm's name, hf-hub:ID, or local-dir:FOLDER in timm's format. denoiser: a DiT's folder, or its id on the hub. Neither of
-            them means the digits zoo.
-
-    Raises:
-        ValueError, OSError: one of the two is given without the other, or cannot be read.
-    """
-    if model is None and denoiser is None:
-        return zoo.load("digits")
-    if model is None or denoiser is None:
-        given, missing = ("model", "denoiser") if denoiser is None else ("denoiser", "model")
-        raise ValueError(f"{given} is {model or denoiser!r} without a {missing}: give --{missing} too, or neither for the digits zoo")
-    import timm
-
-    local = model.partition("local-dir:")[2]
-    if local and not os.path.isdir(local):
-        raise ValueError(
-            f"model is {model!r}, and there is no folder {local!r}: give one that holds config.json and weights in timm's format"
-        )
-    try:
-        classifier: nn.Module = timm.create_model(model, pretrained=True)
-    except Exception as error:  # timm raises many kinds for unknown names and damaged files
-        remedy = "give local-dir:FOLDER in timm's format, or a name of timm.list_models(pretrained=True)"
-        raise ValueError(f"model is {model!r}, which timm cannot load ({type(error).__name__}: {error}); {remedy}") from error
-    return classifier.eval(), DiT.from_pretrained(denoiser).eval()
 
 
 def _image_size(model: nn.Module) -> int:

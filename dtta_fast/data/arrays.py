@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
-from dtta_fast.data.digits import load_digits
+from dtta_fast.data.digits import DIGITS, load_digits
 from dtta_fast.data.folder import ImageFiles, read_pixels
 from dtta_fast.data.images import Images, chosen_corruptions
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR100 = tuple(
     """apple,aquarium fish,baby,bear,beaver,bed,bee,beetle,bicycle,bottle,bowl,boy,bridge,bus,butterfly,camel,can,castle,caterpillar,cattle,

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # the classes' names
 Split = Literal["train", "validation", "test"]
 # 1,797 images in all. One seeded permutation, never changed: the zoo's weights depend on it.
 SPLITS: dict[str, slice] = {"test": slice(0, 500), "validation": slice(500, 800), "train": slice(800, 1797)}

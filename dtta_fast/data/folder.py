@@ -24,8 +24,10 @@ def read_images(folder: str | Path, size: int, most: int) -> Tensor:
     """The first `most` images of a folder and its subfolders, by name, as [N, 3, size, size] in [0, 1]: short side resized, centre cropped.
 
     Raises:
-        ValueError: no folder, a folder without images, or a file that is no image; the message names it.
+        ValueError: no folder, a folder without images, a file that is no image, which the message names, or `most` below 1.
     """
+    if most < 1:
+        raise ValueError(f"most is {most}; give 1 and more")
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"images is {str(folder)!r}, which is no folder")

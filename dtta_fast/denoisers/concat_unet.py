@@ -26,8 +26,11 @@ class ConcatUNet(UNetDenoiser):
     at the farthest (`depth_range`), or, where neither is given, any map at mean 0 and deviation 1 an image (relative depth).
 
     Args:
-        unet: a UNet2DModel; in_channels are the latent's and the map's. process: its noise process. vae: an AutoencoderKL, or None.
-        classes: how many have embeddings, each of as many channels as the map has. depth_range: (nearest, farthest), in metres.
+        unet: a UNet2DModel; in_channels are the latent's and the map's.
+        process: its noise process.
+        vae: an AutoencoderKL, or None.
+        classes: how many have embeddings, each of as many channels as the map has.
+        depth_range: (nearest, farthest), in metres.
 
     Raises:
         ValueError: both classes and depth_range, a UNet without room for a map, an empty depth range.

@@ -26,7 +26,8 @@ class DiT(Denoiser):
     """A class-conditional diffusion transformer, in pixels or in the latents of an autoencoder.
 
     Args:
-        network: the transformer. process: its noise process, as long as its training's.
+        network: the transformer.
+        process: its noise process, as long as its training's.
         vae: a diffusers AutoencoderKL for latent models; None for pixel models. It never adapts.
     """
 
@@ -106,7 +107,8 @@ class DiT(Denoiser):
         All sizes but the heads are read off the weights. A file is read with weights_only.
 
         Args:
-            num_heads: of the attention, which the weights do not tell. vae: as DiT takes it.
+            num_heads: of the attention, which the weights do not tell.
+            vae: as DiT takes it.
             process: None means the original's: 1,000 linear betas from 1e-4 to 2e-2, predicting the noise.
 
         Raises:
@@ -130,7 +132,8 @@ class DiT(Denoiser):
         Anything that is no folder is taken for a model id of the hub.
 
         Args:
-            vae: overrides the pipeline's own. calibration: False leaves the folder's calibration.json unread.
+            vae: overrides the pipeline's own.
+            calibration: False leaves the folder's calibration.json unread.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or damaged; the message names it.

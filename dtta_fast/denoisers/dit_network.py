@@ -132,8 +132,10 @@ class DiTNetwork(nn.Module):
     Args:
         input_size: height and width of x_t, in latent or pixel cells.
         patch_size: cells a token covers on each side; it divides input_size.
-        in_channels: channels of x_t. hidden_size, depth, num_heads, mlp_ratio: the transformer's sizes.
-        num_classes: rows of the label table. null_class: one more row, the unconditional one, comes last.
+        in_channels: channels of x_t.
+        hidden_size, depth, num_heads, mlp_ratio: the transformer's sizes.
+        num_classes: rows of the label table.
+        null_class: one more row, the unconditional one, comes last.
         learn_sigma: the output has 2·in_channels channels; the second half is the learned variance.
 
     Raises:

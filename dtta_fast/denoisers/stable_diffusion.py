@@ -57,7 +57,9 @@ class StableDiffusion(UNetDenoiser):
     of its pairs, with results equal to diffusers' own.
 
     Args:
-        unet: a UNet2DConditionModel. process: its noise process. vae: an AutoencoderKL.
+        unet: a UNet2DConditionModel.
+        process: its noise process.
+        vae: an AutoencoderKL.
         text_encoder, tokenizer: a CLIPTextModel and its CLIPTokenizer. They move along with the module, and are no part of its weights.
 
     Raises:
@@ -165,7 +167,9 @@ class StableDiffusion(UNetDenoiser):
         """Reads a pipeline's folder, or downloads the hub's model of that id: unet, vae, text_encoder, tokenizer, scheduler.
 
         Args:
-            dtype: of the weights. variant: of the files, such as "fp16". quantization_config: diffusers' BitsAndBytesConfig for the UNet.
+            dtype: of the weights.
+            variant: of the files, such as "fp16".
+            quantization_config: diffusers' BitsAndBytesConfig for the UNet.
             calibration: False leaves the folder's calibration.json unread.
 
         Raises:

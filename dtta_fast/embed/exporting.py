@@ -47,7 +47,8 @@ def export(
 
     Args:
         images: [N, 3, H, W] like those to come, N of `batch` and more: the tolerance is measured on them.
-        path: ends in .pt2. progress: told the name of each function before it is compiled.
+        path: ends in .pt2.
+        progress: told the name of each function before it is compiled.
 
     Returns:
         The manifest, as the package holds it.

@@ -15,11 +15,16 @@ from dtta_fast.runs.folder import Record
 
 
 class Scale(NamedTuple):
-    """How a measure is named and printed; less: the smaller, the better."""
+    """How a measure is named and printed; less: the smaller, the better; metres: its unit."""
 
     label: str
     percent: bool = True
     less: bool = False
+    metres: bool = False
+
+    @property
+    def unit(self) -> str:
+        return "%" if self.percent else "m" if self.metres else ""
 
     def shown(self, value: float, sign: bool = False) -> str:
         """As text: percent to a tenth, other values to four places."""
@@ -31,12 +36,17 @@ SCALES = {
     "mean_iou": Scale("Mean intersection over union"),
     "mean_class_accuracy": Scale("Mean class accuracy"),
     "abs_rel": Scale("Absolute relative error", percent=False, less=True),
-    "rmse": Scale("Root mean square error in metres", percent=False, less=True),
+    "rmse": Scale("Root mean square error in metres", percent=False, less=True, metres=True),
     "delta1": Scale("Pixels within a factor of 1.25"),
     "delta2": Scale("Pixels within a factor of 1.25²"),
     "delta3": Scale("Pixels within a factor of 1.25³"),
     "ssim": Scale("Structural similarity", percent=False),
 }
+
+
+def scale_of(name: str) -> Scale:
+    """Of a measure by its name in records and results."""
+    return ACCURACY if name == "accuracy" else SCALES.get(name, Scale(name, percent=False))
 
 
 class Estimate(NamedTuple):
@@ -83,7 +93,7 @@ def measures(run: Run) -> list[Measure]:
         scores = ([record[key][name] for record in known] for key in ("score_before", "score"))
         before, after = (torch.tensor(part, dtype=torch.float64) for part in scores)
         if known:
-            found.append(Measure(SCALES.get(name, Scale(name, percent=False)), known, before, after))
+            found.append(Measure(scale_of(name), known, before, after))
     return found
 
 

@@ -23,6 +23,9 @@ from dtta_fast.report.svg import Plot
 from dtta_fast.runs.config import flattened
 
 TEMPLATES = Path(__file__).parent / "templates"
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 GROUPS, CLASSES, FAILURES = 100, 30, 200  # at most so many are shown
 SECONDS = Scale("Seconds", percent=False)
 
@@ -87,11 +90,8 @@ def make_page(runs: Sequence[Run], read_image: ReadImage = no_image) -> str:
     cards.sort(key=lambda card: -abs(card.change))
     script = (TEMPLATES / "script.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     failures = [(i, record) for i, run in enumerate(runs) for record in run.failed]
-    return environment.get_template("report.html").render(
+    return ENVIRONMENT.get_template("report.html").render(
         runs=runs,
         colours=[figures.colour(i) for i in range(len(runs))],
         script=Markup(script),

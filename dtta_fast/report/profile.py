@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from dtta_fast.bottleneck import Row
 from dtta_fast.profiling import Memory, Profile
 from dtta_fast.report.figures import COLOURS, colour
 from dtta_fast.report.measures import number
-from dtta_fast.report.page import TEMPLATES
+from dtta_fast.report.page import ENVIRONMENT
 from dtta_fast.report.svg import Plot, axis
 from dtta_fast.runtime.phases import OTHER
 
@@ -20,7 +18,7 @@ KERNELS = 15  # rows of operators that are shown
 BAND = 14  # pixels of the band of phases under a timeline
 
 
-def texts(row: Row) -> list[str]:
+def cells(row: Row) -> list[str]:
     """A row's figures, in the order of HEADS."""
     return [
         figure(1e3 * row.seconds),
@@ -65,12 +63,9 @@ def kernels_line(found: Profile) -> str:
 
 def make_profile_page(found: Profile, subject: str) -> str:
     """A page that loads nothing. subject: what was profiled."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     longest = sorted((row for row in found.phases if row.name != OTHER), key=lambda row: -row.seconds)[:COLOURS]
     colours = {row.name: colour(i) for i, row in enumerate(longest)}
-    return environment.get_template("profile.html").render(
+    return ENVIRONMENT.get_template("profile.html").render(
         found=found,
         subject=subject,
         heading=heading(found),
@@ -78,8 +73,8 @@ def make_profile_page(found: Profile, subject: str) -> str:
         memory=memory_line(found.memory),
         profiled=kernels_line(found),
         heads=HEADS,
-        phases=[(row.name, "", texts(row)) for row in found.phases],
-        kernels=[(row.name, row.kernel, texts(row)) for row in found.kernels[:KERNELS]],
+        phases=[(row.name, "", cells(row)) for row in found.phases],
+        kernels=[(row.name, row.kernel, cells(row)) for row in found.kernels[:KERNELS]],
         colours=colours,
         bar=_bar(found.phases, colours),
         timeline=_timeline(found.memory, colours, found.profiled_seconds),

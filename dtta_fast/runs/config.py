@@ -19,8 +19,17 @@ TaskName = Literal["classification", "zero_shot", "segmentation", "depth"]
 Protocol = Literal["episodic", "online", "continual"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DATA_FIELDS = ("root", "corruptions", "severities", "split", "per_class")
+DESCRIBED = {"data.name": "data"} | {f"data.{name}": name for name in DATA_FIELDS}  # as described() nests them
 UNSET = ("root", "split", "calibration")  # may be None
 MOST_YAML = 1_000_000  # characters: settings are a page
+
+
+def _all_by_default(value: str) -> str:
+    return f"(default: {value if value not in ('', 'None') else 'all'})"
+
+
+def _usual_by_default(value: str) -> str:
+    return f"(default: {value if value not in ('', 'None') else 'its own'})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,26 +37,39 @@ class RunConfig:
     """A run; a wrong value raises ValueError naming the field, the value and what is allowed.
 
     Attributes:
-        data: the data set's name, as data.images.open_images takes it; root: its folder, file or id. corruptions, severities, split: which
-            parts of it, all where they are left out. per_class: images of each class and corruption, drawn by adapt.seed.
-        task: what the model does. model, denoiser: an id or a folder; zoo is the small one of the task that ships with the package.
-            classes: of zero_shot, the names; the data set's where they are left out. calibration: a file of `dtta calibrate`.
-        protocol: episodic, every image from the source; online, one state goes on through a corruption's images; continual, through all.
-        batch: images that are adapted in one call. workers: threads that read images ahead.
-        adapt: settings of the adaptation.
+        data: name of the data set, such as imagenet-c, folder or digits-c; a wrong one lists them all.
+        root: where the data set lies: its folder, for some sets its file or its id on the hub; left out for those that are made here.
+        corruptions: which corruptions of the data set, by name; all that it has where they are left out.
+        severities: which severities of each corruption, 1 to 5; all that it has where they are left out.
+        split: which split of the data set; its test split, else its validation split, where it is left out.
+        per_class: images of each class and corruption, 1 and more, drawn by the seed; all where it is left out.
+        task: what the model does: classification; zero_shot, by a CLIP; segmentation; or depth.
+        model: name, id on the hub or folder of the model, a timm classifier, a CLIP, or a transformers model of maps, as task says; zoo is
+            the small one of the task that ships with the package.
+        denoiser: folder or id on the hub of the diffusion model; zoo is the small one of the task that ships with the package.
+        classes: names of the classes, for zero_shot and for a Stable Diffusion, each an argument of its own and without a comma; those of
+            the data set where they are left out.
+        calibration: file that dtta calibrate wrote of the denoiser; calibration.json in its folder where it is left out.
+        protocol: what an image starts from: episodic, every one from the source; online, one state goes on through a corruption's
+            images; continual, through all.
+        batch: images that are adapted in one call, 1 and more.
+        workers: threads that read images ahead, 1 and more.
+        device: where both models run, such as cpu or cuda; a GPU where there is one and it is left out.
+        dtype: type of the denoiser's weights.
+        adapt: settings of the adaptation; their defaults are those of the preset.
     """
 
-    data: str = "digits-c"
-    root: str | None = None
-    corruptions: tuple[str, ...] = ()
-    severities: tuple[int, ...] = ()
-    split: str | None = None
-    per_class: int | None = None
+    data: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits-c"
+    root: Annotated[str | None, tyro.conf.arg(metavar="PLACE", help_behavior_hint="(default: none)")] = None
+    corruptions: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint=_all_by_default)] = ()
+    severities: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint=_all_by_default)] = ()
+    split: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_usual_by_default)] = None
+    per_class: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_all_by_default)] = None
     task: TaskName = "classification"
-    model: str = "zoo"
-    denoiser: str = "zoo"
-    classes: tuple[str, ...] = ()
-    calibration: str | None = None
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "zoo"
+    denoiser: Annotated[str, tyro.conf.arg(metavar="DENOISER")] = "zoo"
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint=_usual_by_default)] = ()
+    calibration: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_usual_by_default)] = None
     protocol: Protocol = "episodic"
     batch: int = 16
     workers: int = 2
@@ -79,9 +101,16 @@ class RunConfig:
         for name, one in (("corruptions", str), ("severities", int), ("classes", str)):
             if not all(isinstance(value, one) for value in getattr(self, name)):
                 refuse(name, "a list of " + ("whole numbers" if one is int else "text"))
-        mode = "episodic" if self.protocol == "episodic" else "online"
+        for name in self.classes:
+            if "," in name:
+                raise ValueError(f"classes has {name!r}, with a comma in it: give each class an argument of its own, such as cat dog")
+        mode = _mode_of(self.protocol)
         if self.adapt.mode != mode:
-            raise ValueError(f"protocol is {self.protocol!r} with adapt.mode {self.adapt.mode!r}; it takes {mode!r}")
+            fitting = "episodic" if self.adapt.mode == "episodic" else "online, or continual"
+            raise ValueError(
+                f"mode is {self.adapt.mode!r} with protocol {self.protocol!r}, which takes {mode!r}: "
+                f"set protocol to {fitting}, and leave mode out"
+            )
 
     def described(self) -> dict[str, Any]:
         """Of plain values, nested, as the run's config.json holds it; without what cannot change a result."""
@@ -126,6 +155,8 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str
 def with_settings(start: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     """A config with some settings changed, by names of its own fields, of AdaptConfig's (adapt.steps, or steps), or the reference's.
 
+    Names are those of described() too (data.name, data.root): a run's config.json holds settings.
+
     Raises:
         ValueError: an unknown name, or a value that is not allowed.
     """
@@ -137,25 +168,31 @@ def with_settings(start: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     changes: dict[str, Any] = {}
     for name, value in translated(flattened(settings)).items():
         bare = name.removeprefix("adapt.")
+        name = DESCRIBED.get(name, name)
         if name in own:
             outer_changes[name] = value
         elif name == "preset":
             if not isinstance(value, str):
                 raise ValueError(f"preset is {value!r}; there are {', '.join(presets.ALL)}")
-            start = dataclasses.replace(start, adapt=presets.get(value), protocol=_protocol_of(presets.get(value), start.protocol))
+            start = dataclasses.replace(start, adapt=presets.get(value), protocol=_protocol_of(presets.get(value).mode, start.protocol))
         elif bare in inner:
             changes[bare] = value
         else:
             raise ValueError(f"{name} is no setting of a run; there are {', '.join(sorted(own | {f'adapt.{field}' for field in inner}))}")
-    protocol = outer_changes.get("protocol")
-    if protocol is not None and "mode" not in changes:
-        changes["mode"] = "episodic" if protocol == "episodic" else "online"
+    if "protocol" in outer_changes:
+        changes.setdefault("mode", _mode_of(outer_changes["protocol"]))
+    elif changes.get("mode") in ("episodic", "online"):
+        outer_changes["protocol"] = _protocol_of(changes["mode"], start.protocol)
     return dataclasses.replace(start, **outer_changes, adapt=start.adapt.replace(**changes))
 
 
-def _protocol_of(config: AdaptConfig, protocol: Protocol) -> Protocol:
-    """The protocol that a preset runs under: the one asked for where it fits."""
-    if config.mode == "episodic":
+def _mode_of(protocol: str) -> str:
+    return "episodic" if protocol == "episodic" else "online"
+
+
+def _protocol_of(mode: str, protocol: Protocol) -> Protocol:
+    """The protocol that a mode runs under: the one asked for where it fits."""
+    if mode == "episodic":
         return "episodic"
     return "online" if protocol == "episodic" else protocol
 

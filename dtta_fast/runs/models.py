@@ -1,10 +1,12 @@
-"""The models of a run, from the zoo, folders or hub ids."""
+"""Models by their names: of a run, of a command; from the zoo, timm, folders or hub ids."""
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,9 +14,13 @@ from torch import nn
 from dtta_fast import zoo
 from dtta_fast.calibration import Calibration
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.reading import download, read_json
-from dtta_fast.runs.config import RunConfig
 from dtta_fast.tasks import Classification, Depth, Segmentation, Task
+
+if TYPE_CHECKING:
+    from dtta_fast.denoisers.stable_diffusion import StableDiffusion
+    from dtta_fast.runs.config import RunConfig
 
 ZOO = {"classification": "digits", "zero_shot": "open_vocabulary", "segmentation": "segmentation", "depth": "depth"}
 
@@ -42,6 +48,106 @@ def load_models(run: RunConfig, classes: Sequence[str] = (), outputs: Sequence[i
     return Models(model.to(run.device).eval(), denoiser.to(run.device, getattr(torch, run.dtype)).eval(), task)
 
 
+def load_classifier(name: str) -> nn.Module:
+    """A timm classifier on the CPU, in eval mode.
+
+    Args:
+        name: timm's name, hf-hub:ID, local-dir:FOLDER, or the folder alone, which holds config.json and weights in timm's format.
+
+    Raises:
+        ValueError: it cannot be loaded; the message says why.
+    """
+    import timm
+
+    local = name.partition("local-dir:")[2]
+    if local and not os.path.isdir(local):
+        raise ValueError(
+            f"model is {name!r}, and there is no folder {local!r}: give one that holds config.json and weights in timm's format"
+        )
+    try:
+        model: nn.Module = timm.create_model(f"local-dir:{name}" if os.path.isdir(name) else name, pretrained=True)
+    except Exception as error:  # timm and safetensors raise many kinds for unknown names and damaged files
+        remedy = "give a folder in timm's format, or a name of timm.list_models(pretrained=True)"
+        raise ValueError(f"model is {name!r}, which timm cannot load ({type(error).__name__}: {error}); {remedy}") from error
+    return model.eval()
+
+
+def load_pair(model: str | None, denoiser: str | None, *, calibration: bool = True) -> tuple[nn.Module, Denoiser]:
+    """A classifier and a denoiser on the CPU, in eval mode.
+
+    Args:
+        model: as load_classifier takes it. denoiser: a DiT's folder, or its id on the hub. Neither of them means the digits zoo.
+            calibration: False leaves the denoiser's calibration.json unread.
+
+    Raises:
+        ValueError, OSError: one of the two is given without the other, or cannot be read.
+    """
+    if model is None and denoiser is None:
+        return zoo.load_model("digits"), DiT.from_pretrained(zoo.folder("digits") / "denoiser", calibration=calibration).eval()
+    if model is None or denoiser is None:
+        given, missing = ("model", "denoiser") if denoiser is None else ("denoiser", "model")
+        raise ValueError(f"{given} is {model or denoiser!r} without a {missing}: give --{missing} too, or neither for the digits zoo")
+    classifier = load_classifier(model)
+    if takes_prompts(denoiser):
+        raise ValueError(f"denoiser is {denoiser!r}, which takes prompts, and model {model!r} none: give a DiT of the model's classes")
+    return classifier, DiT.from_pretrained(denoiser, calibration=calibration).eval()
+
+
+def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = True) -> DiT | StableDiffusion:
+    """A DiT, or a Stable Diffusion with a prompt for each name, as the files say, on the CPU.
+
+    Args:
+        place: a folder, or an id on the hub. names: of the classes, which a Stable Diffusion needs. calibration: False leaves
+            calibration.json unread.
+
+    Raises:
+        ValueError, FileNotFoundError: it cannot be read, or lacks names.
+    """
+    if not takes_prompts(place):
+        return DiT.from_pretrained(place, calibration=calibration)
+    from dtta_fast.denoisers.stable_diffusion import StableDiffusion, check_names
+
+    if not names:
+        raise ValueError(f"denoiser is {place!r}, which takes prompts, and no classes are named: give --classes")
+    check_names("classes", names)
+    pipeline = StableDiffusion.from_pretrained(place, calibration=calibration)
+    return pipeline.with_classes([f"a photo of a {name}." for name in names])
+
+
+def takes_prompts(place: str) -> bool:
+    """Whether a folder or a hub id is a Stable Diffusion's, by its model_index.json.
+
+    Raises:
+        FileNotFoundError: it is no folder, and the hub has no such model. ValueError: the file is damaged.
+    """
+    folder = Path(place)
+    if not folder.is_dir():
+        folder = download(place, ["model_index.json"])
+    index = folder / "model_index.json"
+    return index.is_file() and str(read_json(index).get("_class_name", "")).startswith("StableDiffusion")
+
+
+def class_names(model: nn.Module, classes: int) -> list[str]:
+    """Names for people of a timm model's classes: its config's own, ImageNet's where it has as many classes, else numbers.
+
+    No two are the same: a name of several classes bears the number of each.
+    """
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    config = getattr(model, "pretrained_cfg", None) or {}
+    names = [str(name) for name in config.get("label_names") or ()]
+    told = config.get("label_descriptions") or {}
+    subset = infer_imagenet_subset(model)
+    if len(names) == classes:
+        names = [str(told.get(name, name)) if isinstance(told, dict) else name for name in names]
+    elif subset is not None:
+        names = ImageNetInfo(subset).label_descriptions()
+    if len(names) != classes:
+        return [str(k) for k in range(classes)]
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} ({k})" for k, name in enumerate(names)]
+
+
 def image_size(task: str, model: str) -> int | None:
     """Pixels of a side of what a model of maps looks at; None for others, whose task crops."""
     if task not in ("segmentation", "depth"):
@@ -56,7 +162,7 @@ def _model(run: RunConfig, names: list[str], outputs: Sequence[int] | None) -> t
     own = zoo.folder(ZOO[run.task]) if run.model == "zoo" else None
     if run.task == "classification":
         task = Classification(subset=outputs)
-        return (zoo.load_model("digits") if own else _timm(run.model)), task
+        return (zoo.load_model("digits") if own else load_classifier(run.model)), task
     if run.task == "zero_shot":
         from dtta_fast.tasks.zero_shot import ZeroShot, load_clip
 
@@ -75,25 +181,6 @@ def _model(run: RunConfig, names: list[str], outputs: Sequence[int] | None) -> t
     return loaded, kind(processor)
 
 
-def _timm(name: str) -> nn.Module:
-    """By timm's name, hf-hub id, or a folder in timm's format."""
-    import timm
-
-    try:
-        model: nn.Module = timm.create_model(f"local-dir:{name}" if Path(name).is_dir() else name, pretrained=True)
-    except RuntimeError as error:  # timm's word for an unknown name
-        raise ValueError(f"model is {name!r}: {error}; `timm.list_models(pretrained=True)` names those that there are") from error
-    return model
-
-
-def _kind(place: str) -> str:
-    """What a pipeline's folder or hub id says that it is; "" where it is none."""
-    folder = Path(place)
-    if not folder.is_dir():
-        folder = download(place, ["model_index.json"])
-    return str(read_json(folder / "model_index.json").get("_class_name", "")) if (folder / "model_index.json").is_file() else ""
-
-
 def _processor(task: str, model: str) -> Any:
     if model == "zoo":
         return zoo.load_processor(ZOO[task])
@@ -103,20 +190,13 @@ def _processor(task: str, model: str) -> Any:
 
 
 def _denoiser(run: RunConfig, names: list[str]) -> Denoiser:
-    place = run.denoiser
+    place, read = run.denoiser, run.calibration is None
     if run.task in ("segmentation", "depth"):
         from dtta_fast.denoisers.concat_unet import ConcatUNet
 
-        return ConcatUNet.from_pretrained(zoo.folder(ZOO[run.task]) / "denoiser" if place == "zoo" else place)
-    if run.task == "zero_shot" or (place != "zoo" and _kind(place).startswith("StableDiffusion")):
+        return ConcatUNet.from_pretrained(zoo.folder(ZOO[run.task]) / "denoiser" if place == "zoo" else place, calibration=read)
+    if run.task == "zero_shot":
         from dtta_fast.denoisers.stable_diffusion import StableDiffusion
 
-        pipeline = StableDiffusion.from_pretrained(zoo.folder("open_vocabulary") / "diffusion" if place == "zoo" else place)
-        if run.task == "zero_shot":
-            return pipeline
-        if not names:
-            raise ValueError(f"denoiser {place!r} takes prompts, and neither the run nor the data set names classes: give --classes")
-        return pipeline.with_classes([f"a photo of a {name}." for name in names])
-    from dtta_fast.denoisers.dit import DiT
-
-    return DiT.from_pretrained(zoo.folder("digits") / "denoiser" if place == "zoo" else place)
+        return StableDiffusion.from_pretrained(zoo.folder("open_vocabulary") / "diffusion" if place == "zoo" else place, calibration=read)
+    return load_denoiser(str(zoo.folder("digits") / "denoiser") if place == "zoo" else place, names, calibration=read)

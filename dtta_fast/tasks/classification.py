@@ -23,9 +23,10 @@ class Classification(Task):
     in [0, 1], unless transforms are given.
 
     Args:
-        crop: images [B, 3, H, W] in [0, 1] to what model and denoiser look at. normalise: a crop to the model's input.
-        subset: the numbers of the model's and the denoiser's classes that an image can be of, where that is known to be fewer than all,
-            as of ImageNet-R's 200; the others take no part, and predictions are of these. None is all.
+        crop: images [B, 3, H, W] in [0, 1] to what model and denoiser look at.
+        normalise: a crop to the model's input.
+        subset: the numbers of the model's and the denoiser's classes that an image can be of, where that is known to be fewer than all, as
+            of ImageNet-R's 200; the others take no part, and predictions are of these. None is all.
 
     Raises:
         ValueError: subset is empty, or names a class twice or below 0.

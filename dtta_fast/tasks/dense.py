@@ -51,8 +51,9 @@ class DenseTask(Task):
     transforms are given.
 
     Args:
-        processor: a transformers image processor. crop: images [B, 3, H, W] in [0, 1] to what model and denoiser look at; normalise: a
-            crop to the model's input; either takes the place of the processor's.
+        processor: a transformers image processor.
+        crop: images [B, 3, H, W] in [0, 1] to what model and denoiser look at;
+        normalise: a crop to the model's input; either takes the place of the processor's.
     """
 
     def __init__(self, processor: Any = None, *, crop: Transform | None = None, normalise: Transform | None = None) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dtta_fast.data.digits import DIGITS as DIGITS  # names for open_vocabulary's example
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.tasks import Classification, Depth, Segmentation, Task
 
 NAMES = ("digits", "open_vocabulary", "segmentation", "depth")
 OF_SCENES = ("segmentation", "depth")
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # names for open_vocabulary's example
 EXAMPLES = 64  # generated scenes
 
 
@@ -40,7 +40,11 @@ def load(name: str | Path) -> tuple[nn.Module, Denoiser]:
 
 
 def load_model(name: str | Path) -> nn.Module:
-    """The model alone."""
+    """The model alone.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     if name == "open_vocabulary":
         from dtta_fast.tasks.zero_shot import load_clip
 
@@ -57,7 +61,12 @@ def load_model(name: str | Path) -> nn.Module:
 
 
 def task(name: str | Path) -> Task:
-    """The task of the models of that name; open_vocabulary's with the digits' names for classes."""
+    """The task of the models of that name; open_vocabulary's with the digits' names for classes.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    folder(name)
     if name == "open_vocabulary":
         from dtta_fast.tasks.zero_shot import ZeroShot
 
@@ -68,7 +77,11 @@ def task(name: str | Path) -> Task:
 
 
 def load_processor(name: str) -> Any:
-    """The transformers processor of "open_vocabulary", "segmentation" or "depth"."""
+    """The transformers processor of "open_vocabulary", "segmentation" or "depth".
+
+    Raises:
+        ValueError: name is another one.
+    """
     if name == "open_vocabulary":
         from transformers import CLIPProcessor
 
@@ -84,6 +97,9 @@ def example(name: str) -> tuple[Tensor, Tensor]:
     """Images [N, 3, H, W] in [0, 1] and the truth of the test split (extra `demo`).
 
     Labels [N] of the digits, by either name; for "segmentation" labels [N, H, W], for "depth" metres [N, H, W], of 64 generated scenes.
+
+    Raises:
+        ValueError: there is none of that name. ImportError: a library of the extra `demo` is missing.
     """
     folder(name)
     if name in OF_SCENES:
@@ -97,7 +113,11 @@ def example(name: str) -> tuple[Tensor, Tensor]:
 
 
 def folder(name: str | Path) -> Path:
-    """Where the files of that name lie."""
+    """Where the files of that name lie; a Path is that place itself.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
     if isinstance(name, Path):
         return name
     if name not in NAMES:
