@@ -1,11 +1,15 @@
 # What .ci/run runs, by parts. `make` lists them.
-.PHONY: help test lint types tables check demo wheel
+.PHONY: help test coverage lint types tables docs check demo wheel minimum
 
 help:  ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-test:  ## all tests, about ten minutes on two cores
-	pytest
+test:  ## all tests, about a quarter of an hour on two cores
+	pytest -n 2
+
+coverage:  ## the tests, and the lines that they left out
+	pytest -n 2 --cov --cov-report=
+	coverage report
 
 lint:  ## ruff, without changing a file
 	ruff check .
@@ -17,10 +21,16 @@ types:  ## mypy, strict
 tables:  ## README's and docs' tables against bench/results
 	python bench/readme.py --check
 
-check: lint types tables test  ## all of these
+docs:  ## the site in site/, a warning being an error
+	mkdocs build --strict
+
+check: lint types tables docs test  ## all of these
 
 demo:  ## the digits before and after adaptation
 	dtta demo
 
-wheel:  ## a wheel in dist/, with the native library where there is a compiler
-	pip wheel --no-deps --wheel-dir dist .
+wheel:  ## sdist, wheel and pure wheel in dist/, each run in a fresh environment without a compiler
+	.ci/wheels
+
+minimum:  ## the tests of the core on the lowest versions that are allowed
+	.ci/minimum
