@@ -81,16 +81,19 @@ TITLES = {
 def gains() -> str:
     """The rows of the quality tables that README shows, and those of maps."""
     lines = [
-        "| data, models | method | corrupted % | gain (95 %) | worst corruption | clean | evaluations |",
-        "|---|---|---|---|---|---|---|",
+        "| data, models | method | images, seeds | corrupted % | gain (95 %) | FAST minus this (95 %) | worst corruption "
+        "| clean | evaluations |",
+        "|---" * 9 + "|",
     ]
     for name, methods in GAINS.items():
         records = _records(name)
         for method in methods:
             record, found = records[method], records[method]["corrupted"]
             low, high = (100 * bound for bound in found["gain_interval"])
+            beside = "" if method == "FAST" else advantage(records["FAST"], record)
             lines.append(
-                f"| {TITLES[name]} | {method} | {100 * found['accuracy']:.1f} | {100 * found['gain']:+.1f} ({low:+.1f} .. {high:+.1f}) | "
+                f"| {TITLES[name]} | {method} | {record['images']}, {len(record['runs'])} | {100 * found['accuracy']:.1f} | "
+                f"{100 * found['gain']:+.1f} ({low:+.1f} .. {high:+.1f}) | {beside} | "
                 f"{100 * found['worst'][0]:+.1f} {found['worst'][1]} | {100 * record['clean']['accuracy']:.1f} | {found['forwards']:.0f} |"
             )
     return "\n".join(lines)

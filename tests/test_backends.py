@@ -25,6 +25,14 @@ def draws(pairs: int) -> dict[str, object]:
 
 
 @pytest.fixture
+def fresh_choice():
+    clear = backends.serving.cache_clear  # a test may have put another function there
+    clear()
+    yield
+    clear()
+
+
+@pytest.fixture
 def without_library(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
     backends.serving.cache_clear()
@@ -125,19 +133,17 @@ def test_strided_tensors_give_what_contiguous_ones_give(dtype):
     assert torch.equal(mix_condition(logits, table), mix_condition(logits.contiguous(), table.contiguous()))
 
 
-def test_gpus_are_triton_s_where_there_is_one(monkeypatch):
-    backends.serving.cache_clear()
+def test_gpus_are_triton_s_where_there_is_one(monkeypatch, fresh_choice):
+    pytest.importorskip("triton")
     assert backends.serving("cuda")[0] == "triton"
     monkeypatch.setattr(backends, "serving", lambda device: ("triton", "as on a GPU"))
     assert backends.choose(torch.float32, torch.zeros(1)).__name__ == "dtta_fast.kernels.triton.launchers"
 
 
-def test_other_devices_and_a_missing_triton_are_torch_s(monkeypatch):
+def test_other_devices_and_a_missing_triton_are_torch_s(monkeypatch, fresh_choice):
     monkeypatch.setitem(sys.modules, "triton", None)
-    backends.serving.cache_clear()
     assert backends.serving("cuda") == ("torch", "Triton is not installed: pip install triton")
     assert backends.serving("mps") == ("torch", "there are no kernels for mps devices")
-    backends.serving.cache_clear()
 
 
 def test_a_library_without_an_abi_is_another_build_s():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import pickle
 import shutil
+from fnmatch import fnmatch
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import load_file
 from torch import nn
 
 from dtta_fast.calibration import Calibration
@@ -199,3 +202,29 @@ def test_a_pipeline_s_calibration_is_read_unless_it_is_to_be_measured_anew(pipel
     with pytest.raises(ValueError, match=r"calibration.json"):
         DiT.from_pretrained(pipeline)
     assert DiT.from_pretrained(pipeline, calibration=False).calibration is None
+
+
+def test_a_latent_model_keeps_its_vae(pipeline, tmp_path):
+    denoiser = DiT.from_pretrained(pipeline)
+    denoiser.save_pretrained(tmp_path / "own", DDIMScheduler(1000))
+    again = DiT.from_pretrained(tmp_path / "own")
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(again.encode(images), denoiser.encode(images))
+
+
+def test_a_hub_model_without_safetensors_is_fetched_by_its_bin_files(pipeline, tmp_path, monkeypatch):
+    for part in ("transformer", "vae"):
+        file = pipeline / part / "diffusion_pytorch_model.safetensors"
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+
+    def snapshot(model_id: str, allow_patterns: list[str], ignore_patterns: list[str] | None) -> str:
+        kept = [path for path in pipeline.rglob("*") if any(fnmatch(path.name, pattern) for pattern in allow_patterns)]
+        for path in kept:
+            (tmp_path / "cache" / path.relative_to(pipeline)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / "cache" / path.relative_to(pipeline))
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(DiT.from_pretrained("someone/model").encode(images), DiT.from_pretrained(pipeline).encode(images))

@@ -102,7 +102,7 @@ def own(tmp_path, process, random_network) -> None:
 
 def in_shell(example: Example) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    run = subprocess.run(["bash", "-ec", example.parsed], capture_output=True, text=True, env=environment, check=False)
+    run = subprocess.run(["bash", "-ec", example.parsed], capture_output=True, text=True, env=environment, check=False, timeout=600)
     assert run.returncode == 0, f"{example.path}, line {example.line}:\n{example.parsed}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
 
 

@@ -120,7 +120,7 @@ def test_yaml_and_flags(place, seed, text):
         found = held(lambda: read_yaml(path), str(path), root=path.parent)
         assert found is None or isinstance(found, dict)
     held(lambda: yaml_value(text), "cannot be read as YAML")
-    held(lambda: Evaluate.start([f"--settings={path}"]), "is", str(path))
+    held(lambda: Evaluate.start([f"--settings={path}"]), "severities", "steps", "lr", "data", "no setting", str(path))
     held(lambda: Evaluate.start([f"tta.online={text}"]), "tta.online", "protocol", "mode")
     assert all(isinstance(name, str) for name in names_of(text))
     assert option(["--json", text], "--json") == text

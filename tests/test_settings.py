@@ -149,3 +149,12 @@ def test_what_two_configs_differ_in():
     assert list(differences(first, second)) == ["adapt.lr: 0.0005 / 1.0", "data.per_class: None / 2"]
     assert list(differences(first, {**first, "extra": 1})) == ["extra: None / 1"]
     assert not list(differences(first, RunConfig(workers=7).described()))  # which changes no result
+
+
+def test_a_protocol_by_flag_decides_over_a_run_s_config(tmp_path):
+    run = RunConfig(classes=("a 😀 b", "c"), adapt=presets.FAST.replace(precheck="off"))
+    (tmp_path / "config.json").write_text(json.dumps(run.described(), indent=2))
+    start = ["evaluate", "out", "--settings", str(tmp_path / "config.json")]
+    assert Evaluate.start(start)[0].run_config.classes == run.classes
+    online = Evaluate.start([*start, "--protocol", "online"])[0].run_config
+    assert (online.protocol, online.adapt.mode) == ("online", "online")

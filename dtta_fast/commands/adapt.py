@@ -28,7 +28,7 @@ SHOWN = 10  # classes of an image in its table
 
 @dataclass(frozen=True)
 class Adapt:
-    """Adapt a classifier to images, each on its own, and print the classes' probabilities before and after.
+    """Adapt a classifier to images one by one, and print the classes' probabilities before and after.
 
     A timm classifier by a DiT of the same classes; with --classes a CLIP by a Stable Diffusion, to these names. By default the models of
     handwritten digits that ship with the package.
@@ -53,7 +53,8 @@ class Adapt:
     json: OutFile = None
     """Write the result to this file too."""
     preset: str = "FAST"
-    """FAST, PAPER, ONLINE or DUSA: what the settings below start from. FAST and ONLINE take a calibration."""
+    """FAST, PAPER, ONLINE or DUSA: what the settings below start from. FAST and ONLINE take a calibration; ONLINE and DUSA go on
+    from file to file."""
     config: Settings = presets.FAST
     """Settings of the adaptation; their defaults are the preset's."""
 

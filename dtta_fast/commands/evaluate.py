@@ -80,6 +80,8 @@ class Evaluate:
             given = option(flags, f"--{name}")
             if given is not None:
                 settings[name] = given
+                if name == "protocol":  # it decides the mode, also over a file's
+                    settings = {field: value for field, value in settings.items() if field not in ("mode", "adapt.mode")}
         settings = {"preset": named or _usual_preset(settings), **settings}
         run, mode = with_settings(RunConfig(), settings), option(flags, "--mode")
         if mode in ("episodic", "online") and mode != run.adapt.mode:

@@ -223,7 +223,9 @@ class HuggingFace(Images):
         from datasets import Image, config
         from huggingface_hub.constants import HF_HUB_CACHE
 
-        self._folders = [str(place) for place in (root, config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, HF_HUB_CACHE)]
+        kept = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH)
+        named = [str(place) for place in (root, *kept, HF_HUB_CACHE)]
+        self._folders = [*named, *map(os.path.realpath, named)]  # datasets resolves links in the root
         self._data, self._image = data.select_columns([image]).cast_column(image, Image(decode=False)), image
         self.names, self.groups = [f"{split}#{i}" for i in range(len(data))], ["hf"] * len(data)
         if label is not None:

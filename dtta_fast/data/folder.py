@@ -127,13 +127,16 @@ class ImageFiles(Images):
         return image[:, cut : image.shape[1] - cut, cut : image.shape[2] - cut]
 
 
+def _leads_up(place: str) -> bool:
+    """Whether it is a link to a folder above it: following that has no end."""
+    return os.path.islink(place) and os.path.realpath(place) in set(map(os.path.realpath, map(str, Path(place).parents)))
+
+
 def image_files(folder: Path) -> list[str]:
     """Paths, from the folder and with slashes, of its images and its subfolders', by name. Hidden files and folders are left out."""
     found = []
     for place, folders, files in os.walk(folder, followlinks=True):
-        above = {os.path.realpath(place), *map(os.path.realpath, map(str, Path(place).parents))}  # a link to one of them has no end
-        shown = (name for name in folders if not name.startswith("."))
-        folders[:] = sorted(name for name in shown if os.path.realpath(os.path.join(place, name)) not in above)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _leads_up(os.path.join(place, name)))
         inner = Path(place).relative_to(folder).as_posix()
         prefix = "" if inner == "." else f"{inner}/"
         for name in sorted(files):  # macOS leaves ._NAME.jpg files that hold no image

@@ -96,6 +96,8 @@ def _braces(pattern: str) -> list[str]:
         if span:
             middle = [str(number).zfill(len(span[1])) for number in numbers]
         begin, end = match[0], len(match[0])
+        if not all(begin in whole for whole in found):
+            raise ValueError(f"root is {pattern!r}, with braces in braces: give one pair of braces a part of the name")
         found = [whole[: (at := whole.index(begin))] + part + whole[at + end :] for whole in found for part in middle]
         if not found:
             raise ValueError(f"root is {pattern!r}, whose {begin} is empty: give the first number before the last")

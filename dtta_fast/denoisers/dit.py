@@ -142,11 +142,8 @@ class DiT(Denoiser):
         if not folder.is_dir():
             folder = download(str(path), ["*.json", "*.safetensors"])
         if (folder / "model_index.json").is_file():
-            if vae is None:
-                from diffusers import AutoencoderKL
-
-                vae = read_model(AutoencoderKL, folder / "vae").eval()
-            denoiser = cls(_network_from_diffusers(folder / "transformer"), read_process(folder), vae)
+            own = _read_vae(folder) if vae is None else vae
+            denoiser = cls(_network_from_diffusers(folder / "transformer"), read_process(folder), own)
         else:
             denoiser = cls._from_one_model(folder, vae)
         if calibration:
@@ -167,18 +164,27 @@ class DiT(Denoiser):
         except OF_VALUES as error:
             raise ValueError(f"{folder / 'config.json'} describes no DiT: {error}") from error
         _load(network, weights, folder / "model.safetensors")
-        return cls(network, read_process(folder), vae)
+        return cls(network, read_process(folder), _read_vae(folder) if vae is None and (folder / "vae").is_dir() else vae)
 
     def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
-        """Writes config.json, model.safetensors, scheduler/scheduler_config.json (of the diffusers scheduler trained with), and
-        calibration.json where the denoiser has one."""
+        """Writes config.json, model.safetensors, scheduler/scheduler_config.json (of the diffusers scheduler trained with), and, where the
+        denoiser has them, vae/ and calibration.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"_class_name": "DiT", **self.network.sizes}, indent=2) + "\n")
         save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, folder / "model.safetensors")
         scheduler.save_pretrained(folder / "scheduler")
+        if self.vae is not None:
+            self.vae.save_pretrained(folder / "vae")
         if self.calibration is not None:
             self.calibration.save(folder / CALIBRATION)
+
+
+def _read_vae(folder: Path) -> nn.Module:
+    from diffusers import AutoencoderKL
+
+    vae: nn.Module = read_model(AutoencoderKL, folder / "vae").eval()
+    return vae
 
 
 def _sized(sizes: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiTNetwork:

@@ -85,6 +85,9 @@ def download(model_id: str, patterns: list[str], without: list[str] | None = Non
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=patterns, ignore_patterns=without))
+        folder = Path(snapshot_download(model_id, allow_patterns=patterns, ignore_patterns=without))
+        if not any(folder.rglob("*.safetensors")):  # an older model: diffusers reads its .bin by weights_only
+            folder = Path(snapshot_download(model_id, allow_patterns=[*patterns, "*.bin"], ignore_patterns=without))
+        return folder
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(f"{model_id} is no folder, and the hub gave no model of that id: {error}") from error

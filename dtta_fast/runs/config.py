@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -235,7 +236,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: it is missing, no YAML, or no mapping of names to values.
     """
     try:
-        found = yaml_value(path.read_text())
+        text = path.read_text()
+        try:
+            found = json.loads(text)  # a run's config.json: YAML reads its surrogate pairs as two characters
+        except (ValueError, RecursionError):
+            found = yaml_value(text)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
