@@ -46,6 +46,11 @@ def read_calibration(folder: Path, denoiser: nn.Module) -> Calibration | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it holds no JSON, or no object.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     try:
