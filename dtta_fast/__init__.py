@@ -1,5 +1,17 @@
 """Fast test-time adaptation by diffusion feedback."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
+# The wheel installs the folder kernels/ as dtta_fast.kernels. A source tree that was not installed has it beside this folder.
+if importlib.util.find_spec("dtta_fast.kernels") is None:
+    _folder = Path(__file__).resolve().parents[1] / "kernels"
+    _spec = importlib.util.spec_from_file_location("dtta_fast.kernels", _folder / "__init__.py", submodule_search_locations=[str(_folder)])
+    if _spec is not None and _spec.loader is not None and (_folder / "schema.py").is_file():
+        sys.modules["dtta_fast.kernels"] = kernels = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(kernels)
+
 from dtta_fast import presets, zoo
 from dtta_fast.adapter import Adapter, adapt
 from dtta_fast.calibrating import calibrate

@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from dtta_fast import lora, presets
+from dtta_fast.batch import Batch
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.engine import Engine, anchor
-from dtta_fast.inputs import check_draws, checked_deadline, checked_ids, checked_images, checked_latents
-from dtta_fast.parameters import math_attention, select
+from dtta_fast.inputs import Checks, check_draws, checked_deadline, checked_ids, checked_images, checked_latents
+from dtta_fast.parameters import select
 from dtta_fast.result import AdaptResult, Group, assembled
+from dtta_fast.runtime.attention import math_attention
 from dtta_fast.runtime.clock import Clock, Pace
+from dtta_fast.runtime.float32 import float32_products
+from dtta_fast.runtime.reads import read
 from dtta_fast.runtime.torch_state import TorchState
 from dtta_fast.step import State, initial_state
 from dtta_fast.tasks.base import Task
@@ -37,6 +40,9 @@ class Adapter:
     weights that move). In online mode one set of weights and its optimizer go on from call to call, until reset(); where the guard
     refuses an answer there, the weights have moved all the same, and a batch after which they are not finite leaves no trace.
     Threads may share it and take turns: each call is alone in it, and an online state sees the batches in the order of the calls.
+
+    On a GPU the denoiser runs in bfloat16 and the model's products in TF32 unless config.precision says otherwise. In half precision the
+    denoiser's weights are cast once, and again where torch counts a write to them; writes through `.data` are seen after reset().
 
     A model that torch.vmap cannot batch runs image by image, and a compilation that fails gives way to eager mode, each with one
     warning (DTTA_FAST_STRICT=1: a failed compilation raises). Where memory runs out, the call starts again with half the rows.
@@ -126,11 +132,11 @@ class Adapter:
         start, engine, config = time.perf_counter(), self.engine, self.config
         if torch.is_inference_mode_enabled():
             raise RuntimeError("adapt() was called under torch.inference_mode(), which forbids gradients; use torch.no_grad(), or neither")
-        origin = anchor(engine.model)
-        images = checked_images(images, origin.device)
-        if anchor(engine.denoiser).device != origin.device:
-            raise ValueError(f"denoiser is on {anchor(engine.denoiser).device} and model on {origin.device}; move one of them")
-        image_ids = checked_ids(image_ids, images)
+        device, checks = anchor(engine.model).device, Checks()
+        images = checked_images(images, device, checks)
+        if anchor(engine.denoiser).device != device:
+            raise ValueError(f"denoiser is on {anchor(engine.denoiser).device} and model on {device}; move one of them")
+        image_ids = checked_ids(image_ids, images, checks)
         deadline = None if deadline_ms is None else start + checked_deadline(deadline_ms) / 1000
         if deadline is not None and config.method != "adapt":
             raise ValueError(
@@ -140,7 +146,7 @@ class Adapter:
             if draw is not None and config.method != "adapt":
                 raise ValueError(f"{name} is given with method {config.method!r}, which draws pairs of its own: leave it out")
         with self._lock:
-            return self._attempted(images, image_ids, latents, timesteps, noise, deadline)
+            return self._attempted(images, image_ids, latents, timesteps, noise, deadline, checks)
 
     def _attempted(
         self,
@@ -150,6 +156,7 @@ class Adapter:
         timesteps: Tensor | None,
         noise: Tensor | None,
         deadline: float | None,
+        checks: Checks,
     ) -> AdaptResult:
         """Once more where less memory or eager mode may help; an online state moves on at the end."""
         engine, torch_state = self.engine, TorchState.now()
@@ -157,18 +164,18 @@ class Adapter:
             try:
                 with torch.enable_grad(), torch.autocast(images.device.type, enabled=False), engine.context():
                     engine.refresh()
-                    state, result = self._adapt(images, image_ids, latents, timesteps, noise, deadline)
+                    state, result = self._adapt(images, image_ids, latents, timesteps, noise, deadline, checks)
+                engine.succeeded()
                 break
             except BaseException as error:  # Ctrl-C too leaves tensors of ours in the private modules
                 self._paces.clear()  # what follows runs otherwise
                 torch_state.restore()
                 math_attention.leave()
+                float32_products.leave()
                 if not engine.failed(error) or attempt + 1 == ATTEMPTS:
                     raise
         if self.config.mode == "online" and state is not None:
-            moved = pytree.tree_leaves(state)  # the optimizers' too
-            if bool(torch.stack([p.isfinite().all() for p in moved]).all()):
-                self._state = state
+            self._state = state
         return result
 
     def _adapt(
@@ -179,7 +186,13 @@ class Adapter:
         timesteps: Tensor | None,
         noise: Tensor | None,
         deadline: float | None,
+        checks: Checks,
     ) -> tuple[State | None, AdaptResult]:
+        """The result, and the online state to go on from: None where it does not move.
+
+        Without a deadline the host waits for the device twice at most, where images run together: for the checks of values with the
+        pre-check, and for what the guard has to compare.
+        """
         engine, config = self.engine, self.config
         problem, clock, count = engine.problem, Clock(images.device), len(images)
         with clock.phase("encode"):
@@ -188,77 +201,89 @@ class Adapter:
             matched = crop if config.match == "off" or calibration is None else calibration.match(crop)
             dtype = anchor(engine.model).dtype
             original = problem.task.normalise(problem.model, crop).to(dtype)
-            inputs = problem.task.normalise(problem.model, matched).to(dtype) if config.match == "both" else None
+            matched_inputs = problem.task.normalise(problem.model, matched).to(dtype) if config.match == "both" else None
         if latents is not None:
-            latents = checked_latents(latents, images, problem.denoiser)
-        check_draws(timesteps, noise, images, problem.denoiser.latent_shape, config, len(problem.denoiser.process))
+            latents = checked_latents(latents, images, problem.denoiser, checks)
+        check_draws(timesteps, noise, images, problem.denoiser.latent_shape, config, len(problem.denoiser.process), checks)
         pairs = config.pairs if timesteps is None else timesteps.shape[2]
-        rows, outputs = torch.arange(count, device=images.device), None
-        if config.precheck != "off":
+        batch = Batch(original, matched_inputs, matched, image_ids, latents, timesteps, noise, None, None)
+        asked = [True] * count
+        if self._state is None:
             with clock.phase("adapt"):
-                unusual = None
-                if config.precheck == "statistics" and calibration is not None:
-                    unusual = calibration.distance(crop) > calibration.limit
-                rows, outputs = engine.precheck(original, inputs, unusual, everything=self._warming)
-        state, groups = None, []
-        if len(rows):
-            with clock.phase("encode"):
-                x0 = problem.denoiser.encode(matched[rows]) if latents is None else latents[rows]
-            together = engine.plan(original[rows], x0, pairs)
-            if together < len(rows) and (deadline is not None or not problem.per_image):
-                asked = "deadline_ms" if deadline is not None else "mode 'online'"
+                before = engine.source_outputs(original, checks)
+                start = before if batch.matched is None else engine.source_outputs(batch.matched, checks)
+                batch = batch._replace(before=before, start=start)
+                if config.precheck != "off":
+                    (asked,) = checks.settle(engine.asked(before, start, crop))
+        checks.settle()
+        if self._warming or (engine.whole_batches() and any(asked)):
+            asked = [True] * count
+        state, groups, rows = None, [], None
+        part = batch
+        if not all(asked):
+            rows = torch.tensor([i for i, wanted in enumerate(asked) if wanted], dtype=torch.int64).to(images.device, non_blocking=True)
+            part = batch.of(rows)
+        if any(asked):
+            if part.x0 is None:
+                with clock.phase("encode"):
+                    part = part._replace(x0=problem.denoiser.encode(part.crop))
+            adapted = len(part.image_ids)
+            together = engine.plan(part.inputs, part.latents, pairs)
+            if together < adapted and (deadline is not None or not problem.per_image):
+                cause = "deadline_ms" if deadline is not None else "mode 'online'"
                 bound, remedy = ("memory", "") if config.memory_budget is None else ("memory_budget", ", or a larger memory_budget")
                 raise ValueError(
-                    f"images holds {count}, and {bound} has room for {together} at once; {asked} takes a batch together: "
+                    f"images holds {count}, and {bound} has room for {together} at once; {cause} takes a batch together: "
                     f"give {together} images and fewer{remedy}"
                 )
-            for part in torch.arange(len(rows), device=rows.device).split(together):
-                here = rows[part]
-                given = [None if draw is None else draw[here] for draw in (timesteps, noise)]
-                matched_part = None if inputs is None else inputs[here]
-                groups.append(self._group(original[here], matched_part, x0[part], image_ids[here], given, deadline, clock))
+            for first in range(0, adapted, together):
+                groups.append(self._group(part.of(slice(first, first + together)), deadline, clock))
             state = groups[-1].state
-        result = assembled(rows, groups, outputs, pairs * problem.forwards())
+        result = assembled(rows, groups, batch.before, pairs * problem.forwards())
         size = crop.shape[-2], crop.shape[-1]
         predictions, predictions_before = (problem.task.predict(found, size) for found in (result["outputs"], result["outputs_before"]))
-        return state, AdaptResult(**result, predictions=predictions, predictions_before=predictions_before, seconds=clock.seconds)
+        return state, AdaptResult(**result, predictions=predictions, predictions_before=predictions_before, clock=clock)
 
-    def _group(
-        self,
-        original: Tensor,
-        matched: Tensor | None,
-        x0: Tensor,
-        image_ids: Tensor,
-        given: list[Tensor | None],
-        deadline: float | None,
-        clock: Clock,
-    ) -> Group:
-        """Adapts images that run at once, on matched inputs where there are some; the answers before are to the original ones."""
+    def _group(self, batch: Batch, deadline: float | None, clock: Clock) -> Group:
+        """Adapts images that run at once. Its state is None where it is of no use to the next batch."""
         engine, losses, timed = self.engine, [], self._warming or deadline is not None
-        inputs = original if matched is None else matched
         if self.config.method != "adapt":
-            return self._classified(original, matched, x0, image_ids, clock)
-        pace = self._pace(len(inputs), None if given[0] is None else given[0].shape[2])
+            return self._classified(batch, clock)
+        inputs, x0, image_ids, online = batch.inputs, batch.latents, batch.image_ids, self.config.mode == "online"
+        pace = self._pace(len(inputs), None if batch.timesteps is None else batch.timesteps.shape[2])
         with clock.phase("adapt"):
-            state, start = engine.start(inputs, self._state)
-            before = start if matched is None else engine.before(original, self._state)
+            state, start = engine.start(inputs, self._state, batch.start)
+            before = batch.before
+            if before is None:
+                before = start if batch.matched is None else engine.forward(state, batch.original)
             for i in range(self.config.steps):
                 if deadline is not None and clock.now() + pace.step.expected + pace.end.expected + pace.guard.expected > deadline:
                     break
                 with pace.step.timed(clock, timed):
-                    losses.append(engine.step(state, inputs, x0, image_ids, *(None if draw is None else draw[:, i] for draw in given)))
+                    losses.append(engine.step(state, inputs, x0, image_ids, *batch.draws(i)))
         with clock.phase("adapt"), pace.end.timed(clock, timed):
             candidates = [engine.forward(state, inputs), start] if losses else [start]
-        begun = clock.now()
+        if self._warming:
+            engine.warm_guard(before, x0, image_ids, state.step)
+        usable: list[bool] = []
+
+        def wanted(mask: Tensor) -> list[list[bool]]:
+            """Reads the guard's mask and, in the same transfer, whether an online state is usable."""
+            found, *usable[:] = read(mask, *([engine.finite(state)] if online else []))
+            return found
+
+        begun = clock.now() if timed else 0.0
         with clock.phase("guard"):
             if self._warming:
-                engine.warm_guard(before, x0, image_ids, state.step)
+                engine.run_guard(before, x0, image_ids, state.step)
             in_time = deadline is None or begun + pace.guard.expected <= deadline
-            outputs, accepted, evaluations = engine.guard(before, candidates, x0, image_ids, state.step, in_time)
+            outputs, accepted, evaluations = engine.guard(before, candidates, x0, image_ids, state.step, wanted, in_time)
         if self._warming or (timed and bool(evaluations.any())):  # where no answer changed, there was nothing to time
             pace.guard.note(clock.now() - begun)
+        if online and not usable:
+            usable = read(engine.finite(state))
         loss = torch.stack(losses, dim=1) if losses else x0.new_empty(len(inputs), 0)
-        return Group(state, before, outputs, loss, accepted, evaluations)
+        return Group(state if all(usable) else None, before, outputs, loss, accepted, evaluations)
 
     def _pace(self, images: int, pairs: int | None) -> Pace:
         """Of so many images at once; at first that of the next larger number, since a pre-check lets any number through."""
@@ -267,14 +292,14 @@ class Adapter:
             self._paces[images, pairs] = copy.deepcopy(self._paces[larger[0], pairs]) if larger else Pace()
         return self._paces[images, pairs]
 
-    def _classified(self, original: Tensor, matched: Tensor | None, x0: Tensor, image_ids: Tensor, clock: Clock) -> Group:
-        """By a method that trains nothing: its state is empty, and every answer is accepted."""
-        engine = self.engine
+    def _classified(self, batch: Batch, clock: Clock) -> Group:
+        """By a method that trains nothing: there is no state, and every answer is accepted."""
+        assert batch.before is not None
+        assert batch.start is not None
         with clock.phase("adapt"):
-            before = engine.before(original, None)
-            outputs, evaluations = engine.classify(before if matched is None else engine.before(matched, None), x0, image_ids)
-        state = State({}, {}, [], [], torch.zeros((), dtype=torch.int64))
-        return Group(state, before, outputs, x0.new_empty(len(x0), 0), torch.ones_like(image_ids, dtype=torch.bool), evaluations)
+            outputs, evaluations = self.engine.classify(batch.start, batch.latents, batch.image_ids)
+        accepted = torch.ones_like(batch.image_ids, dtype=torch.bool)
+        return Group(None, batch.before, outputs, batch.latents.new_empty(len(outputs), 0), accepted, evaluations)
 
     def crop(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] as model and denoiser look at them: adapt() crops too, and leaves a crop as it is."""
@@ -309,9 +334,10 @@ class Adapter:
     __call__ = forward
 
     def reset(self) -> None:
-        """Back to the model's own weights and an empty optimizer."""
+        """Back to the model's own weights and an empty optimizer. Weights that were written through `.data` are read anew."""
         with self._lock:
             self._state = None
+            self.engine.rebuild()
 
     def state_dict(self) -> dict[str, Any]:
         """The online state: adapted weights by name, optimizer memory and step; empty before the first batch. Later calls leave it."""

@@ -8,10 +8,14 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dtta_fast.runtime.constants import kept, numbers
 
 LEAST = 8  # images to measure on: the mean power of fewer is one image's own
 MOST_GAIN = 4.0  # a frequency is raised and lowered by at most that: what blur has taken altogether does not come back
@@ -20,6 +24,7 @@ NO_POWER = 1e-10  # that a statistic does not go below
 SHARPNESS = 8  # of the density of timesteps: chosen on the validation split of digits-C
 USUAL = 0.95  # share of a denoiser's own images that are no outliers: the quantile of their distances that is the limit
 LEAST_SCATTER = 1e-3  # of a statistic that all images have alike
+PIECE = 64  # coefficients added up at once; a table of whole rings would be mostly empty, since the outer ring has thousands
 FLAT = 1e-4  # standard deviation in [0, 1] under which an image has no contrast to bring back
 
 
@@ -75,7 +80,7 @@ class Calibration:
                 f"images have no contrast: their standard deviation is {float(deviation.mean()):.2g}, and {FLAT:g} is the least; "
                 "give photographs, not blank images"
             )
-        power = _power(torch.fft.rfft2(unit, norm="forward"), _radius(unit)).mean(0)
+        power = _power(torch.fft.rfft2(unit, norm="forward")).mean(0)
         statistics = _statistics(images)
         scatter, typical = torch.std_mean(statistics, dim=0)
         return cls(
@@ -99,7 +104,7 @@ class Calibration:
             raise ValueError("the denoiser's calibration has no typical statistics; measure them by calibrate() or `dtta calibrate`")
         found = _statistics(images.float())
         known = min(found.shape[1], len(self.typical))  # images of another size have other frequencies too
-        typical, scatter = (torch.tensor(values[:known], device=images.device) for values in (self.typical, self.scatter))
+        typical, scatter = (numbers(values[:known], images.device, torch.float32) for values in (self.typical, self.scatter))
         return ((found[:, :known] - typical) / scatter).square().mean(1).sqrt()
 
     @torch.no_grad()
@@ -109,13 +114,14 @@ class Calibration:
         One gain a frequency for all of an image's channels, from 1/4 to 4. Phases, and so shapes and places, stay. Values may leave [0, 1].
         """
         unit, _, _ = _standardised(images.float())
-        spectrum, radius = torch.fft.rfft2(unit, norm="forward"), _radius(unit)
-        lower = radius.long()
+        spectrum = torch.fft.rfft2(unit, norm="forward")
+        rings = _rings(spectrum.shape[-2], spectrum.shape[-1], images.device)
+        lower = rings.radius.long()
         bins = int(math.hypot(*(side // 2 for side in images.shape[-2:]))) + 2  # beyond the highest frequency
-        wanted = _extended(torch.tensor(self.power, device=images.device), bins)
-        found = _extended(_power(spectrum, radius), bins)
+        wanted = _extended(numbers(self.power, images.device, torch.float32), bins)
+        found = _extended(_power(spectrum), bins)
         gain = ((wanted + NOTHING) / (found + NOTHING)).sqrt().clamp(1 / MOST_GAIN, MOST_GAIN)
-        share = radius - lower
+        share = rings.radius - lower
         gains = gain[:, lower] * (1 - share) + gain[:, lower + 1] * share
         unit, _, _ = _standardised(torch.fft.irfft2(spectrum * gains[:, None], s=images.shape[-2:], norm="forward"))
         return (unit * self.deviation + self.mean).to(images.dtype)
@@ -194,7 +200,7 @@ def _standardised(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _statistics(images: Tensor) -> Tensor:
     """Of each image [B, C, H, W]: mean, logarithm of the deviation, logarithms of the power at 1, 2 .. whole cycles, [B, S]."""
     unit, mean, deviation = _standardised(images)
-    power = _power(torch.fft.rfft2(unit, norm="forward"), _radius(unit))[:, 1:-1]  # the last holds the rest
+    power = _power(torch.fft.rfft2(unit, norm="forward"))[:, 1:-1]  # the last holds the rest
     return torch.cat([mean.flatten(1), deviation.clamp(min=FLAT).log().flatten(1), power.clamp(min=NO_POWER).log()], dim=1)
 
 
@@ -208,22 +214,59 @@ def _distances_to_the_others(statistics: Tensor) -> Tensor:
     return ((away - mean) / scatter).square().mean(1).sqrt()
 
 
-def _radius(images: Tensor) -> Tensor:
-    """Of each of rfft2's coefficients, in cycles an image side."""
-    height, width = images.shape[-2:]
-    rows, columns = torch.fft.fftfreq(height, 1 / height), torch.fft.rfftfreq(width, 1 / width)
-    return torch.hypot(rows[:, None], columns[None, :]).to(images.device)
+class _Rings(NamedTuple):
+    """rfft2's coefficients [H, W/2+1] by their distance from frequency 0.
+
+    radius: in cycles an image side. weight: [H, W/2+1], how many coefficients of the full transform each one stands for. parts, sums: the
+    two levels of a sum over each ring, numbers of addends with one past the last for none (see _ring_sums).
+    """
+
+    radius: Tensor
+    weight: Tensor
+    parts: Tensor
+    sums: Tensor
 
 
-def _power(spectrum: Tensor, radius: Tensor) -> Tensor:
-    """Mean power [B, R] of coefficients [B, C, H, W/2+1] at each whole radius below half the height, the rest in the last."""
-    last = spectrum.shape[-2] // 2
-    ring = radius.round().long().clamp(max=last).flatten()
-    weight = torch.full_like(radius, 2.0)  # rfft2 leaves out one of each conjugate pair
+@kept
+def _rings(height: int, columns: int, device: torch.device) -> _Rings:
+    rows = np.fft.fftfreq(height, 1 / height)
+    radius = np.hypot(rows[:, None], np.arange(columns)[None, :])
+    weight = np.full(radius.shape, 2.0)  # rfft2 leaves out one of each conjugate pair
     weight[:, 0] = 1.0
-    power = (spectrum.abs().square().mean(1) * weight).flatten(1)
-    total = power.new_zeros(len(power), last + 1).index_add_(1, ring, power)
-    return total / total.new_zeros(last + 1).index_add_(0, ring, weight.flatten())
+    ring = np.rint(radius).astype(np.int64).clip(max=height // 2).ravel()
+    members = [np.flatnonzero(ring == number) for number in range(height // 2 + 1)]
+    pieces = [[own[first : first + PIECE] for first in range(0, len(own), PIECE)] for own in members]
+    ends = np.cumsum([len(own) for own in pieces])
+    sums = [np.arange(end - len(own), end) for own, end in zip(pieces, ends, strict=True)]
+    parts = _padded([piece for own in pieces for piece in own], ring.size)
+    shares = [torch.tensor(values, dtype=torch.float32, device=device) for values in (radius, weight)]
+    orders = [torch.tensor(values, device=device) for values in (parts, _padded(sums, int(ends[-1])))]
+    return _Rings(shares[0], shares[1], orders[0], orders[1])
+
+
+def _padded(rows: list[np.ndarray[Any, np.dtype[np.int64]]], filler: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Rows of numbers as one array [N, longest]."""
+    found = np.full((len(rows), max(map(len, rows))), filler, dtype=np.int64)
+    for i, row in enumerate(rows):
+        found[i, : len(row)] = row
+    return found
+
+
+def _ring_sums(values: Tensor, rings: _Rings) -> Tensor:
+    """Sums of values [B, coefficients] over each ring, [B, R].
+
+    Always added up in the same order. index_add_ would use atomics on a GPU, whose order changes from run to run.
+    """
+    for numbers_of_addends in (rings.parts, rings.sums):
+        values = F.pad(values, (0, 1))[:, numbers_of_addends].sum(-1)
+    return values
+
+
+def _power(spectrum: Tensor) -> Tensor:
+    """Mean power [B, R] of coefficients [B, C, H, W/2+1] at each whole radius below half the height, the rest in the last."""
+    rings = _rings(spectrum.shape[-2], spectrum.shape[-1], spectrum.device)
+    power = (spectrum.abs().square().mean(1) * rings.weight).flatten(1)
+    return _ring_sums(power, rings) / _ring_sums(rings.weight.flatten()[None], rings)
 
 
 def _extended(power: Tensor, bins: int) -> Tensor:

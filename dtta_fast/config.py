@@ -11,7 +11,7 @@ from dtta_fast.draws import TimestepDraw
 from dtta_fast.optimizers import Optimizer
 from dtta_fast.parameters import ParameterSet
 
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Compile = Literal["off", "regional", "step"]
 Match = Literal["off", "denoiser", "both"]
 Precheck = Literal["off", "answer", "statistics"]
@@ -70,9 +70,12 @@ class AdaptConfig:
             stands. 0 is off.
         guard_threshold: how much lower the loss has to be after: the mean of the pairs' differences is below minus so many standard
             errors (a paired test).
-        precision: type of the denoiser's weights and activations, nearly all of the work; None leaves them as they are. Losses, the sum
-            of the gradients to the condition, optimizers and weights that move are float32, these cast to it for each step. The model
-            keeps its own precision: an update of 1e-5 would be lost in a bfloat16 weight.
+        precision: number format of the denoiser's weights and activations, which are nearly all of the work. auto is bf16 on a GPU (fp16
+            on one without bfloat16) for a float32 denoiser, and the denoiser's own format otherwise. fp32 is full float32 everywhere:
+            slow on a GPU, where only it keeps the model and the denoiser off the tensor cores. tf32 keeps both in float32, with products
+            in TF32 on a GPU. bf16 and fp16 are half precision, the model's products in TF32 as under auto. Losses, the sum of the
+            gradients to the condition, optimizers and weights that move are always float32; the weights are cast for each step. The
+            model keeps its own precision: an update of 1e-5 would be lost in a bfloat16 weight.
         compile: what torch.compile makes: nothing (off); the denoiser's blocks and the model each (regional); or the whole step as one
             graph (step), whose compilation takes as often as long as a step has chunks. For sessions: see Adapter.warmup.
         memory_budget: bytes for activations, and for the weights, gradients and optimizer memory of images that have their own; it
@@ -110,7 +113,7 @@ class AdaptConfig:
     mode: Literal["episodic", "online"] = "episodic"
     guard: int = 0
     guard_threshold: float = 0.0
-    precision: Precision | None = None
+    precision: Precision = "auto"
     compile: Compile = "off"
     memory_budget: int | None = None
     seed: int = 0
@@ -141,7 +144,7 @@ class AdaptConfig:
             "denoiser_parameters": get_args(DenoiserParameters),
             "optimizer": get_args(Optimizer),
             "mode": ("episodic", "online"),
-            "precision": (None, *get_args(Precision)),
+            "precision": get_args(Precision),
             "compile": get_args(Compile),
         }
         for field, allowed in choices.items():

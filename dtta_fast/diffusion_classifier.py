@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtta_fast.objectives import Pairs, pair_losses
-from dtta_fast.step import GUARD_STEP, Problem
+from dtta_fast.step import Problem, held_out_losses
 
 OUT = -1e4  # logit of a class that was not looked at, below the lowest of those that were
 
@@ -39,15 +38,17 @@ def classify(problem: Problem, outputs: Tensor, x0: Tensor, image_ids: Tensor) -
         if not wanted.any():
             break
         rows, columns = wanted.nonzero(as_tuple=True)
+        at = torch.full((), stage, dtype=torch.int64, device=x0.device)
         found = losses.new_zeros(images, classes, config.pairs)
         for part in torch.arange(len(rows), device=x0.device).split(max(1, problem.guard_rows // config.pairs)):
-            found[rows[part], columns[part]] = _losses(problem, table[columns[part]], x0[rows[part]], image_ids[rows[part]], stage)
+            here = table[columns[part]], x0[rows[part]], image_ids[rows[part]]
+            found[rows[part], columns[part]] = held_out_losses(problem, *here, at, config.pairs).double()
         evaluations += config.pairs * wanted.sum(1)
         going = wanted.any(1)
         losses = torch.cat([losses, found], dim=2)
         means = losses.mean(2).masked_fill(~alive, torch.inf)
         leader = means.argmin(1)
-        differences = losses - losses[torch.arange(images), leader][:, None]
+        differences = losses - losses[torch.arange(images, device=x0.device), leader][:, None]
         excess = torch.where(alive & going[:, None], differences.mean(2), excess)
         if config.guard_threshold:
             error = differences.std(2) / losses.shape[2] ** 0.5
@@ -55,16 +56,6 @@ def classify(problem: Problem, outputs: Tensor, x0: Tensor, image_ids: Tensor) -
     logits = -(excess - excess.masked_fill(~looked_at, torch.inf).amin(1, keepdim=True)) * x0[0].numel()
     lowest = logits.masked_fill(~looked_at, torch.inf).amin(1, keepdim=True)
     return torch.where(looked_at, logits, lowest + OUT).to(torch.promote_types(outputs.dtype, torch.float32)), evaluations
-
-
-def _losses(problem: Problem, conditions: Tensor, x0: Tensor, image_ids: Tensor, stage: int) -> Tensor:
-    """[R, pairs] of R (image, class) rows."""
-    step = torch.tensor(GUARD_STEP + stage, device=x0.device)
-    timesteps = problem.held_out(problem.config.pairs).timesteps(image_ids, step)
-    drawn = Pairs(x0, timesteps, image_ids, problem.config.seed, step)
-    rows, l1 = problem.guard_rows if problem.pad else None, problem.config.loss == "l1"
-    parts = drawn.chunks(max(1, problem.guard_rows // len(x0)))
-    return torch.cat([pair_losses(problem.denoiser, conditions, part, l1, rows) for part in parts], dim=1).double()
 
 
 def mean_probability(first: Tensor, second: Tensor) -> Tensor:

@@ -6,21 +6,25 @@ import copy
 import dataclasses
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dtta_fast import adam8bit, diffusion_classifier, lora, optimizers, step
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.draws import cumulative_density
+from dtta_fast.inputs import Checks
 from dtta_fast.parameters import Parameters, select
 from dtta_fast.runtime import compiling, memory
 from dtta_fast.runtime.phases import phase
-from dtta_fast.runtime.precision import private_denoiser
+from dtta_fast.runtime.precision import private_denoiser, products
 from dtta_fast.runtime.private import PrivateCopy
+from dtta_fast.runtime.reads import read_one
 from dtta_fast.step import Problem, State
 from dtta_fast.tasks.base import Task
 
@@ -42,11 +46,12 @@ class Engine:
         self.model, self.denoiser, self.task, self.config = model, denoiser, task, config
         self._compile = config.compile
         self._loop = False  # vmap is known to fail on these modules
-        self._limit: int | None = None  # rows at once, after running out of memory
-        self._at_once = 1  # rows of the last plan
-        self._least = 1  # rows of one pair of one image, which no plan goes below
+        self.device = anchor(model).device
+        self._limits = {"step": memory.Limit(), "guard": memory.Limit()}  # rows at once, after running out of memory
+        self._running, self._at_once = "step", 1  # which of them is at work, on how many rows
+        self._least = 1  # rows of one pair of one image, which no plan of a step goes below
         # asked for once: a GPU's free memory changes from call to call, and the chunk shall not
-        self._budget = config.memory_budget or memory.default_budget(anchor(model).device)
+        self._budget = config.memory_budget or memory.default_budget(self.device)
         self._build()
 
     def _build(self) -> None:
@@ -55,19 +60,19 @@ class Engine:
         self._stale = True  # until all of it is built
         self._batched = False  # vmap is known to work on these modules
         self._row_bytes: tuple[int, int | None] | None = None
+        self._forward_bytes: int | None = None
         self._image_bytes: int | None = None
         self._storage: State | None = None
         self._model = PrivateCopy(self.model)
-        self._denoiser = private_denoiser(self.denoiser, config.precision)
+        self._denoiser = private_denoiser(self.denoiser, config.precision, self.device)
         denoiser: Any = self._denoiser.module
         if config.parameters == "lora":
             lora.attach(self._model.module, config.lora_rank, config.lora_targets, "model", config.seed)
         if config.denoiser_parameters == "lora":
             lora.attach(denoiser.network_to_adapt(), config.lora_rank, config.lora_targets, "denoiser", config.seed)
-        device = anchor(self.model).device
-        lr, denoiser_lr = (torch.tensor(rate, dtype=torch.float64, device=device) for rate in (config.lr, config.denoiser_lr))
+        lr, denoiser_lr = (optimizers.rate(value, self.device) for value in (config.lr, config.denoiser_lr))
         self.problem = Problem(
-            self._model.module, denoiser, self.task, config, lr, denoiser_lr, loop=self._loop, cumulative=self._cumulative(device)
+            self._model.module, denoiser, self.task, config, lr, denoiser_lr, loop=self._loop, cumulative=self._cumulative(self.device)
         )
         self._step, self._forward = step.adaptation_step, step.forward
         self._compile_parts(denoiser)
@@ -83,23 +88,31 @@ class Engine:
 
     def _compile_parts(self, denoiser: Denoiser) -> None:
         if self._compile == "off":
+            if self.device.type == "cuda":
+                self.problem = dataclasses.replace(self.problem, row_counts="few")
             return
         compiling.compile_regions(denoiser.regions())
         self._forward = compiling.compiled(step.forward)
         if self._compile == "step":
             self._step = compiling.compiled(step.adaptation_step)
-            self.problem = dataclasses.replace(self.problem, pad=True)
+            self.problem = dataclasses.replace(self.problem, row_counts="one")
         else:
-            self.problem = dataclasses.replace(self.problem, pad=True, forward=self._forward)
+            self.problem = dataclasses.replace(self.problem, row_counts="one", forward=self._forward)
 
-    def context(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def context(self) -> Iterator[None]:
         """What a call runs under."""
-        return nullcontext() if self._compile == "off" else compiling.tracing()
+        with products(self.config.precision, self.device), nullcontext() if self._compile == "off" else compiling.tracing():
+            yield
+
+    def rebuild(self) -> None:
+        """Makes the private copies anew at the next refresh()."""
+        self._stale = True
 
     def refresh(self) -> None:
         """The private copies take over what the caller has written into the modules since the last call."""
         with torch.no_grad(), phase("restore"):
-            self._at_once = self._least = 1  # of this attempt: before its plan, fewer rows would not help
+            self._running, self._at_once, self._least = "step", 1, 1  # of this attempt: before its plan, fewer rows would not help
             if self._stale or not (self._model.refresh() and self._denoiser.refresh()):
                 self._build()
 
@@ -112,10 +125,20 @@ class Engine:
             warnings.warn(f"compile is {self._compile!r}, and the compilation failed: {reason} Going on in eager mode", stacklevel=4)
             self._compile, self._stale = "off", True
             return True
-        if memory.out_of_memory(error) and self._at_once > self._least:
-            self._limit, self._at_once = max(self._least, self._at_once // 2), 1
+        least = self._least if self._running == "step" else 1
+        if memory.out_of_memory(error) and self._at_once > least:
+            rows = max(least, self._at_once // 2)
+            self._limits[self._running].lower(rows)
+            if self._running == "step":
+                self._limits["guard"].lower(2 * rows)  # a row takes less there, but memory is short
+            self._at_once = 1
             return True
         return False
+
+    def succeeded(self) -> None:
+        """Notes a call that had enough memory: after some of them the engine tries more rows again."""
+        for limit in self._limits.values():
+            limit.raise_after_successes()
 
     def source(self) -> tuple[Parameters, Parameters]:
         """The caller's weights that are to move: the model's and the denoiser's."""
@@ -146,19 +169,39 @@ class Engine:
             sizes = (row * forwards, image, None if checkpointed is None else checkpointed * forwards)
             rows, together, checkpoint = memory.plan(self._budget, together, most, *sizes)
             rows *= forwards
-        if self._limit is not None:
-            rows = min(rows, self._limit)
-            together = min(max(1, rows // forwards), together)
+            if config.chunk == "auto" and self.device.type == "cuda":  # more rows take memory and bring nothing
+                rows = min(rows, max(memory.ROWS_AT_ONCE, forwards * together))
+        rows = self._limits["step"].of(rows)
+        together = min(max(1, rows // forwards), together)
         abreast = min(abreast, together)
         fitting = max(1, rows // (abreast * forwards))
         chunk = fitting if config.chunk == "auto" else min(config.chunk, fitting)
         self._at_once, self._least = abreast * forwards * min(chunk, pairs), forwards
         self.problem.denoiser.checkpointing = checkpoint
-        guard_rows = max(rows, together)
-        if config.method == "adapt":
-            guard_rows = min(guard_rows, together * max(1, config.guard))
-        self.problem = dataclasses.replace(self.problem, chunk=chunk, guard_rows=guard_rows)
+        self.problem = dataclasses.replace(self.problem, chunk=chunk, guard_rows=self._guard_rows(inputs, x0, together))
         return together
+
+    def _guard_rows(self, inputs: Tensor, x0: Tensor, together: int) -> int:
+        """Rows at once of a forward without gradient, for `together` images."""
+        config = self.config
+        rows = memory.GUARD_ROWS.get(self.device.type, memory.ROWS_AT_ONCE)
+        if self._budget is not None:
+            rows = min(rows, max(1, self._budget // self._bytes_per_forward_row(inputs, x0)))
+        rows = self._limits["guard"].of(rows)
+        if config.method == "adapt" and self.problem.row_counts == "one":
+            # one shape is compiled: rows of two answers an image, or of as many as fit
+            rows = min(rows // config.guard, 2 * together) * config.guard if rows >= config.guard > 0 else rows
+        return rows
+
+    @torch.no_grad()
+    def _bytes_per_forward_row(self, inputs: Tensor, x0: Tensor) -> int:
+        """Without gradient; measured once."""
+        if self._forward_bytes is None:
+            denoiser = self.problem.denoiser
+            condition = self.task.condition(self._outputs(inputs[:1]), denoiser, {}, self.config)
+            with torch.compiler.set_stance("force_eager"):
+                self._forward_bytes = memory.forward_bytes(denoiser, x0[:1], condition)
+        return self._forward_bytes
 
     @torch.no_grad()
     def _bytes_per_row(self, inputs: Tensor, x0: Tensor) -> tuple[int, int | None]:
@@ -189,42 +232,46 @@ class Engine:
         return self._image_bytes
 
     def _outputs(self, inputs: Tensor) -> Tensor:
-        """Of the source model, checked."""
+        """Of the source model."""
         with phase("classifier"):
             outputs: Tensor = self._forward(self.problem, {}, inputs)
-        self.task.check(outputs, self.problem.denoiser, self.config)
         return outputs
 
     @torch.no_grad()
-    def before(self, inputs: Tensor, online: State | None) -> Tensor:
-        """The outputs of the source, or under the online state."""
-        return self._outputs(inputs) if online is None else self.forward(online, inputs)
+    def source_outputs(self, inputs: Tensor, checks: Checks) -> Tensor:
+        """Of the source model, held against what the task can take."""
+        outputs = self._outputs(inputs)
+        self.task.check(outputs, self.problem.denoiser, self.config, checks)
+        return outputs
 
     @torch.no_grad()
-    def precheck(self, original: Tensor, matched: Tensor | None, unusual: Tensor | None, everything: bool) -> tuple[Tensor, Tensor]:
-        """Rows of the images to adapt, and the source's outputs [B, ...] for the original images.
+    def asked(self, before: Tensor, start: Tensor, crop: Tensor) -> Tensor:
+        """Which images [B] the pre-check does not leave alone.
 
-        Those that are `unusual` [B], or, where that is not asked, those of which the source says another thing as they are than matched.
-        Where code is compiled for a batch's size, a batch is adapted whole or not at all; with `everything` it is adapted in any case.
+        before, start: the source's outputs for the images as they are and matched. crop: [B, 3, H, W] in [0, 1].
         """
-        before, asked = self._outputs(original), unusual
-        if asked is None:
-            outputs = before if matched is None else self._outputs(matched)
-            answers = [self.task.decision(found, self.problem.denoiser) for found in (before, outputs)]
-            asked = (answers[0] != answers[1]).flatten(1).any(1)
-        if everything or (self.problem.pad and bool(asked.any())):
-            asked = torch.ones_like(asked)
-        return asked.nonzero()[:, 0], before
+        calibration = self.denoiser.calibration
+        if self.config.precheck == "statistics" and calibration is not None:
+            return calibration.distance(crop) > calibration.limit
+        answers = [self.task.decision(found, self.problem.denoiser) for found in (before, start)]
+        return (answers[0] != answers[1]).flatten(1).any(1)
+
+    def whole_batches(self) -> bool:
+        """Whether a batch is adapted whole or not at all, since code is compiled for its size."""
+        return self._compile != "off"
 
     @torch.no_grad()
-    def start(self, inputs: Tensor, online: State | None) -> tuple[State, Tensor]:
-        """A state of this call's own to adapt, and the outputs before."""
+    def start(self, inputs: Tensor, online: State | None, source: Tensor | None = None) -> tuple[State, Tensor]:
+        """A state of this call's own to adapt, and the outputs before.
+
+        source: the source's outputs for these inputs, where they are known.
+        """
         if online is not None:
             with phase("restore"):
                 state = copy.deepcopy(online)  # steps write in place, and a call that fails must leave no trace
             return state, self.forward(state, inputs)
         problem, (theta, phi) = self.problem, self.source()
-        outputs = self._outputs(inputs)
+        outputs = self._outputs(inputs) if source is None else source
         images = len(inputs)
         with phase("restore"):
             kept = None if self._storage is None else step.first_images(self._storage, images, exactly=self.config.optimizer == "adam8bit")
@@ -238,10 +285,14 @@ class Engine:
             self._try_batching(kept, inputs)
         return kept, outputs
 
+    @torch.enable_grad()
     def _try_batching(self, state: State, inputs: Tensor) -> None:
-        """Images run at once by vmap, or one by one where a module's operators cannot be batched."""
+        """Images run at once by vmap, or one by one where vmap cannot take a module's operators forward and backward."""
+        theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
         try:
-            step.forward(self.problem, state.theta, inputs)
+            outputs = step.forward(self.problem, theta, inputs)
+            if outputs.requires_grad:
+                torch.autograd.grad(outputs, list(theta.values()), torch.ones_like(outputs), allow_unused=True)
             self._batched = True
         except Exception as error:  # whatever a module raises under vmap
             if memory.out_of_memory(error):
@@ -265,21 +316,48 @@ class Engine:
         return outputs
 
     def guard(
-        self, before: Tensor, candidates: list[Tensor], x0: Tensor, image_ids: Tensor, step_number: Tensor, in_time: bool = True
+        self,
+        before: Tensor,
+        candidates: list[Tensor],
+        x0: Tensor,
+        image_ids: Tensor,
+        step_number: Tensor,
+        read: Callable[[Tensor], list[list[bool]]] = read_one,
+        in_time: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """step.guard: outputs that stand, whether they are others than before, evaluations."""
-        return step.guard(self.problem, before, candidates, x0, image_ids, step_number, in_time)
+        self._running, self._at_once = "guard", min(self.problem.guard_rows, 3 * len(x0) * max(1, self.config.guard))
+        found = step.guard(self.problem, before, candidates, x0, image_ids, step_number, read, in_time)
+        self._running, self._at_once = "step", 1
+        return found
 
     def classify(self, outputs: Tensor, x0: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The answers of the methods that train nothing, [B, K], and evaluations [B]."""
+        self._running, self._at_once = "guard", self.problem.guard_rows
         found, evaluations = diffusion_classifier.classify(self.problem, outputs, x0, image_ids)
         if self.config.method == "ensemble":
             found = diffusion_classifier.mean_probability(outputs, found)
         return found, evaluations
 
     def warm_guard(self, outputs: Tensor, x0: Tensor, image_ids: Tensor, at: Tensor) -> None:
-        """Runs the guard's forwards whether an answer changed or not, so that they are compiled and timed."""
+        """Runs guard forwards of all numbers of rows that a GPU may meet, so that its libraries plan for them."""
+        problem = self.problem
+        if self.config.guard and problem.row_counts == "few":
+            decision, pairs = self.task.decision(outputs, problem.denoiser), self.config.guard
+            counts = {step.guard_forwards(images, pairs, problem.guard_rows, "few")[-1] // pairs for images in range(1, 3 * len(x0) + 1)}
+            for images in sorted(counts):
+                rows = torch.arange(images, device=x0.device) % len(x0)
+                step.held_out_losses(problem, decision[rows], x0[rows], image_ids[rows], at)
+
+    def run_guard(self, outputs: Tensor, x0: Tensor, image_ids: Tensor, at: Tensor) -> None:
+        """Runs the guard's forwards for as many answers as there can be, whether an answer changed or not, so that they are timed."""
         if self.config.guard:
             decision = self.task.decision(outputs, self.problem.denoiser)
-            for _ in range(3 if self.config.match == "both" else 2):
-                step.held_out_losses(self.problem, decision, x0, image_ids, at)
+            rows = torch.arange(len(x0), device=x0.device).repeat_interleave(3 if self.config.match == "both" else 2)
+            step.held_out_losses(self.problem, decision[rows], x0[rows], image_ids[rows], at)
+
+    @torch.no_grad()
+    def finite(self, state: State) -> Tensor:
+        """Whether all of a state's numbers are finite, a 0-dim bool tensor."""
+        numbers = [tensor for tensor in pytree.tree_leaves(state) if tensor.is_floating_point() and tensor.numel()]
+        return torch.stack(list(torch._foreach_norm(numbers, torch.inf))).isfinite().all()

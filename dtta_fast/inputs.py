@@ -1,7 +1,11 @@
-"""Checks of a call's arguments: each raises an error that names the argument, and changes nothing."""
+"""Checks of a call's arguments: each raises an error that names the argument, and changes nothing.
+
+Checks of shapes and dtypes raise at once. On a GPU, checks of values wait for Checks.settle(), which reads all of them together.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +13,39 @@ from torch import Tensor
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.runtime.reads import read
+
+
+class Checks:
+    """The checks of values that a call still owes. On a CPU reading a value costs nothing, and they are made at once."""
+
+    def __init__(self) -> None:
+        self._owed: list[tuple[Tensor, Callable[[], str]]] = []
+
+    def require(self, fine: Tensor, error: Callable[[], str]) -> None:
+        """Asks that `fine`, a 0-dim bool tensor, is true; error() tells what is wrong where it is not.
+
+        Raises:
+            ValueError: it is false and on a CPU.
+        """
+        self._owed.append((fine, error))
+        if fine.device.type == "cpu":
+            self.settle()
+
+    def settle(self, *wanted: Tensor) -> list[Any]:
+        """Makes the checks that are owed, and reads the bool tensors that are `wanted` along with them; see runtime.reads.read().
+
+        Raises:
+            ValueError: a check fails.
+        """
+        owed, self._owed = self._owed, []
+        if not owed and not wanted:
+            return []
+        found = read(*(fine for fine, _ in owed), *wanted)
+        for (_, error), fine in zip(owed, found, strict=False):
+            if not fine:
+                raise ValueError(error())
+        return found[len(owed) :]
 
 
 def checked_tensor(name: str, value: Any, device: torch.device) -> Tensor:
@@ -20,7 +57,7 @@ def checked_tensor(name: str, value: Any, device: torch.device) -> Tensor:
     return value.clone() if value.is_inference() else value  # autograd refuses to save a tensor made under inference_mode
 
 
-def checked_images(images: Tensor, device: torch.device) -> Tensor:
+def checked_images(images: Tensor, device: torch.device, checks: Checks) -> Tensor:
     images = checked_tensor("images", images, device)
     if images.ndim != 4 or 0 in images.shape or images.shape[1] != 3:
         raise ValueError(f"images has shape {tuple(images.shape)}; give [B, 3, H, W] with at least one image")
@@ -28,37 +65,48 @@ def checked_images(images: Tensor, device: torch.device) -> Tensor:
         return images.float() / 255
     if not images.is_floating_point():
         raise ValueError(f"images has dtype {images.dtype}; give uint8, or floating point in [0, 1]")
-    if not images.isfinite().all():
-        raise ValueError("images holds NaN or infinity")
-    low, high = float(images.min()), float(images.max())
-    if low < -1e-3 or high > 1 + 1e-3:
-        raise ValueError(f"images lies in [{low:.3g}, {high:.3g}]; give [0, 1], not normalised: that is done as the model's config says")
+    low, high = images.aminmax()  # NaN where there is a NaN
+
+    def wrong() -> str:
+        if not images.isfinite().all():
+            return "images holds NaN or infinity"
+        return f"images lies in [{low:.3g}, {high:.3g}]; give [0, 1], not normalised: that is done as the model's config says"
+
+    checks.require((low >= -1e-3) & (high <= 1 + 1e-3), wrong)
     return images
 
 
-def checked_ids(image_ids: Tensor | None, images: Tensor) -> Tensor:
+def checked_ids(image_ids: Tensor | None, images: Tensor, checks: Checks) -> Tensor:
     if image_ids is None:
         return torch.arange(len(images), device=images.device)
     image_ids = checked_tensor("image_ids", image_ids, images.device)
     if image_ids.shape != images.shape[:1] or image_ids.dtype != torch.int64:
         raise ValueError(f"image_ids is {image_ids.dtype} {tuple(image_ids.shape)}; give int64 [{len(images)}]")
-    if int(image_ids.min()) < 0 or int(image_ids.max()) >= 2**32:
-        raise ValueError(f"image_ids lies in {int(image_ids.min())} .. {int(image_ids.max())}; give 0 .. 2^32 - 1")
+    low, high = image_ids.aminmax()
+    checks.require((low >= 0) & (high < 2**32), lambda: f"image_ids lies in {int(low)} .. {int(high)}; give 0 .. 2^32 - 1")
     return image_ids
 
 
-def checked_latents(latents: Tensor, images: Tensor, denoiser: Denoiser) -> Tensor:
+def checked_latents(latents: Tensor, images: Tensor, denoiser: Denoiser, checks: Checks) -> Tensor:
     latents = checked_tensor("latents", latents, images.device)
     expected = (len(images), *denoiser.latent_shape)
     if tuple(latents.shape) != expected:
         raise ValueError(f"latents has shape {tuple(latents.shape)}; give [B, C, h, w] = {list(expected)}")
-    if not latents.is_floating_point() or not latents.isfinite().all():
-        raise ValueError(f"latents ({latents.dtype}) has to be floating point without NaN or infinity")
+    wrong = f"latents ({latents.dtype}) has to be floating point without NaN or infinity"
+    if not latents.is_floating_point():
+        raise ValueError(wrong)
+    checks.require(latents.isfinite().all(), lambda: wrong)
     return latents.to(torch.promote_types(denoiser.dtype, torch.float32))
 
 
 def check_draws(
-    timesteps: Tensor | None, noise: Tensor | None, images: Tensor, latent_shape: tuple[int, ...], config: AdaptConfig, rows: int
+    timesteps: Tensor | None,
+    noise: Tensor | None,
+    images: Tensor,
+    latent_shape: tuple[int, ...],
+    config: AdaptConfig,
+    rows: int,
+    checks: Checks,
 ) -> None:
     pairs, count = config.pairs, len(images)
     if timesteps is not None:
@@ -67,9 +115,10 @@ def check_draws(
         if not fits or timesteps.dtype != torch.int64:
             found = f"{timesteps.dtype} {tuple(timesteps.shape)}"
             raise ValueError(f"timesteps is {found}; give int64 [B, steps, P] with B = {count} and steps = {config.steps}")
-        low, high = int(timesteps.min()), int(timesteps.max())
-        if low < 0 or high >= rows:
-            raise ValueError(f"timesteps lies in {low} .. {high}; the denoiser's process has 0 .. {rows - 1}")
+        low, high = timesteps.aminmax()
+        checks.require(
+            (low >= 0) & (high < rows), lambda: f"timesteps lies in {int(low)} .. {int(high)}; the denoiser's process has 0 .. {rows - 1}"
+        )
         pairs = timesteps.shape[2]
         if config.antithetic and noise is None and pairs % 2:
             raise ValueError(f"timesteps has {pairs} pairs with antithetic; opposite noises take an even number of pairs")
@@ -78,8 +127,7 @@ def check_draws(
         expected = (count, config.steps, pairs, *latent_shape)
         if tuple(noise.shape) != expected or not noise.is_floating_point():
             raise ValueError(f"noise is {noise.dtype} {tuple(noise.shape)}; give floating point [B, steps, P, C, h, w] = {list(expected)}")
-        if not noise.isfinite().all():
-            raise ValueError("noise holds NaN or infinity")
+        checks.require(noise.isfinite().all(), lambda: "noise holds NaN or infinity")
 
 
 def checked_deadline(deadline_ms: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +30,10 @@ class Pairs(NamedTuple):
     noise: Tensor | None = None
     pair0: int = 0
 
-    def image(self, i: int) -> Pairs:
-        """Those of the i-th image alone."""
-        one = slice(i, i + 1)
-        noise = None if self.noise is None else self.noise[one]
-        return self._replace(x0=self.x0[one], timesteps=self.timesteps[one], image_ids=self.image_ids[one], noise=noise)
+    def images(self, which: slice) -> Pairs:
+        """Those of some images alone."""
+        noise = None if self.noise is None else self.noise[which]
+        return self._replace(x0=self.x0[which], timesteps=self.timesteps[which], image_ids=self.image_ids[which], noise=noise)
 
     def chunks(self, size: int) -> Iterator[Pairs]:
         """Parts of at most `size` pairs an image, as even as they come, with the noise that they have here."""
@@ -53,21 +52,24 @@ def _draws(denoiser: Denoiser, drawn: Pairs) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def pair_losses(denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool, rows: int | None = None) -> Tensor:
+def pair_losses(denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool, forwards: Sequence[int] | None = None) -> Tensor:
     """Denoising losses [B, P] of the source denoiser under conditions [B, ...].
 
-    rows: forwards of exactly that many rows, the last filled up, so that a compiled denoiser meets one shape; None is one forward.
+    forwards: the numbers of rows that the denoiser gets at once, B * P and more in all, the last ones filled up. None is one forward.
     """
     with phase("noising"):
         x_t = add_noise(**_draws(denoiser, drawn), dtype=denoiser.dtype)
     with phase("denoiser forward"):
-        if rows is None:
+        if forwards is None:
             prediction = denoiser(x_t, drawn.timesteps.flatten(), conditions)
         else:
             shared = conditions[:, None].expand(*drawn.timesteps.shape, *conditions.shape[1:]).flatten(0, 1)
-            inputs = (x_t, drawn.timesteps.flatten(), shared)
-            numbers = torch.arange(-(-len(x_t) // rows) * rows, device=x_t.device).clamp(max=len(x_t) - 1)
-            prediction = torch.cat([denoiser(*(x[part] for x in inputs)) for part in numbers.split(rows)])[: len(x_t)]
+            inputs: tuple[Tensor, ...] = (x_t, drawn.timesteps.flatten(), shared)
+            if sum(forwards) > len(x_t):
+                numbers = torch.arange(sum(forwards), device=x_t.device).clamp(max=len(x_t) - 1)
+                inputs = tuple(tensor[numbers] for tensor in inputs)
+            parts = zip(*(tensor.split(list(forwards)) for tensor in inputs), strict=True)
+            prediction = torch.cat([denoiser(*part) for part in parts])[: len(x_t)]
     with phase("loss"):
         return denoising_loss(prediction, **_draws(denoiser, drawn), l1=l1)
 
@@ -153,7 +155,7 @@ def accumulated_gradients(
         for i in range(images):
             own = {name: p[i] for name, p in phi.items()}
             one = [head[i : i + 1] for head in heads]
-            each.append(accumulated_gradients(predict, denoiser, own, one, drawn.image(i), chunk, l1, per_image=False))
+            each.append(accumulated_gradients(predict, denoiser, own, one, drawn.images(slice(i, i + 1)), chunk, l1, per_image=False))
         losses, to_heads, to_phi, scales = zip(*each, strict=True)
         joined = [torch.cat(found) for found in zip(*to_heads, strict=True)]
         return torch.cat(losses), joined, [torch.stack(found) for found in zip(*to_phi, strict=True)], scales[0]

@@ -10,8 +10,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 from dtta_fast import adam8bit
+from dtta_fast.runtime import demands
 from dtta_fast.runtime.compiling import is_tracing
 
 Optimizer = Literal["sgd", "adam", "adamw", "adam8bit"]
@@ -19,6 +22,11 @@ BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim's defaults
 
 Tensors = list[Tensor]
 Slots = list[Tensors]
+
+
+def rate(value: float, device: torch.device) -> Tensor:
+    """A learning rate as the 0-dim tensor that update_() takes: float64, but float32 on CUDA, whose kernels read no other."""
+    return torch.full((), value, dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
 
 
 def init_slots(optimizer: Optimizer, parameters: Tensors, images: int = 1) -> Slots:
@@ -46,9 +54,9 @@ def update_(
 ) -> None:
     """One update in place, of dense parameters, each laid out in memory as its slots are.
 
-    `step` is a 0-dim int64 tensor, 0 at the first call; `lr` 0-dim float64.
+    `step` is a 0-dim int64 tensor, 0 at the first call; `lr` is what rate() gives.
 
-    By torch's fused kernels, one pass over memory, where one operator after the other took a third of an adaptation of 16 images on a
+    By torch's fused optimizers, one pass over memory, where one operator after the other took a third of an adaptation of 16 images on a
     CPU. torch.compile has no form of them (SGD's has no meta kernel), and fuses the operators itself.
     """
     if is_tracing():
@@ -59,37 +67,20 @@ def update_(
         return
     # the kernels walk memory, whatever the strides
     gradients = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in zip(gradients, parameters, strict=True)]
+    # Adam counts up in each of them
+    steps = [] if optimizer == "sgd" else list(step.float().expand(len(parameters)).clone().unbind())
+    demands.fused_optimizer(parameters, gradients, slots, steps, lr)
     if optimizer == "sgd":
-        velocity = slots[0] if momentum else []
-        torch._fused_sgd_(
-            parameters,
-            gradients,
-            velocity,
-            lr=lr,
-            weight_decay=weight_decay,
-            momentum=momentum,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-        )
+        velocity: list[Tensor | None] = list(slots[0]) if momentum else [None] * len(parameters)
+        sgd(
+            parameters, gradients, velocity, fused=True, lr=lr,
+            weight_decay=weight_decay, momentum=momentum, dampening=0.0, nesterov=False, maximize=False,
+        )  # fmt: skip
         return
-    kernel = torch._fused_adamw_ if optimizer == "adamw" else torch._fused_adam_
-    kernel(
-        parameters,
-        gradients,
-        slots[0],
-        slots[1],
-        [],
-        [(step + 1).float()] * len(parameters),
-        lr=lr,
-        beta1=BETA1,
-        beta2=BETA2,
-        weight_decay=weight_decay,
-        eps=EPSILON,
-        amsgrad=False,
-        maximize=False,
-    )
+    adam(
+        parameters, gradients, slots[0], slots[1], [], steps, fused=True, decoupled_weight_decay=optimizer == "adamw",
+        amsgrad=False, beta1=BETA1, beta2=BETA2, lr=lr, weight_decay=weight_decay, eps=EPSILON, maximize=False,
+    )  # fmt: skip
 
 
 def _with_8_bits_(parameters: Tensors, gradients: Tensors, slots: Slots, step: Tensor, lr: Tensor, weight_decay: float) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from dtta_fast import lora
+from dtta_fast.runtime.attention import vmappable_attention
 
 ParameterSet = Literal["all", "norm", "head", "logits", "lora"]
 Parameters = dict[str, Tensor]
@@ -95,65 +91,6 @@ def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_i
     if loop or images == 1:  # plain operators are faster than batched ones
         each = [call(module, {name: p[i] for name, p in moving.items()}, *(x[i] for x in inputs), per_image=False) for i in range(images)]
         return torch.stack(each)
-    with _vmappable_attention(inputs[0].device):
+    with vmappable_attention():
         stacked: Tensor = torch.vmap(lambda weights, *x: functional_call(module, {**constants, **weights}, x))(dict(moving), *inputs)
     return stacked
-
-
-class _VmappableAttention(TorchFunctionMode):
-    """Attention by operators that vmap can batch, in place of those that it runs image by image or not at all.
-
-    For this thread alone, where torch's own switches are the process's. Where a mode is on, nn.MultiheadAttention leaves its inference
-    kernel, which has no derivative, aside.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._math = device.type == "cpu"  # the fused CPU kernel has no batching rule
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        attention = function is F.scaled_dot_product_attention
-        if self._math and attention and len(args) < 4 and kwargs.get("attn_mask") is None:
-            return torch._scaled_dot_product_attention_math(*args, **kwargs)[0]
-        # torch turns masks into what the operator takes; multi_head_attention_forward calls attention where no mode sees it
-        if self._math and (attention or function is F.multi_head_attention_forward):
-            with math_attention:
-                return function(*args, **kwargs)
-        return function(*args, **kwargs)
-
-
-class MathAttention:
-    """torch's switch to attention by plain operators, which is the process's: on while any thread is within, then as it was."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._within: set[int] = set()
-        self._switch = ExitStack()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._within:
-                self._switch.enter_context(sdpa_kernel(SDPBackend.MATH))
-            self._within.add(threading.get_ident())
-
-    def __exit__(self, *_: object) -> None:
-        self.leave()
-
-    def leave(self) -> None:
-        """This thread is not within: also where an interrupt came before it could say so."""
-        with self._lock:
-            self._within.discard(threading.get_ident())
-            if not self._within:
-                self._switch.close()
-
-
-math_attention = MathAttention()
-
-
-def _vmappable_attention(device: torch.device) -> AbstractContextManager[Any]:
-    if torch.compiler.is_compiling():  # takes no inference kernel, and cannot trace a mode of ours
-        return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()  # pragma: no cover (traced, not run)
-    return _VmappableAttention(device)

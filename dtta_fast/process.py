@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -77,4 +78,6 @@ class NoiseProcess:
 
     def to(self, device: torch.device | str) -> NoiseProcess:
         """The same process on another device."""
-        return NoiseProcess(self.table.to(device), self.model_time.to(device))
+        moved = copy.copy(self)  # a new one would be checked again, for which the host waits
+        moved.table, moved.model_time = self.table.to(device), self.model_time.to(device)
+        return moved

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +128,7 @@ def profile(
         stopwatch = Stopwatch(images.device)
         with listening(stopwatch):
             seconds, result = run()
-        timed.append((seconds, stopwatch.seconds()))
+        timed.append((seconds, stopwatch.clock.seconds))
     whole, seconds_by_phase = min(timed, key=lambda one: one[0])  # the one that other work disturbed least
     profiled_seconds, recorded, events = _recorded(run, on_cuda, trace)
     counter = Counter()
@@ -170,35 +169,14 @@ def profile(
 
 
 class Stopwatch(Listener):
-    """Seconds by phase: on CUDA those of the device's own timeline, for which nothing waits."""
+    """Times the phases by a clock."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self._device = device
-        self._spans: list[tuple[str, Any, Any]] = []
+        self.clock = Clock(device)
 
-    @contextmanager
-    def during(self, name: str) -> Iterator[None]:
-        start = self._now()
-        try:
-            yield
-        finally:
-            self._spans.append((name, start, self._now()))
-
-    def _now(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
-
-    def seconds(self) -> dict[str, float]:
-        """By phase, once the device has finished."""
-        found: dict[str, float] = {}
-        for name, start, end in self._spans:
-            took = start.elapsed_time(end) / 1000 if self._device.type == "cuda" else end - start
-            found[name] = found.get(name, 0.0) + took
-        return found
+    def during(self, name: str) -> AbstractContextManager[None]:
+        return self.clock.span(name)
 
 
 class Annotator(Listener):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dtta_fast.runtime.clock import Clock
 from dtta_fast.step import State
 
 
@@ -23,7 +24,6 @@ class AdaptResult:
         accepted: [B] bool, False where the answer before stands.
         steps_run: updates made.
         evaluations: [B], an image's forwards of the denoiser for one (timestep, noise, condition), the guard's included.
-        seconds: wall time of the batch by phase: encode, adapt, guard.
     """
 
     outputs: Tensor
@@ -34,13 +34,18 @@ class AdaptResult:
     accepted: Tensor
     steps_run: int
     evaluations: Tensor
-    seconds: dict[str, float]
+    clock: Clock = field(repr=False, compare=False)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the batch by phase: encode, adapt, guard. On a GPU, reading them waits until it has finished."""
+        return self.clock.seconds
 
 
 class Group(NamedTuple):
     """What the images that ran at once gave."""
 
-    state: State
+    state: State | None
     before: Tensor
     outputs: Tensor
     loss: Tensor
@@ -48,17 +53,18 @@ class Group(NamedTuple):
     evaluations: Tensor
 
 
-def assembled(rows: Tensor, groups: list[Group], outputs: Tensor | None, forwards: int) -> dict[str, Any]:
+def assembled(rows: Tensor | None, groups: list[Group], outputs: Tensor | None, forwards: int) -> dict[str, Any]:
     """AdaptResult's fields of all images: those of `rows` by the groups, the others as they were.
 
-    outputs [B, ...]: of the source, where some images were left alone. forwards: of the denoiser, an image and step.
+    rows: [A], the images that the groups hold; None is all. outputs [B, ...]: of the source, where some images were left alone.
+    forwards: of the denoiser, an image and step.
     """
     names = ("before", "outputs", "loss", "accepted", "evaluations")
     found = {name: torch.cat([getattr(group, name) for group in groups]) for name in names} if groups else {}
     steps = found["loss"].shape[1] if found else 0
     if found:
         found["evaluations"] = found["evaluations"] + steps * forwards
-    if outputs is not None:
+    if rows is not None and outputs is not None:
         images = len(outputs)
         whole = {
             "before": outputs,

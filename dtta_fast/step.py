@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +17,22 @@ from dtta_fast.objectives import Pairs, accumulated_gradients, embedding_mix, no
 from dtta_fast.optimizers import Slots, Tensors, init_slots, update_
 from dtta_fast.parameters import Parameters, call, copies, in_dtypes_of
 from dtta_fast.runtime.phases import phase
+from dtta_fast.runtime.reads import read_one
 from dtta_fast.tasks.base import Task
 
 FREE_LOGITS = "<logits>"  # no parameter's name
 GUARD_STEP = 2**31  # the guard's draws lie beyond every step's
+RowCounts = Literal["any", "few", "one"]
 
 
 @dataclass(frozen=True)
 class Problem:
     """What stays the same from step to step. The modules are private copies.
 
-    lr, denoiser_lr: 0-dim float64, on the modules' device. chunk: pairs of an image that run at once. guard_rows: rows of a guard's
-    forward, at most; with `pad` exactly as many. loop: images with weights of their own run one by one. forward: the compiled form of
-    the function of that name, where there is one. cumulative: the timesteps' cumulative density, where they
-    are calibrated.
+    lr, denoiser_lr: 0-dim, on the modules' device, in the dtype that optimizers.rate() gives. chunk: pairs of an image that run at once.
+    guard_rows: rows of a guard's forward, at most. row_counts: which numbers of rows it may have, see guard_forwards(). loop: images with
+    weights of their own run one by one. forward: the compiled form of the function of that name, where there is one. cumulative: the
+    timesteps' cumulative density, where they are calibrated.
     """
 
     model: nn.Module
@@ -41,7 +43,7 @@ class Problem:
     denoiser_lr: Tensor
     chunk: int = 1
     guard_rows: int = 1
-    pad: bool = False
+    row_counts: RowCounts = "any"
     loop: bool = False
     forward: Callable[..., Tensor] | None = None
     cumulative: Tensor | None = None
@@ -213,7 +215,14 @@ def _update_(config: AdaptConfig, moving: Parameters, gradients: Tensors, slots:
 
 @torch.no_grad()
 def guard(
-    problem: Problem, before: Tensor, candidates: list[Tensor], x0: Tensor, image_ids: Tensor, step: Tensor, in_time: bool = True
+    problem: Problem,
+    before: Tensor,
+    candidates: list[Tensor],
+    x0: Tensor,
+    image_ids: Tensor,
+    step: Tensor,
+    read: Callable[[Tensor], list[list[bool]]] = read_one,
+    in_time: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which outputs stand, [B, ...]; whether they are others than those from before, [B] bool; denoiser evaluations spent on it, [B].
 
@@ -221,26 +230,42 @@ def guard(
     before stands, unless another's loss is lower by a paired test: its mean difference and guard_threshold standard errors are below
     0; of several the one whose sum is lowest. Of equal answers the earlier candidate stands. Outputs that are not finite never do.
     Without a guard the first candidate stands. Without time to compare (in_time) no changed answer does.
+
+    read: copies a mask [1 + candidates, B] to the host, the guard's only wait: which answers of which images are to be compared.
     """
     config, evaluations = problem.config, torch.zeros_like(image_ids)
-    standing, accepted, fresh = compared(problem, before, candidates)
-    asked = torch.stack(fresh).any(0)
-    if not config.guard or not in_time or not asked.any():
+    standing, accepted, fresh, decisions = compared(problem, before, candidates)
+    if not config.guard or not in_time:
         return standing, accepted, evaluations
-    losses = _losses_where(problem, before, asked, x0, image_ids, step)
-    changed = [_losses_where(problem, *asking, x0, image_ids, step) for asking in zip(candidates, fresh, strict=True)]
-    standing, accepted = decided(config, standing, accepted, candidates, fresh, losses, changed)
-    return standing, accepted, evaluations + config.guard * (asked + torch.stack(fresh).sum(0))
+    wanted = torch.stack([torch.stack(fresh).any(0), *fresh])
+    # image by image, so that those of an image run in one forward
+    asked = [(answer, image) for image, column in enumerate(zip(*read(wanted), strict=True)) for answer, ask in enumerate(column) if ask]
+    if not asked:
+        return standing, accepted, evaluations
+    losses = _answers_losses(problem, torch.stack(decisions), asked, x0, image_ids, step)
+    standing, accepted = decided(config, standing, accepted, candidates, fresh, losses[0], list(losses[1:]))
+    return standing, accepted, evaluations + config.guard * wanted.sum(0)
+
+
+def _answers_losses(
+    problem: Problem, decisions: Tensor, asked: list[tuple[int, int]], x0: Tensor, image_ids: Tensor, step: Tensor
+) -> Tensor:
+    """held_out_losses [answers, B, guard] under the decisions [answers, B, ...] that are asked for, by (answer, image); zeros for the
+    others."""
+    answers, images = (torch.tensor(rows).to(x0.device, non_blocking=True) for rows in zip(*asked, strict=True))
+    found = held_out_losses(problem, decisions[answers, images], x0[images], image_ids[images], step)
+    return found.new_zeros(*decisions.shape[:2], found.shape[1]).index_put((answers, images), found)
 
 
 @torch.no_grad()
-def compared(problem: Problem, before: Tensor, candidates: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Which outputs stand before any loss is known, [B, ...]; whether they are others than those from before, [B] bool; and, [B] bool a
-    candidate, whether its answer is to be held against the one from before."""
+def compared(problem: Problem, before: Tensor, candidates: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Which outputs stand before any loss is known, [B, ...]; whether they are others than those from before, [B] bool; [B] bool for
+    each candidate, whether its answer is to be held against the one from before; and the conditions [B, ...] of all answers, the one from
+    before first, where there is a guard."""
     task = problem.task
     finite = [outputs.isfinite().flatten(1).all(1) for outputs in candidates]
     if not problem.config.guard:
-        return _where(finite[0], candidates[0], before), finite[0], [torch.zeros_like(usable) for usable in finite]
+        return _where(finite[0], candidates[0], before), finite[0], [torch.zeros_like(usable) for usable in finite], []
     source = task.decision(before, problem.denoiser)
     answers = [task.decision(outputs, problem.denoiser) for outputs in candidates]
     # an answer is asked about once: where it is not the one from before, nor an earlier candidate's
@@ -251,7 +276,7 @@ def compared(problem: Problem, before: Tensor, candidates: list[Tensor]) -> tupl
             asked_already = asked_already | (other_usable & (answer == other).flatten(1).all(1))
         fresh.append(usable & ~asked_already)
     same = finite[0] & (answers[0] == source).flatten(1).all(1)  # the same answer by the adapted weights
-    return _where(same, candidates[0], before), same, fresh
+    return _where(same, candidates[0], before), same, fresh, [source, *answers]
 
 
 def decided(
@@ -278,21 +303,36 @@ def _where(mask: Tensor, chosen: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(mask.view(-1, *(1,) * (chosen.ndim - 1)), chosen, otherwise)
 
 
-def _losses_where(problem: Problem, outputs: Tensor, wanted: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor) -> Tensor:
-    """held_out_losses [B, guard] under the answers of the outputs [B, ...] of the images that are wanted; zeros for the others."""
-    rows = wanted.nonzero()[:, 0]
-    if not len(rows):
-        return x0.new_zeros(len(x0), problem.config.guard)
-    conditions = problem.task.decision(outputs[rows], problem.denoiser)
-    found = held_out_losses(problem, conditions, x0[rows], image_ids[rows], step)
-    return found.new_zeros(len(x0), found.shape[1]).index_copy_(0, rows, found)
-
-
 @torch.no_grad()
-def held_out_losses(problem: Problem, conditions: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor) -> Tensor:
-    """Losses [B, guard] of the source denoiser under conditions [B, ...], on pairs that no step draws and all conditions share."""
-    config, step = problem.config, step + GUARD_STEP
-    drawn = Pairs(x0, problem.held_out(config.guard).timesteps(image_ids, step), image_ids, config.seed, step)
-    parts = list(drawn.chunks(max(1, problem.guard_rows // len(x0))))
-    rows, l1 = problem.guard_rows if problem.pad else None, config.loss == "l1"
-    return torch.cat([pair_losses(problem.denoiser, conditions, part, l1, rows) for part in parts], dim=1)
+def held_out_losses(problem: Problem, conditions: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor, pairs: int | None = None) -> Tensor:
+    """Losses [B, pairs] of the source denoiser under conditions [B, ...], on pairs that no step draws and all conditions share.
+
+    pairs: as many as the guard has where it is None.
+    """
+    pairs, step, l1 = pairs or problem.config.guard, step + GUARD_STEP, problem.config.loss == "l1"
+    drawn = Pairs(x0, problem.held_out(pairs).timesteps(image_ids, step), image_ids, problem.config.seed, step)
+    if problem.row_counts != "any":
+        return pair_losses(problem.denoiser, conditions, drawn, l1, guard_forwards(len(x0), pairs, problem.guard_rows, problem.row_counts))
+    images = max(1, problem.guard_rows // pairs)
+    each = []
+    for here in (slice(first, first + images) for first in range(0, len(x0), images)):
+        parts = drawn.images(here).chunks(problem.guard_rows)  # more than one where the pairs of an image are more than fit
+        each.append(torch.cat([pair_losses(problem.denoiser, conditions[here], part, l1) for part in parts], dim=1))
+    return torch.cat(each)
+
+
+def guard_forwards(images: int, pairs: int, most: int, row_counts: RowCounts) -> list[int]:
+    """Rows of the forwards for `pairs` pairs of each image: at most `most` rows each, and together as many as there are or more.
+
+    row_counts: "one" gives every forward `most` rows, for code that is compiled for one shape. "few" gives the last one the rows of 1, 2,
+    3, 4, 6, 8, 12 .. images, since a GPU's libraries plan anew for every number that they have not met.
+    """
+    rows, together = images * pairs, most // pairs
+    if row_counts == "one" or not together:
+        return [most] * -(-rows // most)
+    whole, rest = divmod(images, together)
+    sizes = [together * pairs] * whole
+    if rest:
+        power = 1 << (rest - 1).bit_length()
+        sizes.append(min(together, power * 3 // 4 if rest <= power * 3 // 4 and power > 2 else power) * pairs)
+    return sizes

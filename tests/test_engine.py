@@ -209,7 +209,7 @@ def test_a_failed_compilation_goes_on_in_eager_mode(denoiser, images, monkeypatc
         Adapter(model, denoiser, CONFIG.replace(compile=how)).adapt(images)
 
 
-@pytest.mark.parametrize("precision", [None, "bf16"])
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
 def test_what_the_caller_writes_between_calls_is_seen(floats, precision):
     model, denoiser, images = floats
     config = CONFIG.replace(precision=precision, parameters="head")

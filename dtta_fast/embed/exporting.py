@@ -20,7 +20,7 @@ from dtta_fast.embed.functions import Function, functions
 from dtta_fast.embed.manifest import FORMAT, KEEPER, Manifest, comparable, instructions, task_of, torch_version, weights_digest
 from dtta_fast.embed.package import load
 from dtta_fast.engine import Engine, anchor
-from dtta_fast.inputs import checked_images
+from dtta_fast.inputs import Checks, checked_images
 from dtta_fast.runtime import compiling
 from dtta_fast.tasks.base import Task
 
@@ -62,7 +62,7 @@ def export(
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) < batch:
         raise ValueError(f"images has shape {tuple(getattr(images, 'shape', ()))}; give [N, 3, H, W] with N of batch = {batch} and more")
     check_exportable(config)
-    images = checked_images(images, images.device).float()  # as hosts give them
+    images = checked_images(images, images.device, Checks()).float()  # as hosts give them
     adapter = Adapter(model, denoiser, config.replace(compile="off"), task)
     engine = adapter.engine
     device = anchor(engine.model).device

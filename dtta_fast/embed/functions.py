@@ -83,7 +83,7 @@ def functions(engine: Engine, crop: Tensor, image_ids: Tensor) -> dict[str, Func
     def finish(*given: Tensor) -> Tensors:
         inputs, before, first, asked = given[count:]
         after = step.forward(problem, restored(given).theta, inputs)
-        standing, accepted, fresh = step.compared(problem, before, [after, first])
+        standing, accepted, fresh, _ = step.compared(problem, before, [after, first])
         if not config.guard:  # one answer stands or falls by being finite
             fresh = [torch.zeros_like(asked)] * 2
         wide = asked.view(-1, *(1,) * (after.ndim - 1))

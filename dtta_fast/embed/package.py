@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dtta_fast.adapter import Adapter
 from dtta_fast.embed.manifest import KEEPER, Manifest
-from dtta_fast.inputs import checked_deadline, checked_ids, checked_images
+from dtta_fast.inputs import Checks, checked_deadline, checked_ids, checked_images
 from dtta_fast.result import AdaptResult
 from dtta_fast.runtime.clock import Clock, Pace
 
@@ -98,12 +98,12 @@ class Package:
             return self._adapt(images, image_ids, deadline, warming=False)
 
     def _checked(self, images: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        manifest = self.manifest
-        images = checked_images(images, torch.device("cpu"))
+        manifest, checks = self.manifest, Checks()
+        images = checked_images(images, torch.device("cpu"), checks)
         expected = (manifest.batch, 3, manifest.height, manifest.width)
         if tuple(images.shape) != expected:
             raise ValueError(f"images has shape {tuple(images.shape)}; this package takes {list(expected)}")
-        return images.float().contiguous(), checked_ids(image_ids, images).contiguous()
+        return images.float().contiguous(), checked_ids(image_ids, images, checks).contiguous()
 
     @torch.no_grad()
     def _adapt(self, images: Tensor, image_ids: Tensor, deadline: float | None, warming: bool) -> AdaptResult:
@@ -152,9 +152,7 @@ class Package:
         loss = torch.stack(losses, dim=1) if losses else x0.new_empty(len(x0), 0)
         loss = torch.where(asked[:, None], loss, torch.nan)
         spent = asked * (len(losses) * manifest.evaluations) + manifest.guard * (fresh.any(0) + fresh.sum(0))
-        return AdaptResult(
-            outputs, before, predictions, predictions_before, loss, accepted, len(losses), spent.to(torch.int64), clock.seconds
-        )
+        return AdaptResult(outputs, before, predictions, predictions_before, loss, accepted, len(losses), spent.to(torch.int64), clock)
 
     def warmup(self, images: Tensor) -> dict[str, float]:
         """Runs and times all that adapt() may run, three times; nothing of it stays in an online state.

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -14,11 +15,11 @@ from dtta_fast.runtime import phases
 
 
 class Clock:
-    """Seconds by phase; a phase ends when the device has finished its work."""
+    """Seconds by phase. On CUDA they are those of the device's own timeline: nothing waits for it before `seconds` is read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self.seconds: dict[str, float] = {}
+        self._spans: list[tuple[str, Any, Any]] = []
 
     def now(self) -> float:
         """time.perf_counter() once the device has finished."""
@@ -28,11 +29,43 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the block's time to the phase."""
-        start = self.now()
-        with nullcontext() if name == "adapt" else phases.phase(name):  # whose parts have marks of their own
+        """Adds the block's time to the phase, and marks it for a profile."""
+        with self.span(name), nullcontext() if name == "adapt" else phases.phase(name):  # the parts of "adapt" have marks of their own
             yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Adds the block's time to `name`."""
+        start = self._mark()
+        try:
+            yield
+        finally:
+            self._spans.append((name, start, self._mark()))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase, once the device has finished."""
+        found: dict[str, float] = {}
+        for name, start, end in self._spans:
+            found[name] = found.get(name, 0.0) + self._between(start, end)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # events belong to their process: a copy holds seconds
+        return {"_device": torch.device("cpu"), "_spans": [(name, 0.0, seconds) for name, seconds in self.seconds.items()]}
+
+    def _mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def _between(self, start: Any, end: Any) -> float:
+        if self._device.type != "cuda":
+            return float(end - start)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000
 
 
 class Durations:

@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
 
 from dtta_fast.config import Precision
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.runtime.float32 import float32_products
 from dtta_fast.runtime.private import PrivateCopy
 
-DTYPES: dict[Precision | None, torch.dtype | None] = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def private_denoiser(denoiser: Denoiser, precision: Precision | None) -> PrivateCopy:
+def denoiser_dtype(precision: Precision, own: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that a denoiser of dtype `own` runs in on this device.
+
+    "auto" turns float32 into bfloat16 on a GPU, or into float16 on one without bfloat16, and leaves everything else as it is.
+    """
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type != "cuda" or own != torch.float32:
+        return own
+    return torch.bfloat16 if has_bfloat16(device) else torch.float16
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the GPU multiplies bfloat16 in hardware."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def products(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
+    """How float32 products are computed for the time of a call: in full precision for "fp32", in TF32 otherwise. Only CUDA has a choice."""
+    return float32_products.within(device, tf32=precision != "fp32")
+
+
+def private_denoiser(denoiser: Denoiser, precision: Precision, device: torch.device) -> PrivateCopy:
     """A private copy with all floating-point tensors in the precision, but those that the denoiser keeps in float32.
 
     Not by torch.autocast, which casts frozen weights anew in every forward.
     """
+    dtype = denoiser_dtype(precision, denoiser.dtype, device)
+    if precision == "auto" and dtype == denoiser.dtype:
+        return PrivateCopy(denoiser)
     tensors = (*denoiser.named_parameters(), *denoiser.named_buffers())
     names = {name for name, tensor in tensors if tensor.is_floating_point()} - set(denoiser.keep_in_float32)
-    return PrivateCopy(denoiser, DTYPES[precision], names)
+    return PrivateCopy(denoiser, dtype, names)
 
 
 def gradient_scale(dtype: torch.dtype, elements: int, divisor: int) -> float:

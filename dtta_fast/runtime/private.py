@@ -23,35 +23,50 @@ class PrivateCopy:
     def __init__(self, source: nn.Module, dtype: torch.dtype | None = None, converted: Collection[str] = ()) -> None:
         self._source = source
         self._identity = _identity(source)
-        self._own: list[tuple[Tensor, Tensor]] = []  # of the source, of the copy: those that share no memory
+        # pairs of a source's tensor and the copy's own, where the two share no memory
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+        self._converted: list[tuple[Tensor, Tensor]] = []
         memo: dict[int, Any] = {}
         for name, p in source.named_parameters():
             constant = p.detach()
             if dtype is not None and name in converted and p.dtype != dtype:
                 constant = constant.to(dtype)
-                self._own.append((p, constant))
-            # a tensor class of its own (quantised weights) is shared as it is
-            memo[id(p)] = nn.Parameter(constant, requires_grad=False) if type(p) is nn.Parameter else p
+                self._converted.append((p, constant))
+            memo[id(p)] = nn.Parameter(constant, requires_grad=False) if is_plain(p) else p
         for name, buffer in source.named_buffers():
             own = buffer.detach().to(dtype if dtype is not None and name in converted else buffer.dtype, copy=True)
             memo[id(buffer)] = own
-            self._own.append((buffer, own))
+            self._buffers.append((buffer, own))
         try:
             self.module: nn.Module = evaluating(copy.deepcopy(source, memo))
         except Exception as error:  # whatever a module's own __deepcopy__ raises
             raise TypeError(f"{type(source).__name__} cannot be copied ({error}); give a module that copy.deepcopy accepts") from error
+        self._versions = self._counted()
 
     def refresh(self) -> bool:
         """Takes over what was written into the source's tensors; False where tensors were replaced, and a new copy is due.
 
-        Whether something was written is not asked: tensors' version counters do not see writes through `.data`.
+        Buffers are copied every time. Converted weights are cast again only where torch has counted a write: casting all of them would
+        take longer than a step of a small batch. torch does not count writes through `.data`, so those need a new copy.
         """
         if _identity(self._source) != self._identity:
             return False
-        if self._own:
-            theirs, own = zip(*self._own, strict=True)
+        versions = self._counted()
+        written = [pair for pair, now, then in zip(self._converted, versions, self._versions, strict=True) if now is None or now != then]
+        if outdated := [*self._buffers, *written]:
+            theirs, own = zip(*outdated, strict=True)
             torch._foreach_copy_(list(own), [tensor.detach() for tensor in theirs])
+        self._versions = versions
         return True
+
+    def _counted(self) -> list[int | None]:
+        """How often each converted weight was written to; None for one made under torch.inference_mode(), where torch does not count."""
+        return [None if p.is_inference() else p._version for p, _ in self._converted]
+
+
+def is_plain(parameter: nn.Parameter) -> bool:
+    """Whether it is of no class of its own, as quantised weights are: those are shared as they are."""
+    return type(parameter) is nn.Parameter
 
 
 def evaluating(module: nn.Module) -> nn.Module:
@@ -62,6 +77,7 @@ def evaluating(module: nn.Module) -> nn.Module:
     return module
 
 
-def _identity(module: nn.Module) -> list[tuple[str, int, int]]:
+def _identity(module: nn.Module) -> list[tuple[Any, ...]]:
+    """Names the tensors and the memory that they lie in."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return [(name, id(tensor), tensor.data_ptr()) for name, tensor in tensors]
+    return [(name, id(tensor), tensor.untyped_storage()._cdata, tensor.storage_offset()) for name, tensor in tensors]

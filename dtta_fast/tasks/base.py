@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.inputs import Checks
 
 
 class Task(Protocol):
@@ -28,8 +29,9 @@ class Task(Protocol):
         """A crop to the model's input."""
 
     @abstractmethod
-    def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig) -> None:
-        """Raises ValueError where these outputs cannot condition this denoiser under this config."""
+    def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig, checks: Checks) -> None:
+        """Raises ValueError where these outputs cannot condition this denoiser under this config; what depends on values goes to
+        checks.require()."""
 
     @abstractmethod
     def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:

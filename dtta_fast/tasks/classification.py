@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.draws import class_uniforms
+from dtta_fast.inputs import Checks
 from dtta_fast.kernels import mix_condition
+from dtta_fast.runtime.constants import numbers
 from dtta_fast.tasks.base import Task
 from dtta_fast.tasks.transforms import Transform, timm_transforms
 
@@ -37,7 +39,7 @@ class Classification(Task):
         self._normalise = normalise
         if subset is not None and (not subset or len(set(subset)) != len(subset) or min(subset) < 0):
             raise ValueError(f"subset is {list(subset)[:5]}; give different numbers of the model's classes, 0 and more")
-        self._subset = None if subset is None else torch.tensor(list(subset), dtype=torch.int64)
+        self._subset = None if subset is None else tuple(map(int, subset))
 
     def bind(self, model: nn.Module, denoiser: Denoiser) -> tuple[nn.Module, Denoiser]:
         return model, denoiser
@@ -48,7 +50,7 @@ class Classification(Task):
     def normalise(self, model: nn.Module, crop: Tensor) -> Tensor:
         return (self._normalise or timm_transforms(model)[1])(crop)
 
-    def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig) -> None:
+    def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig, checks: Checks) -> None:
         """Raises ValueError where outputs are no logits [B, K], or K or top_k does not fit the denoiser's table."""
         classes = len(denoiser.class_embeddings({}))
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
@@ -58,8 +60,8 @@ class Classification(Task):
         if outputs.shape[1] != classes:
             raise ValueError(f"model has {outputs.shape[1]} classes and denoiser has embeddings for {classes}; both need the same classes")
         if self._subset is not None:
-            if int(self._subset.max()) >= classes:
-                raise ValueError(f"subset names class {int(self._subset.max())}, and the model has 0 .. {classes - 1}")
+            if max(self._subset) >= classes:
+                raise ValueError(f"subset names class {max(self._subset)}, and the model has 0 .. {classes - 1}")
             classes = len(self._subset)
         if config.top_k is not None and config.top_k + config.drawn_classes > classes:
             more = f" with drawn_classes {config.drawn_classes}" if config.drawn_classes else ""
@@ -103,25 +105,25 @@ class Classification(Task):
         table = denoiser.class_embeddings(moving)
         per_image = table.ndim > denoiser.class_embeddings({}).ndim
         if self._subset is not None:
-            table = table.index_select(int(per_image), self._subset.to(table.device))
+            table = table.index_select(int(per_image), _rows(self._subset, table.device))
         return table, per_image
 
     def _allowed(self, outputs: Tensor) -> Tensor:
         """Logits [B, K] of the classes that take part."""
-        return outputs if self._subset is None else outputs[:, self._subset.to(outputs.device)]
+        return outputs if self._subset is None else outputs[:, _rows(self._subset, outputs.device)]
 
     def possible(self, outputs: Tensor) -> Tensor:
         """Which classes [B, K] take part, as a mask."""
         if self._subset is None:
             return torch.ones_like(outputs, dtype=torch.bool)
-        return torch.zeros_like(outputs, dtype=torch.bool).index_fill(1, self._subset.to(outputs.device), True)
+        return torch.zeros_like(outputs, dtype=torch.bool).index_fill(1, _rows(self._subset, outputs.device), True)
 
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
         return denoiser.class_embeddings({})[self.predict(outputs, (0, 0))]
 
     def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
         answers = self._allowed(outputs).argmax(dim=1)
-        return answers if self._subset is None else self._subset.to(answers.device)[answers]
+        return answers if self._subset is None else _rows(self._subset, answers.device)[answers]
 
 
 def scaled(outputs: Tensor, logit_scale: float | None) -> Tensor:
@@ -132,3 +134,7 @@ def scaled(outputs: Tensor, logit_scale: float | None) -> Tensor:
 def _gathered(table: Tensor, chosen: Tensor, per_image: bool) -> Tensor:
     """Rows [B, M, ...] of a table [K, ...], or of one for each image."""
     return table[torch.arange(len(chosen), device=chosen.device)[:, None], chosen] if per_image else table[chosen]
+
+
+def _rows(subset: tuple[int, ...], device: torch.device) -> Tensor:
+    return numbers(subset, device, torch.int64)

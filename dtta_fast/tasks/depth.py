@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser, at_latent_size
+from dtta_fast.inputs import Checks
 from dtta_fast.tasks.dense import DenseTask, check_maps, resized
 
 
@@ -19,13 +20,12 @@ class Depth(DenseTask):
     deviation 1. predictions are depth [B, H, W] at the size that the model looks at, in the model's unit.
     """
 
-    def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig) -> None:
+    def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig, checks: Checks) -> None:
         """Raises ValueError where outputs are no depth, or not finite, or the config asks for what maps do not have."""
         if outputs.ndim != 4 or outputs.shape[1] != 1:
             raise ValueError(f"model returns shape {tuple(outputs.shape)}; a depth model returns [B, h, w] or [B, 1, h, w]")
         check_maps("depth", config, {"objective": "embedding_mix", "top_k": None, "logit_scale": None})
-        if not bool(outputs.isfinite().all()):
-            raise ValueError("model returns depth that holds NaN or infinity")
+        checks.require(outputs.isfinite().all(), lambda: "model returns depth that holds NaN or infinity")
         denoiser.depth_map(outputs[:1])
 
     def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:

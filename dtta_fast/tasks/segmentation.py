@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser, at_latent_size
+from dtta_fast.inputs import Checks
 from dtta_fast.tasks.classification import scaled
 from dtta_fast.tasks.dense import DenseTask, check_maps, resized
 
@@ -21,7 +22,7 @@ class Segmentation(DenseTask):
     predictions are labels [B, H, W] at the size that the model looks at.
     """
 
-    def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig) -> None:
+    def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig, checks: Checks) -> None:
         """Raises ValueError where outputs are no logits of the denoiser's classes, or the config asks for what maps do not have."""
         classes = len(denoiser.class_embeddings({}))
         if outputs.ndim != 4 or outputs.shape[1] != classes:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
+
+from dtta_fast.runtime.constants import numbers
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -17,17 +20,31 @@ def unchanged(images: Tensor) -> Tensor:
 
 def normalising(mean: Any, std: Any) -> Transform:
     """(images - mean) / std, a number a channel each; torchvision's asks for the values of std, which no export can."""
-    mean, std = (torch.as_tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
-    return lambda images: (images - mean.to(images)) / std.to(images)
+    # the numbers, which may be a list, an array or a tensor
+    channels = [tuple(float(value) for value in np.asarray(values).ravel()) for values in (mean, std)]
+
+    def normalise(images: Tensor) -> Tensor:
+        shift, scale = (numbers(values, images.device, images.dtype).view(-1, 1, 1) for values in channels)
+        return (images - shift) / scale
+
+    return normalise
 
 
 def timm_transforms(model: nn.Module) -> tuple[Transform, Transform]:
     """timm's own evaluation transform for the model; images as they are where it has none."""
     if not getattr(model, "pretrained_cfg", None):
         return unchanged, unchanged
-    from timm.data import create_transform, resolve_model_data_config
+    from timm.data import resolve_model_data_config
 
     config = resolve_model_data_config(model)
+    return _timm_transforms(tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in sorted(config.items())))
+
+
+@functools.lru_cache(maxsize=32)
+def _timm_transforms(settings: tuple[tuple[str, Any], ...]) -> tuple[Transform, Transform]:
+    from timm.data import create_transform
+
+    config: dict[str, Any] = dict(settings)
     *geometry, _to_tensor, normalise = create_transform(**config, is_training=False).transforms
 
     def crop(images: Tensor) -> Tensor:

@@ -1,0 +1,239 @@
+"""The engine on CUDA tensors without values: whatever stays on the CPU, or reads a value inside step or guard, raises.
+
+A call reads values in three places, all outside of step and guard: its checks with the pre-check's answer, and the guard's mask
+(dtta_fast/runtime/reads.py), and whether an online state is finite. The 8-bit Adam reads its step, which bitsandbytes takes as a number.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from dtta_fast import AdaptConfig, optimizers, presets, zoo
+from dtta_fast.engine import Engine
+from dtta_fast.inputs import Checks
+from dtta_fast.runtime import demands
+from dtta_fast.runtime.counting import Counter
+from dtta_fast.step import adaptation_step, held_out_losses
+from dtta_fast.tasks import Classification, Depth, Segmentation, ZeroShot
+from dtta_fast.tasks.transforms import timm_transforms
+
+_spec = importlib.util.spec_from_file_location("fake_cuda", Path(__file__).with_name("fake_cuda.py"))
+assert _spec is not None
+assert _spec.loader is not None
+fakes = importlib.util.module_from_spec(_spec)
+sys.modules["fake_cuda"] = fakes
+_spec.loader.exec_module(fakes)
+
+
+def _classification() -> tuple[nn.Module, Any, Any]:
+    return *zoo.load("digits"), Classification()
+
+
+def _subset() -> tuple[nn.Module, Any, Any]:
+    return *zoo.load("digits"), Classification(subset=[1, 3, 5, 7, 9, 0])
+
+
+def _vit() -> tuple[nn.Module, Any, Any]:
+    with torch.device("meta"):
+        vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=10)
+    return vit.eval(), zoo.load("digits")[1], Classification()
+
+
+def _zero_shot() -> tuple[nn.Module, Any, Any]:
+    clip, denoiser = zoo.load("open_vocabulary")
+    task = ZeroShot(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"], zoo.load_processor("open_vocabulary"))
+    return *task.bind(clip, denoiser), task
+
+
+def _segmentation() -> tuple[nn.Module, Any, Any]:
+    task = Segmentation()
+    return *task.bind(*zoo.load("segmentation")), task
+
+
+def _depth() -> tuple[nn.Module, Any, Any]:
+    task = Depth()
+    return *task.bind(*zoo.load("depth")), task
+
+
+KINDS = {
+    "classification": _classification,
+    "subset": _subset,
+    "vit": _vit,
+    "zero_shot": _zero_shot,
+    "segmentation": _segmentation,
+    "depth": _depth,
+}
+DENSE = presets.DENSE.replace(steps=1)
+MAPS = {"segmentation", "depth"}
+PAPER = presets.PAPER.replace(pairs=8)
+CLASSES = {"FAST": presets.FAST, "PAPER": PAPER, "ONLINE": presets.ONLINE, "DUSA": presets.DUSA}
+CASES = [
+    *[("classification", name, config) for name, config in CLASSES.items()],
+    *[("classification", f"FAST {which}", presets.FAST.replace(parameters=which)) for which in ("norm", "head", "logits")],
+    *[("classification", f"PAPER {how}", PAPER.replace(optimizer=how)) for how in ("adam", "adamw")],
+    ("classification", "antithetic, shared noise", presets.FAST.replace(antithetic=True, share_noise=True, common_draws=True)),
+    ("classification", "top 3", presets.FAST.replace(top_k=3)),
+    ("classification", "diffusion classifier's draws", presets.FAST.replace(timesteps="uniform", loss="l1")),
+    ("subset", "FAST", presets.FAST),
+    ("subset", "DUSA", presets.DUSA),
+    ("vit", "FAST", presets.FAST),
+    ("vit", "FAST lora", presets.FAST.replace(parameters="lora")),
+    ("vit", "PAPER lora", PAPER.replace(denoiser_parameters="frozen", parameters="lora")),
+    ("zero_shot", "FAST", presets.FAST.replace(timesteps="stratified")),
+    ("zero_shot", "FAST lora", presets.FAST.replace(timesteps="stratified", parameters="lora")),
+    ("zero_shot", "PAPER lora", PAPER.replace(parameters="lora", denoiser_parameters="lora")),
+    *[(kind, "DENSE", DENSE) for kind in sorted(MAPS)],
+    *[(kind, "DENSE, denoiser too", DENSE.replace(denoiser_parameters="all", mode="online", precheck="off")) for kind in sorted(MAPS)],
+]
+IDS = [f"{kind}-{name}" for kind, name, _ in CASES]
+
+
+def _engine(mode: Any, model: nn.Module, denoiser: Any, task: Any, config: AdaptConfig) -> Engine:
+    """An engine; the density of the timesteps, which is made from numbers once a session, is made outside of the fake mode."""
+    original = Engine._cumulative
+    with pytest.MonkeyPatch.context() as patch:
+
+        def cumulative(self: Engine, device: torch.device) -> Tensor | None:
+            with unset_fake_temporarily():
+                found = original(self, torch.device("cpu"))
+            return None if found is None else fakes.to_cuda(mode, found)
+
+        patch.setattr(Engine, "_cumulative", cumulative)
+        return Engine(model, denoiser, task, config)
+
+
+class Run:
+    """A model and a denoiser of a kind on fake CUDA, with an engine and a batch of images for it."""
+
+    def __init__(self, mode: Any, kind: str, config: AdaptConfig, images: int, parts: tuple[Any, Any, Any]) -> None:
+        model, denoiser, self.task = parts
+        with unset_fake_temporarily():  # timm's transforms are made once a model
+            timm_transforms(model)
+        calibration = denoiser.calibration
+        self.model, self.denoiser = fakes.to_cuda(mode, model), fakes.to_cuda(mode, denoiser)
+        self.denoiser.calibration = calibration
+        self.engine = _engine(mode, self.model, self.denoiser, self.task, config)
+        side = {"zero_shot": 32, "segmentation": 64, "depth": 64}.get(kind, 32)
+        self.crop = torch.rand(images, 3, side, side, device="cuda")
+        self.image_ids = torch.arange(images, device="cuda")
+
+    def encoded(self) -> tuple[Tensor, Tensor]:
+        """The model's inputs and the latents."""
+        self.engine.refresh()
+        crop, config = self.crop, self.engine.config
+        matched = crop if config.match == "off" else self.denoiser.calibration.match(crop)
+        inputs = self.task.normalise(self.engine.problem.model, matched)
+        return inputs, self.engine.problem.denoiser.encode(matched)
+
+    def step_arguments(self) -> tuple[Any, ...]:
+        inputs, x0 = self.encoded()
+        checks = Checks()
+        before = self.engine.source_outputs(inputs, checks)
+        self.engine.asked(before, before, self.crop)
+        self.engine.plan(inputs, x0, self.engine.config.pairs)
+        state, _ = self.engine.start(inputs, None, before)
+        return state, inputs, x0, self.image_ids
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize(("kind", "name", "config"), CASES, ids=IDS)
+def test_encode_step_and_guard_stay_on_the_gpu(kind, name, config, images):
+    made = KINDS[kind]()
+    with fakes.fake_cuda() as mode:
+        run = Run(mode, kind, config, images, made)
+        engine = run.engine
+        assert engine.problem.denoiser.dtype == torch.bfloat16
+        state, inputs, x0, ids = run.step_arguments()
+        loss = engine.step(state, inputs, x0, ids)
+        assert (loss.device.type, loss.shape) == ("cuda", (images,))
+        assert all(leaf.device.type == "cuda" for leaf in pytree.tree_leaves(state))
+        after = engine.forward(state, inputs)
+        candidates = [after, after + 1]
+        everything = [[True] * images] * 3
+        outputs, accepted, evaluations = engine.guard(after, candidates, x0, ids, state.step, lambda mask: everything)
+        assert {tensor.device.type for tensor in (outputs, accepted, evaluations)} == {"cuda"}
+        engine.finite(state)
+
+
+@pytest.mark.parametrize(("kind", "name", "config"), CASES, ids=IDS)
+def test_a_traced_step_and_guard_stay_on_the_gpu(kind, name, config):
+    made = KINDS[kind]()
+    with fakes.fake_cuda() as mode:
+        run = Run(mode, kind, config, 2, made)
+        state, inputs, x0, ids = run.step_arguments()
+        leaves, structure = pytree.tree_flatten(state)
+        problem = run.engine.problem
+
+        def step(*given: Tensor) -> Tensor:
+            return adaptation_step(problem, pytree.tree_unflatten(list(given), structure), inputs, x0, ids)
+
+        graph = make_fx(step)(*leaves)
+        assert any("denoising_loss" in str(node.target) for node in graph.graph.nodes)
+        if config.guard:
+            conditions = run.task.decision(run.engine.source_outputs(inputs, Checks()), problem.denoiser)
+            graph = make_fx(lambda x0: held_out_losses(problem, conditions, x0, ids, state.step))(x0)
+            assert any("denoising_loss" in str(node.target) for node in graph.graph.nodes)
+
+
+def test_the_tier_sees_a_tensor_on_the_cpu_and_a_read():
+    with fakes.fake_cuda():
+        here = torch.rand(4, device="cuda")
+        with pytest.raises(RuntimeError, match="device"):
+            here + torch.rand(4)
+        with pytest.raises(DataDependentOutputException):
+            bool(here.sum() > 0)
+        with pytest.raises(AssertionError, match="logsumexp"):
+            query = torch.rand(3, 2, 4, 16, 8, device="cuda", requires_grad=True)
+            found = torch.vmap(lambda q: torch.nn.functional.scaled_dot_product_attention(q, q, q))(query)
+            torch.autograd.grad(found.sum(), query)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_fused_optimizers_get_what_cuda_reads(optimizer):
+    with fakes.fake_cuda():
+        parameters = [torch.rand(3, 5, 4, device="cuda").mT, torch.rand(3, 7, device="cuda")]
+        gradients = [torch.rand(3, 4, 5, device="cuda"), torch.rand(3, 7, device="cuda")]
+        slots, step = optimizers.init_slots(optimizer, parameters), torch.zeros((), dtype=torch.int64, device="cuda")
+        lr = optimizers.rate(1e-3, torch.device("cuda"))
+        optimizers.update_(optimizer, parameters, gradients, slots, step, lr, 0.9, 0.01)
+        with pytest.raises(AssertionError, match="lr is torch.float64"):
+            optimizers.update_(optimizer, parameters, gradients, slots, step, lr.double(), 0.9, 0.01)
+        with pytest.raises(AssertionError, match="strides"):
+            demands.fused_optimizer(parameters, gradients, slots, [step.float()], lr)
+
+
+def test_attention_is_asked_for_what_cuda_takes():
+    with fakes.fake_cuda():
+        query = torch.rand(2, 4, 16, 512, device="cuda")
+        with pytest.raises(AssertionError, match="a head has 512"):
+            demands.attention(query, query, query)
+        with pytest.raises(AssertionError, match="contiguous"):
+            demands.attention(query.mT, query, query)
+
+
+@pytest.mark.parametrize("answers", [2, 3])
+def test_a_guard_of_one_image_is_one_forward(answers):
+    """Whatever the number of answers: 24 pairs of each run together where memory allows."""
+    made = KINDS["classification"]()
+    with fakes.fake_cuda() as mode:
+        run = Run(mode, "classification", presets.FAST, 1, made)
+        state, inputs, x0, ids = run.step_arguments()
+        outputs = run.engine.forward(state, inputs)
+        rows: list[int] = []
+        run.engine.problem.denoiser.network.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+        asked = [[True], [True], [answers == 3]]
+        with Counter() as counter:
+            run.engine.guard(outputs, [outputs + 1, outputs + 2], x0, ids, state.step, lambda mask: asked)
+        assert rows == [24 * answers]
+        assert sum(count.calls for count in counter.counts.values()) > 100
