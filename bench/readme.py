@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gpu_tables
 import torch
 from torch import Tensor
 
@@ -343,8 +344,8 @@ def threads() -> str:
 
 
 TABLES = {
-    "README.md": {"gains": gains, "speeds": speeds},
-    "docs/performance.md": {"kernels": kernels, "step": step, "end-to-end": end_to_end, "real sizes": real_sizes},
+    "README.md": {"gains": gains, "speeds": speeds, "gpu": gpu_tables.short},
+    "docs/performance.md": {"kernels": kernels, "step": step, "end-to-end": end_to_end, "real sizes": real_sizes, "gpu": gpu_tables.full},
     "docs/evaluation.md": {"own time": own_time},
     "docs/embedding.md": {"embedding": embedding, "latency": latency, "deadlines": deadlines, "threads": threads},
     "docs/quality.md": {

@@ -337,7 +337,7 @@ class Adapter:
         """Back to the model's own weights and an empty optimizer. Weights that were written through `.data` are read anew."""
         with self._lock:
             self._state = None
-            self.engine.rebuild()
+            self.engine.recast()
 
     def state_dict(self) -> dict[str, Any]:
         """The online state: adapted weights by name, optimizer memory and step; empty before the first batch. Later calls leave it."""

@@ -22,7 +22,7 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.roofline import attained, measured_peak
 from dtta_fast.runtime.counting import Counter
-from dtta_fast.runtime.precision import DTYPES
+from dtta_fast.runtime.precision import products
 
 FEWEST_ROUNDS = 3  # of a batch
 CALLS_BEFORE = 5  # uncounted, after the warm-up: other images may take other ways
@@ -178,7 +178,7 @@ def run(
 
     Returns:
         latency; throughput, a row a batch, with its flops, flops_per_second, share_of_peak and memory; cold_start with empty and kept
-        caches of compilers; peak, of matrix products in the denoiser's precision and of copies.
+        caches of compilers, or {"error"} where that process failed; peak, of matrix products in the denoiser's precision and of copies.
 
     Raises:
         ValueError: too few calls, a batch of 0, or a config that does not fit.
@@ -187,8 +187,8 @@ def run(
     check_batches(batches)
     adapter = Adapter(model, denoiser, config)
     one = latency(adapter, images, calls, labels, advance)
-    dtype = DTYPES[config.precision] or denoiser.dtype
-    peak = measured_peak(images.device, dtype)
+    with products(config.precision, images.device):
+        peak = measured_peak(images.device, adapter.engine.problem.denoiser.dtype)
     rows = []
     for batch in batches:
         row = throughput(adapter, images[:batch], _rounds(calls), advance)
@@ -200,13 +200,19 @@ def run(
     if images.device.type == "cuda":
         torch.cuda.empty_cache()  # the processes below run on the same device
     with tempfile.TemporaryDirectory() as caches:
+
+        def fresh(batch: int) -> dict[str, Any]:
+            try:
+                return first_image(*names, images[:batch], config, caches)
+            except ChildProcessError as error:  # what was measured before stays
+                return {"error": str(error)}
+
         starts = {}
         for cache in ("empty", "kept"):
-            starts[cache] = first_image(*names, images[:1], config, caches)
+            starts[cache] = fresh(1)
             advance("fresh process")
         for row, batch in zip(rows, batches, strict=True):
-            started = starts["kept"] if batch == 1 else first_image(*names, images[:batch], config, caches)
-            row["memory"] = started["memory"]
+            row["memory"] = (starts["kept"] if batch == 1 else fresh(batch)).get("memory", {})
             advance("fresh process")
     return {"latency": one, "throughput": rows, "cold_start": starts, "peak": asdict(peak)}
 

@@ -89,7 +89,7 @@ def _fewer_bytes(phase: str, config: AdaptConfig) -> str:
 
 def _half(config: AdaptConfig, peak: Peak, device: torch.device) -> str:
     """What half precision would bring, where the machine's peak says that it brings something."""
-    if peak.dtype != "float32" or config.precision is not None:
+    if peak.dtype != "float32" or config.precision != "auto":
         return ""
     factor = measured_peak(device, torch.bfloat16, 0.5).flops / peak.flops
     return f", and precision='bf16' may: its peak here is {factor:.1f} times as high" if factor > 1.1 else ""

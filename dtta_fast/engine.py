@@ -105,9 +105,9 @@ class Engine:
         with products(self.config.precision, self.device), nullcontext() if self._compile == "off" else compiling.tracing():
             yield
 
-    def rebuild(self) -> None:
-        """Makes the private copies anew at the next refresh()."""
-        self._stale = True
+    def recast(self) -> None:
+        """Casts all of the denoiser's weights anew at the next refresh()."""
+        self._denoiser.recast()
 
     def refresh(self) -> None:
         """The private copies take over what the caller has written into the modules since the last call."""

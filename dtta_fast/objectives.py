@@ -11,6 +11,7 @@ from torch import Tensor
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.kernels import add_noise, denoising_loss, denoising_loss_and_gradient
 from dtta_fast.parameters import Parameters, call, in_dtypes_of
+from dtta_fast.runtime.compiling import leaf
 from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.precision import gradient_scale
 
@@ -159,10 +160,10 @@ def accumulated_gradients(
         losses, to_heads, to_phi, scales = zip(*each, strict=True)
         joined = [torch.cat(found) for found in zip(*to_heads, strict=True)]
         return torch.cat(losses), joined, [torch.stack(found) for found in zip(*to_phi, strict=True)], scales[0]
-    leaves = [head.detach().requires_grad_(head.requires_grad) for head in heads]
+    leaves = [leaf(head) if head.requires_grad else head.detach() for head in heads]
     # cast once a step, not once a chunk
-    weights = {name: p.detach().requires_grad_() for name, p in in_dtypes_of(denoiser, phi).items()} if phi else {}
-    moving = [leaf for leaf in leaves if leaf.requires_grad]
+    weights = {name: leaf(p) for name, p in in_dtypes_of(denoiser, phi).items()} if phi else {}
+    moving = [head for head in leaves if head.requires_grad]
     wanted = [*moving, *weights.values()]
     loss = torch.zeros(images, dtype=torch.promote_types(drawn.x0.dtype, torch.float32), device=drawn.x0.device)
     # float32 at least: adding up chunks in bfloat16 would make the result depend on their size

@@ -23,6 +23,7 @@ from dtta_fast.roofline import Peak, measured_peak
 from dtta_fast.runtime.clock import Clock
 from dtta_fast.runtime.counting import Count, Counter
 from dtta_fast.runtime.phases import OTHER, PHASES, Listener, listening
+from dtta_fast.runtime.precision import products
 
 RUNS, LONG = 3, 10.0  # timed runs, fewer where they take so many seconds
 UNSTEADY = 1.3  # the slowest run, by the fastest
@@ -135,8 +136,8 @@ def profile(
     # operators that a compilation has merged cannot be counted
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), counter, listening(counter):
         run()
-    dtype = adapter.engine.problem.denoiser.dtype
-    peak = measured_peak(images.device, dtype)
+    with products(adapter.config.precision, images.device):
+        peak = measured_peak(images.device, adapter.engine.problem.denoiser.dtype)
 
     by_phase: dict[str, Count] = {}
     by_operator: dict[str, Count] = {}

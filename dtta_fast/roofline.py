@@ -27,9 +27,10 @@ class Peak:
 def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> Peak:
     """Measures the peak on this device with the threads that torch has now, in about `seconds`.
 
-    The product is of square matrices in `dtype`, as torch computes it under its present settings (TF32 where that is on); the copy is of
-    a tensor that no cache holds. The fastest run counts.
+    The product is of square matrices in `dtype`, as torch computes it under its present settings: float32 in TF32 where that is on, and
+    the peak is then called tf32. The copy is of a tensor that no cache holds. The fastest run counts.
     """
+    tf32 = device.type == "cuda" and dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     kind = "cuda" if device.type == "cuda" else "cpu"
     flops, sizes = 0.0, SIZES[kind]
     for i, size in enumerate(sizes):
@@ -40,7 +41,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0
             break
     source = torch.ones(COPIED[kind] // 4, device=device)
     copy = _fastest(functools.partial(torch.empty_like(source).copy_, source), device, seconds / 2)
-    return Peak(str(dtype).removeprefix("torch."), flops, 2 * source.nbytes / copy)
+    return Peak("tf32" if tf32 else str(dtype).removeprefix("torch."), flops, 2 * source.nbytes / copy)
 
 
 def attained(seconds: float, flops: float, bytes: float, peak: Peak) -> float:

@@ -16,6 +16,7 @@ from dtta_fast.draws import Draws
 from dtta_fast.objectives import Pairs, accumulated_gradients, embedding_mix, noise_mix, noise_mix_null, pair_losses
 from dtta_fast.optimizers import Slots, Tensors, init_slots, update_
 from dtta_fast.parameters import Parameters, call, copies, in_dtypes_of
+from dtta_fast.runtime.compiling import leaf
 from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.reads import read_one
 from dtta_fast.tasks.base import Task
@@ -152,8 +153,8 @@ def gradients(
         timesteps = draws.timesteps(image_ids, state.step) if timesteps is None else timesteps
         noise = draws.noise(x0, image_ids, state.step) if noise is None else noise
     with phase("classifier"):
-        theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
-        phi = {name: p.detach().requires_grad_() for name, p in state.phi.items()}
+        theta = {name: leaf(p) for name, p in state.theta.items()}
+        phi = {name: leaf(p) for name, p in state.phi.items()}
         outputs = (problem.forward or forward)(problem, theta, inputs)
         chosen = task.choose(outputs, config, image_ids, state.step)
         if config.objective == "embedding_mix":

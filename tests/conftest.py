@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from diffusers import DDPMScheduler
 from torch import Tensor, nn
+
+if importlib.util.find_spec("dtta_fast") is None:  # a source tree that was not installed
+    spec = importlib.util.spec_from_file_location("source_tree", Path(__file__).parents[1] / "bench" / "source_tree.py")
+    source_tree = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(source_tree)
+    source_tree.use()
 
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
@@ -32,6 +39,8 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def process() -> NoiseProcess:
+    from diffusers import DDPMScheduler  # here, since the tests in gpu/ run without diffusers
+
     return NoiseProcess.from_scheduler(DDPMScheduler(1000, beta_schedule="linear"))
 
 

@@ -68,7 +68,7 @@ VAE: dict[str, Any] = {
 IDS = {"bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 49407}
 
 
-def random_weights(make: Any) -> Any:
+def random_weights(make: Any, device: torch.device | str = "cpu") -> Any:
     """A module of bfloat16 noise: small enough that nothing overflows."""
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -76,15 +76,15 @@ def random_weights(make: Any) -> Any:
             module = make()
     finally:
         torch.set_default_dtype(torch.float32)
-    filled = make_real(module)
+    filled = make_real(module, device)
     return filled.eval()
 
 
-def make_real(module: nn.Module) -> nn.Module:
-    module = module.to_empty(device="cpu")
+def make_real(module: nn.Module, device: torch.device | str) -> nn.Module:
+    module = module.to_empty(device=device)
     for name, p in (*module.named_parameters(), *module.named_buffers()):
         if name.endswith("position_ids"):
-            p.data.copy_(torch.arange(p.shape[-1]).expand_as(p))
+            p.data.copy_(torch.arange(p.shape[-1], device=device).expand_as(p))
         elif p.is_floating_point():
             p.data.fill_(1.0) if "norm" in name and name.endswith("weight") else p.data.normal_(std=0.02)
     return module
@@ -104,11 +104,11 @@ def write(size: str, folder: Path) -> None:
     StableDiffusionPipeline(**parts, **none).save_pretrained(folder)
 
 
-def clip_l14() -> nn.Module:
+def clip_l14(device: torch.device | str = "cpu") -> nn.Module:
     text = CLIPTextConfig(**SIZES["1.5"]["text"], **IDS, projection_dim=768).to_dict()
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
     both = CLIPConfig(text_config=text, vision_config=CLIPVisionConfig(**vision, projection_dim=768).to_dict(), projection_dim=768)
-    clip: nn.Module = random_weights(lambda: CLIPModel(both))
+    clip: nn.Module = random_weights(lambda: CLIPModel(both), device)
     return clip
 
 

@@ -94,7 +94,11 @@ def _print_bench(result: dict[str, Any]) -> None:
     for head in ("total", "imports", "loading", "adaptation"):
         starts.add_column(head, justify="right")
     for cache, row in result["cold_start"].items():
-        starts.add_row(cache, *(f"{row[name]:.2f}" for name in ("total", "imports", "loading", "adaptation")))
+        failed = "error" in row
+        starts.add_row(cache, *("failed" if failed else f"{row[name]:.2f}" for name in ("total", "imports", "loading", "adaptation")))
+    for cache, row in result["cold_start"].items():
+        if "error" in row:
+            starts.caption = f"{cache}: {escape(row['error'])}"
     console.print(starts)
     peak = result["peak"]
     console.print(f"Peak measured here: {peak['flops'] / 1e12:.3g} TFLOP/s in {peak['dtype']}, copies {peak['bytes'] / 1e9:.3g} GB/s.")
@@ -123,13 +127,14 @@ def _latency(one: dict[str, Any], where: str) -> Table:
 
 
 def _throughput(result: dict[str, Any]) -> Table:
-    kinds = list(result["throughput"][0]["memory"])
+    kinds = list(dict.fromkeys(kind for row in result["throughput"] for kind in row["memory"]))
     table = Table(title="Throughput and memory", caption="memory: MiB of a fresh process, before its adaptation -> peak")
     heads = ("batch", "images/s", "evals/img", "TFLOP/s", "of peak", "warm-up s", *kinds)
     for head in heads:
         table.add_column(head, justify="right")
     for row in result["throughput"]:
-        memory = [" -> ".join("-" if size is None else f"{size / 2**20:.0f}" for size in row["memory"][kind].values()) for kind in kinds]
+        sizes = [row["memory"].get(kind, {"before": None, "peak": None}).values() for kind in kinds]
+        memory = [" -> ".join("-" if size is None else f"{size / 2**20:.0f}" for size in found) for found in sizes]
         rates = f"{row['images_per_second']:.1f}", f"{row['evaluations'] / row['batch']:.1f}", f"{row['flops_per_second'] / 1e12:.3g}"
         table.add_row(str(row["batch"]), *rates, f"{row['share_of_peak']:.1%}", f"{row['warmup']['cold']:.2f}", *memory)
     return table

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 F = TypeVar("F", bound=Callable[..., Any])
 COMPILATIONS = 1024
@@ -23,6 +23,20 @@ def is_tracing() -> bool:
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
     return get_proxy_mode() is not None
+
+
+ANCHOR = torch.zeros((), requires_grad=True)
+TRACES_REQUIRES_GRAD = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """The tensor cut off from what it was computed by, requiring a gradient. torch.autograd.grad() ends at it, so it changes nothing else.
+
+    torch.compile of torch 2.11 does not trace requires_grad_(). There, a sum with a zero that requires a gradient does the same.
+    """
+    if torch.compiler.is_compiling() and not TRACES_REQUIRES_GRAD:
+        return tensor.detach() + ANCHOR
+    return tensor.detach().requires_grad_()
 
 
 def is_failure(error: BaseException) -> bool:

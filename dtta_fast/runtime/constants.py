@@ -25,6 +25,7 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
             return make(*args, **kwargs)
         return remembered(*args, **kwargs)  # type: ignore[arg-type]
 
+    get.forget = remembered.cache_clear  # type: ignore[attr-defined]
     return get
 
 

@@ -41,13 +41,13 @@ class PrivateCopy:
             self.module: nn.Module = evaluating(copy.deepcopy(source, memo))
         except Exception as error:  # whatever a module's own __deepcopy__ raises
             raise TypeError(f"{type(source).__name__} cannot be copied ({error}); give a module that copy.deepcopy accepts") from error
-        self._versions = self._counted()
+        self._versions: list[int | None] = self._counted()
 
     def refresh(self) -> bool:
         """Takes over what was written into the source's tensors; False where tensors were replaced, and a new copy is due.
 
         Buffers are copied every time. Converted weights are cast again only where torch has counted a write: casting all of them would
-        take longer than a step of a small batch. torch does not count writes through `.data`, so those need a new copy.
+        take longer than a step of a small batch. torch does not count writes through `.data`: see recast().
         """
         if _identity(self._source) != self._identity:
             return False
@@ -58,6 +58,10 @@ class PrivateCopy:
             torch._foreach_copy_(list(own), [tensor.detach() for tensor in theirs])
         self._versions = versions
         return True
+
+    def recast(self) -> None:
+        """Casts all converted weights anew at the next refresh()."""
+        self._versions = [None] * len(self._converted)
 
     def _counted(self) -> list[int | None]:
         """How often each converted weight was written to; None for one made under torch.inference_mode(), where torch does not count."""

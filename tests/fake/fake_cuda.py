@@ -9,7 +9,7 @@ keeps its logsumexp only where an input requires a gradient.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,25 +19,39 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from dtta_fast.runtime import precision, private
 
 MEMORY = 80 * 2**30
 aten = torch.ops.aten
+FUSED = {aten._fused_sgd_, aten._fused_adam_, aten._fused_adamw_}
 _attention = F.scaled_dot_product_attention
 
 
-class _Cuda(TorchDispatchMode):
+class FakeCudaMode(FakeTensorMode):
     """Turns the meta device that C++ code was told into CUDA again, and refuses what a CUDA kernel could not compute."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FakeCudaMode:
+        return self  # a copied tensor stays in its mode
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
             kwargs["device"] = torch.device("cuda:0")
+        args = tree_map_only(FakeTensor, _moved, args)
         if func is aten._scaled_dot_product_efficient_attention_backward.default:
             assert args[6].numel() > 0, "efficient attention ran without a logsumexp, and its backward reads it"
-        return func(*args, **kwargs)
+        if func.overloadpacket in FUSED:  # it writes in place, and torch has no fake form of it; demands.py holds its arguments
+            return None
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _moved(tensor: FakeTensor) -> FakeTensor:
+    """Moves a tensor that C++ code made on the meta device, such as a number in a derivative's formula, to CUDA."""
+    if tensor.fake_device.type == "meta":
+        tensor.fake_device = torch.device("cuda:0")
+    return tensor
 
 
 def attention(
@@ -80,9 +94,8 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
     def patched(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return told(args[0]) if func is device_of else dispatch(cls, func, types, args, kwargs)
 
-    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FakeTensor, "__torch_dispatch__", classmethod(patched))
-        patch.setattr(FakeTensorMode, "__deepcopy__", lambda self, memo: self, raising=False)  # a copied tensor stays in its mode
         patch.setitem(handlers, device_of, lambda args: told(args[0]))
         patch.setattr(F, "scaled_dot_product_attention", attention)
         patch.setattr(torch.cuda, "mem_get_info", lambda device=None: (MEMORY, MEMORY))
@@ -90,9 +103,8 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         patch.setattr(torch.cuda, "memory_allocated", lambda device=None: 0)
         patch.setattr(precision, "has_bfloat16", lambda device: True)
         patch.setattr(private, "is_plain", lambda parameter: type(parameter) in (nn.Parameter, FakeTensor))
-        mode = stack.enter_context(FakeTensorMode())
-        stack.enter_context(_Cuda())
-        yield mode
+        with FakeCudaMode() as mode:
+            yield mode
 
 
 def to_cuda(mode: FakeTensorMode, value: Any) -> Any:

@@ -1,0 +1,92 @@
+"""What a session's calls take: first call, latency, steps, launches, memory, and how much of it the denoiser's evaluations are."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu_stages.recording import NEEDS_GPU, Setting
+from bench.gpu_stages.timing import by_events, kernels_of, summary, synchronize, whole_calls
+from dtta_fast import Adapter
+
+STEPS = 20  # that are timed, at most
+SLOW = 10.0  # seconds of a call, after which none is spent on warming up further
+
+
+def measured(adapter: Adapter, images: Tensor, latents: Tensor | None, setting: Setting, most: int, seconds: float) -> dict[str, Any]:
+    """At most `most` calls in about `seconds`, after two that are not counted (one, where it is slow); then steps, and a call under the
+    profiler."""
+    device, found = setting.device, {}
+
+    def call() -> Any:
+        return adapter.adapt(images, latents=latents)
+
+    for name in ("first", "second"):  # libraries plan, code is compiled; nothing of that is in the samples
+        start = time.perf_counter()
+        result = call()
+        synchronize(device)
+        found[name] = time.perf_counter() - start
+        if found[name] > SLOW:
+            break
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    found["seconds"] = summary(whole_calls(call, device, most, seconds))
+    if device.type == "cuda":
+        found["peak bytes"] = torch.cuda.max_memory_allocated(device)
+    config, problem = adapter.config, adapter.engine.problem
+    of_steps = config.steps * config.pairs * problem.forwards()
+    found |= {
+        "images": len(images),
+        "precision": config.precision,
+        "compile": config.compile,
+        "evaluations": result.evaluations.tolist(),
+        "of steps": of_steps,
+        "guarded": int((result.evaluations > of_steps).sum()),
+        "accepted": int(result.accepted.sum()),
+        "loss": result.loss.mean(0).tolist(),
+        "chunk": problem.chunk,
+        "rows of a guard": problem.guard_rows,
+        "phases": result.seconds,
+    }
+    found["step"] = _step(adapter, images, latents, setting, seconds / 4)
+    if device.type == "cuda":
+        launched = kernels_of(call, device)
+        found |= {**launched, "busy": launched["kernel seconds"] / found["seconds"]["median"]}
+    else:
+        found |= dict.fromkeys(("peak bytes", "launches", "busy"), NEEDS_GPU)
+    return found
+
+
+def _step(adapter: Adapter, images: Tensor, latents: Tensor | None, setting: Setting, seconds: float) -> dict[str, Any]:
+    """Of a step of the images that run at once."""
+    with prepared(adapter, images, latents) as (state, inputs, x0, ids):
+        samples = by_events(lambda: adapter.engine.step(state, inputs, x0, ids), setting.device, STEPS, seconds)
+    return {**summary(samples), "images": len(inputs)}
+
+
+@contextmanager
+def prepared(adapter: Adapter, images: Tensor, latents: Tensor | None) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
+    """The engine within one of its calls, before the first step: a state, inputs [B, 3, H, W], x0 and ids of what runs at once."""
+    engine = adapter.engine
+    with torch.enable_grad(), engine.context():
+        engine.refresh()
+        problem = engine.problem
+        inputs = problem.task.normalise(problem.model, problem.task.crop(problem.model, images))
+        x0 = problem.denoiser.encode(images) if latents is None else latents
+        together = engine.plan(inputs, x0, adapter.config.pairs)
+        inputs, x0 = inputs[:together], x0[:together]
+        state, _ = engine.start(inputs, None)
+        yield state, inputs, x0, torch.arange(len(inputs), device=inputs.device)
+
+
+def forget() -> None:
+    """Gives back the memory of sessions that are gone: a new one plans by what is free."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,130 @@
+"""Stage 6, ceilings: what the DiT's products, its attention, its modulated normalisation and a copy reach by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.gpu_stages.recording import Record, Setting, first_line
+from bench.gpu_stages.timing import of_kernels, summary
+
+LINEARS = ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))  # of a block: qkv, projection, fc1, fc2
+ROWS = (6144, 16384, 1024)  # tokens: a guard of 24 pairs, 64 pairs, one step of 4
+HEADS, HEAD, TOKENS = 16, 72, 256
+BACKENDS = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+COPY = 2**30  # bytes: more than a cache holds
+
+
+def run(setting: Setting, record: Record) -> None:
+    """Random numbers throughout: products of zeros run faster than those of data."""
+    torch.manual_seed(0)
+    device, small = setting.device, setting.tiny
+    record.measure("copy", "1 GiB" if not small else "64 KiB", lambda: copy(2**16 if small else COPY, device))
+    for dtype in ("bf16", "fp8"):
+        for rows in (32,) if small else ROWS:
+            for k, n in LINEARS:
+                label = f"{dtype}, {k} -> {n}, {rows} rows"
+                if dtype == "fp8" and device.type != "cuda":
+                    record.needs_gpu("products", label)
+                else:
+                    record.measure("products", label, lambda given=(dtype, k, n, rows): product(*given, device))
+    for images in (1,) if small else (64, 24, 4):
+        for name in BACKENDS:
+            record.measure("attention", f"{name}, {images} rows", lambda given=(name, images): attention(*given, device))
+    for form in ("eager", "compiled"):
+        for backward in (False, True):
+            label = f"{form}, forward{' and backward' if backward else ''}"
+            if small and form == "compiled":
+                record.put("modulated normalisation", label, {"left out": "takes a minute on a CPU"})
+            else:
+                given = (form, backward, 1 if small else 64, device)
+                record.measure("modulated normalisation", label, lambda given=given: normalisation(*given))
+
+
+def copy(size: int, device: torch.device) -> dict[str, Any]:
+    """Bytes read and bytes written count both."""
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    return {"bytes": 2 * source.nbytes, "seconds": summary(of_kernels(lambda: target.copy_(source), device))}
+
+
+def product(dtype: str, k: int, n: int, rows: int, device: torch.device) -> dict[str, Any]:
+    """Of rows of k numbers with a weight [n, k], as a linear layer does without its bias; in fp8 the cast of x is not in it."""
+    x, weight = torch.randn(rows, k, device=device).bfloat16(), torch.randn(n, k, device=device).bfloat16()
+    work: Callable[[], Tensor]
+    if dtype == "bf16":
+        work = lambda: F.linear(x, weight)  # noqa: E731
+    else:
+        low, weights = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+        one = torch.ones((), device=device)
+        work = lambda: torch._scaled_mm(low, weights.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)  # noqa: E731
+    seconds = summary(of_kernels(work, device))
+    return {"dtype": dtype, "k": k, "n": n, "rows": rows, "flops": 2 * rows * k * n, "seconds": seconds}
+
+
+def heads(rows: int, device: torch.device) -> list[Tensor]:
+    """Queries, keys and values [rows, heads, tokens, head size] as the DiT gives them: views of the one tensor that its qkv layer makes."""
+    qkv = torch.randn(rows, TOKENS, 3, HEADS, HEAD, device=device).bfloat16()
+    return [part.detach() for part in qkv.permute(2, 0, 3, 1, 4)]
+
+
+def refused(error: RuntimeError) -> bool:
+    """Whether it says that no backend that is allowed takes these tensors."""
+    return str(error).startswith(("No available kernel", "No viable backend"))
+
+
+def attention(name: str, rows: int, device: torch.device) -> dict[str, Any]:
+    """By one backend, which may refuse."""
+    q, k, v = heads(rows, device)
+    flops = 4 * rows * HEADS * TOKENS * TOKENS * HEAD
+    leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+    upstream = torch.randn_like(q)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return F.scaled_dot_product_attention(q, k, v)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, upstream)
+
+    with sdpa_kernel(BACKENDS[name]):
+        try:
+            both()
+        except RuntimeError as error:
+            if not refused(error):
+                raise
+            return {"refused": first_line(error)}
+        return {
+            "forward": {"flops": flops, "seconds": summary(of_kernels(forward, device))},
+            "forward and backward": {"flops": 7 * flops // 2, "seconds": summary(of_kernels(both, device))},
+        }
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """The DiT's normalisation with its modulation."""
+    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale[:, None])
+
+
+def normalisation(form: str, backward: bool, rows: int, device: torch.device) -> dict[str, Any]:
+    """Bytes are the least: x read and the result written; in the backward, x and the gradient read and another written."""
+    x = torch.randn(rows, TOKENS, HEADS * HEAD, device=device).bfloat16()
+    shift, scale = (torch.randn(rows, HEADS * HEAD, device=device).bfloat16() for _ in range(2))
+    function = modulated if form == "eager" else torch.compile(modulated, fullgraph=True, dynamic=False)
+    leaves = [tensor.requires_grad_(backward) for tensor in (x, shift, scale)]
+    upstream = torch.randn_like(x)
+
+    def work() -> Any:
+        found = function(*leaves)
+        return torch.autograd.grad(found, leaves, upstream) if backward else found
+
+    return {"bytes": (5 if backward else 2) * x.nbytes, "seconds": summary(of_kernels(work, device))}

@@ -1,0 +1,149 @@
+"""Stage 1, the machine: versions, clocks, what broke once on a GPU, and which attention serves heads of 72 numbers."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import sdpa_kernel
+
+from bench.gpu_stages import models
+from bench.gpu_stages.ceilings import BACKENDS, HEAD, heads, refused
+from bench.gpu_stages.recording import Record, Setting, first_line
+from bench.gpu_stages.timing import kernels_of
+from dtta_fast import AdaptConfig, Adapter, optimizers
+
+QUERY = (
+    "name,driver_version,vbios_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu,"
+    "memory.total,memory.used,compute_mode,clocks_event_reasons.active"
+)
+BUSY = 8192  # side of the matrices whose product warms the GPU up
+
+
+def run(setting: Setting, record: Record) -> None:
+    """Reads the card's settings and changes none."""
+    device = setting.device
+    if device.type != "cuda":
+        record.needs_gpu("card", "idle")
+    else:
+        record.measure("card", "idle", card)
+        record.measure("card", "torch", lambda: properties(device))
+    for name in ("sgd", "adam", "adamw"):
+        record.measure("broke once", f"{name} update", lambda name=name: update(name, device))
+    record.measure("broke once", "ViT under vmap, 2 images, float32", lambda: vit(setting))
+    for name in (None, *BACKENDS):
+        record.measure("attention of head size 72", name or "torch's choice", lambda name=name: attention(name, device))
+    if device.type == "cuda":
+        record.measure("card", "busy", lambda: busy(device))
+
+
+def card() -> dict[str, str]:
+    """What nvidia-smi says; an old driver does not know the last field's name."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        raise FileNotFoundError("nvidia-smi is not on the PATH")
+    fields = QUERY.split(",")
+    for known in (fields, fields[:-1]):
+        found = subprocess.run(
+            [tool, f"--query-gpu={','.join(known)}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        )
+        if found.returncode == 0:
+            return dict(zip(known, (value.strip() for value in found.stdout.splitlines()[0].split(",")), strict=True))
+    raise RuntimeError(f"nvidia-smi: {found.stdout.strip() or found.stderr.strip()}")
+
+
+def properties(device: torch.device) -> dict[str, Any]:
+    """What torch knows of the card, and the libraries that it was built with."""
+    found = torch.cuda.get_device_properties(device)
+    names = ("major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
+    versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return {**{name: getattr(found, name, None) for name in names}, **versions}
+
+
+def busy(device: torch.device) -> dict[str, str]:
+    """The card after a second of matrix products."""
+    a, b = (torch.randn(BUSY, BUSY, device=device).bfloat16() for _ in range(2))
+    for _ in range(600):
+        torch.mm(a, b)
+    found = card()
+    torch.cuda.synchronize(device)
+    return found
+
+
+def update(optimizer: Any, device: torch.device) -> dict[str, Any]:
+    """One update by torch's fused kernels, as the engine calls it, beside the same on the CPU in float64. (The learning rate was a float64
+    tensor once, which the CUDA kernels read as float32.)"""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 5, 7), (3, 64), (3, 2, 3, 4, 4))  # weights of three images
+    own, gradients = ([torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes] for _ in range(2))
+    results = []
+    for place, dtype in ((torch.device("cpu"), torch.float64), (device, torch.float32)):
+        weights, slopes = ([tensor.to(place, dtype, copy=True) for tensor in tensors] for tensors in (own, gradients))
+        slots = optimizers.init_slots(optimizer, weights, images=3)
+        step, lr = torch.zeros((), dtype=torch.int64, device=place), optimizers.rate(1e-2, place)
+        optimizers.update_(optimizer, weights, slopes, slots, step, lr, 0.9, 0.01)
+        results.append([tensor.double().cpu() for tensor in weights])
+    change = max(float((new - old).abs().max()) for new, old in zip(results[0], own, strict=True))
+    error = max(float((one - other).abs().max()) for one, other in zip(*results, strict=True))
+    return {"largest change": change, "largest error": error, "fine": error < 1e-4 * change}
+
+
+def vit(setting: Setting) -> dict[str, Any]:
+    """Two images with weights of their own, together and one by one. (Attention's backward met an empty logsumexp once.)"""
+    torch.manual_seed(0)
+    with torch.device(setting.device):
+        model = timm.create_model("test_vit", num_classes=models.CLASSES).eval()
+    side = model.pretrained_cfg["input_size"][-1]
+    torch.nn.init.normal_(model.get_classifier().weight, std=0.1)
+    small = models.dit(Setting(setting.device, True, setting.out))
+    adapter = Adapter(model, small, AdaptConfig(steps=2, pairs=4, optimizer="sgd", lr=1.0, precision="fp32"))
+    images, latents = torch.rand(2, 3, side, side, device=setting.device), models.latents(2, small, setting)
+    ids = torch.arange(2, device=setting.device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        together = adapter.adapt(images, latents=latents)
+    alone = [adapter.adapt(images[i : i + 1], latents=latents[i : i + 1], image_ids=ids[i : i + 1]) for i in range(2)]
+    change = float((together.outputs - together.outputs_before).abs().max())
+    error = float((together.outputs - torch.cat([result.outputs for result in alone])).abs().max())
+    return {
+        "one by one": adapter.engine.problem.loop,
+        "warnings": sorted({str(warning.message).splitlines()[0][:300] for warning in caught}),
+        "largest change": change,
+        "largest difference": error,
+        "fine": not adapter.engine.problem.loop and change > 0 and error < 1e-2 * change,
+    }
+
+
+def attention(name: str | None, device: torch.device) -> dict[str, Any]:
+    """Two rows in bfloat16, forward and backward, by that backend or by torch's choice: what ran, or why it was refused."""
+    q, k, v = (tensor.requires_grad_() for tensor in heads(2, device))
+    upstream = torch.randn_like(q)
+    with warnings.catch_warnings(record=True) as caught, nullcontext() if name is None else sdpa_kernel(BACKENDS[name]):
+        warnings.simplefilter("always")
+        try:
+            out = F.scaled_dot_product_attention(q, k, v)
+            torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True)
+        except RuntimeError as error:
+            if not refused(error):
+                raise
+            return {"refused": first_line(error), "because": sorted({str(warning.message)[:300] for warning in caught})}
+        return {
+            "head size": HEAD,
+            "forward": ran(lambda: F.scaled_dot_product_attention(q, k, v), device),
+            "backward": ran(lambda: torch.autograd.grad(out, (q, k, v), upstream, retain_graph=True), device),
+        }
+
+
+def ran(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """Names of the attention operators, and on a GPU of all kernels with their seconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        work()
+    operators = sorted({event.name for event in profiler.events() if "attention" in event.name})
+    return {"operators": operators, **({"kernels": kernels_of(work, device)["longest"]} if device.type == "cuda" else {})}

@@ -1,0 +1,91 @@
+"""How things are timed: warm-up first, raw samples kept, the median told."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SAMPLES = 200  # of a kernel's time, at most, that are kept
+
+
+def summary(samples: list[float]) -> dict[str, Any]:
+    """In seconds."""
+    return {"median": statistics.median(samples), "samples": samples}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def whole_calls(work: Callable[[], Any], device: torch.device, most: int, seconds: float) -> list[float]:
+    """Seconds of each call until the device has finished: `most` calls, fewer where they take longer than `seconds`, one at least."""
+    samples: list[float] = []
+    synchronize(device)
+    begun = time.perf_counter()
+    while not samples or (len(samples) < most and time.perf_counter() - begun < seconds):
+        start = time.perf_counter()
+        work()
+        synchronize(device)
+        samples.append(time.perf_counter() - start)
+    return samples
+
+
+def by_events(work: Callable[[], Any], device: torch.device, most: int, seconds: float) -> list[float]:
+    """Seconds of each run between two CUDA events, the device idle before the first; on a CPU those of a clock. Not the first run."""
+    if device.type != "cuda":
+        work()
+        return whole_calls(work, device, most, seconds)
+    samples: list[float] = []
+    begun = time.perf_counter()
+    work()
+    while not samples or (len(samples) < most and time.perf_counter() - begun < seconds):
+        torch.cuda.synchronize(device)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) / 1000)
+    return samples
+
+
+def of_kernels(work: Callable[[], Any], device: torch.device) -> list[float]:
+    """Seconds of what `work` launches, by triton.testing.do_bench: the L2 cache is flushed before each run. On a CPU those of a clock."""
+    if device.type != "cuda":
+        work()
+        return whole_calls(work, device, 3, 0.1)
+    from triton.testing import do_bench
+
+    found: list[float] = do_bench(work, warmup=10, rep=50, return_mode="all")
+    step = -(-len(found) // SAMPLES)
+    return [milliseconds / 1000 for milliseconds in found[::step]]
+
+
+def kernels_of(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
+    """One run under torch.profiler: how many kernels and copies ran, the sum of their seconds, and the kernels that took the longest."""
+    synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        work()
+        synchronize(device)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    spans = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    by_name: dict[str, list[float]] = {}
+    for event in spans:
+        by_name.setdefault(event["name"][:120], []).append(event["dur"] / 1e6)
+    longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:15]
+    return {
+        "launches": len(spans),
+        "kernel seconds": sum(event["dur"] for event in spans) / 1e6,
+        "longest": {name: {"launches": len(each), "seconds": sum(each)} for name, each in longest},
+    }

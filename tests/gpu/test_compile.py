@@ -1,0 +1,67 @@
+"""Compiled sessions: as eager ones, and once warm without another compilation, whatever the guard has to compare."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from dtta_fast import AdaptConfig, Adapter
+
+pytestmark = pytest.mark.gpu
+CONFIG = AdaptConfig(steps=2, pairs=4, guard=3, optimizer="sgd", lr=0.3)
+
+# What may differ from eager mode in float32, as a share of one step's effect on the logits: float32's rounding, or bfloat16's as in
+# test_precision.
+RUNGS = {
+    "regional, bf16": ({"compile": "regional", "precision": "bf16"}, 0.05),
+    "step, fp32": ({"compile": "step", "precision": "fp32"}, 1e-3),
+}
+
+
+@pytest.fixture(autouse=True)
+def _quick_on_a_cpu(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """On a CPU without code generation, which takes a minute there and has its tests in test_engine.py."""
+    torch._dynamo.reset()
+    if device == "cpu":
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+def effect_of_a_step(session: Adapter, images: Tensor) -> Tensor:
+    """What one step changes in the outputs, before any guard."""
+    engine = session.engine
+    engine.refresh()
+    with engine.context():
+        problem = engine.problem
+        inputs, x0 = problem.task.normalise(problem.model, images), problem.denoiser.encode(images)
+        engine.plan(inputs, x0, session.config.pairs)
+        state, before = engine.start(inputs, None)
+        engine.step(state, inputs, x0, torch.arange(len(images), device=images.device))
+        return (engine.forward(state, inputs) - before).double().cpu()
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_compiled_sessions(mlp, small_denoiser, images, moved, device, rung):
+    change, tolerance = RUNGS[rung]
+    *modules, there = moved(device, torch.float32, mlp, small_denoiser, images)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(compilation failed|one by one)")
+        session = Adapter(*modules, CONFIG.replace(**change))
+        session.warmup(there)
+    assert counters["stats"]["unique_graphs"] > 0
+    counters.clear()
+    asked = set()
+    for first in range(0, 40, 4):
+        result = session.adapt(there, image_ids=torch.arange(first, first + 4, device=device))
+        asked.add(int((result.evaluations > CONFIG.steps * CONFIG.pairs).sum()))
+    assert len(asked) > 1  # the guard met different numbers of changed answers
+    found = effect_of_a_step(session, there)
+    assert counters["stats"]["unique_graphs"] == 0
+    assert not counters["graph_break"]
+    expected = effect_of_a_step(Adapter(*modules, CONFIG.replace(precision="fp32")), there)
+    assert expected.norm() > 1e-2
+    assert (found - expected).norm() < tolerance * expected.norm()
