@@ -155,6 +155,7 @@ def main() -> int:
             print("bench/gpu.py: there is no GPU here; --tiny tests the program on a CPU", file=sys.stderr)
             return 2
     given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "gpu.log").unlink(missing_ok=True)  # of a run before this
     results: dict[str, Any] = {
         "tiny": given.tiny,
         **commit(given.commit),

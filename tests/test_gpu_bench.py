@@ -99,7 +99,9 @@ def test_what_broke_once_is_fine_here(results):
         "adamw update": True,
         "ViT under vmap, 2 images, float32": True,
     }
-    assert results["stages"]["tier"]["measured"]["tests"]["tests/gpu"]["passed"] > 0
+    tests = results["stages"]["tier"]["measured"]["tests"]["tests/gpu"]
+    assert tests["passed"] > 0
+    assert tests["failed"] == 0
 
 
 def test_tables_refuse_a_tiny_run(results, tmp_path):

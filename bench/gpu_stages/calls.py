@@ -57,7 +57,8 @@ def measured(adapter: Adapter, images: Tensor, latents: Tensor | None, setting: 
     found["step"] = _step(adapter, images, latents, setting, seconds / 4)
     if device.type == "cuda":
         launched = kernels_of(call, device)
-        found |= {**launched, "busy": launched["kernel seconds"] / found["seconds"]["median"]}
+        busy = launched["kernel seconds"] and launched["kernel seconds"] / found["seconds"]["median"]
+        found |= {**launched, "busy": busy}
     else:
         found |= dict.fromkeys(("peak bytes", "launches", "busy"), NEEDS_GPU)
     return found

@@ -28,6 +28,7 @@ def run(setting: Setting, record: Record) -> None:
 def tests(tiny: bool, seconds: float) -> dict[str, Any]:
     """What pytest says within that time; the tests hold the CPU against the GPU, and a CPU may have no compiled ops."""
     environment = {name: value for name, value in os.environ.items() if name != "DTTA_FAST_STRICT"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the tests need none, and importing those that are installed takes seconds
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         options = ("--import-mode=importlib", "-p", "no:cacheprovider", "-v", "--tb=short", "-m", "gpu", f"--junit-xml={report}")

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from bench.gpu_stages.recording import first_line
+
 SAMPLES = 200  # of a kernel's time, at most, that are kept
 
 
@@ -70,8 +72,28 @@ def of_kernels(work: Callable[[], Any], device: torch.device) -> list[float]:
 
 
 def kernels_of(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """One run under torch.profiler: how many kernels and copies ran, the sum of their seconds, and the kernels that took the longest."""
+    """One run under torch.profiler: how many kernels and copies ran, the sum of their seconds, and the kernels that took the longest.
+
+    Where the profiler does not work, its error stands in place of the number: what was timed before is not lost.
+    """
     synchronize(device)
+    try:
+        spans = _spans(work, device)
+    except (RuntimeError, AssertionError) as error:
+        return {"launches": first_line(error), "kernel seconds": None, "longest": {}}
+    by_name: dict[str, list[float]] = {}
+    for name, seconds in spans:
+        by_name.setdefault(name[:120], []).append(seconds)
+    longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:15]
+    return {
+        "launches": len(spans),
+        "kernel seconds": sum(seconds for _, seconds in spans),
+        "longest": {name: {"launches": len(each), "seconds": sum(each)} for name, each in longest},
+    }
+
+
+def _spans(work: Callable[[], Any], device: torch.device) -> list[tuple[str, float]]:
+    """Name and seconds of each kernel and copy."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         work()
         synchronize(device)
@@ -79,13 +101,5 @@ def kernels_of(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    spans = [event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    by_name: dict[str, list[float]] = {}
-    for event in spans:
-        by_name.setdefault(event["name"][:120], []).append(event["dur"] / 1e6)
-    longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:15]
-    return {
-        "launches": len(spans),
-        "kernel seconds": sum(event["dur"] for event in spans) / 1e6,
-        "longest": {name: {"launches": len(each), "seconds": sum(each)} for name, each in longest},
-    }
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    return [(event["name"], event["dur"] / 1e6) for event in events if event.get("cat") in kinds]

@@ -30,7 +30,14 @@ _attention = F.scaled_dot_product_attention
 
 
 class FakeCudaMode(FakeTensorMode):
-    """Turns the meta device that C++ code was told into CUDA again, and refuses what a CUDA kernel could not compute."""
+    """Turns the meta device that C++ code was told into CUDA again, and refuses what a CUDA kernel could not compute.
+
+    waits: shapes of the tensors that were copied between the host and the device so that the host waits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[tuple[int, ...]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FakeCudaMode:
         return self  # a copied tensor stays in its mode
@@ -42,9 +49,15 @@ class FakeCudaMode(FakeTensorMode):
         args = tree_map_only(FakeTensor, _moved, args)
         if func is aten._scaled_dot_product_efficient_attention_backward.default:
             assert args[6].numel() > 0, "efficient attention ran without a logsumexp, and its backward reads it"
+        if func is aten._to_copy.default and not kwargs.get("non_blocking") and _crosses(args[0], kwargs.get("device")):
+            self.waits.append(tuple(args[0].shape))
         if func.overloadpacket in FUSED:  # it writes in place, and torch has no fake form of it; demands.py holds its arguments
             return None
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _crosses(tensor: Tensor, device: torch.device | str | None) -> bool:
+    return device is not None and torch.device(device).type != tensor.device.type
 
 
 def _moved(tensor: FakeTensor) -> FakeTensor:
@@ -70,7 +83,7 @@ def attention(
         keywords = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
         return handle_torch_function(attention, tensors, query, key, value, **keywords)
     fused = torch.backends.cuda.mem_efficient_sdp_enabled() and query.ndim == 4
-    if query.device.type != "cuda" or enable_gqa or not fused:
+    if query.device.type == "cpu" or enable_gqa or not fused:
         return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     if query.dtype.itemsize == 2 and attn_mask is None:
         return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
