@@ -90,14 +90,18 @@ def test_the_flow_is_an_adapter_s(model, denoiser, images, name):
 @pytest.mark.parametrize("name", ["guard", "denoiser adapts", "noise mixing", "online"])
 def test_the_graphs_are_the_functions(model, denoiser, images, name):
     """What make_fx keeps holds for other images, ids and steps than it saw: nothing is baked in. By SGD, since Adam's first updates are
-    gradients' signs, of which rounding decides some (Adam's graph: test_digits_under_a_preset)."""
+    gradients' signs, of which rounding decides some (Adam's graph: test_digits_under_a_preset), and in small steps: at a rate of 0.1 an
+    answer moved by 7 and rounding alone by up to 4e-4, on one processor and not on another."""
     model, denoiser, images = model.float(), denoiser.float(), images.float()
-    adapter = Adapter(model, denoiser, CONFIGS[name].replace(optimizer="sgd", lr=0.1, denoiser_lr=0.1))
+    adapter = Adapter(model, denoiser, CONFIGS[name].replace(optimizer="sgd", lr=0.001, denoiser_lr=0.001))
     package = made(adapter, images[:2], Traced)
     adapter.reset()
     for part, ids in ((images[2:4], [8, 3]), (images[:2], [1, 2**32 - 1])):
         keywords = {"image_ids": torch.tensor(ids)}
-        assert_same(package.adapt(part, **keywords), adapter.adapt(part, **keywords), rtol=1e-4, atol=1e-4)
+        expected = adapter.adapt(part, **keywords)
+        assert_same(package.adapt(part, **keywords), expected, rtol=1e-4, atol=1e-4)
+        # the guard may refuse a change
+        assert name == "guard" or (expected.outputs - expected.outputs_before).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("preset", ["FAST", "ONLINE"])

@@ -1,4 +1,4 @@
-"""The GPU tier: the engine on the GPU against the CPU. Without a GPU the same tests run on the CPU alone, where they are quick.
+"""The GPU tier compares the engine on the GPU with the engine on the CPU. Without a GPU the same tests run on the CPU alone.
 
 It needs torch, timm, transformers, peft and pytest, and Triton on a GPU. Tests of other libraries' models skip where those are missing.
 """
@@ -21,20 +21,25 @@ from dtta_fast.denoisers.dit import DiT
 from dtta_fast.process import NoiseProcess
 from dtta_fast.tasks import Depth, Segmentation, Task
 
-# the first ones tell most, should time run out
+# the most valuable files come first, in case time runs out; files that are not named here come last
 ORDER = ("kernels", "engine", "precision", "presets", "waits", "vmap", "optimizers", "failures", "memory", "compile")
+
+
+def _rank(item: pytest.Item) -> int:
+    name = item.path.stem.removeprefix("test_")
+    return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = [i for i, item in enumerate(items) if item.path.parent == Path(__file__).parent]
-    ours = sorted((items[i] for i in here), key=lambda item: ORDER.index(item.path.stem.removeprefix("test_")))
+    ours = sorted((items[i] for i in here), key=_rank)
     for i, item in zip(here, ours, strict=True):
         items[i] = item
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Of the CPU: the models are so small that threads would wait for each other most of the time."""
+    """Uses one CPU thread. The models are so small that more threads would mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,20 +48,20 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def device() -> str:
-    """Where the tests run: the GPU where there is one."""
+    """The device under test: the GPU where there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
 def gpu(device: str) -> None:
-    """For tests of what only a GPU has."""
+    """Skips a test that only a GPU can run."""
     if device != "cuda":
         pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture
 def process() -> NoiseProcess:
-    """DDPM's linear schedule, predicting the noise; made here, since diffusers may be missing."""
+    """DDPM's linear schedule for a denoiser that predicts the noise. It is made here because diffusers may be missing."""
     alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
     a, s = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
     return NoiseProcess(torch.stack([a, s, torch.zeros_like(a), torch.ones_like(a), torch.ones_like(a)], dim=1))
@@ -82,18 +87,18 @@ def vit() -> nn.Module:
 
 @pytest.fixture
 def mlp() -> nn.Module:
-    """A classifier with few operators: quick to run and to compile."""
+    """A classifier with few operators, which runs and compiles quickly."""
     torch.manual_seed(1)
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 7)).eval()
 
 
 @pytest.fixture
 def small_denoiser(random_network: Callable[..., Any], process: NoiseProcess) -> DiT:
-    """A DiT of one block in float32: quick to run and to compile."""
+    """A float32 DiT of one block, which runs and compiles quickly."""
     return DiT(random_network(depth=1), process).eval()
 
 
-WIDTHS = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]}  # of the models of maps
+WIDTHS = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]}  # of the SegFormer and the GLPN
 
 
 class MapNet(Denoiser):

@@ -1,4 +1,4 @@
-"""Compiled sessions: as eager ones, and once warm without another compilation, whatever the guard has to compare."""
+"""Compiled sessions agree with eager ones, and a warm session never compiles again, whatever the guard has to compare."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dtta_fast import AdaptConfig, Adapter
 pytestmark = pytest.mark.gpu
 CONFIG = AdaptConfig(steps=2, pairs=4, guard=3, optimizer="sgd", lr=0.3)
 
-# What may differ from eager mode in float32, as a share of one step's effect on the logits: float32's rounding, or bfloat16's as in
-# test_precision.
+# Largest difference from eager float32, as a share of one step's effect on the logits. It is float32's rounding, or bfloat16's as in
+# test_precision.py.
 RUNGS = {
     "regional, bf16": ({"compile": "regional", "precision": "bf16"}, 0.05),
     "step, fp32": ({"compile": "step", "precision": "fp32"}, 1e-3),
@@ -25,14 +25,14 @@ RUNGS = {
 
 @pytest.fixture(autouse=True)
 def _quick_on_a_cpu(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    """On a CPU without code generation, which takes a minute there and has its tests in test_engine.py."""
+    """Leaves out code generation on a CPU, where it takes a minute. tests/test_engine.py runs it there."""
     torch._dynamo.reset()
     if device == "cpu":
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 def effect_of_a_step(session: Adapter, images: Tensor) -> Tensor:
-    """What one step changes in the outputs, before any guard."""
+    """The change that one step makes to the outputs, before any guard."""
     engine = session.engine
     engine.refresh()
     with engine.context():

@@ -1,4 +1,4 @@
-"""Every way to adapt, on the device and on the CPU with the same draws: in float64, where both have to agree in every decision."""
+"""Every way to adapt gives the same on the device and on the CPU. In float64 they have to agree in every decision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dtta_fast import AdaptConfig, Adapter, adapt
 from dtta_fast.tasks import Classification
 
 pytestmark = pytest.mark.gpu
-# the rates are exact in float32, since the GPU's optimizers take no other
+# float32 holds these learning rates exactly: the GPU's optimizers take float32 rates, the CPU's float64
 CONFIG = AdaptConfig(steps=3, pairs=6, lr=2**-7, denoiser_lr=2**-10, guard=3)
 IDS = torch.tensor([10, 2**32 - 1, 7])
 LORA = {"parameters": "lora", "lora_rank": 2, "lr": 0.125}
@@ -42,14 +42,14 @@ WAYS = {
         "denoiser_parameters": "all",
     },
 }
-CONVOLUTIONS = ("adam", "norm layers", "memory budget")  # by a ConvNeXt, the others by a ViT
+CONVOLUTIONS = ("adam", "norm layers", "memory budget")  # a ConvNeXt takes these, and a ViT the others
 
 
 NUMBERS, DECISIONS = ("outputs_before", "outputs", "loss"), ("predictions", "predictions_before", "accepted", "evaluations")
 
 
 def assert_same(found, expected) -> None:
-    """Of float64: far below any effect, far above rounding. Decisions are equal."""
+    """The tolerance is far below any effect of an adaptation and far above float64's rounding. Decisions are equal."""
     for name in NUMBERS:
         own, other = (getattr(result, name).cpu() for result in (found, expected))
         torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
@@ -75,7 +75,7 @@ def test_a_batch_on_the_device_is_its_images_on_the_cpu(model, vit, denoiser, im
 
 
 def test_online_on_the_device_is_online_on_the_cpu(vit, denoiser, images, moved, device):
-    """Three batches, of which the second and third start from moved weights and a filled optimizer."""
+    """The second and third batch start from moved weights and a filled optimizer."""
     config = CONFIG.replace(mode="online", steps=2, denoiser_parameters="all")
     reference = Adapter(vit, denoiser, config.replace(chunk=2))
     *modules, there = moved(device, torch.float64, vit, denoiser, images)
@@ -94,7 +94,7 @@ def test_methods_without_steps(vit, denoiser, images, moved, device, method):
     expected = adapt(vit, denoiser, images, config=config.replace(chunk=2))
     found = adapt(*moved(device, torch.float64, vit, denoiser, images), config=config)
     assert_same(found, expected)
-    assert len(set(expected.evaluations.tolist())) > 1  # classes fell out, of one image more than of another
+    assert len(set(expected.evaluations.tolist())) > 1  # different numbers of classes fell out
 
 
 def test_given_draws_and_latents(vit, denoiser, images, moved, device):
@@ -134,8 +134,8 @@ def test_a_session_takes_batches_of_any_size(vit, denoiser, images, moved, devic
 
 @pytest.mark.parametrize("denoiser_parameters", ["frozen", "all"])
 def test_full_float32(model, denoiser, images, moved, device, difference, denoiser_parameters):
-    """The noise, the loss and the mixture are the kernels' here. What three steps round to is a thousandth of their effect at most, as it
-    is among the CPU's own ways to run."""
+    """Here the kernels draw the noise and compute the loss and the mixture. Three steps round to a thousandth of their effect at most, as
+    they do among the CPU's own ways to run."""
     config = AdaptConfig(steps=3, pairs=6, optimizer="sgd", lr=0.02, denoiser_lr=0.02, precision="fp32")
     config = config.replace(denoiser_parameters=denoiser_parameters)
     expected = adapt(*moved("cpu", torch.float32, model, denoiser, images), config=config.replace(chunk=2))

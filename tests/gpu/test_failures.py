@@ -1,4 +1,4 @@
-"""What a failing call leaves behind, on the device and in torch, and how a session gets by with less memory."""
+"""A failing call leaves nothing behind, on the device or in torch, and a session gets by with less memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG = AdaptConfig(steps=3, pairs=6, lr=1e-2, guard=3)
 
 
 def process_state() -> dict[str, Any]:
-    """What a host may depend on of torch's process-wide and thread-wide state."""
+    """The process-wide and thread-wide state of torch that a host may depend on."""
     cuda, mha = torch.backends.cuda, torch.backends.mha
     return {
         "grad": torch.is_grad_enabled(),
@@ -31,9 +31,18 @@ def process_state() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("part", ["model", "denoiser"])
-@pytest.mark.parametrize("call", [1, 2, 4])  # the source's outputs; what vmap runs or the first step; a later step
+# the forward that fails: the call's first, one of the first step, or one of a later step
+@pytest.mark.parametrize(
+    ("part", "call", "error"),
+    [
+        ("model", 1, RuntimeError),
+        ("model", 2, KeyboardInterrupt),
+        ("model", 4, RuntimeError),
+        ("denoiser", 1, KeyboardInterrupt),
+        ("denoiser", 2, RuntimeError),
+        ("denoiser", 4, KeyboardInterrupt),
+    ],
+)
 def test_an_exception_leaves_nothing_behind(vit, denoiser, images, moved, device, untouched, part, error, call):
     *modules, there = moved(device, torch.float32, vit, denoiser, images)
     calls = -1000
@@ -97,7 +106,7 @@ def test_memory_that_never_suffices_is_the_caller_s(vit, denoiser, images, moved
 
 
 def test_images_with_nan_are_named(vit, denoiser, images, moved, device):
-    """Found out by the one check of all values, without a change to anything; the next call works."""
+    """Wrong values raise an error that names them, and the next call works."""
     *modules, there = moved(device, torch.float32, vit, denoiser, images)
     session = Adapter(*modules, CONFIG)
     wrong = there.clone()

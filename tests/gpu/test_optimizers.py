@@ -10,7 +10,7 @@ from dtta_fast.optimizers import init_slots, rate, update_
 from dtta_fast.parameters import copies, in_dtypes_of
 
 pytestmark = pytest.mark.gpu
-LR = 1e-2
+LR = 2**-7  # float32 holds it exactly, and the GPU's optimizers take float32 rates
 CASES = [
     ("sgd", 0.0, 0.0),
     ("sgd", 0.9, 0.0),
@@ -49,8 +49,8 @@ def laid_otherwise(gradient: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("name", "momentum", "weight_decay"), CASES)
 def test_as_torch_optim(device, name, momentum, weight_decay, dtype, images):
-    """One set of weights, and images side by side, each as if it had an optimizer of its own. Of a bfloat16 module the weights that move
-    are float32."""
+    """For one set of weights, and for images side by side, each as if it had an optimizer of its own. The weights of a bfloat16 module move
+    in float32."""
     module = Weights(dtype).to(device)
     own = copies(dict(module.named_parameters()), images, batched=True)
     kept = torch.float64 if dtype == torch.float64 else torch.float32
@@ -67,8 +67,8 @@ def test_as_torch_optim(device, name, momentum, weight_decay, dtype, images):
             optimizer.step()
         there = [laid_otherwise(gradient.to(device)) for gradient in gradients]
         update_(name, list(own.values()), there, slots, torch.tensor(step, device=device), lr, momentum, weight_decay)
-    # float32's rounding; of float64 that of the learning rate and of the count of steps, which the fused kernels take in float32
-    tolerance = 2e-6 if kept == torch.float32 else 1e-7
+    # in float32 the kernel's bias correction 1 - 0.999^t is off by 3e-5, and so is a step of 0.008
+    tolerance = 2e-6 if kept == torch.float32 else 1e-10
     for i, weights in enumerate(each):
         for (label, found), expected in zip(own.items(), weights, strict=True):
             mine = (found if images is None else found[i]).cpu()
@@ -87,4 +87,4 @@ def test_the_storage_of_fewer_images(device, name):
     update_(name, *part, torch.tensor(0, device=device), rate(LR, torch.device(device)), 0.9, 0.0)
     for label, p in own.items():
         assert torch.equal(p[2], before[label][2])
-        torch.testing.assert_close(p[:2], before[label][:2] - LR, rtol=0, atol=1e-6)  # of ones, every optimizer's first step is the rate
+        torch.testing.assert_close(p[:2], before[label][:2] - LR, rtol=0, atol=1e-6)  # a gradient of ones makes every first step the rate

@@ -1,4 +1,4 @@
-"""How often the host waits for the GPU: never inside a step or a guard, and twice a call at most."""
+"""The host never waits for the GPU inside a step or a guard, and at most twice in a call."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sync_debug_mode(mode: str) -> Iterator[None]:
 
 @pytest.fixture
 def parts(model, denoiser, moved) -> list[Any]:
-    """A ConvNeXt, a calibrated DiT and images on the GPU, in float32; of the images pre-checks leave some alone, and some not."""
+    """A ConvNeXt, a calibrated DiT and images on the GPU, in float32. Pre-checks leave some of the images alone."""
     denoiser, generator = denoiser.float(), torch.Generator().manual_seed(2)
     contrast, mean = (torch.tensor(values)[:, None, None, None] for values in ([0.2, 0.1, 1.0], [0.15, 0.9, 0.5]))
     images = (torch.rand(3, 3, 16, 16, generator=generator) - 0.5) * contrast + mean
@@ -71,7 +71,7 @@ def started(session: Adapter, images: Tensor) -> tuple[State, Tensor, Tensor, Te
 
 
 def assert_no_waits(session: Adapter, images: Tensor) -> None:
-    """In a step, and in the guard's forwards, once what is made at their first call is there."""
+    """Asserts it of a step and of the guard's forwards, after two warm-up rounds."""
     state, inputs, x0, image_ids = started(session, images)
     problem = session.engine.problem
     losses = []
@@ -103,7 +103,7 @@ def test_a_step_and_a_guard_on_maps_never_wait(request, moved, kind):
 
 @contextmanager
 def counted_waits() -> Iterator[Callable[[], int]]:
-    """Counts operators that wait, and explicit waits, of which torch does not warn."""
+    """Counts the operators that wait, and also explicit waits, which torch does not warn of."""
     explicit: list[str] = []
 
     def count_calls(patch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
@@ -123,7 +123,7 @@ def counted_waits() -> Iterator[Callable[[], int]]:
 
 
 def test_waits_are_counted():
-    """The counter sees what it is there for."""
+    """The counter notices an operator that waits and an explicit wait."""
     numbers = torch.arange(3, device="cuda")
     with counted_waits() as waits:
         numbers + numbers
