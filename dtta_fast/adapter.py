@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from dtta_fast import lora, presets
-from dtta_fast.batch import Batch
+from dtta_fast.batch import Batch, Request
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.engine import Engine, anchor
-from dtta_fast.inputs import Checks, check_draws, checked_deadline, checked_ids, checked_images, checked_latents
+from dtta_fast.inputs import Checks, check_denoiser, check_draws, checked_deadline, checked_ids, checked_images, checked_latents
 from dtta_fast.parameters import select
 from dtta_fast.result import AdaptResult, Group, assembled
 from dtta_fast.runtime.attention import math_attention
@@ -69,18 +69,7 @@ class Adapter:
             raise TypeError(f"task is {task!r}; give a Task, such as Classification()")
         task = task or Classification()
         model, denoiser = task.bind(model, denoiser)
-        rows = len(denoiser.process)
-        if config.timestep_range is not None and config.timestep_range[1] > rows:
-            raise ValueError(f"timestep_range is {config.timestep_range}, and the denoiser's process has timesteps 0 .. {rows - 1}")
-        if config.match != "off" and denoiser.calibration is None:
-            remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or match='off'"
-            raise ValueError(f"match is {config.match!r}, and the denoiser has no calibration; {remedy}")
-        if config.precheck == "statistics" and (denoiser.calibration is None or not denoiser.calibration.typical):
-            remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or precheck='off'"
-            raise ValueError(f"precheck is 'statistics', and the denoiser has no calibration with typical statistics; {remedy}")
-        if config.timesteps == "calibrated" and (denoiser.calibration is None or not denoiser.calibration.signal):
-            remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or timesteps='stratified'"
-            raise ValueError(f"timesteps is 'calibrated', and the denoiser has no calibration of its timesteps; {remedy}")
+        check_denoiser(denoiser, config)
         if config.parameters == "lora":
             lora.check(model, config.lora_targets, "model")
         else:
@@ -146,25 +135,16 @@ class Adapter:
             if draw is not None and config.method != "adapt":
                 raise ValueError(f"{name} is given with method {config.method!r}, which draws pairs of its own: leave it out")
         with self._lock:
-            return self._attempted(images, image_ids, latents, timesteps, noise, deadline, checks)
+            return self._attempted(Request(images, image_ids, latents, timesteps, noise, deadline, checks))
 
-    def _attempted(
-        self,
-        images: Tensor,
-        image_ids: Tensor,
-        latents: Tensor | None,
-        timesteps: Tensor | None,
-        noise: Tensor | None,
-        deadline: float | None,
-        checks: Checks,
-    ) -> AdaptResult:
-        """Once more where less memory or eager mode may help; an online state moves on at the end."""
+    def _attempted(self, request: Request) -> AdaptResult:
+        """Adapts, and once more where less memory or eager mode may help; an online state moves on at the end."""
         engine, torch_state = self.engine, TorchState.now()
         for attempt in range(ATTEMPTS):
             try:
-                with torch.enable_grad(), torch.autocast(images.device.type, enabled=False), engine.context():
+                with torch.enable_grad(), torch.autocast(engine.device.type, enabled=False), engine.context():
                     engine.refresh()
-                    state, result = self._adapt(images, image_ids, latents, timesteps, noise, deadline, checks)
+                    state, result = self._adapt(request)
                 engine.succeeded()
                 break
             except BaseException as error:  # Ctrl-C too leaves tensors of ours in the private modules
@@ -178,22 +158,14 @@ class Adapter:
             self._state = state
         return result
 
-    def _adapt(
-        self,
-        images: Tensor,
-        image_ids: Tensor,
-        latents: Tensor | None,
-        timesteps: Tensor | None,
-        noise: Tensor | None,
-        deadline: float | None,
-        checks: Checks,
-    ) -> tuple[State | None, AdaptResult]:
+    def _adapt(self, request: Request) -> tuple[State | None, AdaptResult]:
         """The result, and the online state to go on from: None where it does not move.
 
         Without a deadline the host waits for the device twice at most, where images run together: for the checks of values with the
         pre-check, and for what the guard has to compare.
         """
         engine, config = self.engine, self.config
+        images, image_ids, latents, timesteps, noise, deadline, checks = request
         problem, clock, count = engine.problem, Clock(images.device), len(images)
         with clock.phase("encode"):
             crop = problem.task.crop(problem.model, images)

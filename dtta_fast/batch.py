@@ -6,6 +6,23 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from dtta_fast.inputs import Checks
+
+
+class Request(NamedTuple):
+    """What a call was given, its images [B, 3, H, W] in floating point.
+
+    deadline: in seconds of time.perf_counter(). checks: those of values that are still owed. The others are Adapter.adapt's.
+    """
+
+    images: Tensor
+    image_ids: Tensor
+    latents: Tensor | None
+    timesteps: Tensor | None
+    noise: Tensor | None
+    deadline: float | None
+    checks: Checks
+
 
 class Batch(NamedTuple):
     """B images, one in each row of every tensor.

@@ -48,6 +48,22 @@ class Checks:
         return found[len(owed) :]
 
 
+def check_denoiser(denoiser: Denoiser, config: AdaptConfig) -> None:
+    """Raises ValueError where the denoiser lacks what the config asks for: timesteps, or a calibration."""
+    rows = len(denoiser.process)
+    if config.timestep_range is not None and config.timestep_range[1] > rows:
+        raise ValueError(f"timestep_range is {config.timestep_range}, and the denoiser's process has timesteps 0 .. {rows - 1}")
+    if config.match != "off" and denoiser.calibration is None:
+        remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or match='off'"
+        raise ValueError(f"match is {config.match!r}, and the denoiser has no calibration; {remedy}")
+    if config.precheck == "statistics" and (denoiser.calibration is None or not denoiser.calibration.typical):
+        remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or precheck='off'"
+        raise ValueError(f"precheck is 'statistics', and the denoiser has no calibration with typical statistics; {remedy}")
+    if config.timesteps == "calibrated" and (denoiser.calibration is None or not denoiser.calibration.signal):
+        remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or timesteps='stratified'"
+        raise ValueError(f"timesteps is 'calibrated', and the denoiser has no calibration of its timesteps; {remedy}")
+
+
 def checked_tensor(name: str, value: Any, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; give a tensor")

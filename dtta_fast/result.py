@@ -24,6 +24,7 @@ class AdaptResult:
         accepted: [B] bool, False where the answer before stands.
         steps_run: updates made.
         evaluations: [B], an image's forwards of the denoiser for one (timestep, noise, condition), the guard's included.
+        clock: what `seconds` is read from.
     """
 
     outputs: Tensor
