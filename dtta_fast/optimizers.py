@@ -25,8 +25,11 @@ Slots = list[Tensors]
 
 
 def rate(value: float, device: torch.device) -> Tensor:
-    """A learning rate as the 0-dim tensor that update_() takes: float64, but float32 on CUDA, whose kernels read no other."""
-    return torch.full((), value, dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
+    """A learning rate as the 0-dim tensor that update_() takes: float64, but float32 on CUDA, whose kernels read no other. There a rate
+    beyond float32's range is its largest number."""
+    if device.type != "cuda":
+        return torch.full((), value, dtype=torch.float64, device=device)
+    return torch.full((), min(value, torch.finfo(torch.float32).max), dtype=torch.float32, device=device)
 
 
 def init_slots(optimizer: Optimizer, parameters: Tensors, images: int = 1) -> Slots:

@@ -226,6 +226,7 @@ def test_fused_optimizers_get_what_cuda_reads(optimizer):
         slots, step = optimizers.init_slots(optimizer, parameters), torch.zeros((), dtype=torch.int64, device="cuda")
         lr = optimizers.rate(1e-3, torch.device("cuda"))
         optimizers.update_(optimizer, parameters, gradients, slots, step, lr, 0.9, 0.01)
+        assert optimizers.rate(1e200, torch.device("cuda")).dtype == torch.float32
         with pytest.raises(AssertionError, match=r"lr is torch\.float64"):
             optimizers.update_(optimizer, parameters, gradients, slots, step, lr.double(), 0.9, 0.01)
         with pytest.raises(AssertionError, match="strides"):
