@@ -121,7 +121,8 @@ def shown(results: dict[str, Any]) -> str:
 def _shown(found: dict[str, Any]) -> str:
     if "passed" in found:
         failures = "".join(f"\n        {failure['name']}" for failure in found["failures"][:20])
-        return f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped{failures}"
+        ran = f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped"
+        return f"{found['collected']} tests: {ran}{failures}"
     if "evaluations" in found:
         evaluations = statistics.mean(found["evaluations"]) if isinstance(found["evaluations"], list) else found["evaluations"]
         more = f", {found['launches']} launches, GPU busy {found['busy']:.0%}" if isinstance(found.get("busy"), float) else ""

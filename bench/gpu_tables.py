@@ -137,9 +137,9 @@ def _stages(run: dict[str, Any]) -> str:
         notes += [f"{label}: {'fine' if value['fine'] else 'broken'}" for label, value in values if "fine" in value]
         for label, value in values:
             if "passed" in value:
-                stopped = f", stopped after {value['stopped after']:.0f} s" if "stopped after" in value else ""
+                ran = f"{value['passed']} passed, {value['failed']} failed, {value['skipped']} skipped"
                 failures = "".join(f"; {failure['name']}" for failure in value["failures"])
-                notes.append(f"{value['passed']} passed, {value['failed']} failed, {value['skipped']} skipped{stopped}{failures}")
+                notes.append(f"{value['collected']} tests: {ran}{failures}")
             if "head size" in value:
                 notes.append(f"{label}: {', '.join(value['forward']['operators'])}")
         rows.append([name, stage["status"], f"{stage['seconds']:.0f}", "<br>".join(notes).replace("|", "\\|")])

@@ -100,8 +100,7 @@ def test_what_broke_once_is_fine_here(results):
         "ViT under vmap, 2 images, float32": True,
     }
     tests = results["stages"]["tier"]["measured"]["tests"]["tests/gpu"]
-    assert tests["passed"] > 0
-    assert tests["failed"] == 0
+    assert tests["passed"] == tests["collected"] > 0
 
 
 def test_tables_refuse_a_tiny_run(results, tmp_path):

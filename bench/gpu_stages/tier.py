@@ -1,69 +1,65 @@
-"""Stage 2, the tests: the folder tests/gpu by pytest, in a process of its own, stopped a little before the stage is."""
+"""Stage 2, the tests: the folder tests/gpu by pytest, recorded test by test, so that a crash or the stage's end loses none that ran."""
 
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import tempfile
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
 from bench.gpu_stages.recording import Record, Setting
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "tests" / "gpu"
-GRACE = 5.0  # seconds that pytest has to end in, after it was interrupted
-TAIL = 12  # lines of a failure that are kept
+FOLDER = Path(__file__).resolve().parents[2] / "tests" / "gpu"
 SMALL = FOLDER / "test_kernels.py::test_add_noise"  # of a tiny run: CI runs the whole folder anyway
+LINES = 12  # of a failure that are kept; the log has them all
+LAST = 2.0  # seconds before the stage's end, when no more tests are begun
+FINE = (0, 1, 2)  # exit codes of pytest: all passed, some failed, stopped early
 
 
 def run(setting: Setting, record: Record) -> None:
-    """Counts, and of each failure its name and its last lines. The output is in the log."""
-    record.measure("tests", "tests/gpu", lambda: tests(setting.tiny, record.left - GRACE))
+    """Counts, and of each failure its name and its last lines."""
+    os.environ.pop("DTTA_FAST_STRICT", None)  # tests compare with the CPU, which may have no compiled ops
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the tests need none, and importing those that are installed takes seconds
+    import pytest
+
+    os.chdir(FOLDER)
+    options = ("--import-mode=importlib", "-p", "no:cacheprovider", "-v", "--tb=short", "-m", "gpu")
+    code = int(pytest.main([*options, str(SMALL if setting.tiny else FOLDER)], plugins=[Recorder(record)]))
+    if code not in FINE:
+        record.put("tests", "pytest", {"error": f"exit code {code}; its output is in the log"})
 
 
-def tests(tiny: bool, seconds: float) -> dict[str, Any]:
-    """What pytest says within that time; the tests hold the CPU against the GPU, and a CPU may have no compiled ops."""
-    environment = {name: value for name, value in os.environ.items() if name != "DTTA_FAST_STRICT"}
-    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the tests need none, and importing those that are installed takes seconds
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
-        options = ("--import-mode=importlib", "-p", "no:cacheprovider", "-v", "--tb=short", "-m", "gpu", f"--junit-xml={report}")
-        command = [sys.executable, "-m", "pytest", *options, str(SMALL if tiny else FOLDER)]
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored, and so would pytest
-        process = subprocess.Popen(command, cwd=FOLDER, env=environment)
-        try:
-            process.wait(timeout=max(seconds, 1.0))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)  # it then writes its report of the tests that ran
-            process.wait(timeout=GRACE - 1)
-            return {"stopped after": seconds, **read(report)}
-        if process.returncode not in (0, 1):
-            raise RuntimeError(f"pytest ended with exit code {process.returncode}; its output is in the log")
-        return read(report)
+class Recorder:
+    """A plugin of pytest's."""
 
+    def __init__(self, record: Record) -> None:
+        self._record, self._session = record, None
+        self._found: dict[str, Any] = {"collected": 0, "passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": [], "seconds": {}}
 
-def read(report: Path) -> dict[str, Any]:
-    """Of a junit file."""
-    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    failures, skipped = [], []
-    for case in cases:
-        name = f"{str(case.get('classname')).rpartition('.')[2]}::{case.get('name')}"
-        for kind in ("failure", "error"):
-            for found in case.findall(kind):
-                failures.append({"name": name, "lines": (found.text or "").strip().splitlines()[-TAIL:]})
-        skipped += [{"name": name, "reason": found.get("message")} for found in case.findall("skipped")]
-    failed = len({failure["name"] for failure in failures})
-    slowest = sorted(cases, key=lambda case: -float(case.get("time", 0)))[:5]
-    return {
-        "passed": len(cases) - failed - len(skipped),
-        "failed": failed,
-        "skipped": len(skipped),
-        "seconds": sum(float(case.get("time", 0)) for case in cases),
-        "failures": failures,
-        "skips": skipped,
-        "slowest": {str(case.get("name")): float(case.get("time", 0)) for case in slowest},
-    }
+    def pytest_collectreport(self, report: Any) -> None:
+        """A file that cannot be imported counts as a failure."""
+        if report.failed:
+            self._failed(report)
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        self._session, self._found["collected"] = session, len(session.items)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Of a test's set-up, call and tear-down."""
+        if report.failed:
+            self._failed(report)
+        elif report.skipped:
+            self._found["skipped"] += 1
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+            self._found["skips"].append({"name": report.nodeid, "reason": reason[:200]})
+        elif report.when == "call":
+            self._found["passed"] += 1
+        if report.when == "call":
+            self._found["seconds"][report.nodeid] = report.duration
+        self._record.put("tests", "tests/gpu", self._found)
+        if self._record.left < LAST:
+            self._session.shouldstop = "the stage has no time left"
+
+    def _failed(self, report: Any) -> None:
+        self._found["failed"] += 1
+        self._found["failures"].append({"name": report.nodeid, "lines": report.longreprtext.strip().splitlines()[-LINES:]})
+        self._record.put("tests", "tests/gpu", self._found)
