@@ -43,13 +43,13 @@ def number(value: Any, form: str, factor: float = 1.0) -> str:
 
 
 def group(run: dict[str, Any], stage: str, name: str) -> dict[str, Any]:
-    """What a stage measured, by label."""
+    """Collects what a stage measured, by label."""
     found: dict[str, Any] = run["stages"].get(stage, {}).get("measured", {}).get(name, {})
     return found
 
 
 def calls(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of FAST and PAPER with DiT-XL/2, eager and compiled."""
+    """Lists the calls of FAST and PAPER with DiT-XL/2, eager and compiled."""
     both = (*group(run, "engine", "calls").values(), *group(run, "compiled", "calls").values())
     return [call for call in both if "seconds" in call]
 
@@ -72,7 +72,7 @@ def rate(run: dict[str, Any], call: dict[str, Any]) -> tuple[str, str]:
 
 
 def naive(run: dict[str, Any], work: str, images: int, precision: str = "bf16") -> list[str]:
-    """How many times the naive engine's time an image takes, against each of its precisions: the same work by ours in `precision`."""
+    """Divides the naive engine's time, in each of its precisions, by the time that ours takes for the same work in `precision`."""
     turns = [turn for turn in group(run, "against_naive", "turns").values() if "seconds" in turn and turn["work"] == work]
     own = [t for t in turns if (t["engine"], t["precision"], t["images"]) == ("engine", precision, images)]
     found = []

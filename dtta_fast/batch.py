@@ -1,4 +1,4 @@
-"""The images of a call on their way through it."""
+"""The request that a call makes, and its images on their way through the engine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dtta_fast.inputs import Checks
 
 
 class Request(NamedTuple):
-    """What a call was given, its images [B, 3, H, W] in floating point.
+    """The arguments of a call, its images [B, 3, H, W] in floating point.
 
-    deadline: in seconds of time.perf_counter(). checks: those of values that are still owed. The others are Adapter.adapt's.
+    deadline: in seconds of time.perf_counter(). checks: checks of values that are still to be made. The other fields are Adapter.adapt's.
     """
 
     images: Tensor
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
         return self.x0
 
     def of(self, rows: Tensor | slice) -> Batch:
-        """Some of the images."""
+        """Selects some of the images."""
         return Batch(*(None if tensor is None else tensor[rows] for tensor in self))  # type: ignore[arg-type]
 
     def draws(self, step: int) -> list[Tensor | None]:

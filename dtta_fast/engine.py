@@ -195,7 +195,7 @@ class Engine:
 
     @torch.no_grad()
     def _bytes_per_forward_row(self, inputs: Tensor, x0: Tensor) -> int:
-        """Without gradient; measured once."""
+        """Bytes of a row in a forward without gradient; measured once."""
         if self._forward_bytes is None:
             denoiser = self.problem.denoiser
             condition = self.task.condition(self._outputs(inputs[:1]), denoiser, {}, self.config)
@@ -232,21 +232,21 @@ class Engine:
         return self._image_bytes
 
     def _outputs(self, inputs: Tensor) -> Tensor:
-        """Of the source model."""
+        """Runs the source model."""
         with phase("classifier"):
             outputs: Tensor = self._forward(self.problem, {}, inputs)
         return outputs
 
     @torch.no_grad()
     def source_outputs(self, inputs: Tensor, checks: Checks) -> Tensor:
-        """Of the source model, held against what the task can take."""
+        """Runs the source model, and checks that the task can use its outputs."""
         outputs = self._outputs(inputs)
         self.task.check(outputs, self.problem.denoiser, self.config, checks)
         return outputs
 
     @torch.no_grad()
     def asked(self, before: Tensor, start: Tensor, crop: Tensor) -> Tensor:
-        """Which images [B] the pre-check does not leave alone.
+        """Tells which images [B] the pre-check selects for adaptation.
 
         before, start: the source's outputs for the images as they are and matched. crop: [B, 3, H, W] in [0, 1].
         """
@@ -257,7 +257,7 @@ class Engine:
         return (answers[0] != answers[1]).flatten(1).any(1)
 
     def whole_batches(self) -> bool:
-        """Whether a batch is adapted whole or not at all, since code is compiled for its size."""
+        """Tells whether a batch is adapted whole or not at all, since code is compiled for its size."""
         return self._compile != "off"
 
     @torch.no_grad()
@@ -358,6 +358,6 @@ class Engine:
 
     @torch.no_grad()
     def finite(self, state: State) -> Tensor:
-        """Whether all of a state's numbers are finite, a 0-dim bool tensor."""
+        """Tells whether all of a state's numbers are finite, as a 0-dim bool tensor."""
         numbers = [tensor for tensor in pytree.tree_leaves(state) if tensor.is_floating_point() and tensor.numel()]
         return torch.stack(list(torch._foreach_norm(numbers, torch.inf))).isfinite().all()

@@ -32,7 +32,7 @@ class Pairs(NamedTuple):
     pair0: int = 0
 
     def images(self, which: slice) -> Pairs:
-        """Those of some images alone."""
+        """Selects the pairs of some images."""
         noise = None if self.noise is None else self.noise[which]
         return self._replace(x0=self.x0[which], timesteps=self.timesteps[which], image_ids=self.image_ids[which], noise=noise)
 

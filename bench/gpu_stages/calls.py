@@ -1,4 +1,4 @@
-"""What a session's calls take: first call, latency, steps, launches, memory, and how much of it the denoiser's evaluations are."""
+"""Measures a session's calls: the first one, latency, steps, launches and memory, with the denoiser's evaluations beside them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def measured(adapter: Adapter, images: Tensor, latents: Tensor | None, setting: 
 
 
 def _step(adapter: Adapter, images: Tensor, latents: Tensor | None, setting: Setting, seconds: float) -> dict[str, Any]:
-    """Of a step of the images that run at once."""
+    """Times a step of the images that run at once."""
     with prepared(adapter, images, latents) as (state, inputs, x0, ids):
         samples = by_events(lambda: adapter.engine.step(state, inputs, x0, ids), setting.device, STEPS, seconds)
     return {**summary(samples), "images": len(inputs)}

@@ -59,7 +59,7 @@ def copy(size: int, device: torch.device) -> dict[str, Any]:
 
 
 def product(dtype: str, k: int, n: int, rows: int, device: torch.device) -> dict[str, Any]:
-    """Of rows of k numbers with a weight [n, k], as a linear layer does without its bias; in fp8 the cast of x is not in it."""
+    """Times rows of k numbers times a weight [n, k]: a linear layer without its bias. In fp8 the cast of x is not timed."""
     x, weight = torch.randn(rows, k, device=device).bfloat16(), torch.randn(n, k, device=device).bfloat16()
     work: Callable[[], Tensor]
     if dtype == "bf16":
@@ -79,7 +79,7 @@ def heads(rows: int, device: torch.device) -> list[Tensor]:
 
 
 def refused(error: RuntimeError) -> bool:
-    """Whether it says that no backend that is allowed takes these tensors."""
+    """Tells whether the error says that no allowed backend takes these tensors."""
     return str(error).startswith(("No available kernel", "No viable backend"))
 
 

@@ -45,7 +45,7 @@ def run(setting: Setting, record: Record) -> None:
 
 
 def card() -> dict[str, str]:
-    """What nvidia-smi says; an old driver does not know the last field's name."""
+    """Reads nvidia-smi. An old driver does not know the name of the last field."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         raise FileNotFoundError("nvidia-smi is not on the PATH")
@@ -60,7 +60,7 @@ def card() -> dict[str, str]:
 
 
 def properties(device: torch.device) -> dict[str, Any]:
-    """What torch knows of the card, and the libraries that it was built with."""
+    """Collects what torch knows about the card, and the libraries that it was built with."""
     found = torch.cuda.get_device_properties(device)
     names = ("major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
     versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
@@ -78,8 +78,8 @@ def busy(device: torch.device) -> dict[str, str]:
 
 
 def update(optimizer: Any, device: torch.device) -> dict[str, Any]:
-    """One update by torch's fused kernels, as the engine calls it, beside the same on the CPU in float64. (The learning rate was a float64
-    tensor once, which the CUDA kernels read as float32.)"""
+    """Makes one update with torch's fused kernels, as the engine does, and the same on the CPU in float64. The learning rate used to be a
+    float64 tensor, which the CUDA kernels do not take."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, 5, 7), (3, 64), (3, 2, 3, 4, 4))  # weights of three images
     own, gradients = ([torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes] for _ in range(2))
@@ -122,7 +122,7 @@ def vit(setting: Setting) -> dict[str, Any]:
 
 
 def attention(name: str | None, device: torch.device) -> dict[str, Any]:
-    """Two rows in bfloat16, forward and backward, by that backend or by torch's choice: what ran, or why it was refused."""
+    """Runs two rows in bfloat16, forward and backward, with that backend or with torch's choice; tells what ran, or why it was refused."""
     q, k, v = (tensor.requires_grad_() for tensor in heads(2, device))
     upstream = torch.randn_like(q)
     with warnings.catch_warnings(record=True) as caught, nullcontext() if name is None else sdpa_kernel(BACKENDS[name]):

@@ -94,7 +94,7 @@ def latents(count: int, denoiser: Any, setting: Setting) -> Tensor:
 
 
 def flops_a_row(denoiser: DiT, setting: Setting) -> dict[str, int]:
-    """Of the denoiser for one row: a forward; with the backward to the condition; and with that to the weights too."""
+    """Counts the denoiser's FLOPs for one row: a forward; with the backward to the condition; and with the one to the weights too."""
     x_t, time = latents(1, denoiser, setting), torch.full((1,), 500, device=setting.device)
     condition = denoiser.class_embeddings({})[:1].clone()
     found = {}

@@ -52,7 +52,7 @@ def run(setting: Setting, record: Record) -> None:
 
 
 def copied(pairs: int, side: int, device: torch.device) -> dict[str, Any]:
-    """Of as many float32 numbers."""
+    """Times a copy of as many float32 numbers."""
     source = torch.randn(pairs, 4, side, side, device=device)
     target = torch.empty_like(source)
     return {"bytes": 2 * source.nbytes, "seconds": summary(of_kernels(lambda: target.copy_(source), device))}
@@ -88,7 +88,7 @@ def noised(backend: Any, op: str, dtype: torch.dtype, gradient: bool, pairs: int
 
 
 def dispatched(pairs: int, side: int, device: torch.device) -> dict[str, Any]:
-    """What the host takes for an op is in it where the kernel is shorter."""
+    """Times an op. Where the kernel is shorter than the host's part, the host's part is what is measured."""
     given = drawn(pairs, side, device)
     return {"seconds": summary(of_kernels(lambda: add_noise(**given, dtype=torch.bfloat16), device))}
 

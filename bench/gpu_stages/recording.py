@@ -1,4 +1,4 @@
-"""What a stage has measured so far, in a file that is written anew after each measurement."""
+"""The record of what a stage has measured so far, a file that is rewritten after each measurement."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def run(setting: Setting, record: Record) -> None:
 
 
 def forwards(denoiser: Any, rows: int, flops: dict[str, int], setting: Setting, seconds: float) -> dict[str, Any]:
-    """Of the denoiser for rows of one image, without gradient and with a backward to the condition, as a guard and a step run it."""
+    """Times the denoiser on rows of one image, without gradient (as in a guard) and with a backward to the condition (as in a step)."""
     generator = torch.Generator(setting.device).manual_seed(5)
     x_t = torch.randn(rows, *denoiser.latent_shape, generator=generator, device=setting.device).to(denoiser.dtype)
     time = torch.randint(0, len(denoiser.process), (rows,), generator=generator, device=setting.device)

@@ -44,7 +44,7 @@ class Recorder:
         self._session, self._found["collected"] = session, len(session.items)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Of a test's set-up, call and tear-down."""
+        """Notes the outcome of a test's set-up, call and tear-down."""
         if report.failed:
             self._failed(report)
         elif report.skipped:

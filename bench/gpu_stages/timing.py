@@ -1,4 +1,4 @@
-"""How things are timed: warm-up first, raw samples kept, the median told."""
+"""Timing: warm up first, keep the raw samples, report the median."""
 
 from __future__ import annotations
 

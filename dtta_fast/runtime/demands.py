@@ -1,4 +1,4 @@
-"""What torch's CUDA kernels demand of their arguments where its CPU kernels take anything.
+"""Demands of torch's CUDA kernels on their arguments, where its CPU kernels take anything.
 
 | kernel | demand | read in torch 2.11 |
 |---|---|---|
@@ -59,7 +59,7 @@ def attention(*tensors: Tensor) -> None:
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether its elements fill their memory without gaps or overlaps."""
+    """Tells whether the tensor's elements fill their memory without gaps or overlaps."""
     expected = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda dimension: dimension[1]):
         if size != 1 and stride != expected:

@@ -1,4 +1,4 @@
-"""How CUDA multiplies float32: in full precision, or in TF32 on the tensor cores. torch's switches for it belong to the process."""
+"""Float32 products on CUDA: in full precision, or in TF32 on the tensor cores. torch's switches for this belong to the process."""
 
 from __future__ import annotations
 

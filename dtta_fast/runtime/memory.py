@@ -28,8 +28,11 @@ class Plan(NamedTuple):
 
 
 class Limit:
-    """How many rows run at once after memory ran out. It goes up again after some calls that succeed, for what took the memory may be gone;
-    where that fails, it waits for twice as many calls the next time."""
+    """A bound on the rows that run at once, set when memory ran out.
+
+    It doubles after some calls that succeed, since whatever took the memory may be gone. Each time memory runs out again, it waits for
+    twice as many calls.
+    """
 
     def __init__(self) -> None:
         self._rows: int | None = None

@@ -28,13 +28,13 @@ def denoiser_dtype(precision: Precision, own: torch.dtype, device: torch.device)
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the GPU multiplies bfloat16 in hardware."""
+    """Tells whether the GPU multiplies bfloat16 in hardware."""
     with torch.cuda.device(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def products(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
-    """How float32 products are computed for the time of a call: in full precision for "fp32", in TF32 otherwise. Only CUDA has a choice."""
+    """Sets how CUDA computes float32 products during a call: in full precision for "fp32", in TF32 otherwise. A CPU has no such choice."""
     return float32_products.within(device, tf32=precision != "fp32")
 
 

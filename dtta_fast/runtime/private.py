@@ -64,12 +64,12 @@ class PrivateCopy:
         self._versions = [None] * len(self._converted)
 
     def _counted(self) -> list[int | None]:
-        """How often each converted weight was written to; None for one made under torch.inference_mode(), where torch does not count."""
+        """Counts the writes to each converted weight; None for one made under torch.inference_mode(), where torch does not count."""
         return [None if p.is_inference() else p._version for p, _ in self._converted]
 
 
 def is_plain(parameter: nn.Parameter) -> bool:
-    """Whether it is of no class of its own, as quantised weights are: those are shared as they are."""
+    """Tells a plain parameter from one of a class of its own, such as a quantised weight, which is shared as it is."""
     return type(parameter) is nn.Parameter
 
 
