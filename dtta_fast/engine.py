@@ -185,6 +185,8 @@ class Engine:
         """Rows at once of a forward without gradient, for `together` images."""
         config = self.config
         rows = memory.GUARD_ROWS.get(self.device.type, memory.ROWS_AT_ONCE)
+        if config.chunk != "auto":
+            rows = min(rows, config.chunk * together)
         if self._budget is not None:
             rows = min(rows, max(1, self._budget // self._bytes_per_forward_row(inputs, x0)))
         rows = self._limits["guard"].of(rows)
