@@ -193,7 +193,8 @@ class Adapter:
         state, groups, rows = None, [], None
         part = batch
         if not all(asked):
-            rows = torch.tensor([i for i, wanted in enumerate(asked) if wanted], dtype=torch.int64).to(images.device, non_blocking=True)
+            numbers = [i for i, wanted in enumerate(asked) if wanted]
+            rows = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(images.device, non_blocking=True)
             part = batch.of(rows)
         if any(asked):
             if part.x0 is None:
@@ -356,7 +357,8 @@ class Adapter:
         new = State(**state)
         engine = self.engine
         with self._lock:
-            expected = initial_state(engine.problem, *engine.source(), torch.empty(0, device=anchor(engine.model).device))
+            outputs = torch.empty(0, dtype=torch.float32, device=anchor(engine.model).device)
+            expected = initial_state(engine.problem, *engine.source(), outputs)
             for field in ("theta", "phi"):
                 shapes = [{name: p.shape for name, p in getattr(s, field).items()} for s in (new, expected)]
                 slots = [[[(p.shape, p.dtype) for p in tensors] for tensors in getattr(s, f"{field}_slots")] for s in (new, expected)]

@@ -242,4 +242,4 @@ def _rounds(calls: int) -> int:
 
 def _call(adapter: Adapter, images: Tensor, i: int) -> Any:
     row = i % len(images)
-    return adapter.adapt(images[row : row + 1], image_ids=torch.tensor([i], device=images.device))
+    return adapter.adapt(images[row : row + 1], image_ids=torch.tensor([i], dtype=torch.int64, device=images.device))

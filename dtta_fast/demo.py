@@ -62,7 +62,7 @@ def run(
         changes = []
         for first in range(0, images, batch):
             part = slice(first, first + batch)
-            result = adapter.adapt(inputs[part], image_ids=torch.arange(images)[part])
+            result = adapter.adapt(inputs[part], image_ids=torch.arange(images, dtype=torch.int64, device="cpu")[part])
             before, after = (p == labels[part] for p in (result.predictions_before, result.predictions))
             right_before += int(before.sum())
             right += int(after.sum())

@@ -23,7 +23,9 @@ BATCH = 8
 CORRUPTIONS = {"segmentation": SEGMENTATION_C, "depth": DEPTH_C}
 MAIN = {"segmentation": "mean_iou", "depth": "abs_rel"}  # that which the gain is told in
 COLOURS = torch.tensor(
-    [[0.35, 0.27, 0.20], [0.75, 0.75, 0.72], [0.85, 0.20, 0.20], [0.20, 0.60, 0.25], [0.20, 0.35, 0.80], [0.95, 0.80, 0.20]]
+    [[0.35, 0.27, 0.20], [0.75, 0.75, 0.72], [0.85, 0.20, 0.20], [0.20, 0.60, 0.25], [0.20, 0.35, 0.80], [0.95, 0.80, 0.20]],
+    dtype=torch.float32,
+    device="cpu",
 )
 
 
@@ -63,7 +65,7 @@ def run(
         inputs = data.images if severity is None else corrupt(data.images, corruption, severity)
         adapter.reset()
         start, parts = time.perf_counter(), []
-        for part in torch.arange(images).split(BATCH):
+        for part in torch.arange(images, dtype=torch.int64, device="cpu").split(BATCH):
             parts.append(adapter.adapt(inputs[part], image_ids=part))
             advance(corruption, len(part))
         seconds = (time.perf_counter() - start) / images

@@ -40,7 +40,7 @@ def classify(problem: Problem, outputs: Tensor, x0: Tensor, image_ids: Tensor) -
         rows, columns = wanted.nonzero(as_tuple=True)
         at = torch.full((), stage, dtype=torch.int64, device=x0.device)
         found = losses.new_zeros(images, classes, config.pairs)
-        for part in torch.arange(len(rows), device=x0.device).split(max(1, problem.guard_rows // config.pairs)):
+        for part in torch.arange(len(rows), dtype=torch.int64, device=x0.device).split(max(1, problem.guard_rows // config.pairs)):
             here = table[columns[part]], x0[rows[part]], image_ids[rows[part]]
             found[rows[part], columns[part]] = held_out_losses(problem, *here, at, config.pairs).double()
         evaluations += config.pairs * wanted.sum(1)
@@ -48,7 +48,7 @@ def classify(problem: Problem, outputs: Tensor, x0: Tensor, image_ids: Tensor) -
         losses = torch.cat([losses, found], dim=2)
         means = losses.mean(2).masked_fill(~alive, torch.inf)
         leader = means.argmin(1)
-        differences = losses - losses[torch.arange(images, device=x0.device), leader][:, None]
+        differences = losses - losses[torch.arange(images, dtype=torch.int64, device=x0.device), leader][:, None]
         excess = torch.where(alive & going[:, None], differences.mean(2), excess)
         if config.guard_threshold:
             error = differences.std(2) / losses.shape[2] ** 0.5

@@ -20,7 +20,7 @@ def cumulative_density(proposal: Tensor, low: int, high: int) -> Tensor:
     Raises:
         ValueError: the density is 0 in all of the range.
     """
-    inside = torch.zeros(len(proposal), dtype=torch.float64)
+    inside = torch.zeros(len(proposal), dtype=torch.float64, device=proposal.device)
     inside[low:high] = proposal[low:high].double()
     if not inside.sum() > 0:
         raise ValueError(f"timestep_range is ({low}, {high}), where the calibrated density is 0; choose another, or None")
@@ -55,7 +55,7 @@ class Draws:
 
     def _timesteps(self, pairs: int, image_ids: Tensor, step: Tensor) -> Tensor:
         words = timestep_words(pairs, image_ids, self.seed, step)
-        pair = torch.arange(pairs, device=words.device)
+        pair = torch.arange(pairs, dtype=torch.int64, device=words.device)
         if self.cumulative is not None:
             position = ((pair << 32) + words) // pairs
             return torch.searchsorted(self.cumulative[1:], position, right=True)
@@ -73,7 +73,7 @@ class Draws:
         """[B, P, C, h, w] where pairs share noise, and None where each has its own, which the ops draw as they go."""
         if not (self.antithetic or self.share_noise):
             return None
-        pair = torch.arange(self.pairs, device=x0.device) // (2 if self.antithetic else 1)
+        pair = torch.arange(self.pairs, dtype=torch.int64, device=x0.device) // (2 if self.antithetic else 1)
         own = normal(
             x0[0].numel(),
             pair[:1] if self.share_noise else pair,
@@ -82,12 +82,12 @@ class Draws:
             self.step(step),
             torch.promote_types(x0.dtype, torch.float32),
         )
-        signs = 1 - 2 * (torch.arange(self.pairs, device=x0.device) % 2) if self.antithetic else torch.ones_like(pair)
+        signs = 1 - 2 * (torch.arange(self.pairs, dtype=torch.int64, device=x0.device) % 2) if self.antithetic else torch.ones_like(pair)
         return (own * signs[:, None]).unflatten(2, x0.shape[1:])
 
 
 def class_uniforms(classes: int, image_ids: Tensor, seed: int, step: Tensor) -> Tensor:
     """One number in (0, 1) for each class, [B, K] float64, on a stream of its own."""
-    quads = torch.arange((classes + 3) // 4, device=image_ids.device)
+    quads = torch.arange((classes + 3) // 4, dtype=torch.int64, device=image_ids.device)
     words = torch.broadcast_tensors(*philox((quads, torch.full_like(quads, CLASS_PAIR), image_ids[:, None], step), seed))
     return (torch.stack(words, dim=-1).flatten(-2)[:, :classes].double() + 0.5) * 2.0**-32

@@ -31,7 +31,7 @@ from dtta_fast.tasks.base import Task
 
 def anchor(model: nn.Module) -> Tensor:
     """A tensor with the model's device and dtype."""
-    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32, device="cpu"))
 
 
 class Engine:
@@ -348,14 +348,14 @@ class Engine:
             decision, pairs = self.task.decision(outputs, problem.denoiser), self.config.guard
             counts = {step.guard_forwards(images, pairs, problem.guard_rows, "few")[-1] // pairs for images in range(1, 3 * len(x0) + 1)}
             for images in sorted(counts):
-                rows = torch.arange(images, device=x0.device) % len(x0)
+                rows = torch.arange(images, dtype=torch.int64, device=x0.device) % len(x0)
                 step.held_out_losses(problem, decision[rows], x0[rows], image_ids[rows], at)
 
     def run_guard(self, outputs: Tensor, x0: Tensor, image_ids: Tensor, at: Tensor) -> None:
         """Runs the guard's forwards for as many answers as there can be, whether an answer changed or not, so that they are timed."""
         if self.config.guard:
             decision = self.task.decision(outputs, self.problem.denoiser)
-            rows = torch.arange(len(x0), device=x0.device).repeat_interleave(3 if self.config.match == "both" else 2)
+            rows = torch.arange(len(x0), dtype=torch.int64, device=x0.device).repeat_interleave(3 if self.config.match == "both" else 2)
             step.held_out_losses(self.problem, decision[rows], x0[rows], image_ids[rows], at)
 
     @torch.no_grad()

@@ -94,7 +94,7 @@ def checked_images(images: Tensor, device: torch.device, checks: Checks) -> Tens
 
 def checked_ids(image_ids: Tensor | None, images: Tensor, checks: Checks) -> Tensor:
     if image_ids is None:
-        return torch.arange(len(images), device=images.device)
+        return torch.arange(len(images), dtype=torch.int64, device=images.device)
     image_ids = checked_tensor("image_ids", image_ids, images.device)
     if image_ids.shape != images.shape[:1] or image_ids.dtype != torch.int64:
         raise ValueError(f"image_ids is {image_ids.dtype} {tuple(image_ids.shape)}; give int64 [{len(images)}]")

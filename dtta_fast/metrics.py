@@ -24,7 +24,8 @@ def confusion(predictions: Tensor, labels: Tensor, classes: int, ignore: int = 2
             raise ValueError(
                 f"{name} lie in {int(values.min())} .. {int(values.max())}; there are classes 0 .. {classes - 1}, and {ignore} for none"
             )
-    cells = (labels * classes + predictions + torch.arange(len(labels), device=labels.device)[:, None, None] * classes**2)[known]
+    number = torch.arange(len(labels), dtype=torch.int64, device=labels.device)[:, None, None]
+    cells = (labels * classes + predictions + number * classes**2)[known]
     return torch.bincount(cells, minlength=len(labels) * classes**2).view(-1, classes, classes)
 
 
@@ -82,7 +83,7 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> floa
     """Expected calibration error of confidence [N] in answers that are right or not [N], in equal bins (Guo 2017, arXiv 1706.04599)."""
     confidence = confidence.double()
     number = (confidence * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, number, confidence - right.double())
+    gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device).index_add(0, number, confidence - right.double())
     return float(gaps.abs().sum() / len(right))
 
 
@@ -92,11 +93,13 @@ def bootstrap_interval(values: Tensor) -> list[float]:
     5,000 resamples; of more than 5,000 images fewer, whose error stays below what is printed.
     """
     resamples = min(5000, max(1000, 25_000_000 // len(values)))
-    generator, means = torch.Generator().manual_seed(0), []
-    for part in torch.arange(resamples).split(max(1, 5_000_000 // len(values))):  # of 50,000 images a hundred at once
-        rows = torch.randint(len(values), (len(part), len(values)), generator=generator)
+    generator, means = torch.Generator("cpu").manual_seed(0), []
+    together = max(1, 5_000_000 // len(values))  # of 50,000 images a hundred at once
+    for first in range(0, resamples, together):
+        shape = min(together, resamples - first), len(values)
+        rows = torch.randint(len(values), shape, generator=generator, dtype=torch.int64, device="cpu")
         means.append(values[rows].float().mean(1))
-    return torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975])).tolist()
+    return torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float32, device="cpu")).tolist()
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def pair_losses(denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool, 
             shared = conditions[:, None].expand(*drawn.timesteps.shape, *conditions.shape[1:]).flatten(0, 1)
             inputs: tuple[Tensor, ...] = (x_t, drawn.timesteps.flatten(), shared)
             if sum(forwards) > len(x_t):
-                numbers = torch.arange(sum(forwards), device=x_t.device).clamp(max=len(x_t) - 1)
+                numbers = torch.arange(sum(forwards), dtype=torch.int64, device=x_t.device).clamp(max=len(x_t) - 1)
                 inputs = tuple(tensor[numbers] for tensor in inputs)
             parts = zip(*(tensor.split(list(forwards)) for tensor in inputs), strict=True)
             prediction = torch.cat([denoiser(*part) for part in parts])[: len(x_t)]

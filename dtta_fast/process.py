@@ -34,7 +34,7 @@ class NoiseProcess:
         if not torch.isfinite(table).all():
             raise ValueError("table holds NaN or infinity; every coefficient has to be finite")
         if model_time is None:
-            model_time = torch.arange(len(table), device=table.device)
+            model_time = torch.arange(len(table), dtype=torch.int64, device=table.device)
         if model_time.shape != table.shape[:1]:
             raise ValueError(f"model_time has shape {tuple(model_time.shape)}; give one value a timestep: [{len(table)}]")
         self.table = table.to(torch.float32)
@@ -73,7 +73,7 @@ class NoiseProcess:
             sigma, order = torch.as_tensor(scheduler.sigmas, dtype=torch.float64)[:count].sort()
             one = torch.ones_like(sigma)
             table = torch.stack([1 - sigma, sigma, -one, one, one], dim=1)
-            return cls(table, torch.as_tensor(scheduler.timesteps)[:count].cpu()[order])
+            return cls(table, torch.as_tensor(scheduler.timesteps, dtype=torch.float64)[:count].cpu()[order])
         raise ValueError(f"scheduler is a {type(scheduler).__name__}, which has no alphas_cumprod and is no FlowMatch scheduler")
 
     def to(self, device: torch.device | str) -> NoiseProcess:

@@ -34,12 +34,12 @@ def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.0
     kind = "cuda" if device.type == "cuda" else "cpu"
     flops, sizes = 0.0, SIZES[kind]
     for i, size in enumerate(sizes):
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
         fastest = _fastest(functools.partial(torch.mm, a, b, out=torch.empty_like(a)), device, seconds / 2 / len(sizes))
         flops = max(flops, 2 * size**3 / fastest)
         if i + 1 < len(sizes) and ROUNDS * 2 * sizes[i + 1] ** 3 / flops > seconds / 2:  # a dtype that the machine is slow in
             break
-    source = torch.ones(COPIED[kind] // 4, device=device)
+    source = torch.ones(COPIED[kind] // 4, dtype=torch.float32, device=device)
     copy = _fastest(functools.partial(torch.empty_like(source).copy_, source), device, seconds / 2)
     return Peak("tf32" if tf32 else str(dtype).removeprefix("torch."), flops, 2 * source.nbytes / copy)
 

@@ -253,7 +253,8 @@ def _answers_losses(
 ) -> Tensor:
     """held_out_losses [answers, B, guard] under the decisions [answers, B, ...] that are asked for, by (answer, image); zeros for the
     others."""
-    answers, images = (torch.tensor(rows).to(x0.device, non_blocking=True) for rows in zip(*asked, strict=True))
+    columns = (torch.tensor(column, dtype=torch.int64, device="cpu") for column in zip(*asked, strict=True))
+    answers, images = (column.to(x0.device, non_blocking=True) for column in columns)
     found = held_out_losses(problem, decisions[answers, images], x0[images], image_ids[images], step)
     return found.new_zeros(*decisions.shape[:2], found.shape[1]).index_put((answers, images), found)
 

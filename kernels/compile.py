@@ -72,7 +72,7 @@ def _noise_variants() -> list[Variant]:
     found = []
 
     def constants(dtype: str) -> dict[str, int]:
-        return {"WIDTH": noise.WIDTH, "VECTOR": noise._vector(torch.empty(0, dtype=DTYPE[dtype]))}
+        return {"WIDTH": noise.WIDTH, "VECTOR": noise._vector(torch.empty(0, dtype=DTYPE[dtype], device="cpu"))}
 
     for x0, x_t in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")):
         types = {**DRAWS, "x0": f"*{x0}", "x_t": f"*{x_t}"}

@@ -137,8 +137,19 @@ def philox(counters: np.ndarray, key: np.ndarray) -> np.ndarray:
     return words
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _pointer(tensor: Tensor | None, *types: torch.dtype) -> int | None:
+    """The address of a tensor of one of these types. C++ walks memory by the type alone, so any other tensor would be read past its end.
+
+    Raises:
+        TypeError: the tensor is of another type, not contiguous, or not on the CPU.
+    """
+    if tensor is None:
+        return None
+    if tensor.dtype not in types or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        laid = "" if tensor.is_contiguous() else ", not contiguous"
+        names = ", ".join(str(kind) for kind in types)
+        raise TypeError(f"a tensor is {tensor.dtype} on {tensor.device}{laid}; {NAME} takes contiguous ones on the CPU of {names}")
+    return tensor.data_ptr()
 
 
 def _type(tensor: Tensor | None) -> int:
@@ -159,7 +170,8 @@ def _draws(
 ) -> _Draws:
     if not 0 <= int(step) < 2**32:
         raise ValueError(f"step has values {int(step)}; give 0 .. 2^32 - 1")
-    pointers = (_pointer(tensor) for tensor in (x0, table, timesteps, image_ids, noise))
+    words = _pointer(timesteps, torch.int64), _pointer(image_ids, torch.int64)
+    pointers = _pointer(x0, *TYPES), _pointer(table, torch.float32), *words, _pointer(noise, *TYPES)
     sizes = len(table), *timesteps.shape, x0[0].numel()
     return _Draws(*pointers, *sizes, int(step), pair0, seed, _type(x0), _type(noise))
 
@@ -176,9 +188,9 @@ def add_noise(
     noise: Tensor | None,
 ) -> Tensor:
     """reference.add_noise for contiguous tensors of float32, bfloat16 and float16."""
-    x_t = torch.empty((timesteps.numel(), *x0.shape[1:]), dtype=dtype)
+    x_t = torch.empty((timesteps.numel(), *x0.shape[1:]), dtype=dtype, device="cpu")
     draws = _draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
-    _ran(_loaded().dtta_add_noise(ctypes.byref(draws), x_t.data_ptr(), TYPES[dtype], torch.get_num_threads()))
+    _ran(_loaded().dtta_add_noise(ctypes.byref(draws), _pointer(x_t, dtype), TYPES[dtype], torch.get_num_threads()))
     return x_t
 
 
@@ -196,17 +208,17 @@ def denoising_loss(
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """reference.denoising_loss for contiguous tensors of float32, bfloat16 and float16."""
-    loss = torch.empty(timesteps.shape)
+    loss = torch.empty(timesteps.shape, dtype=torch.float32, device="cpu")
     gradient = None if upstream is None else torch.empty_like(prediction)
     draws, stride = _draws(x0, table, timesteps, image_ids, seed, step, pair0, noise), prediction[0].numel()
-    rows = prediction.data_ptr(), _type(prediction), stride, l1
-    written = loss.data_ptr(), _pointer(upstream), _pointer(gradient), stride
+    rows = _pointer(prediction, *TYPES), _type(prediction), stride, l1
+    written = _pointer(loss, torch.float32), _pointer(upstream, torch.float32), _pointer(gradient, prediction.dtype), stride
     _ran(_loaded().dtta_denoising_loss(ctypes.byref(draws), *rows, *written, torch.get_num_threads()))
     return loss, gradient
 
 
 def _mixture(logits: Tensor, embeddings: Tensor, chosen: Tensor | None, logit_scale: float | None, per_image: bool) -> _Mixture:
-    pointers = (_pointer(tensor) for tensor in (logits, embeddings, chosen))
+    pointers = _pointer(logits, *TYPES), _pointer(embeddings, *TYPES), _pointer(chosen, torch.int64)
     sizes = *logits.shape, embeddings[0, 0].numel() if per_image else embeddings[0].numel(), 0 if chosen is None else chosen.shape[1]
     return _Mixture(*pointers, *sizes, logit_scale or 0.0, _type(logits), _type(embeddings), per_image)
 
@@ -227,8 +239,9 @@ def mix_condition(
         return reference.mix_condition(logits, embeddings, chosen, logit_scale, per_image)
     mixture = _mixture(logits, embeddings, chosen, logit_scale, per_image)
     mixed = embeddings.new_empty((len(logits), *embeddings.shape[1 + per_image :]))
-    weights = torch.empty(logits.shape)
-    _ran(_loaded().dtta_mix_condition(ctypes.byref(mixture), weights.data_ptr(), mixed.data_ptr(), torch.get_num_threads()))
+    weights = torch.empty(logits.shape, dtype=torch.float32, device="cpu")
+    written = _pointer(weights, torch.float32), _pointer(mixed, embeddings.dtype)
+    _ran(_loaded().dtta_mix_condition(ctypes.byref(mixture), *written, torch.get_num_threads()))
     return mixed, weights
 
 
@@ -248,6 +261,7 @@ def mix_condition_backward(
     mixture = _mixture(logits, embeddings, chosen, logit_scale, per_image)
     to_logits = torch.empty_like(logits)
     to_embeddings = torch.empty_like(embeddings) if with_embeddings else None
-    pointers = (_pointer(tensor) for tensor in (upstream, weights, to_logits, to_embeddings))
-    _ran(_loaded().dtta_mix_condition_backward(ctypes.byref(mixture), *pointers, torch.get_num_threads()))
+    given = _pointer(upstream, embeddings.dtype), _pointer(weights, torch.float32)
+    written = _pointer(to_logits, logits.dtype), _pointer(to_embeddings, embeddings.dtype)
+    _ran(_loaded().dtta_mix_condition_backward(ctypes.byref(mixture), *given, *written, torch.get_num_threads()))
     return to_logits, to_embeddings

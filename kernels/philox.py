@@ -42,7 +42,7 @@ def normal(elements: int, pairs: Tensor, image_ids: Tensor, seed: int, step: Ten
 
     Box-Muller of the uniforms (w + ½) / 2³² on words (0, 1) and (2, 3); element e is lane e % 4 of counter e // 4.
     """
-    quads = torch.arange((elements + 3) // 4, device=pairs.device)
+    quads = torch.arange((elements + 3) // 4, dtype=torch.int64, device=pairs.device)
     words = torch.broadcast_tensors(*philox((quads, pairs[:, None], image_ids[:, None, None], step), seed))
     u0, u1, u2, u3 = (word.to(dtype) * 2.0**-32 + 2.0**-33 for word in words)
     lanes = []
@@ -54,7 +54,7 @@ def normal(elements: int, pairs: Tensor, image_ids: Tensor, seed: int, step: Ten
 
 def timestep_words(pairs: int, image_ids: Tensor, seed: int, step: Tensor) -> Tensor:
     """One word for each pair, [B, P], on the stream that is reserved for timesteps."""
-    quads = torch.arange((pairs + 3) // 4, device=image_ids.device)
+    quads = torch.arange((pairs + 3) // 4, dtype=torch.int64, device=image_ids.device)
     reserved = torch.full_like(quads, TIMESTEP_PAIR)
     words = torch.broadcast_tensors(*philox((quads, reserved, image_ids[:, None], step), seed))
     return torch.stack(words, dim=-1).flatten(-2)[:, :pairs]

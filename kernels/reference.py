@@ -13,7 +13,7 @@ from dtta_fast.kernels.philox import normal
 
 
 def _noise(x0: Tensor, timesteps: Tensor, image_ids: Tensor, seed: int, step: Tensor, pair0: int) -> Tensor:
-    pairs = torch.arange(pair0, pair0 + timesteps.shape[1], device=x0.device)
+    pairs = torch.arange(pair0, pair0 + timesteps.shape[1], dtype=torch.int64, device=x0.device)
     return normal(x0[0].numel(), pairs, image_ids, seed, step, _compute_dtype(x0)).view(*timesteps.shape, *x0.shape[1:])
 
 
@@ -89,7 +89,7 @@ def mix_condition(
     z = logits.to(compute)
     if logit_scale is not None:
         z = logit_scale * torch.nn.functional.normalize(z, dim=1)
-    images = torch.arange(len(logits), device=logits.device)[:, None]
+    images = torch.arange(len(logits), dtype=torch.int64, device=logits.device)[:, None]
     if chosen is None:
         weights = z.softmax(dim=1)
         if not per_image:

@@ -25,7 +25,7 @@ def is_tracing() -> bool:
     return get_proxy_mode() is not None
 
 
-ANCHOR = torch.zeros((), requires_grad=True)
+ANCHOR = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
 TRACES_REQUIRES_GRAD = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
 
 

@@ -97,7 +97,7 @@ class Classification(Task):
     ) -> tuple[Tensor, Tensor]:
         outputs, (table, per_image) = self._allowed(outputs), self._table(denoiser, moving)
         if chosen is None:
-            chosen = torch.arange(outputs.shape[1], device=outputs.device).expand(len(outputs), -1)
+            chosen = torch.arange(outputs.shape[1], dtype=torch.int64, device=outputs.device).expand(len(outputs), -1)
         return scaled(outputs, config.logit_scale).gather(1, chosen).softmax(1), _gathered(table, chosen, per_image)
 
     def _table(self, denoiser: Denoiser, moving: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
@@ -133,7 +133,7 @@ def scaled(outputs: Tensor, logit_scale: float | None) -> Tensor:
 
 def _gathered(table: Tensor, chosen: Tensor, per_image: bool) -> Tensor:
     """Rows [B, M, ...] of a table [K, ...], or of one for each image."""
-    return table[torch.arange(len(chosen), device=chosen.device)[:, None], chosen] if per_image else table[chosen]
+    return table[torch.arange(len(chosen), dtype=torch.int64, device=chosen.device)[:, None], chosen] if per_image else table[chosen]
 
 
 def _rows(subset: tuple[int, ...], device: torch.device) -> Tensor:

@@ -61,7 +61,7 @@ class Segmentation(DenseTask):
         """Probabilities [B, M, h, w] at the latent's size."""
         table = denoiser.class_embeddings(moving)
         if chosen is None:
-            chosen = torch.arange(outputs.shape[1], device=outputs.device).expand(len(outputs), -1)
+            chosen = torch.arange(outputs.shape[1], dtype=torch.int64, device=outputs.device).expand(len(outputs), -1)
         picked = chosen[:, :, None, None].expand(-1, -1, *outputs.shape[2:])
         shares = scaled(outputs, config.logit_scale).gather(1, picked).softmax(1)
         return at_latent_size(shares, denoiser), table[chosen]
