@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import sys
 import tokenize
 import zipfile
 from collections.abc import Sequence
@@ -17,8 +19,10 @@ from torch import Tensor
 
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import DIGITS, load_digits
-from dtta_fast.data.folder import ImageFiles, read_pixels
+from dtta_fast.data.folder import ImageFiles, check_size, read_pixels
 from dtta_fast.data.images import Images, chosen_corruptions
+from dtta_fast.defaults import float32_on_cpu
+from dtta_fast.files import open_plain, read_text
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR100 = tuple(
@@ -51,7 +55,7 @@ class CifarC(Images):
 
     def __init__(self, name: str, root: Path, corruptions: Sequence[str] = (), severities: Sequence[int] = ()) -> None:
         folder, self.classes = CIFAR_C[name]
-        self._root = root / folder if (root / folder).is_dir() else root
+        self._root = root / folder if os.path.isdir(root / folder) else root
         self._arrays: dict[str, NDArray[np.uint8]] = {}
         path = self._root / "labels.npy"
         truth = _load_array(path)
@@ -69,6 +73,7 @@ class CifarC(Images):
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != 5 * each or not each:
                 form = f"{images.dtype} of shape {list(images.shape)}"
                 raise ValueError(f"{self._root / corruption}.npy is {form}; it has 5 equal parts of uint8 [n, H, W, 3]")
+            check_size(images.shape[2], images.shape[1], f"an image of {self._root / corruption}.npy ")
             if len(truth) not in (each, len(images)):
                 raise ValueError(f"{path} has {len(truth)} labels for the {len(images)} images of {corruption}.npy")
             first = each * (severity - 1)
@@ -93,6 +98,7 @@ class CifarC(Images):
 
 def _load_array(path: Path) -> NDArray[Any]:
     try:
+        open_plain(path, sys.maxsize).close()
         found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(found, np.ndarray):  # an archive, whatever its name
             raise ValueError("it is an archive of arrays")
@@ -181,22 +187,23 @@ def open_torchvision(name: str, root: Path, split: str) -> Images:
         "flowers102": (datasets.Flowers102, tuple(f"flowers-102/{file}" for file in ("setid.mat", "imagelabels.mat", "jpg"))),
     }
     kind, files = kinds[name]
-    missing = [str(root / file) for file in files if not (root / file).exists()]
+    missing = [str(root / file) for file in files if not os.path.exists(root / file)]
     if missing:
         raise ValueError(f"{missing[0]} is missing; {name} is torchvision's {kind.__name__}: its download=True writes this below root")
     arrays = name in ("cifar10", "cifar100", "fashion-mnist")
     try:
-        found = kind(root, train=split == "train", download=False) if arrays else kind(root, split=split, download=False)
+        with float32_on_cpu():
+            found = kind(root, train=split == "train", download=False) if arrays else kind(root, split=split, download=False)
     except ModuleNotFoundError as error:
         raise ImportError(f"{name} needs scipy: pip install 'dtta-fast[data]'") from error
     except Exception as error:  # torchvision's parsers raise what damaged files make them
         raise ValueError(f"{root / files[0]} and what is beside it cannot be read: {type(error).__name__}: {error}") from error
     classes = tuple(str(word).replace("_", " ") for word in found.classes)
     if arrays:
-        pixels = torch.as_tensor(found.data)
+        pixels = torch.from_numpy(np.asarray(found.data))
         images = pixels[:, None].repeat(1, 3, 1, 1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
         names = [f"{split}#{i}" for i in range(len(images))]
-        return ImageArray(images, names, [name] * len(names), torch.as_tensor(found.targets).tolist(), classes)
+        return ImageArray(images, names, [name] * len(names), np.asarray(found.targets).tolist(), classes)
     # the paths and labels themselves, which torchvision has no public name for: its items are decoded already, by a reader of its own
     paths = found._images if name == "pets" else found._image_files
     outside = [path for path in map(str, paths) if not _within(path, root)]  # lists of names could name any file of this machine
@@ -246,6 +253,47 @@ class HuggingFace(Images):
         return read_pixels(io.BytesIO(row["bytes"]), name)
 
 
+def _from_disk(folder: Path) -> Any:
+    """What save_to_disk wrote, read from its own folder alone.
+
+    Raises:
+        ValueError: a list of files or of splits names another folder; many kinds by the library.
+    """
+    from datasets import load_from_disk
+
+    splits = [folder]
+    if os.path.isfile(listed := folder / "dataset_dict.json"):
+        splits = [folder / _plain_name(split, listed) for split in json.loads(read_text(listed))["splits"]]
+    for place in splits:
+        for file in json.loads(read_text(place / "state.json"))["_data_files"]:
+            open_plain(place / _plain_name(file["filename"], place / "state.json"), sys.maxsize).close()
+    return load_from_disk(str(folder))
+
+
+def _plain_name(name: Any, listed: Path) -> str:
+    if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in "/\\:\0"):
+        raise ValueError(f"{listed} names {str(name)[:80]!r}, which is no name in its folder")
+    return name
+
+
+def _built(root: str) -> Any:
+    """A folder of files or a data set of the hub, read from there alone: a README's data_files could name any file of this machine.
+
+    Raises:
+        ValueError: it names others; many kinds by the library.
+    """
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(root)
+    named = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+    places = {os.path.abspath(root), os.path.realpath(root)} if os.path.isdir(root) else set()
+    outside = [file for file in named if not (any(_within(file, place) for place in places) if places else file.startswith("hf://"))]
+    if outside:
+        raise ValueError(f"its data_files name {outside[0]}, which lies outside of it")
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
 def open_hugging_face(root: str, split: str) -> HuggingFace:
     """A folder that save_to_disk wrote or of images, or an id of the hub; by default the split test, else validation, else the only one.
 
@@ -258,8 +306,8 @@ def open_hugging_face(root: str, split: str) -> HuggingFace:
         raise ImportError("hf needs Hugging Face's datasets: pip install 'dtta-fast[datasets]'") from error
     folder = Path(root)
     try:
-        saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-        found = datasets.load_from_disk(root) if saved else datasets.load_dataset(root)
+        saved = any(os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json"))
+        found = _from_disk(folder) if saved else _built(root)
     except Exception as error:  # the hub, the network, scripts of others
         raise ValueError(f"{root!r} is no data set that can be opened: {error}; give an id of the hub or a folder") from error
     if isinstance(found, datasets.Dataset):

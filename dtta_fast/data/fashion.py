@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import FashionMNIST
 from torchvision.datasets.utils import extract_archive
 
 from dtta_fast.data.digits import Split
+from dtta_fast.defaults import float32_on_cpu
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 SPLITS = {"train": (True, slice(0, 59_000)), "validation": (True, slice(59_000, 60_000)), "test": (False, slice(0, 10_000))}
@@ -31,7 +32,7 @@ def load_fashion(split: Split, folder: str | Path | None = None) -> tuple[Tensor
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
     folder = DEBIAN if folder is None else Path(folder)
-    archives = sorted(folder.glob("*-ubyte.gz"))
+    archives = sorted(folder.glob("*-ubyte.gz")) if os.path.isdir(folder) else []
     if folder == DEBIAN and not archives:
         raise FileNotFoundError(f"{folder} has no files: apt install dataset-fashion-mnist, or name a folder to download to")
     train, part = SPLITS[split]
@@ -40,6 +41,7 @@ def load_fashion(split: Split, folder: str | Path | None = None) -> tuple[Tensor
         raw.mkdir(parents=True)
         for archive in archives:
             extract_archive(str(archive), str(raw))
-        found = FashionMNIST(root if archives else folder, train=train, download=not archives)
+        with float32_on_cpu():
+            found = FashionMNIST(root if archives else folder, train=train, download=not archives)
         grey = F.pad(found.data[part].float() / 255, (2, 2, 2, 2))
-        return grey[:, None].repeat(1, 3, 1, 1), torch.as_tensor(found.targets[part]).long()
+        return grey[:, None].repeat(1, 3, 1, 1), found.targets[part].long()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,10 +15,13 @@ from torch import Tensor
 from torchvision.transforms import functional as T
 
 from dtta_fast.data.images import Images
+from dtta_fast.files import open_plain, read_text
 
 # what PIL opens here whatever a file's suffix says: it hands EPS, which it also knows, to Ghostscript, an interpreter
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+MOST_BYTES = 2**29  # of an image's file: as many pixels as PIL takes, uncompressed with 8 bits a channel, are 340 MiB
+MOST_PROPORTION = 64  # of the longer side to the shorter one, which a resize brings to a model's size
 
 
 def read_images(folder: str | Path, size: int, most: int) -> Tensor:
@@ -29,14 +33,13 @@ def read_images(folder: str | Path, size: int, most: int) -> Tensor:
     if most < 1:
         raise ValueError(f"most is {most}; give 1 and more")
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # Path.is_dir() raises for a name that is too long
         raise ValueError(f"images is {str(folder)!r}, which is no folder")
     files = sorted(folder / name for name in image_files(folder))[:most]
     if not files:
         raise ValueError(f"images is {str(folder)!r}, which holds no file ending in {', '.join(sorted(SUFFIXES))}")
-    return torch.stack(
-        [T.to_tensor(T.center_crop(T.resize(decode(path, str(path)), size, T.InterpolationMode.BICUBIC), [size, size])) for path in files]
-    )
+    cropped = (T.center_crop(T.resize(decode(path, str(path)), size, T.InterpolationMode.BICUBIC), [size, size]) for path in files)
+    return torch.stack([_to_tensor(image).float() / 255 for image in cropped])
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -45,8 +48,7 @@ def read_image(path: str | Path) -> Tensor:
     Raises:
         ValueError: it is no image; the message names it.
     """
-    found: Tensor = T.to_tensor(decode(Path(path), str(path)))
-    return found
+    return read_pixels(Path(path), str(path)).float() / 255
 
 
 def read_pixels(source: Path | BinaryIO, name: str) -> Tensor:
@@ -55,29 +57,51 @@ def read_pixels(source: Path | BinaryIO, name: str) -> Tensor:
     Raises:
         ValueError: as `decode`.
     """
-    found: Tensor = T.pil_to_tensor(decode(source, name))
-    return found
+    return _to_tensor(decode(source, name))
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """[3, H, W], uint8. torchvision's conversions follow torch's default dtype and device."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def decode(source: Path | BinaryIO, name: str) -> Image.Image:
     """A file in RGB, turned as its EXIF says.
 
     Raises:
-        ValueError: it is missing, truncated, no image, or has more pixels than PIL's limit; the message has `name`.
+        ValueError: it is missing, truncated, no image, no plain file, or too large (see open_image()); the message has `name`.
     """
     try:
-        with Image.open(source, formats=FORMATS) as image:
-            check_pixels(image.width * image.height)
+        with open_image(source) as image:
             return _rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # a damaged file makes PIL's decoders raise many kinds
         raise ValueError(f"{name} is no image that can be read: {error}") from error
 
 
-def check_pixels(pixels: int) -> None:
-    """Raises ValueError where an image has more than PIL's limit: PIL itself only warns up to its double."""
+@contextmanager
+def open_image(source: Path | BinaryIO) -> Iterator[Image.Image]:
+    """An image by PIL, whose pixels are not decoded yet.
+
+    Raises:
+        ValueError: no plain file, one of more than 2^29 bytes, or as check_size(); PIL raises many kinds.
+    """
+    with open_plain(source, MOST_BYTES) if isinstance(source, Path) else source as file, Image.open(file, formats=FORMATS) as image:
+        check_size(image.width, image.height)
+        yield image
+
+
+def check_size(width: int, height: int, what: str = "it ") -> None:
+    """Checks an image's size before memory is taken for it; `what` begins the error.
+
+    Raises:
+        ValueError: more pixels than PIL's limit (PIL itself only warns up to its double), or one side more than 64 times the other, since
+            resizing the shorter one to a model's size multiplies both.
+    """
     most = Image.MAX_IMAGE_PIXELS
-    if most is not None and pixels > most:
-        raise ValueError(f"it has {pixels} pixels, more than PIL.Image.MAX_IMAGE_PIXELS, {most}")
+    if most is not None and width * height > most:
+        raise ValueError(f"{what}has {width * height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS, {most}")
+    if not 0 < max(width, height) <= MOST_PROPORTION * min(width, height):
+        raise ValueError(f"{what}is {width}x{height} pixels; crop it, so that no side is more than {MOST_PROPORTION} times the other")
 
 
 def read_lines(path: Path) -> list[str]:
@@ -87,8 +111,8 @@ def read_lines(path: Path) -> list[str]:
         ValueError: the file is missing or no text; the message names it.
     """
     try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no list that can be read: {error}; write it as UTF-8 text") from error
 
 
@@ -96,7 +120,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floats, of no known range; save it with 8 bits a channel")
     if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if "transparency" in image.info and image.mode == "P":
         image = image.convert("RGBA")  # PIL warns of the direct way
     return image.convert("RGB")
@@ -124,7 +148,9 @@ class ImageFiles(Images):
         image = read_pixels(path, str(path))
         if min(image.shape[1:]) <= 2 * cut:
             raise ValueError(f"{path} is {image.shape[2]}x{image.shape[1]} pixels, all of them its border of {cut}")
-        return image[:, cut : image.shape[1] - cut, cut : image.shape[2] - cut]
+        image = image[:, cut : image.shape[1] - cut, cut : image.shape[2] - cut]
+        check_size(image.shape[2], image.shape[1], f"{path} without its border ")
+        return image
 
 
 def _leads_up(place: str) -> bool:
@@ -151,7 +177,7 @@ def subfolders(folder: Path) -> list[str]:
     Raises:
         ValueError: the folder is missing.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"{folder} is missing or no folder")
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -13,6 +14,7 @@ from timm.data import ImageNetInfo
 
 from dtta_fast.data.folder import ImageFiles, class_files, read_lines, subfolders
 from dtta_fast.data.images import chosen_corruptions
+from dtta_fast.files import read_text
 
 # name -> timm's list of its wnids; None: all 1000
 FOLDERS = {
@@ -44,7 +46,7 @@ def open_imagenet(root: Path) -> ImageFiles:
     Raises:
         ValueError: no class folder, one that is empty or whose name is no wnid of the 1000.
     """
-    root = root / "val" if (root / "val").is_dir() else root
+    root = root / "val" if os.path.isdir(root / "val") else root
     return open_wnid_folders(root, "imagenet")
 
 
@@ -117,13 +119,13 @@ def open_objectnet(root: Path) -> ImageFiles:
     Raises:
         ValueError: a mapping or a class folder is missing, or a folder is not in the mappings.
     """
-    images = root / "images" if (root / "images").is_dir() else root
-    mappings = next((place / "mappings" for place in (root, root.parent) if (place / "mappings").is_dir()), root / "mappings")
+    images = root / "images" if os.path.isdir(root / "images") else root
+    mappings = next((place / "mappings" for place in (root, root.parent) if os.path.isdir(place / "mappings")), root / "mappings")
     label_of: dict[str, str] = _mapping(mappings / "folder_to_objectnet_label.json")
     names_of: dict[str, str] = _mapping(mappings / "objectnet_to_imagenet_1k.json")
     line_of: dict[str, int] = _mapping(mappings / "pytorch_to_imagenet_2012_id.json")
     lines = mappings / "imagenet_to_label_2012_v2"
-    if not lines.is_file():
+    if not os.path.isfile(lines):
         raise ValueError(f"{lines} is missing: ObjectNet's archive has it beside its images")
     known = [line.strip() for line in read_lines(lines)]
     try:
@@ -150,7 +152,7 @@ def open_objectnet(root: Path) -> ImageFiles:
 
 def _mapping(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(read_text(path))
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: ObjectNet's archive has mappings/ beside images/") from error
     except (OSError, ValueError, RecursionError) as error:

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import functional as T
 
-from dtta_fast.data.folder import FORMATS, SUFFIXES, check_pixels, read_image, read_lines
+from dtta_fast.data.folder import MOST_BYTES, SUFFIXES, check_size, open_image, read_image, read_lines
 from dtta_fast.data.images import chosen_corruptions
 
 NO_LABEL = 255
@@ -116,7 +115,7 @@ class Ade20kC(Ade20k):
     def __init__(self, folder: str | Path, corruptions: Sequence[str], severities: Sequence[int], size: int) -> None:
         folder = Path(folder)
         there: dict[str, set[int]] = {}
-        for place in sorted(folder.glob("*/*")):
+        for place in sorted(folder.glob("*/*") if os.path.isdir(folder) else ()):
             if place.is_dir() and place.name.isascii() and place.name.isdigit():
                 there.setdefault(place.parent.name, set()).add(int(place.name))
         self.size, self.classes, self._files, self.groups = size, _ade20k_names(folder), [], []
@@ -144,10 +143,10 @@ class NyuV2(Maps):
             from scipy.io import whosmat
         except ImportError as error:
             raise ImportError("NYUv2 needs h5py and scipy: pip install 'dtta-fast[data]'") from error
-        file = Path(file) / "nyu_depth_v2_labeled.mat" if Path(file).is_dir() else Path(file)
+        file = Path(file) / "nyu_depth_v2_labeled.mat" if os.path.isdir(file) else Path(file)
         splits = file.parent / "splits.mat"
         for path in (file, splits):
-            if not path.is_file():
+            if not os.path.isfile(path):
                 raise ValueError(f"{path} is missing; NYUv2 is nyu_depth_v2_labeled.mat with splits.mat beside it")
         self.size, self._file = size, file
         self._data: Any = None
@@ -205,7 +204,9 @@ def _checked_arrays(data: Any) -> int:
             raise ValueError(f"{name} lies in another file")
         if array.ndim != axes or array.dtype.kind not in "uif" or (axes == 4 and (array.shape[1] != 3 or array.dtype != np.uint8)):
             raise ValueError(f"{name} is {array.dtype} of shape {list(array.shape)}")
-        check_pixels(math.prod(array.shape[-2:]))
+        check_size(array.shape[-2], array.shape[-1], f"{name} ")
+        if array.chunks and math.prod(array.chunks) * array.dtype.itemsize > MOST_BYTES:  # one is read whole, for an image of it too
+            raise ValueError(f"{name} has chunks of {list(array.chunks)}, more than {MOST_BYTES} bytes")
     if len(found["images"]) != len(found["depths"]):
         raise ValueError(f"it has {len(found['images'])} images and {len(found['depths'])} depths")
     return len(found["images"])
@@ -247,7 +248,7 @@ def open_map_folder(folder: Path, size: int) -> MapFolder:
         ValueError: as `MapFolder`, or a classes.txt without a name.
     """
     listed = folder / "classes.txt"
-    if not listed.is_file():
+    if not os.path.isfile(listed):
         return MapFolder(folder, size)
     names = tuple(line.strip() for line in read_lines(listed) if line.strip())
     if not names:
@@ -260,7 +261,7 @@ def open_map_folder(folder: Path, size: int) -> MapFolder:
 def _ade20k_names(folder: Path) -> tuple[str, ...]:
     """The first names in objectInfo150.txt, a table with tabs whose column is called Name; () where it is not there."""
     listed = folder / "objectInfo150.txt"
-    if not listed.is_file():
+    if not os.path.isfile(listed):
         return ()
     lines = [line for line in read_lines(listed) if line.strip()]
     head, *rows = [[cell.strip() for cell in line.split("\t")] for line in lines or [""]]
@@ -275,12 +276,12 @@ def _names(files: Sequence[tuple[Path, Path]], folder: Path) -> list[str]:
 
 def _pairs(images: Path, maps: Path) -> list[tuple[Path, Path]]:
     for folder in (images, maps):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise ValueError(f"{folder} is missing: give the folder that holds it")
     files = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     if not files:
         raise ValueError(f"{images} holds no file ending in {', '.join(sorted(SUFFIXES))}")
-    lacking = [path.name for path in files if not (maps / f"{path.stem}.png").is_file()]
+    lacking = [path.name for path in files if not os.path.isfile(maps / f"{path.stem}.png")]
     if lacking:
         raise ValueError(f"{maps} has no map for {', '.join(lacking[:3])}{' and others' if len(lacking) > 3 else ''}")
     return [(path, maps / f"{path.stem}.png") for path in files]
@@ -288,8 +289,7 @@ def _pairs(images: Path, maps: Path) -> list[tuple[Path, Path]]:
 
 def _read_map(path: Path) -> Tensor:
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            check_pixels(image.width * image.height)
+        with open_image(path) as image:
             values = np.asarray(image)
     except Exception as error:  # a damaged file makes PIL's decoders raise many kinds
         raise ValueError(f"{path} is no map that can be read: {error}") from error

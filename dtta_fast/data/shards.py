@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Sequence
 from glob import glob, has_magic
 from pathlib import Path
+from typing import BinaryIO
 
 from torch import Tensor
 
-from dtta_fast.data.folder import SUFFIXES, read_lines, read_pixels
+from dtta_fast.data.folder import MOST_BYTES, SUFFIXES, read_lines, read_pixels
 from dtta_fast.data.images import Images
+from dtta_fast.files import open_plain
 
 # webdataset's own rule: a sample's key goes up to the first dot of the file's name
 MOST_SHARDS = 100_000  # names that a pattern may stand for
@@ -61,6 +64,8 @@ class Shards(Images):
     def read(self, index: int) -> Tensor:
         path, offset, size = self._spans[index]
         name = f"{path}, sample {self.names[index]}"
+        if size > MOST_BYTES:
+            raise ValueError(f"{name} is no image that can be read: it has {size} bytes, and {MOST_BYTES} is the most")
         return read_pixels(io.BytesIO(_bytes(path, offset, size, name)), name)
 
 
@@ -108,8 +113,8 @@ def _samples(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """key -> extension -> (offset, bytes), in the order of the file."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
-        whole = path.stat().st_size
-        with tarfile.open(path, "r:") as archive:
+        with _opened(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            whole = os.fstat(file.fileno()).st_size
             for member in archive:
                 # a negative size turns tarfile's reading back, for ever; one beyond the end makes a read take that memory
                 if member.size < 0 or member.offset_data + member.size > whole or member.issparse():
@@ -124,6 +129,13 @@ def _samples(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     except (tarfile.TarError, OSError, EOFError, OverflowError, MemoryError, RecursionError, UnicodeError) as error:
         raise ValueError(f"{path} is no tar file that can be read: {error}; unpack .gz first, as members are read by seeking") from error
     return samples
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open_plain(path, sys.maxsize)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no tar file that can be read: {error}") from error
 
 
 def _label(path: Path, key: str, span: tuple[int, int], classes: tuple[str, ...]) -> int:
