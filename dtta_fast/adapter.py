@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.engine import Engine, anchor
 from dtta_fast.inputs import Checks, check_denoiser, check_draws, checked_deadline, checked_ids, checked_images, checked_latents
+from dtta_fast.online import loaded
 from dtta_fast.parameters import select
 from dtta_fast.result import AdaptResult, Group, assembled
 from dtta_fast.runtime.attention import math_attention
@@ -24,7 +25,8 @@ from dtta_fast.runtime.clock import Clock, Pace
 from dtta_fast.runtime.float32 import float32_products
 from dtta_fast.runtime.reads import read
 from dtta_fast.runtime.torch_state import TorchState
-from dtta_fast.step import State, initial_state
+from dtta_fast.runtime.turns import Turns
+from dtta_fast.step import State, usable, where
 from dtta_fast.tasks.base import Task
 from dtta_fast.tasks.classification import Classification
 
@@ -77,16 +79,10 @@ class Adapter:
         if config.denoiser_parameters == "lora":
             lora.check(denoiser.network_to_adapt(), config.lora_targets, "denoiser")
         self.engine = Engine(model, denoiser, task, config)  # what runs the steps, for tools of this package
-        self._lock = threading.RLock()  # a forward swaps weights in the private copies, and the storage of a state is one
+        self._turns = Turns()  # a forward swaps weights in the private copies, and the storage of a state is one
         self._state: State | None = None
         self._warming = False  # every step is timed, and the guard run whether an answer changed or not
         self._paces: dict[tuple[int, int | None], Pace] = {}  # by images at once, and pairs where they are given
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}  # a copy has a lock of its own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
 
     @property
     def config(self) -> AdaptConfig:
@@ -134,7 +130,10 @@ class Adapter:
         for name, draw in (("timesteps", timesteps), ("noise", noise)):
             if draw is not None and config.method != "adapt":
                 raise ValueError(f"{name} is given with method {config.method!r}, which draws pairs of its own: leave it out")
-        with self._lock:
+        with self._turns.alone() as broken_off:
+            if broken_off:  # this process was forked in the middle of a call
+                self.engine.rebuild()
+                self._warming = False
             return self._attempted(Request(images, image_ids, latents, timesteps, noise, deadline, checks))
 
     def _attempted(self, request: Request) -> AdaptResult:
@@ -145,6 +144,7 @@ class Adapter:
                 with torch.enable_grad(), torch.autocast(engine.device.type, enabled=False), engine.context():
                     engine.refresh()
                     state, result = self._adapt(request)
+                engine.check_sources()
                 engine.succeeded()
                 break
             except BaseException as error:  # Ctrl-C too leaves tensors of ours in the private modules
@@ -152,6 +152,8 @@ class Adapter:
                 torch_state.restore()
                 math_attention.leave()
                 float32_products.leave()
+                with suppress(RuntimeError):  # the error that is under way says more
+                    engine.check_sources()
                 if not engine.failed(error) or attempt + 1 == ATTEMPTS:
                     raise
         if self.config.mode == "online" and state is not None:
@@ -168,12 +170,12 @@ class Adapter:
         images, image_ids, latents, timesteps, noise, deadline, checks = request
         problem, clock, count = engine.problem, Clock(images.device), len(images)
         with clock.phase("encode"):
-            crop = problem.task.crop(problem.model, images)
+            crop = problem.task.crop(problem.model, images.clone())  # what is called here is the caller's code, and may write to it
             calibration = engine.denoiser.calibration
             matched = crop if config.match == "off" or calibration is None else calibration.match(crop)
             dtype = anchor(engine.model).dtype
-            original = problem.task.normalise(problem.model, crop).to(dtype)
-            matched_inputs = problem.task.normalise(problem.model, matched).to(dtype) if config.match == "both" else None
+            original = problem.task.normalise(problem.model, crop.clone()).to(dtype)
+            matched_inputs = problem.task.normalise(problem.model, matched.clone()).to(dtype) if config.match == "both" else None
         if latents is not None:
             latents = checked_latents(latents, images, problem.denoiser, checks)
         check_draws(timesteps, noise, images, problem.denoiser.latent_shape, config, len(problem.denoiser.process), checks)
@@ -188,25 +190,27 @@ class Adapter:
                 if config.precheck != "off":
                     (asked,) = checks.settle(engine.asked(before, start, crop))
         checks.settle()
-        if self._warming or (engine.whole_batches() and any(asked)):
+        if self._warming:
             asked = [True] * count
         state, groups, rows = None, [], None
         part = batch
         if not all(asked):
             numbers = [i for i, wanted in enumerate(asked) if wanted]
             rows = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(images.device, non_blocking=True)
-            part = batch.of(rows)
+            # code is compiled for whole batches: what it computes for the other images is left out of the result
+            part = batch if engine.whole_batches() else batch.of(rows)
         if any(asked):
             if part.x0 is None:
                 with clock.phase("encode"):
                     part = part._replace(x0=problem.denoiser.encode(part.crop))
             adapted = len(part.image_ids)
             together = engine.plan(part.inputs, part.latents, pairs)
-            if together < adapted and (deadline is not None or not problem.per_image):
-                cause = "deadline_ms" if deadline is not None else "mode 'online'"
+            if not problem.per_image:
+                together = adapted  # one update for all of them; the step itself takes them in parts
+            if together < adapted and deadline is not None:
                 bound, remedy = ("memory", "") if config.memory_budget is None else ("memory_budget", ", or a larger memory_budget")
                 raise ValueError(
-                    f"images holds {count}, and {bound} has room for {together} at once; {cause} takes a batch together: "
+                    f"images holds {count}, and {bound} has room for {together} at once; deadline_ms takes a batch together: "
                     f"give {together} images and fewer{remedy}"
                 )
             for first in range(0, adapted, together):
@@ -234,15 +238,23 @@ class Adapter:
                     break
                 with pace.step.timed(clock, timed):
                     losses.append(engine.step(state, inputs, x0, image_ids, *batch.draws(i)))
+        if not losses:  # there was no time for a step
+            sound = not online or all(read(usable(before, before).all()))
+            before = before if sound else engine.source_outputs(batch.original, Checks())
+            unchanged = torch.zeros_like(image_ids)
+            return Group(None, before, before, x0.new_empty(len(inputs), 0), unchanged.bool(), unchanged)
         with clock.phase("adapt"), pace.end.timed(clock, timed):
-            candidates = [engine.forward(state, inputs), start] if losses else [start]
+            candidates = [engine.forward(state, inputs), start]
         if self._warming:
             engine.warm_guard(before, x0, image_ids, state.step)
-        usable: list[bool] = []
+        fine: list[bool] = []  # whether an online state and its outputs are usable, and whether those of the state before were
+
+        def health() -> list[Tensor]:
+            return [engine.finite(state) & usable(candidates[0], before).all(), usable(before, before).all()] if online else []
 
         def wanted(mask: Tensor) -> list[list[bool]]:
-            """Reads the guard's mask and, in the same transfer, whether an online state is usable."""
-            found, *usable[:] = read(mask, *([engine.finite(state)] if online else []))
+            """Reads the guard's mask and, in the same transfer, health()."""
+            found, *fine[:] = read(mask, *health())
             return found
 
         begun = clock.now() if timed else 0.0
@@ -253,10 +265,13 @@ class Adapter:
             outputs, accepted, evaluations = engine.guard(before, candidates, x0, image_ids, state.step, wanted, in_time)
         if self._warming or (timed and bool(evaluations.any())):  # where no answer changed, there was nothing to time
             pace.guard.note(clock.now() - begun)
-        if online and not usable:
-            usable = read(engine.finite(state))
-        loss = torch.stack(losses, dim=1) if losses else x0.new_empty(len(inputs), 0)
-        return Group(state if all(usable) else None, before, outputs, loss, accepted, evaluations)
+        if online and not fine:
+            fine = read(*health())
+        if online and not fine[1]:  # for these images the state is of no use: they get the source's answers
+            source = engine.source_outputs(batch.original, Checks())
+            accepted = accepted & usable(outputs, source)
+            before, outputs = (where(usable(found, source), found, source) for found in (before, outputs))
+        return Group(state if all(fine) else None, before, outputs, torch.stack(losses, dim=1), accepted, evaluations)
 
     def _pace(self, images: int, pairs: int | None) -> Pace:
         """Of so many images at once; at first that of the next larger number, since a pre-check lets any number through."""
@@ -266,12 +281,13 @@ class Adapter:
         return self._paces[images, pairs]
 
     def _classified(self, batch: Batch, clock: Clock) -> Group:
-        """By a method that trains nothing: there is no state, and every answer is accepted."""
+        """By a method that trains nothing: there is no state, and every finite answer is accepted."""
         assert batch.before is not None
         assert batch.start is not None
         with clock.phase("adapt"):
             outputs, evaluations = self.engine.classify(batch.start, batch.latents, batch.image_ids)
-        accepted = torch.ones_like(batch.image_ids, dtype=torch.bool)
+        accepted = usable(outputs, batch.before)
+        outputs = where(accepted, outputs, batch.before.to(outputs.dtype))
         return Group(None, batch.before, outputs, batch.latents.new_empty(len(outputs), 0), accepted, evaluations)
 
     def crop(self, images: Tensor) -> Tensor:
@@ -287,7 +303,7 @@ class Adapter:
         Returns:
             Seconds of the first call, `cold`, compilation included, and of the second, `warm`.
         """
-        with self._lock:
+        with self._turns.several():
             online, seconds = self._state, {}
             self._warming = True
             try:
@@ -308,7 +324,7 @@ class Adapter:
 
     def reset(self) -> None:
         """Back to the model's own weights and an empty optimizer. Weights that were written through `.data` are read anew."""
-        with self._lock:
+        with self._turns.alone():
             self._state = None
             self.engine.recast()
 
@@ -335,7 +351,7 @@ class Adapter:
                 f"there are no adapters to save: parameters is {kinds[0]!r}, denoiser_parameters {kinds[1]!r}, mode "
                 f"{self.config.mode!r}; an online adapter with 'lora' has some after its first batch"
             )
-        with self._lock:  # which weights are adapters is read off the private modules
+        with self._turns.alone():  # which weights are adapters is read off the private modules
             if kinds[0] == "lora":
                 lora.save(Path(folder), self.engine.problem.model, state.theta, unet=False)
             if kinds[1] == "lora":
@@ -345,26 +361,13 @@ class Adapter:
         """Goes on from what state_dict() gave under the same config and models.
 
         Raises:
-            ValueError: the adapter is episodic, or the state holds other weights or another optimizer's memory.
+            ValueError: the adapter is episodic, or the state holds other weights, another optimizer's memory, NaN or infinity.
         """
         if not state:
             self.reset()
             return
-        if self.config.mode != "online":
-            raise ValueError("state belongs to an online adapter, and this one is episodic")
-        if set(state) != set(State._fields):
-            raise ValueError(f"state has {', '.join(state)}; state_dict() gives {', '.join(State._fields)}")
-        new = State(**state)
-        engine = self.engine
-        with self._lock:
-            outputs = torch.empty(0, dtype=torch.float32, device=anchor(engine.model).device)
-            expected = initial_state(engine.problem, *engine.source(), outputs)
-            for field in ("theta", "phi"):
-                shapes = [{name: p.shape for name, p in getattr(s, field).items()} for s in (new, expected)]
-                slots = [[[(p.shape, p.dtype) for p in tensors] for tensors in getattr(s, f"{field}_slots")] for s in (new, expected)]
-                if shapes[0] != shapes[1] or slots[0] != slots[1]:
-                    raise ValueError(f"state's {field} holds other weights, or another optimizer's memory, than this adapter's")
-            self._state = new
+        with self._turns.alone():
+            self._state = loaded(state, self.engine)
 
 
 def adapt(

@@ -25,6 +25,7 @@ from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.precision import private_denoiser, products
 from dtta_fast.runtime.private import PrivateCopy
 from dtta_fast.runtime.reads import read_one
+from dtta_fast.runtime.trial import refusing_kept_tensors, refusing_recomputation, warning_of_random_numbers
 from dtta_fast.step import Problem, State
 from dtta_fast.tasks.base import Task
 
@@ -59,10 +60,12 @@ class Engine:
         config = self.config
         self._stale = True  # until all of it is built
         self._batched = False  # vmap is known to work on these modules
+        self._ran = self._stepped = False  # what a first run tells is known
         self._row_bytes: tuple[int, int | None] | None = None
         self._forward_bytes: int | None = None
         self._image_bytes: int | None = None
-        self._storage: State | None = None
+        # of one image and of several: their weights differ in layout, and with it in rounding
+        self._storage: dict[bool, State] = {}
         self._model = PrivateCopy(self.model)
         self._denoiser = private_denoiser(self.denoiser, config.precision, self.device)
         denoiser: Any = self._denoiser.module
@@ -104,6 +107,20 @@ class Engine:
         """What a call runs under."""
         with products(self.config.precision, self.device), nullcontext() if self._compile == "off" else compiling.tracing():
             yield
+
+    def rebuild(self) -> None:
+        """Makes the private copies anew at the next refresh()."""
+        self._stale = True
+
+    def check_sources(self) -> None:
+        """Holds the caller's modules to be what they were at refresh().
+
+        Raises:
+            RuntimeError: a forward wrote to one of them. Buffers are what they were again.
+        """
+        if not self._stale:
+            self._model.check_source()
+            self._denoiser.check_source()
 
     def recast(self) -> None:
         """Casts all of the denoiser's weights anew at the next refresh()."""
@@ -178,7 +195,8 @@ class Engine:
         chunk = fitting if config.chunk == "auto" else min(config.chunk, fitting)
         self._at_once, self._least = abreast * forwards * min(chunk, pairs), forwards
         self.problem.denoiser.checkpointing = checkpoint
-        self.problem = dataclasses.replace(self.problem, chunk=chunk, guard_rows=self._guard_rows(inputs, x0, together))
+        guard_rows = self._guard_rows(inputs, x0, together)
+        self.problem = dataclasses.replace(self.problem, chunk=chunk, together=together, guard_rows=guard_rows)
         return together
 
     def _guard_rows(self, inputs: Tensor, x0: Tensor, together: int) -> int:
@@ -242,8 +260,12 @@ class Engine:
     @torch.no_grad()
     def source_outputs(self, inputs: Tensor, checks: Checks) -> Tensor:
         """Runs the source model, and checks that the task can use its outputs."""
-        outputs = self._outputs(inputs)
+        with nullcontext() if self._ran else warning_of_random_numbers(self.problem.model, self.device):
+            outputs = self._outputs(inputs)
+        self._ran = True
         self.task.check(outputs, self.problem.denoiser, self.config, checks)
+        wrong = (outputs.isnan() | (outputs == torch.inf)).flatten(1).any(1)
+        checks.require(~wrong.any(), lambda: f"model returns NaN or infinity for images {wrong.nonzero()[:, 0].tolist()[:10]} of the batch")
         return outputs
 
     @torch.no_grad()
@@ -276,11 +298,14 @@ class Engine:
         outputs = self._outputs(inputs) if source is None else source
         images = len(inputs)
         with phase("restore"):
-            kept = None if self._storage is None else step.first_images(self._storage, images, exactly=self.config.optimizer == "adam8bit")
+            held = self._storage.get(images == 1)
+            kept = None if held is None else step.first_images(held, images, exactly=self.config.optimizer == "adam8bit")
             if kept is None:
-                self._storage = None  # before the new one is made
+                held = self._storage.pop(images == 1, None)
+                del held  # before the new one is made
                 kept = step.initial_state(problem, theta, phi, outputs)
-                self._storage = kept if problem.per_image else None
+                if problem.per_image:
+                    self._storage[images == 1] = kept
             else:
                 step.restore_(kept, theta, phi, outputs)
         if problem.per_image and images > 1 and not (self._loop or self._batched):
@@ -292,9 +317,10 @@ class Engine:
         """Images run at once by vmap, or one by one where vmap cannot take a module's operators forward and backward."""
         theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
         try:
-            outputs = step.forward(self.problem, theta, inputs)
-            if outputs.requires_grad:
-                torch.autograd.grad(outputs, list(theta.values()), torch.ones_like(outputs), allow_unused=True)
+            with refusing_kept_tensors(self.problem.model):
+                outputs = step.forward(self.problem, theta, inputs)
+                if outputs.requires_grad:
+                    torch.autograd.grad(outputs, list(theta.values()), torch.ones_like(outputs), allow_unused=True)
             self._batched = True
         except Exception as error:  # whatever a module raises under vmap
             if memory.out_of_memory(error):
@@ -306,8 +332,13 @@ class Engine:
 
     def step(self, state: State, *inputs: Tensor | None) -> Tensor:
         """One update of the state in place; the loss [B] before it."""
-        with phase("step (compiled)") if self._compile == "step" else nullcontext():
+        tried = self._stepped or self._compile != "off"
+        with (
+            phase("step (compiled)") if self._compile == "step" else nullcontext(),
+            nullcontext() if tried else refusing_recomputation(self.problem.model),
+        ):
             loss: Tensor = self._step(self.problem, state, *inputs)  # type: ignore[arg-type]
+        self._stepped = True
         return loss
 
     @torch.no_grad()

@@ -119,7 +119,7 @@ def noise_mix(denoiser: Denoiser, weights: Parameters, heads: list[Tensor], rows
 def noise_mix_null(denoiser: Denoiser, weights: Parameters, heads: list[Tensor], rows: Noised) -> list[Tensor]:
     """The same with predictions that leave no gradient in the denoiser, which learns from one without a class: its null condition."""
     with torch.no_grad():
-        each = rows.denoised(denoiser, weights, heads[1])
+        each = rows._replace(x_t=rows.x_t.clone()).denoised(denoiser, weights, heads[1])  # some networks write to their input
     null = denoiser.null_embedding(weights).expand(rows.images, 1, *heads[1].shape[2:])
     return [_mixed(heads[0], each, rows.pairs), rows.denoised(denoiser, weights, null)[:, 0]]
 

@@ -57,12 +57,15 @@ class Group(NamedTuple):
 def assembled(rows: Tensor | None, groups: list[Group], outputs: Tensor | None, forwards: int) -> dict[str, Any]:
     """AdaptResult's fields of all images: those of `rows` by the groups, the others as they were.
 
-    rows: [A], the images that the groups hold; None is all. outputs [B, ...]: of the source, where some images were left alone.
+    rows: [A], the images that were to be adapted; None is all. The groups hold them, or all images.
+    outputs [B, ...]: of the source, where some images were left alone.
     forwards: of the denoiser, an image and step.
     """
     names = ("before", "outputs", "loss", "accepted", "evaluations")
     found = {name: torch.cat([getattr(group, name) for group in groups]) for name in names} if groups else {}
     steps = found["loss"].shape[1] if found else 0
+    if rows is not None and found and len(found["loss"]) > len(rows):  # others ran beside them
+        found = {name: values[rows] for name, values in found.items()}
     if found:
         found["evaluations"] = found["evaluations"] + steps * forwards
     if rows is not None and outputs is not None:

@@ -31,6 +31,7 @@ class Problem:
     """What stays the same from step to step. The modules are private copies.
 
     lr, denoiser_lr: 0-dim, on the modules' device, in the dtype that optimizers.rate() gives. chunk: pairs of an image that run at once.
+    together: images whose gradients are taken at once, where all share one set of weights; None is all of them.
     guard_rows: rows of a guard's forward, at most. row_counts: which numbers of rows it may have, see guard_forwards(). loop: images with
     weights of their own run one by one. forward: the compiled form of the function of that name, where there is one. cumulative: the
     timesteps' cumulative density, where they are calibrated.
@@ -43,6 +44,7 @@ class Problem:
     lr: Tensor
     denoiser_lr: Tensor
     chunk: int = 1
+    together: int | None = None
     guard_rows: int = 1
     row_counts: RowCounts = "any"
     loop: bool = False
@@ -127,7 +129,7 @@ def forward(problem: Problem, theta: Parameters, inputs: Tensor) -> Tensor:
     """The model's outputs [B, ...] under the weights `theta` for inputs [B, 3, H, W]."""
     if FREE_LOGITS in theta:
         return theta[FREE_LOGITS].clone()  # the step updates its state in place
-    weights = in_dtypes_of(problem.model, theta)
+    weights, inputs = in_dtypes_of(problem.model, theta), inputs.clone()  # some models write to their input
     if problem.per_image and theta:
         return call(problem.model, weights, inputs[:, None], per_image=True, loop=problem.loop)[:, 0]
     return call(problem.model, weights, inputs, per_image=False)
@@ -175,10 +177,31 @@ def gradients(
         moving, through_heads = [*theta.values(), *phi.values()], [head for head in heads if head.requires_grad]
         upstream = [gradient.to(head.dtype) for gradient, head in zip(to_heads, through_heads, strict=True)]
         through = torch.autograd.grad(through_heads, moving, upstream, allow_unused=True)
+        if theta and FREE_LOGITS not in theta and all(g is None for g in through[: len(theta)]):
+            raise ValueError(
+                f"no gradient reaches the {config.parameters!r} parameters of the model, a {type(problem.model).__name__}; its forward "
+                "may go through another module than itself: let it use its own layers, or choose other parameters"
+            )
         to_theta = [torch.zeros_like(p) if g is None else g for p, g in zip(theta.values(), through, strict=False)]
         # the label table is reached through the condition, everything else through the prediction
         to_phi = [g if more is None else g + more for g, more in zip(to_phi, through[len(theta) :], strict=True)]
     return loss, unscaled(to_theta, scale), unscaled(to_phi, scale)
+
+
+def _gradients_in_parts(problem: Problem, state: State, *batch: Tensor | None) -> tuple[Tensor, Tensors, Tensors]:
+    """gradients(), a few images at a time where memory is short: weights that all images share get the mean over all of them."""
+    assert batch[0] is not None
+    images = len(batch[0])
+    together = images if problem.per_image else problem.together or images
+    if images <= together:
+        return gradients(problem, state, *batch)  # type: ignore[arg-type]
+    losses, sums = [], [torch.zeros_like(p) for p in (*state.theta.values(), *state.phi.values())]
+    for first in range(0, images, together):
+        part = [None if tensor is None else tensor[first : first + together] for tensor in batch]
+        loss, to_theta, to_phi = gradients(problem, state, *part)  # type: ignore[arg-type]
+        torch._foreach_add_(sums, [*to_theta, *to_phi], alpha=len(loss) / images)
+        losses.append(loss)
+    return torch.cat(losses), sums[: len(state.theta)], sums[len(state.theta) :]
 
 
 def unscaled(gradients: Tensors, scale: float) -> Tensors:
@@ -202,7 +225,7 @@ def adaptation_step(
     noise: Tensor | None = None,
 ) -> Tensor:
     """One update of the state, in place; returns the loss [B] before it. The unit that compile="step" compiles."""
-    loss, to_theta, to_phi = gradients(problem, state, inputs, x0, image_ids, timesteps, noise)
+    loss, to_theta, to_phi = _gradients_in_parts(problem, state, inputs, x0, image_ids, timesteps, noise)
     with phase("optimizer"):
         update(problem, state, to_theta, to_phi)
     return loss
@@ -265,20 +288,25 @@ def compared(problem: Problem, before: Tensor, candidates: list[Tensor]) -> tupl
     each candidate, whether its answer is to be held against the one from before; and the conditions [B, ...] of all answers, the one from
     before first, where there is a guard."""
     task = problem.task
-    finite = [outputs.isfinite().flatten(1).all(1) for outputs in candidates]
+    finite = [usable(outputs, before) for outputs in candidates]
     if not problem.config.guard:
-        return _where(finite[0], candidates[0], before), finite[0], [torch.zeros_like(usable) for usable in finite], []
+        return where(finite[0], candidates[0], before), finite[0], [torch.zeros_like(fine) for fine in finite], []
     source = task.decision(before, problem.denoiser)
     answers = [task.decision(outputs, problem.denoiser) for outputs in candidates]
     # an answer is asked about once: where it is not the one from before, nor an earlier candidate's
     fresh = []
-    for k, (answer, usable) in enumerate(zip(answers, finite, strict=True)):
+    for k, (answer, fine) in enumerate(zip(answers, finite, strict=True)):
         asked_already = (answer == source).flatten(1).all(1)
-        for other, other_usable in zip(answers[:k], finite[:k], strict=True):
-            asked_already = asked_already | (other_usable & (answer == other).flatten(1).all(1))
-        fresh.append(usable & ~asked_already)
+        for other, other_fine in zip(answers[:k], finite[:k], strict=True):
+            asked_already = asked_already | (other_fine & (answer == other).flatten(1).all(1))
+        fresh.append(fine & ~asked_already)
     same = finite[0] & (answers[0] == source).flatten(1).all(1)  # the same answer by the adapted weights
-    return _where(same, candidates[0], before), same, fresh, [source, *answers]
+    return where(same, candidates[0], before), same, fresh, [source, *answers]
+
+
+def usable(outputs: Tensor, before: Tensor) -> Tensor:
+    """Tells whether an image's outputs [B, ...] are finite, [B] bool. -inf counts where the outputs from before have it: a masked class."""
+    return (outputs.isfinite() | ((outputs == -torch.inf) & (before == -torch.inf))).flatten(1).all(1)
 
 
 def decided(
@@ -297,11 +325,12 @@ def decided(
         standard_error = change.std(1) / config.guard**0.5 if config.guard_threshold else torch.zeros_like(score)
         found = (change.mean(1) + config.guard_threshold * standard_error).double()
         better = wanted & (found < score)
-        standing, score, accepted = _where(better, outputs, standing), torch.where(better, found, score), accepted | better
+        standing, score, accepted = where(better, outputs, standing), torch.where(better, found, score), accepted | better
     return standing, accepted
 
 
-def _where(mask: Tensor, chosen: Tensor, otherwise: Tensor) -> Tensor:
+def where(mask: Tensor, chosen: Tensor, otherwise: Tensor) -> Tensor:
+    """Rows [B, ...] of `chosen` where the mask [B] is true, and of `otherwise` elsewhere."""
     return torch.where(mask.view(-1, *(1,) * (chosen.ndim - 1)), chosen, otherwise)
 
 

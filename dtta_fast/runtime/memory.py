@@ -165,7 +165,11 @@ def plan(budget: int, images: int, pairs: int, row: int, image: int, checkpointe
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU (where torch raises a plain RuntimeError)."""
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "not enough memory" in str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # on Windows and in older versions of torch, on Linux, and of operators that ask the C++ library for memory
+    said = ("not enough memory", "can't allocate memory", "std::bad_alloc")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def default_budget(device: torch.device) -> int | None:

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtta_fast.runtime.rebinding import rebind
+
 
 class PrivateCopy:
     """A module's structure in eval mode, its weights constants that share the original's memory.
 
     Where `dtype` is given, the tensors named in `converted` are held in it. Converted tensors and buffers are the copy's own;
-    refresh() brings them up to date.
+    refresh() brings them up to date. Functions that were patched into the module reach the copy. Gradient checkpointing is off, since it
+    would run parts of the forward again in the backward, when adapted weights are no longer in place.
 
     Raises:
-        TypeError: the module cannot be copied.
+        TypeError: the module cannot be copied, or holds something that reaches the module past its copy.
     """
 
     def __init__(self, source: nn.Module, dtype: torch.dtype | None = None, converted: Collection[str] = ()) -> None:
@@ -38,10 +41,12 @@ class PrivateCopy:
             memo[id(buffer)] = own
             self._buffers.append((buffer, own))
         try:
-            self.module: nn.Module = evaluating(copy.deepcopy(source, memo))
+            self.module: nn.Module = without_checkpointing(evaluating(copy.deepcopy(source, memo)))
         except Exception as error:  # whatever a module's own __deepcopy__ raises
             raise TypeError(f"{type(source).__name__} cannot be copied ({error}); give a module that copy.deepcopy accepts") from error
+        rebind(self.module, source, memo)
         self._versions: list[int | None] = self._counted()
+        self._written = _writes(source)
 
     def refresh(self) -> bool:
         """Takes over what was written into the source's tensors; False where tensors were replaced, and a new copy is due.
@@ -56,8 +61,30 @@ class PrivateCopy:
         if outdated := [*self._buffers, *written]:
             theirs, own = zip(*outdated, strict=True)
             torch._foreach_copy_(list(own), [tensor.detach() for tensor in theirs])
-        self._versions = versions
+        self._versions, self._written = versions, _writes(self._source)
         return True
+
+    def check_source(self) -> None:
+        """Undoes what was written into the source's buffers since refresh().
+
+        Raises:
+            RuntimeError: something was, or weights of the source were written to, which cannot be undone.
+        """
+        written = [name for name, count in _writes(self._source).items() if count != self._written.get(name, count)]
+        if not written:
+            return
+        with torch.no_grad():
+            for buffer, own in self._buffers:
+                if not buffer.is_inference():
+                    buffer.copy_(own)
+        self._written = _writes(self._source)
+        buffers = {name for name, _ in self._source.named_buffers()}
+        lost = [name for name in written if name not in buffers]
+        state = f"{lost[0]} is a weight and stays as it was written" if lost else "they are again what they were"
+        raise RuntimeError(
+            f"{type(self._source).__name__} was written to during a call, in {', '.join(written[:3])}; {state}. Its forward may reach the "
+            "module that you gave, past the copy, or another thread trains it: give adapt() a copy.deepcopy of it"
+        )
 
     def recast(self) -> None:
         """Casts all converted weights anew at the next refresh()."""
@@ -66,6 +93,18 @@ class PrivateCopy:
     def _counted(self) -> list[int | None]:
         """Counts the writes to each converted weight; None for one made under torch.inference_mode(), where torch does not count."""
         return [None if p.is_inference() else p._version for p, _ in self._converted]
+
+
+CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint", "with_cp", "memory_efficient")  # timm, transformers, ...
+
+
+def without_checkpointing(module: nn.Module) -> nn.Module:
+    """The module, with the switches off by which common libraries run parts of a forward again in the backward."""
+    for part in module.modules():
+        for name in CHECKPOINTING:
+            if vars(part).get(name) is True:
+                setattr(part, name, False)
+    return module
 
 
 def is_plain(parameter: nn.Parameter) -> bool:
@@ -79,6 +118,11 @@ def evaluating(module: nn.Module) -> nn.Module:
     for part in module.modules():
         part.training = any(kind.__name__ == "Linear4bit" for kind in type(part).__mro__)
     return module
+
+
+def _writes(module: nn.Module) -> dict[str, int]:
+    """Counts torch's writes to each weight and buffer; tensors of inference mode, whose writes it does not count, are left out."""
+    return {name: p._version for name, p in (*module.named_parameters(), *module.named_buffers()) if not p.is_inference()}
 
 
 def _identity(module: nn.Module) -> list[tuple[Any, ...]]:

@@ -1,0 +1,276 @@
+"""Models that do what a forward should not: reach another object, write to their input, checkpoint, keep tensors, draw at random."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dtta_fast import AdaptConfig, Adapter, adapt
+
+CONFIG = AdaptConfig(steps=2, pairs=4, lr=1e-2)
+REGISTRY: dict[str, nn.Module] = {}
+
+
+class Net(nn.Module):
+    """Normalisation by a BatchNorm, and an inner part, so that there are buffers and layers to patch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.head = nn.Linear(8, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+def closure(net: nn.Module) -> nn.Module:
+    forward = net.forward
+    net.forward = lambda x: forward(x)
+    return net
+
+
+def partial(net: nn.Module) -> nn.Module:
+    net.forward = functools.partial(lambda x, to: to(x), to=net.forward)
+    return net
+
+
+def closure_of_a_layer(net: nn.Module) -> nn.Module:
+    def patched(x: torch.Tensor, _old=net.features.forward) -> torch.Tensor:
+        return _old(x)
+
+    net.features.forward = patched
+    return net
+
+
+def wrapped(net: nn.Module) -> nn.Module:
+    @functools.wraps(net.forward)
+    def patched(x: torch.Tensor) -> torch.Tensor:
+        return patched.__wrapped__(x)
+
+    net.forward = patched
+    return net
+
+
+def hook(net: nn.Module) -> nn.Module:
+    net.features.register_forward_hook(lambda *_: net.features[2](net.features[1](net.features[0](_[1][0]))))
+    return net
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    net.forward = torch.compile(net.forward, backend="eager")
+    return net
+
+
+class ByReference(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.reference = net, weakref.ref(net)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.reference()(x)
+
+
+@pytest.fixture
+def floats(denoiser, images):
+    return denoiser.float(), images.float()
+
+
+@pytest.fixture
+def plain(floats):
+    return adapt(Net(), *floats, config=CONFIG)
+
+
+@pytest.mark.parametrize("patch", [closure, partial, closure_of_a_layer, wrapped, hook, compiled, ByReference])
+def test_a_patched_forward_adapts_the_copy(floats, plain, untouched, patch):
+    net = patch(Net()).train()
+    with untouched(net):
+        found = adapt(net, *floats, config=CONFIG)
+    assert (plain.outputs - plain.outputs_before).abs().max() > 0.01
+    torch.testing.assert_close(found.outputs, plain.outputs, rtol=1e-5, atol=1e-5)
+
+
+def by_name(net: nn.Module) -> nn.Module:
+    REGISTRY["net"] = net
+    inner = net.forward
+    REGISTRY["forward"] = inner
+    net.forward = lambda x: REGISTRY["forward"](x)
+    return net
+
+
+def by_an_object(net: nn.Module) -> nn.Module:
+    class Callable:
+        def __init__(self, function):
+            self.function = function
+
+        def __call__(self, x):
+            return self.function(x)
+
+    forward = net.forward
+    net.forward = Callable(lambda x: forward(x))
+    return net
+
+
+class ByRegistry(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        REGISTRY["net"] = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return REGISTRY["net"](x)
+
+
+@pytest.mark.parametrize("patch", [by_name, by_an_object, ByRegistry])
+def test_a_forward_that_reaches_the_original_is_refused(floats, untouched, patch):
+    net = patch(Net()).train()
+    with untouched(net), pytest.raises(TypeError, match=r"forward .* reaches the module that you gave and not its copy"):
+        adapt(net, *floats, config=CONFIG)
+
+
+class Hidden(nn.Module):
+    """Reaches the original by a way that no search finds."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.number = len(REGISTRY)
+        REGISTRY[str(self.number)] = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        import sys
+
+        return vars(sys.modules[__name__])["REGISTRY"][str(self.number)](x)
+
+
+def test_a_hidden_way_is_found_by_what_it_does(floats, untouched):
+    net = Hidden(Net()).eval()
+    with untouched(net), pytest.raises(ValueError, match="no gradient reaches the 'all' parameters"):
+        adapt(net, *floats, config=CONFIG.replace(parameters="all"))
+    net.train()
+    with untouched(net), pytest.raises(RuntimeError, match=r"Hidden was written to during a call, in net.features.1.num_batches_tracked"):
+        adapt(net, *floats, config=CONFIG.replace(method="diffusion_classifier", steps=1))
+
+
+class Writing(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x.sub_(0.5).div_(0.5))
+
+
+class Normalised(Writing):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net((x - 0.5) / 0.5)
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, CONFIG.replace(mode="online"), CONFIG.replace(objective="noise_mix"), CONFIG.replace(parameters="head", guard=4)]
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_forward_may_write_to_its_input(floats, config, batch):
+    denoiser, images = floats
+    images = images[:batch]
+    kept = images.clone()
+    found = adapt(Writing(Net()), denoiser, images, config=config)
+    assert torch.equal(images, kept)
+    expected = adapt(Normalised(Net()), denoiser, images, config=config)
+    torch.testing.assert_close(found.outputs, expected.outputs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_task_s_functions_and_a_network_may_write_too(floats):
+    from dtta_fast.denoisers.dit import DiT
+    from dtta_fast.tasks import Classification
+
+    denoiser, images = floats
+    config = CONFIG.replace(objective="noise_mix", null_condition=True, denoiser_parameters="all", top_k=1)
+    kept = images.clone()
+    writing = Classification(crop=lambda x: x.mul_(0.5), normalise=lambda x: x.sub_(0.5))
+    plain = Classification(crop=lambda x: x * 0.5, normalise=lambda x: x - 0.5)
+    expected = adapt(Net(), denoiser, images, config=config, task=plain)
+    inner = denoiser.network.forward
+    denoiser.network.forward = lambda x, *others: inner(x.mul_(1.0).add_(1).sub_(1), *others)
+
+    found = adapt(Net(), denoiser, images, config=config, task=writing)
+    assert torch.equal(images, kept)
+    assert isinstance(denoiser, DiT)
+    torch.testing.assert_close(found.outputs, expected.outputs, rtol=1e-4, atol=1e-4)
+
+
+class Checkpointed(Net):
+    reentrant = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(checkpoint(self.features, x, use_reentrant=self.reentrant).mean((2, 3)))
+
+
+class Whole(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(super().forward, x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("mode", ["episodic", "online"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_checkpointing_in_a_forward_is_refused(floats, batch, mode):
+    denoiser, images = floats
+    config = CONFIG.replace(mode=mode)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # vmap cannot take it either
+        with pytest.raises(ValueError, match="runs again in the backward, by gradient checkpointing"):
+            adapt(Checkpointed(), denoiser, images[:batch], config=config)
+        with pytest.raises(ValueError, match="carry no gradient"):
+            adapt(Whole(), denoiser, images[:batch], config=config)
+
+
+def test_switches_of_libraries_are_off_in_the_copy(model, denoiser, images):
+    expected = adapt(model, denoiser, images, config=CONFIG)
+    model.set_grad_checkpointing(True)
+    found = adapt(model, denoiser, images, config=CONFIG)
+    torch.testing.assert_close(found.outputs, expected.outputs, rtol=1e-9, atol=1e-9)
+    assert any(stage.grad_checkpointing for stage in model.stages)  # the caller's own is as it was
+
+
+class Keeping(Net):
+    """What feature extractors do: the last forward's tensors, in an attribute and in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: torch.Tensor | None = None
+        self.all: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.last is not None:
+            x = x + 0 * self.last.mean()
+        self.last = self.features(x)
+        self.all.append(self.last)
+        return self.head(self.last.mean((2, 3))) + 0 * self.all[0].mean()
+
+
+def test_models_that_keep_tensors_run_image_by_image(floats, plain):
+    with pytest.warns(UserWarning, match=r"run one by one: vmap fails \(Keeping.last keeps a tensor of the forward\)"):
+        found = adapt(Keeping(), *floats, config=CONFIG)
+    torch.testing.assert_close(found.outputs, plain.outputs, rtol=1e-5, atol=1e-5)
+
+
+class Dropping(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(x), 0.5)
+
+
+def test_random_numbers_in_a_forward_are_told_once(floats):
+    session = Adapter(Dropping(), floats[0], CONFIG)
+    with pytest.warns(UserWarning, match="Dropping, draws random numbers in eval mode"):
+        session.adapt(floats[1][:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.adapt(floats[1][:1])
+        Adapter(Net(), floats[0], CONFIG).adapt(floats[1])
