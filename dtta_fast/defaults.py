@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -22,7 +22,8 @@ def float32_on_cpu() -> Iterator[None]:
         if before != torch.float32:
             torch.set_default_dtype(torch.float32)
         try:
-            with torch.device("cpu"):
+            # only where another one is set: transformers asks for accelerate inside a device's context
+            with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
                 yield
         finally:
             if before != torch.float32:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dtta_fast.denoisers.reading import CALIBRATION, download, read_calibration, read_json, read_model, read_process
+from dtta_fast.defaults import float32_on_cpu
+from dtta_fast.denoisers.reading import CALIBRATION, check_weights, download, read_calibration, read_json, read_model, read_process
 from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.process import NoiseProcess
 
@@ -64,7 +66,7 @@ class ConcatUNet(UNetDenoiser):
         if depth_range is not None and not 0 < depth_range[0] < depth_range[1] < math.inf:
             raise ValueError(f"depth_range is {depth_range}; give (nearest, farthest) in metres with 0 < nearest < farthest")
         self.classes, self.depth_range, self._latent = classes, depth_range, latent
-        self.embeddings = None if classes is None else nn.Parameter(torch.randn(classes, channels))
+        self.embeddings = None if classes is None else nn.Parameter(torch.randn(classes, channels, dtype=torch.float32))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -113,6 +115,7 @@ class ConcatUNet(UNetDenoiser):
         return prediction
 
     @classmethod
+    @float32_on_cpu()
     def from_pretrained(cls, path: str | Path, *, calibration: bool = True) -> ConcatUNet:
         """Reads what save_pretrained() wrote, or downloads the hub's model of that id.
 
@@ -126,7 +129,7 @@ class ConcatUNet(UNetDenoiser):
         from safetensors.torch import load_file
 
         folder = Path(path)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             folder = download(str(path), ["*.json", "*.safetensors"])
         config = read_json(folder / "config.json")
         if config.get("_class_name") != KIND:
@@ -150,7 +153,9 @@ class ConcatUNet(UNetDenoiser):
         if denoiser.embeddings is not None:
             file = folder / "embeddings.safetensors"
             try:
-                table = load_file(file)["embeddings"].float()
+                state = load_file(file)
+                check_weights(state, file)
+                table = state["embeddings"].float()
             except (OSError, SafetensorError, KeyError) as error:
                 raise ValueError(f"{file} cannot be read: {error}") from error
             if table.shape != denoiser.embeddings.shape:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dtta_fast.defaults import float32_on_cpu
 from dtta_fast.denoisers.reading import download, read_model
 from dtta_fast.denoisers.stable_diffusion import StableDiffusion, share_condition
 from dtta_fast.process import NoiseProcess
@@ -48,6 +50,7 @@ class ControlNet(StableDiffusion):
         return prediction
 
     @classmethod
+    @float32_on_cpu()
     def from_pretrained(  # type: ignore[override]
         cls,
         path: str | Path,
@@ -68,8 +71,8 @@ class ControlNet(StableDiffusion):
 
         plain = StableDiffusion.from_pretrained(path, dtype=dtype, **keywords)
         folder = Path(controlnet)
-        if not folder.is_dir():
-            folder = download(str(controlnet), ["*.json", "*.safetensors"])
+        if not os.path.isdir(folder):
+            folder = download(str(controlnet), ["*.json", "*.safetensors"], argument="controlnet")
         own = read_model(ControlNetModel, folder, use_safetensors=True, torch_dtype=dtype)
         denoiser = cls(plain.unet, plain.process, plain.vae, *plain.text(), own)
         denoiser.calibration = plain.calibration

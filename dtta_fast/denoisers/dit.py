@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import zipfile
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dtta_fast.archives import LOCAL, check_archive
+from dtta_fast.defaults import float32_on_cpu
 from dtta_fast.denoisers.base import Denoiser, image_size, to_latents, to_model_range
 from dtta_fast.denoisers.dit_network import DiTNetwork
-from dtta_fast.denoisers.reading import CALIBRATION, OF_VALUES, download, read_calibration, read_json, read_model, read_process
+from dtta_fast.denoisers.reading import (
+    CALIBRATION,
+    OF_VALUES,
+    check_weights,
+    download,
+    read_calibration,
+    read_json,
+    read_model,
+    read_process,
+)
 from dtta_fast.process import NoiseProcess
 
 LABEL_TABLE = "network.y_embedder.embedding_table.weight"
@@ -94,6 +105,7 @@ class DiT(Denoiser):
         return self.network(x_t, self.process.model_time[timesteps], rows, self.checkpointing)
 
     @classmethod
+    @float32_on_cpu()
     def from_original(
         cls,
         path_or_state_dict: str | Path | Mapping[str, Tensor],
@@ -126,6 +138,7 @@ class DiT(Denoiser):
         return cls(network, process, vae)
 
     @classmethod
+    @float32_on_cpu()
     def from_pretrained(cls, path: str | Path, *, vae: nn.Module | None = None, calibration: bool = True) -> DiT:
         """Reads a folder: our own (`save_pretrained`), a diffusers DiTTransformer2DModel, or a DiT pipeline.
 
@@ -139,7 +152,7 @@ class DiT(Denoiser):
             FileNotFoundError, ValueError: a file is missing or damaged; the message names it.
         """
         folder = Path(path)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             folder = download(str(path), ["*.json", "*.safetensors"])
         if (folder / "model_index.json").is_file():
             own = _read_vae(folder) if vae is None else vae
@@ -215,9 +228,7 @@ def _network_from_original(state: Mapping[str, Tensor], num_heads: int, source: 
     missing = [name for name in wanted if name not in state]
     if missing:
         raise ValueError(f"{source} is no DiT checkpoint: {', '.join(missing)} missing")
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise ValueError(f"{source} is no DiT checkpoint: {name} is no tensor, or one whose values share their memory")
+    check_weights(state, source)
     try:
         network = _sized(_original_sizes(state, num_heads), state)
     except OF_VALUES as error:
@@ -305,22 +316,24 @@ def _load(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing")
     try:
-        return load_file(path)
+        state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    check_weights(state, path)
+    return state
 
 
 def _read_torch_file(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing")
     try:
-        if zipfile.is_zipfile(path):  # torch stores tensors as they are: what is compressed could unpack to any size
-            with zipfile.ZipFile(path) as archive:
-                if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-                    raise ValueError("its members are compressed, or longer than the file")
+        with open(path, "rb") as file:
+            zipped = file.read(4) == LOCAL  # by which torch tells, too
+        if zipped:
+            check_archive(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints keep their arguments, plain data
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip and runtime errors alike here

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from dtta_fast.calibration import Calibration
+from dtta_fast.files import read_text
 from dtta_fast.process import NoiseProcess
 
 CALIBRATION = "calibration.json"
 # what the libraries' constructors make of a config's values of other kinds; a RuntimeError is also torch's for sizes beyond memory
 OF_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, ImportError, RuntimeError, MemoryError)
 MOST_TIMESTEPS = 100_000  # of a schedule: a table has a row for each
+WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what a network's weights are stored as
 
 
 def read_process(folder: Path) -> NoiseProcess:
@@ -42,7 +47,7 @@ def read_calibration(folder: Path, denoiser: nn.Module) -> Calibration | None:
     Raises:
         ValueError: it is damaged, or of another denoiser.
     """
-    return Calibration.load(folder / CALIBRATION, denoiser) if (folder / CALIBRATION).is_file() else None
+    return Calibration.load(folder / CALIBRATION, denoiser) if os.path.isfile(folder / CALIBRATION) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -51,10 +56,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: there is none. ValueError: it holds no JSON, or no object.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
     if not isinstance(config, dict):
@@ -80,11 +85,46 @@ def read_model(kind: Any, folder: Path, **keywords: Any) -> Any:
     return model
 
 
-def download(model_id: str, patterns: list[str], without: list[str] | None = None) -> Path:
-    """The folder of a model of the hub, with the files that match and are not among `without`.
+def check_weights(state: Mapping[Any, Any], source: str | Path) -> None:
+    """Checks that a state dict holds plain weights, each with memory of its own: then a network of their sizes is no larger than they are.
 
     Raises:
-        FileNotFoundError: the hub has no such model, or is out of reach.
+        ValueError: a name that is no string, or a value that is no dense tensor of floating-point numbers, empty, without values, or
+            expanded; tensors that share their memory. The message names the source and the tensor.
+    """
+    needed, there = 0, {}
+    for name, value in state.items():
+        wrong = f"its name is a {type(name).__name__}" if not isinstance(name, str) else _misfit(value)
+        if wrong:
+            raise ValueError(f"{source} is no checkpoint of plain weights: {str(name)[:80]!r} cannot be taken: {wrong}")
+        storage = value.untyped_storage()
+        needed += value.numel() * value.element_size()
+        there[value.device, storage.data_ptr()] = storage.nbytes()
+    if needed > sum(there.values()):
+        raise ValueError(f"{source} is no checkpoint of plain weights: its tensors take {needed} bytes, and share {sum(there.values())}")
+
+
+def _misfit(value: Any) -> str:
+    """Why a value is no weight, in words; empty where it is one."""
+    if type(value) not in (Tensor, nn.Parameter):
+        return f"it is a {type(value).__name__}, and no plain tensor"
+    if value.is_nested or value.layout != torch.strided:
+        return f"it is {'nested' if value.is_nested else f'sparse ({value.layout})'}; save it dense"
+    if value.is_quantized or value.dtype not in WEIGHTS:
+        return f"it is of {value.dtype}; save {', '.join(str(dtype).removeprefix('torch.') for dtype in WEIGHTS)}"
+    if value.is_meta or not value.numel():
+        return f"it has shape {list(value.shape)} {'and no values, on the device meta' if value.is_meta else 'and is empty'}"
+    expanded = any(size > 1 and not stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    if expanded or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"it has shape {list(value.shape)}, and its values share their memory; save a copy of it"
+    return ""
+
+
+def download(model_id: str, patterns: list[str], without: list[str] | None = None, argument: str = "path") -> Path:
+    """The folder of a model of the hub, with the files that match and are not among `without`; `argument` gave the id.
+
+    Raises:
+        FileNotFoundError: the hub has no such model, or is out of reach. ValueError: it can be no id of the hub.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -94,5 +134,7 @@ def download(model_id: str, patterns: list[str], without: list[str] | None = Non
         if not any(folder.rglob("*.safetensors")):  # an older model: diffusers reads its .bin by weights_only
             folder = Path(snapshot_download(model_id, allow_patterns=[*patterns, "*.bin"], ignore_patterns=without))
         return folder
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except HFValidationError as error:
+        raise ValueError(f"{argument} is {model_id!r}, which is no folder and can be no id of the hub: {error}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(f"{model_id} is no folder, and the hub gave no model of that id: {error}") from error

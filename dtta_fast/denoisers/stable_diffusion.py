@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from dtta_fast.defaults import float32_on_cpu
 from dtta_fast.denoisers.reading import download, read_calibration, read_json, read_model, read_process
 from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.process import NoiseProcess
@@ -155,6 +157,7 @@ class StableDiffusion(UNetDenoiser):
         return prediction
 
     @classmethod
+    @float32_on_cpu()
     def from_pretrained(
         cls,
         path: str | Path,
@@ -176,7 +179,7 @@ class StableDiffusion(UNetDenoiser):
             FileNotFoundError, ValueError: a part is missing or damaged, or quantisation does not run here; the message names it.
         """
         folder = Path(path)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             kept = "*" if variant is None else f"*.{variant}"
             weights = [f"{part}/{kept}.safetensors" for part in ("unet", "vae", "text_encoder")]
             others = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"] if variant is None else None  # gigabytes that nobody would read

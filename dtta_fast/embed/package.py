@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import stat
-import struct
+import os
 import threading
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dtta_fast.adapter import Adapter
+from dtta_fast.archives import check_archive
 from dtta_fast.embed.manifest import KEEPER, Manifest
 from dtta_fast.inputs import Checks, checked_deadline, checked_ids, checked_images
 from dtta_fast.result import AdaptResult
@@ -31,9 +30,12 @@ def load(path: str | Path, adapter: Adapter | None = None) -> Package:
             lists what differs, and nothing of the package has run.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"path is {str(path)!r}, and there is no such file; write one by export() or `dtta export`")
-    _check_names(path)
+    try:
+        check_archive(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is no package of an adaptation: {error}; export it again") from error
     loader: Any = torch._C._aoti.AOTIModelPackageLoader
     try:
         metadata = loader.load_metadata_from_package(str(path), KEEPER)
@@ -49,21 +51,6 @@ def load(path: str | Path, adapter: Adapter | None = None) -> Package:
         return Package(manifest, functions)
     except RuntimeError as error:
         raise ValueError(f"{path} is damaged, or cannot be loaded here: {str(error).splitlines()[0]}; export it again") from error
-
-
-def _check_names(path: Path) -> None:
-    """Raises ValueError where the file is no archive, or a member's name leads out of the folder that torch unpacks it to."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, EOFError) as error:
-        raise ValueError(f"{path} is no package of an adaptation: {error}") from error
-    for member in members:
-        name = member.orig_filename  # as torch reads it: zipfile's own cuts at a NUL and turns separators round
-        linked = stat.S_ISLNK(member.external_attr >> 16)
-        if linked or not name or name[0] == "/" or ".." in name.split("/") or any(mark in name for mark in "\\:\0"):
-            kind = "a link" if linked else "a name that leads out of its folder"
-            raise ValueError(f"{path} is no package of an adaptation: its member {name!r} is {kind}; export it again")
 
 
 class Package:
