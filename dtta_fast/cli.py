@@ -14,7 +14,7 @@ from dtta_fast import presets
 from dtta_fast.commands.adapt import Adapt
 from dtta_fast.commands.bench import Bench
 from dtta_fast.commands.calibrate import Calibrate
-from dtta_fast.commands.common import option
+from dtta_fast.commands.common import option, shown
 from dtta_fast.commands.demo import Demo
 from dtta_fast.commands.env import Env
 from dtta_fast.commands.evaluate import Evaluate
@@ -38,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command: Any = tyro.cli(_commands(arguments, start), prog="dtta", description=ABOUT, args=arguments)
         command.run()
     except KeyboardInterrupt:
-        print(f"dtta {' '.join(arguments[:1])}: stopped", file=sys.stderr)
+        print(shown(f"dtta {' '.join(arguments[:1])}: stopped"), file=sys.stderr)
         sys.exit(130)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        print(f"dtta {' '.join(arguments[:1])}: {error}", file=sys.stderr)
+        print(shown(f"dtta {' '.join(arguments[:1])}: {error}"), file=sys.stderr)
         sys.exit(2)
 
 

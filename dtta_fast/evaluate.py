@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -22,12 +21,14 @@ from dtta_fast import environment
 from dtta_fast.adapter import Adapter
 from dtta_fast.data.images import Images, holds_maps, open_images, subsample
 from dtta_fast.data.maps import Maps
-from dtta_fast.denoisers.reading import read_json
+from dtta_fast.inputs import Checks
 from dtta_fast.metrics import confusion, depth_errors, mean_class_accuracy, mean_iou
 from dtta_fast.result import AdaptResult
 from dtta_fast.runs.config import RunConfig
-from dtta_fast.runs.folder import SUMMARY, Record, RunFolder, write_whole
+from dtta_fast.runs.content import digest, read_again
+from dtta_fast.runs.folder import RunFolder
 from dtta_fast.runs.models import image_size, load_models
+from dtta_fast.runs.records import Record
 from dtta_fast.runs.summary import summary
 
 BEST = 5  # classes of an image that a record tells the probabilities of
@@ -37,11 +38,15 @@ Finished = tuple[int, list[Record], dict[str, float]]  # a batch's number, its r
 
 
 class Fetched(NamedTuple):
-    """A batch's images as they were read, uint8 [3, H, W], or [3, size, size] in [0, 1] with their maps; or why one could not be."""
+    """A batch's images as they were read, uint8 [3, H, W], or [3, size, size] in [0, 1] with their maps; or why one could not be.
+
+    digests: of both, as runs.content.digest gives them.
+    """
 
     number: int
     images: dict[int, Tensor]
     truth: dict[int, Tensor]
+    digests: dict[int, str]
     failed: dict[int, str]
 
 
@@ -75,13 +80,15 @@ def batches_of(run: RunConfig, data: Images | Maps) -> list[tuple[int, ...]]:
 
 def fetch(data: Images | Maps, number: int, image_ids: Sequence[int]) -> Fetched:
     """Reads a batch; an image that cannot be read is told of in it."""
-    found = Fetched(number, {}, {}, {})
+    found = Fetched(number, {}, {}, {}, {})
     for i in image_ids:
         try:
-            if isinstance(data, Maps):
-                found.images[i], found.truth[i] = data[i]
+            item = data[i]
+            if isinstance(item, tuple):
+                found.images[i], found.truth[i] = item
             else:
-                found.images[i] = data.read(i)
+                found.images[i] = item
+            found.digests[i] = digest(item)
         except (ValueError, OSError) as error:
             found.failed[i] = str(error)
     return found
@@ -124,15 +131,17 @@ class Worker:
         seconds: dict[str, float] = {}
         if crops is not None:
             device, start = self.run.device, time.perf_counter()
-            result = self.adapter.adapt(crops.to(device), image_ids=torch.tensor([*batch.images], device=device))
+            try:
+                result = self.adapter.adapt(crops.to(device), image_ids=torch.tensor([*batch.images], device=device))
+            except ValueError:
+                answered = self._answered(crops.to(device))
+                if all(answered):
+                    raise
+                return self.adapt(*_without(batch, crops, answered))
             took, seconds = time.perf_counter() - start, result.seconds
             answers = self._scores(result, torch.stack([*batch.truth.values()])) if batch.truth else self._classes(result)
             losses, accepted, evaluations = result.loss.tolist(), result.accepted.tolist(), result.evaluations.tolist()
-            finite = result.outputs.isfinite().flatten(1).all(1).tolist()
             for k, i in enumerate(batch.images):
-                if not finite[k]:
-                    found[i] = {"error": "the model's outputs for it are not finite"}
-                    continue
                 found[i] = {
                     **answers[k],
                     "loss": [rounded(loss) for loss in losses[k]],
@@ -140,17 +149,30 @@ class Worker:
                     "evaluations": evaluations[k],
                     "seconds": round(took / len(crops), 6),
                 }
-        return [{**self._of_image(i, batch.number), **found[i]} for i in image_ids], seconds
+        return [{**self._of_image(i, batch), **found[i]} for i in image_ids], seconds
 
     def go_on(self, state: dict[str, Any], group: str) -> None:
         """As if it had adapted to what came before: an online state, and the group that it is of."""
         self.adapter.load_state_dict(state)
         self._last_group = group
 
-    def _of_image(self, i: int, number: int) -> Record:
+    def _answered(self, crops: Tensor) -> list[bool]:
+        """Of each image, whether the model gives an answer to it: one without NaN and without infinity, which no adaptation mends."""
+        engine, config = self.adapter.engine, self.run.adapt
+        calibration, problem = engine.denoiser.calibration, engine.problem
+        looks = [crops] if config.match == "off" or calibration is None else [crops, calibration.match(crops)]
+        found = torch.ones(len(crops), dtype=torch.bool, device=crops.device)
+        for look in looks:
+            inputs = problem.task.normalise(problem.model, look).to(next(problem.model.parameters()).dtype)
+            outputs = engine.source_outputs(inputs, _Unchecked()).flatten(1)
+            found &= ~(outputs.isnan() | (outputs == torch.inf)).any(1)
+        return list(found.tolist())
+
+    def _of_image(self, i: int, batch: Fetched) -> Record:
         labels = None if isinstance(self.data, Maps) else self.data.labels
         label = None if labels is None else int(labels[i])
-        return {"image_id": i, "batch": number, "path": self.data.names[i], "group": self.data.groups[i], "label": label}
+        known = {"digest": batch.digests[i]} if i in batch.digests else {}
+        return {"image_id": i, "batch": batch.number, "path": self.data.names[i], "group": self.data.groups[i], "label": label, **known}
 
     def _classes(self, result: AdaptResult) -> list[Record]:
         """Of each image the class and the likeliest ones with their probabilities, before and after, in the data set's numbers."""
@@ -185,23 +207,44 @@ class Worker:
         return found
 
 
+class _Unchecked(Checks):
+    """Lets every value through."""
+
+    def require(self, fine: Tensor, error: Callable[[], str]) -> None:
+        """Asks nothing."""
+
+
+def _without(batch: Fetched, crops: Tensor, answered: Sequence[bool]) -> tuple[Fetched, Tensor | None]:
+    """A batch and its crops without the images that the model has no answer to, which count as failed."""
+    kept = {i: fine for i, fine in zip(batch.images, answered, strict=True) if fine}
+    images, truth = ({i: item for i, item in part.items() if i in kept} for part in (batch.images, batch.truth))
+    failed = {i: "the model's outputs for it are not finite" for i in batch.images if i not in kept}
+    part = crops[torch.tensor(answered, device=crops.device)]
+    return batch._replace(images=images, truth=truth, failed={**batch.failed, **failed}), part if kept else None
+
+
 def rounded(value: float) -> float | None:
     """To 6 digits, which is what float32 holds for sure; None, which JSON has for it, where it is no number."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def evaluate(run: RunConfig, out: str | Path, *, scale: str = "none", advance: Advance = lambda records: None) -> dict[str, Any]:
+def evaluate(
+    run: RunConfig, out: str | Path, *, scale: str = "none", overwrite: bool = False, advance: Advance = lambda records: None
+) -> dict[str, Any]:
     """Adapts to every image of a data set, recorded in a folder as runs.folder.RunFolder says; goes on where the folder ends.
 
     Args:
         out: the folder. scale: none, this process, or, where torchrun started several, a share for each; ray, Ray Data with a worker for
-            each GPU, or CPU core where there is none (extra `scale`). advance: called with each batch's records as they are written.
+            each GPU, or CPU core where there is none (extra `scale`). overwrite: begin again, in place of the run that is in the folder,
+            which stays until the first batch is done; and beside files of others. advance: called with each batch's records as they are
+            written.
 
     Returns:
         What summary.json holds: runs.summary.summary() of all records, the config, versions and machine, seconds by phase.
 
     Raises:
-        ValueError: bad input, or a folder that is in use or holds another run. OSError: the folder cannot be written to.
+        ValueError: bad input, or a folder that is in use, holds another run, files of others, or records of other images.
+            OSError: the folder cannot be written to.
     """
     if scale not in ("none", "ray"):
         raise ValueError(f"scale is {scale!r}; allowed: none, ray")
@@ -210,17 +253,19 @@ def evaluate(run: RunConfig, out: str | Path, *, scale: str = "none", advance: A
         raise ValueError(
             f"protocol is {run.protocol!r} with several workers, and its state goes from each image to the next: run it in one process"
         )
+    if overwrite and world > 1:
+        raise ValueError(f"overwrite is True with {world} processes, which would remove what the others write: name another folder")
     begun = time.perf_counter()
     data = open_data(run)
     if run.classes and data.classes and len(run.classes) != len(data.classes):
         raise ValueError(f"classes names {len(run.classes)}, and the data set has {len(data.classes)}, whose order they have to be in")
     batches, config = batches_of(run, data), run.described()
-    with _together(world), RunFolder(Path(out), config, batches, data.names, part=str(rank) if world > 1 else "") as folder:
+    part = str(rank) if world > 1 else ""
+    with _together(world), RunFolder(Path(out), config, batches, data, part, overwrite=overwrite) as folder:
+        read_again((record for number in sorted(folder.done) for record in folder.done[number]), data, run.workers)
         for number in sorted(folder.done):
             advance(folder.done[number])
         remaining = [number for number in folder.remaining() if number % world == rank]
-        if not remaining and world == 1 and (folder.folder / SUMMARY).is_file():
-            return read_json(folder.folder / SUMMARY)
         seconds = {"start": time.perf_counter() - begun}
         if remaining:
             if scale == "ray":
@@ -239,16 +284,18 @@ def evaluate(run: RunConfig, out: str | Path, *, scale: str = "none", advance: A
             torch.distributed.barrier()
             if rank:
                 return {}
-        everything = folder.finish()
+        everything, records_digest = folder.finish()
+        told = None if remaining else folder.summary
         found = {
             **summary(everything),
             "config": config,
             "classes": list(run.classes or data.classes),
-            "environment": environment.describe(),
-            "seconds": seconds,
-            "wall_seconds": time.perf_counter() - begun,
+            "environment": told["environment"] if told else environment.describe(),
+            "seconds": told["seconds"] if told else seconds,
+            "wall_seconds": told["wall_seconds"] if told else time.perf_counter() - begun,
+            "records": records_digest,
         }
-        write_whole(folder.folder / SUMMARY, json.dumps(found, indent=2) + "\n")
+        folder.write_summary(found)
         return found
 
 
@@ -271,8 +318,8 @@ def _records(run: RunConfig, data: Images | Maps, remaining: Sequence[int], fold
     """In this process, batch by batch; the next ones are read meanwhile."""
     begun = time.perf_counter()
     worker, online = Worker(run, data), run.protocol != "episodic"
-    if online and remaining[0]:
-        last = remaining[0] - 1
+    last = folder.last_in_order() if online else -1
+    if last >= 0:
         worker.go_on(folder.load_state(last, run.device), data.groups[folder.batches[last][0]])
     started = {"start": time.perf_counter() - begun}
 

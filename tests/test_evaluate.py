@@ -142,8 +142,10 @@ def test_a_file_cut_anywhere_goes_on_to_the_same_records(finished, tmp_path, kee
 def test_only_whole_batches_count(tmp_path):
     """Every cut of the file's last batch gives the batches before it, and none of its lines."""
     batches = [[3, 4], [5, 6]]
-    lines = [{"image_id": i, "batch": number, "path": "ü", "group": "a", "label": None} for number, ids in enumerate(batches) for i in ids]
-    with RunFolder(tmp_path / "run", {"a": 1}, batches, ["ü"] * 7) as folder:
+    data = SimpleNamespace(names=["ü"] * 7, groups=["a"] * 7)
+    of_image = {"path": "ü", "group": "a", "label": None, "error": "it is torn"}
+    lines = [{"image_id": i, "batch": number, **of_image} for number, ids in enumerate(batches) for i in ids]
+    with RunFolder(tmp_path / "run", {"a": 1}, batches, data) as folder:
         folder.append(0, lines[:2])
         folder.append(1, lines[2:])
     path = tmp_path / "run" / "records.jsonl"
@@ -151,7 +153,7 @@ def test_only_whole_batches_count(tmp_path):
     second = text.index(b"\n", text.index(b"\n") + 1) + 1
     for cut in range(second, len(text)):
         path.write_bytes(text[:cut])
-        with RunFolder(tmp_path / "run", {"a": 1}, batches, ["ü"] * 7) as folder:
+        with RunFolder(tmp_path / "run", {"a": 1}, batches, data) as folder:
             assert folder.remaining() == [1]
         assert path.read_bytes() == text[:second]
 
@@ -222,20 +224,12 @@ def test_records_of_another_config_are_refused(finished):
 
 
 def test_two_runs_into_one_folder(finished):
-    batches = batches_of(RUN, open_data(RUN))
-    names = open_data(RUN).names
-    with RunFolder(finished, RUN.described(), batches, names), pytest.raises(ValueError, match="is being written to by another run"):
+    data = open_data(RUN)
+    with (
+        RunFolder(finished, RUN.described(), batches_of(RUN, data), data),
+        pytest.raises(ValueError, match="is being written to by another run"),
+    ):
         evaluate(RUN, finished)
-
-
-def test_a_data_set_that_has_changed_loses_no_records(finished):
-    before = (finished / "records.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=r"holds image \d+ in batch 0, where the data set has \[1\]: has it changed"):
-        RunFolder(finished, RUN.described(), [[1]], [])
-    names = ["another.png"] * 1000
-    with pytest.raises(ValueError, match=r"which is another.png now: has the data set changed"):
-        RunFolder(finished, RUN.described(), batches_of(RUN, open_data(RUN)), names)
-    assert (finished / "records.jsonl").read_bytes() == before
 
 
 def test_a_damaged_line_is_named(finished, tmp_path):
@@ -244,6 +238,9 @@ def test_a_damaged_line_is_named(finished, tmp_path):
     lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "records.jsonl").write_bytes(b"".join([*lines[:3], b"{broken\n", *lines[3:]]))
     with pytest.raises(ValueError, match=r"records.jsonl, line 4, is no record"):
+        evaluate(RUN, folder)
+    (folder / "records.jsonl").write_bytes(b"".join(lines).replace(b'"accepted": true', b'"accepted": 1', 1))
+    with pytest.raises(ValueError, match=r"records.jsonl, line \d+, is no record: accepted is '1': Expected `bool`"):
         evaluate(RUN, folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is damaged"):
@@ -269,6 +266,69 @@ def test_a_full_disk_loses_nothing(finished, tmp_path):
     assert records(folder) == records(finished)
 
 
+class Other:
+    """A data set, changed: pixels of one image, or another of its lists."""
+
+    def __init__(self, data, **changes):
+        self._data, self._changes = data, changes
+
+    def __getattr__(self, name):
+        return self._changes[name] if name in self._changes else getattr(self._data, name)
+
+    def __len__(self):
+        return len(self._data)
+
+    def __getitem__(self, i):
+        return 255 - self._data[i] if i == self._changes.get("dark") else self._data[i]
+
+
+def test_a_data_set_that_has_changed_loses_no_records(finished, monkeypatch):
+    before, data = (finished / "records.jsonl").read_bytes(), open_data(RUN)
+    i = records(finished)[7]["image_id"]
+    for change, message in (
+        ({"dark": i}, rf"image {i}, 'contrast/3#{i}', has other pixels now; .* restore the data set, or name another folder"),
+        ({"labels": [9 - label for label in data.labels]}, r"records.jsonl, line 1: label is \d for image \d+, and \d in the data set"),
+        ({"names": [f"{i}.png" for i in range(len(data))]}, r"line 1, holds image \d+ in batch 0, where the data set has|path is"),
+        ({"groups": ["fog1"] * len(data)}, r"where the data set has \[\d+, \d+, \d+, \d+\]|group is"),
+    ):
+        monkeypatch.setattr(evaluate_module, "open_data", lambda run, change=change: Other(data, **change))
+        with pytest.raises(ValueError, match=message):
+            evaluate(RUN, finished)
+        assert (finished / "records.jsonl").read_bytes() == before
+
+
+def test_a_finished_run_is_told_again_from_its_records(finished, tmp_path):
+    """What somebody wrote over the summary's figures is not believed, and what is no summary is named."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    whole = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**whole, "accuracy": 0.99}))
+    found = evaluate(RUN, folder)
+    assert found == whole
+    (folder / "summary.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"summary.json is damaged: Object missing required field `images`"):
+        evaluate(RUN, folder)
+    assert (folder / "summary.json").read_text() == '{"a": 1}'
+
+
+def test_beginning_again_loses_nothing_to_a_wrong_model(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="model is 'no_such_model'"):
+        evaluate(dataclasses.replace(RUN, model="no_such_model"), folder, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    other = dataclasses.replace(RUN, corruptions=("contrast",))
+    assert evaluate(other, folder, overwrite=True)["images"] == 10
+    assert records(folder) == records(finished)[:10]
+
+
+def test_several_processes_do_not_begin_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="overwrite is True with 2 processes"):
+        evaluate(RUN, tmp_path / "run", overwrite=True)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -282,7 +342,8 @@ def test_a_full_disk_loses_nothing(finished, tmp_path):
 def test_bad_settings_leave_nothing_behind(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         evaluate(RunConfig(**{"corruptions": ("contrast",), "per_class": 1, "adapt": SMALL, **change}), tmp_path / "run")
-    assert evaluate(RUN, tmp_path / "run")["images"] == 20  # the settings that were refused do not stand in the way
+    left = [*(tmp_path / "run").iterdir()] if (tmp_path / "run").exists() else []
+    assert not [path for path in left if path.stat().st_size]  # an empty lock at most: nothing that stands in the way
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import runpy
+import socket
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +21,8 @@ from dtta_fast.metrics import bootstrap_interval, calibration_error
 from dtta_fast.report import make_page, read_runs
 from dtta_fast.report.measures import number, reliability
 from dtta_fast.report.svg import axis
+from dtta_fast.runs.content import digest
+from dtta_fast.runs.folder import digest_of
 
 write_run = runpy.run_path(str(Path(__file__).with_name("report_runs.py")))["write_run"]
 HOSTILE = "<script>alert(1)</script>"
@@ -182,6 +185,7 @@ def test_text_of_records_is_escaped(tmp_path):
     summary |= {"classes": [HOSTILE] * 7, "environment": {HOSTILE: HOSTILE}, "seconds": {HOSTILE: 1.0}}
     summary["config"]["adapt"][HOSTILE] = {"x": HOSTILE}
     (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "config.json").write_text(json.dumps(summary["config"]))
     Report(runs=(folder,), out=tmp_path / "page.html").run()
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert HOSTILE not in text
@@ -305,8 +309,11 @@ def test_wrong_folders_are_named(tmp_path):
     ("line", "message"),
     [
         ("no JSON", "line 3, is no record"),
-        ('["image_id", "batch"]', "line 3, is no record: it has no image_id"),
-        ('{"image_id": 2, "batch": 0, "path": "x", "group": "y", "label": 1}', "line 3, is no record: it has no loss"),
+        ('["image_id", "batch"]', "line 3, is no record: Expected `object`, got `array`"),
+        (
+            '{"image_id": 2, "batch": 0, "path": "x", "group": "y", "label": 1}',
+            "line 3, is no record: Object missing required field `loss`",
+        ),
     ],
 )
 def test_damaged_records_are_named(tmp_path, line, message):
@@ -326,24 +333,100 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert [run.name for run in read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"])] == ["a/run", "b/run"]
 
 
-def test_command_reads_thumbnails_from_the_data_set(tmp_path):
-    data = tmp_path / "data"
-    data.mkdir()
-    for i in range(4):
+def of_images(folder: Path, data: Path, count: int = 4, digests: bool = True) -> None:
+    """A run on images that are there, whose config names another place."""
+    data.mkdir(exist_ok=True)
+    for i in range(count):
         Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(data / f"{i}.png")
-    write_run(tmp_path / "run", images=4, change=lambda record: record.update(path=f"{record['image_id']}.png"))
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    summary["config"]["data"]["root"] = str(data)
-    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+
+    def change(record: dict[str, Any]) -> None:
+        pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
+        pixels[0] = 60 * record["image_id"]
+        record.update(path=f"{record['image_id']}.png", group="folder", **({"digest": digest(pixels)} if digests else {}))
+        record["label"] = None
+
+    write_run(folder, images=count, change=change)
+
+
+def test_command_reads_thumbnails_from_root_alone(tmp_path):
+    data, page = tmp_path / "data", tmp_path / "page.html"
+    of_images(tmp_path / "run", data)
+    for kind in ("config.json", "summary.json"):  # what a run names is not read, even where it is there
+        text = (tmp_path / "run" / kind).read_text()
+        (tmp_path / "run" / kind).write_text(text.replace('"nowhere"', json.dumps(str(data))))
+    Report(runs=(tmp_path / "run",), out=page).run()
+    assert "data:image" not in page.read_text(encoding="utf-8")
+    assert "No thumbnails of run: they are read from --root alone" in page.read_text(encoding="utf-8")
+    Report(runs=(tmp_path / "run",), root=data, out=page).run()
+    assert "data:image/png" in page.read_text(encoding="utf-8")
     (run,) = read_runs([tmp_path / "run"])
-    assert Pictures()(run, 3).getpixel((5, 5)) == (180, 0, 0)
+    assert Pictures(data)(run, 3).getpixel((5, 5)) == (180, 0, 0)
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(data / "2.png")
+    with pytest.raises(ValueError, match="image 2 has other pixels than the run read"):
+        Pictures(data)(run, 2)
     (data / "0.png").rename(data / "9.png")
-    text = make_page([run], Pictures())
-    assert "No thumbnails of run: the data set is not the one that the run was on" in text
-    summary["config"]["data"]["root"] = str(tmp_path / "gone")
-    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    assert "No thumbnails of run: the data set is not the one that the run was on" in make_page([run], Pictures(data))
+    assert "No thumbnails of run: " in make_page([run], Pictures(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize("name", ["hf", "webdataset", "cifar10", "imagenet-c", "digits-c", "no-such"])
+@pytest.mark.parametrize("root", ["someone/dataset", "https://example.org/x.tar", "/etc", None])
+def test_a_report_asks_no_network(tmp_path, monkeypatch, name, root):
+    """A config may name a data set of the hub or a private folder: nothing of it is fetched, opened or loaded."""
+
+    def asked(*arguments: Any, **keywords: Any) -> None:
+        raise AssertionError(f"the report asked for {arguments}")
+
+    write_run(tmp_path / "run", images=6)
+    for kind in ("config.json", "summary.json"):
+        found = json.loads((tmp_path / "run" / kind).read_text())
+        described = found.get("config", found)
+        described["data"] |= {"name": name, "root": root}
+        described |= {"model": "someone/model", "denoiser": "someone/denoiser", "calibration": "/etc/passwd"}
+        (tmp_path / "run" / kind).write_text(json.dumps(found))
+    monkeypatch.setattr(socket.socket, "connect", asked)
+    monkeypatch.setattr(socket, "getaddrinfo", asked)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
+    if root is not None:
+        monkeypatch.setattr("dtta_fast.commands.report.open_images", asked)
     Report(runs=(tmp_path / "run",), out=tmp_path / "page.html").run()
     assert "No thumbnails of run: " in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_data_set_of_the_hub_takes_a_folder(tmp_path, monkeypatch):
+    write_run(tmp_path / "run", images=6)
+    found = json.loads((tmp_path / "run" / "config.json").read_text())
+    found["data"] |= {"name": "hf", "root": "someone/dataset"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(found))
+    (run,) = read_runs([tmp_path / "run"])
+    with pytest.raises(ValueError, match="root is 'someone/dataset', which is no folder here, and a report asks no hub"):
+        Pictures(Path("someone/dataset"))(run, 0)
+
+
+def test_reports_know_what_is_unfinished(tmp_path):
+    folder = tmp_path / "run"
+    write_run(folder, images=8)
+    assert read_runs([folder])[0].unfinished == ""
+    text, summary = (folder / "records.jsonl").read_text(), json.loads((folder / "summary.json").read_text())
+    whole = {**summary, "records": digest_of(folder / "records.jsonl")}
+    (folder / "summary.json").write_text(json.dumps(whole))
+    assert read_runs([folder])[0].unfinished == ""
+    (folder / "records.jsonl").write_text(text.replace('"accepted": true', '"accepted": false', 1))
+    assert read_runs([folder])[0].unfinished == "records.jsonl is not what summary.json was made of"
+    (folder / "records.jsonl").write_text("".join(text.splitlines(keepends=True)[:5]))
+    (found,) = read_runs([folder])
+    assert found.unfinished == "5 images so far; summary.json is of 8"
+    assert (found.seconds, found.wall_seconds) == ({}, None)
+    assert "<strong>run is unfinished:</strong> 5 images so far; summary.json is of 8." in make_page([found])
+    (folder / "records.jsonl").write_text(text)
+    (folder / "records-1.jsonl").write_text("")
+    assert read_runs([folder])[0].unfinished == "8 images so far; summary.json is of 8"
+    (folder / "records-1.jsonl").unlink()
+    (folder / "records-old.jsonl").write_text("notes of mine")  # no file of a run
+    assert read_runs([folder])[0].unfinished == ""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model": "other"}))
+    assert read_runs([folder])[0].unfinished == "summary.json is of another config than config.json"
 
 
 def test_page_of_many_images_is_small_and_soon_there(tmp_path):

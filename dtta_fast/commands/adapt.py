@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
 from dtta_fast import presets, zoo
 from dtta_fast.adapter import Adapter
 from dtta_fast.calibration import Calibration
-from dtta_fast.commands.common import OutFile, Settings, check_path, checked_device, names_of, quiet
+from dtta_fast.commands.common import OutFile, Settings, check_path, checked_device, holds, names_of, quiet, shown, terminal, write_json
 from dtta_fast.data.folder import read_image
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runs.models import class_names, load_pair
@@ -61,12 +58,12 @@ class Adapt:
     def run(self) -> None:
         """Raises ValueError for bad names, an unknown preset, a model or an image that cannot be read, or a bad path."""
         quiet()
-        check_path("json", self.json)
+        check_path("json", self.json, holds("images", "config"))
         if not self.images:
             raise ValueError("images are missing: give one file and more")
         device = checked_device(self.device)
         images = [read_image(path) for path in self.images]
-        with Console(stderr=True).status("loading"):
+        with terminal(stderr=True).status("loading"):
             model, denoiser, task = self._classifier() if self.classes is None else self._clip(names_of(self.classes))
             if self.calibration is not None:
                 denoiser.calibration = Calibration.load(self.calibration, denoiser)
@@ -86,9 +83,8 @@ class Adapt:
                     "seconds": sum(found.seconds.values()),
                 }
             )
+            write_json(self.json, {"images": rows, "config": asdict(self.config)})
             _print_probabilities(rows[-1])
-        if self.json is not None:
-            self.json.write_text(json.dumps({"images": rows, "config": asdict(self.config)}, indent=2) + "\n")
 
     def _classifier(self) -> tuple[nn.Module, Denoiser, Task]:
         model, place = (None if name == "zoo" else name for name in (self.model, self.denoiser))
@@ -108,9 +104,9 @@ class Adapt:
 
 def _print_probabilities(row: dict[str, Any]) -> None:
     """The likeliest classes of an image."""
-    table = Table(title=f"{escape(row['path'])}: {row['evaluations']} evaluations, {row['seconds']:.2f} s")
+    table = Table(title=f"{shown(row['path'])}: {row['evaluations']} evaluations, {row['seconds']:.2f} s")
     for head in ("class", "before %", "after %"):
         table.add_column(head, justify="left" if head == "class" else "right")
     for name in sorted(row["after"], key=row["after"].__getitem__, reverse=True)[:SHOWN]:
-        table.add_row(escape(name), *(f"{100 * row[when][name]:.1f}" for when in ("before", "after")))
-    Console().print(table)
+        table.add_row(shown(name), *(f"{100 * row[when][name]:.1f}" for when in ("before", "after")))
+    terminal().print(table)

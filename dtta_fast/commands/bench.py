@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,12 +9,22 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from dtta_fast import benchmark, environment
-from dtta_fast.commands.common import Name, OutFile, Settings, check_path, checked_device, progress_bar, quiet
+from dtta_fast.commands.common import (
+    Name,
+    OutFile,
+    Settings,
+    check_path,
+    checked_device,
+    holds,
+    progress_bar,
+    quiet,
+    shown,
+    terminal,
+    write_json,
+)
 from dtta_fast.commands.subjects import EVERY_IMAGE, load_subject
 
 
@@ -51,7 +60,7 @@ class Bench:
 
     def run(self) -> None:
         """Raises ValueError for bad arguments, models or images, all of it before anything is measured."""
-        check_path("json", self.json)
+        check_path("json", self.json, holds("benchmark", "environment"))
         benchmark.check_calls(self.calls)
         benchmark.check_batches(self.batches)
         device = checked_device(self.device)
@@ -76,17 +85,16 @@ class Bench:
                 names=(self.model, self.denoiser),
                 calls=self.calls,
                 batches=self.batches,
-                advance=lambda stage: progress.update(bar, description=stage, advance=1),
+                advance=lambda stage: progress.update(bar, description=shown(stage), advance=1),
             )
         result = {**about, "subject": subject.name, **found, "config": asdict(self.config), "environment": environment.describe()}
+        write_json(self.json, result)
         _print_bench(result)
-        if self.json is not None:
-            self.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _print_bench(result: dict[str, Any]) -> None:
-    console, one, config = Console(), result["latency"], result["config"]
-    where = f"{escape(result['subject'])}, preset {result['preset']}, {escape(result['device'])}, {result['threads']} threads"
+    console, one, config = terminal(), result["latency"], result["config"]
+    where = f"{shown(result['subject'])}, preset {result['preset']}, {shown(result['device'])}, {result['threads']} threads"
     console.print(_latency(one, where))
     console.print(_throughput(result))
     starts = Table(title="Cold start: a fresh process to its first image, seconds")
@@ -98,7 +106,7 @@ def _print_bench(result: dict[str, Any]) -> None:
         starts.add_row(cache, *("failed" if failed else f"{row[name]:.2f}" for name in ("total", "imports", "loading", "adaptation")))
     for cache, row in result["cold_start"].items():
         if "error" in row:
-            starts.caption = f"{cache}: {escape(row['error'])}"
+            starts.caption = f"{cache}: {shown(row['error'])}"
     console.print(starts)
     peak = result["peak"]
     console.print(f"Peak measured here: {peak['flops'] / 1e12:.3g} TFLOP/s in {peak['dtype']}, copies {peak['bytes'] / 1e9:.3g} GB/s.")

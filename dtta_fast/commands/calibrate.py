@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 
 from dtta_fast.calibrating import calibrate
-from dtta_fast.commands.common import OutFile, check_path, checked_device, names_of, quiet
+from dtta_fast.commands.common import (
+    OutFile,
+    check_apart,
+    check_path,
+    checked_device,
+    holds,
+    names_of,
+    quiet,
+    shown,
+    terminal,
+    write_json,
+)
 from dtta_fast.data.folder import read_images
 from dtta_fast.runs.models import load_denoiser, takes_prompts
+from dtta_fast.runs.writing import check_name
 
 
 @dataclass(frozen=True)
@@ -44,24 +54,25 @@ class Calibrate:
 
     def run(self) -> None:
         """Raises ValueError for a bad device, classes or images, and where the denoiser has no folder and out is left out."""
+        check_name("denoiser", self.denoiser)
         folder = Path(self.denoiser)
         if self.out is None and not folder.is_dir():
             raise ValueError(f"denoiser is {self.denoiser!r}, which is no folder here; say where to write by --out FILE")
         path = self.out or folder / "calibration.json"
-        check_path("out", path)
-        check_path("json", self.json)
+        # what is in the denoiser's own folder under that name is replaced, damaged or not
+        check_path("out", path, (lambda path: True) if self.out is None else holds("power", "mean", "deviation"))
+        check_path("json", self.json, holds("denoiser", "calibration"))
+        check_apart(out=path, json=self.json)
         device = checked_device(self.device)
         names = [] if self.classes is None else names_of(self.classes)
         if names and not takes_prompts(self.denoiser):
             raise ValueError(f"classes is {self.classes!r}, and denoiser {self.denoiser!r} has classes of its own: leave --classes out")
         quiet()
-        with Console(stderr=True).status("loading") as status:
+        with terminal(stderr=True).status("loading") as status:
             denoiser = load_denoiser(self.denoiser, names, calibration=False).to(device)
             images = read_images(self.images, denoiser.image_size, self.most)
             status.update(f"measuring on {len(images)} images")
             found = calibrate(denoiser, images.to(device))
         found.save(path)
-        if self.json is not None:
-            result = {"denoiser": self.denoiser, "images": len(images), "calibration": asdict(found)}
-            self.json.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"{path}: written")
+        write_json(self.json, {"denoiser": self.denoiser, "images": len(images), "calibration": asdict(found)})
+        print(f"{shown(path)}: written")

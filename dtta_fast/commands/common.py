@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -13,21 +15,76 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dtta_fast.config import AdaptConfig
+from dtta_fast.runs.folder import CONFIG, OF_RUN
+from dtta_fast.runs.writing import check_name, write_whole
 
 Settings = Annotated[AdaptConfig, tyro.conf.arg(name="")]  # each a flag of its own; under a name tyro boxes what it refuses
 OutFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: not written)")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the digits zoo)")]
 
 
-def check_path(name: str, path: Path | None) -> None:
-    """Raises ValueError, naming the argument, where a result cannot be written to: before the work, not after it."""
+def check_path(name: str, path: Path | None, ours: Callable[[Path], bool] = lambda path: False) -> None:
+    """Raises ValueError, naming the argument, where a result may not be written to: before the work, not after it.
+
+    Args:
+        ours: whether a file is an earlier result of the same kind, which a new one may replace; no other file that holds anything is.
+    """
     if path is None:
         return
+    check_name(name, path)
     folder = path.resolve().parent
     if path.is_dir() or not folder.is_dir():
         raise ValueError(f"{name} is {str(path)!r}, where the result cannot be written: give a file in a folder that exists")
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    plain = path.is_file() or not path.exists()
+    if not os.access(folder if plain else path, os.W_OK):
         raise ValueError(f"{name} is {str(path)!r}, where the result cannot be written: give a place that you may write to")
+    if re.fullmatch(OF_RUN, path.name) and (folder / CONFIG).is_file():
+        raise ValueError(f"{name} is {str(path)!r}, which is a file of the run in this folder: give another name")
+    if path.is_file() and path.stat().st_size and not ours(path):
+        raise ValueError(f"{name} is {str(path)!r}, a file that is no earlier result of this command: give another name, or remove it")
+
+
+def check_apart(**paths: Path | None) -> None:
+    """Raises ValueError where two results would be written to one file."""
+    seen: dict[Path, str] = {}
+    for name, path in paths.items():
+        if path is not None and (other := seen.setdefault(path.resolve(), name)) != name:
+            raise ValueError(f"{name} is {str(path)!r}, and so is {other}: give each a file of its own")
+
+
+def holds(*keys: str) -> Callable[[Path], bool]:
+    """Whether a file is a JSON object with these keys."""
+
+    def check(path: Path) -> bool:
+        try:
+            found = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return False
+        return isinstance(found, dict) and set(keys) <= set(found)
+
+    return check
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page of `dtta report` or `dtta profile`, by its title."""
+    with path.open("rb") as file:
+        return re.search(rb"<!doctype html>.*\xe2\x80\x93 dtta (report|profile)</title>", file.read(2**20), re.DOTALL) is not None
+
+
+def write_json(path: Path | None, result: Any) -> None:
+    """Writes a result whole, or not at all; nothing where there is no path."""
+    if path is not None:
+        write_whole(path, json.dumps(result, indent=2) + "\n")
+
+
+def shown(value: object) -> str:
+    """Text from outside for a terminal: a line of printable characters, the others as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+
+
+def terminal(*, stderr: bool = False) -> Console:
+    """For text that may come from outside, put through shown(): a [name] is no markup, and :name: no emoji."""
+    return Console(stderr=stderr, markup=False, emoji=False)
 
 
 def option(arguments: Sequence[str], flag: str) -> str | None:
@@ -57,9 +114,9 @@ def quiet() -> None:
 
 def progress_bar() -> Progress:
     """On standard error, where that is a terminal; it goes when the work is done."""
-    terminal = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal)
+    console = terminal(stderr=True)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def checked_device(name: str) -> torch.device:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import io
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
+from PIL.PngImagePlugin import PngInfo
 from rich.table import Table
 from torchvision.transforms.functional import to_pil_image
 
 from dtta_fast import demo, demo_dense, environment, presets
-from dtta_fast.commands.common import OutFile, check_path, progress_bar, quiet
+from dtta_fast.commands.common import OutFile, check_apart, check_path, holds, progress_bar, quiet, shown, terminal, write_json
 from dtta_fast.data.corruptions import DIGITS_C
 from dtta_fast.report.measures import number, scale_of
+from dtta_fast.runs.writing import write_whole
+
+SIGNED = ("Software", "dtta demo")  # in a picture
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,9 @@ class Demo:
         dense = None if self.task == "classification" else self.task
         preset = self.preset or ("DENSE" if dense else "FAST")
         config = presets.get(preset).replace(seed=self.seed)
-        check_path("json", self.json)
-        check_path("picture", self.picture)
+        check_path("json", self.json, holds("benchmark", "environment"))
+        check_path("picture", self.picture, _is_picture)
+        check_apart(json=self.json, picture=self.picture)
         if dense and self.open_vocabulary:
             raise ValueError(f"open_vocabulary is a way of classification; task is {self.task!r}")
         if self.picture is not None and not dense:
@@ -73,12 +78,20 @@ class Demo:
             "config": asdict(config),
             "environment": environment.describe(),
         }
+        write_json(self.json, result)
         (_print_dense if dense else _print_demo)(result)
         if dense and self.picture is not None:
-            to_pil_image(demo_dense.picture(dense, config)).save(self.picture, format="PNG")
-            print(f"{self.picture}: input, before, after, ground truth, better (green) and worse (red)")
-        if self.json is not None:
-            self.json.write_text(json.dumps(result, indent=2) + "\n")
+            about, png = PngInfo(), io.BytesIO()
+            about.add_text(*SIGNED)
+            to_pil_image(demo_dense.picture(dense, config)).save(png, format="PNG", pnginfo=about)
+            write_whole(self.picture, png.getvalue())
+            print(f"{shown(self.picture)}: input, before, after, ground truth, better (green) and worse (red)")
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file is a picture of this command."""
+    with path.open("rb") as file:
+        return "\0".join(SIGNED).encode() in file.read(4096)
 
 
 def _print_demo(result: dict[str, Any]) -> None:
@@ -99,7 +112,7 @@ def _print_demo(result: dict[str, Any]) -> None:
     table.add_section()
     add("mean", result)
     add("clean", result["clean"])
-    console = Console()
+    console = terminal()
     console.print(table)
     if size < 500:
         error = 100 * (0.25 / size) ** 0.5  # a proportion's standard error, at most
@@ -128,7 +141,7 @@ def _print_dense(result: dict[str, Any]) -> None:
     table.add_section()
     add("mean", result)
     add("clean", result["clean"])
-    Console().print(table)
+    terminal().print(table)
     scale = scale_of(names[0])
     low, high = (number(100 * bound, 2, True) if scale.percent else scale.shown(bound, sign=True) for bound in result["gain_interval"])
     unit, better = " points" if scale.percent else "", "less" if scale.less else "more"

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from dtta_fast import environment
-from dtta_fast.commands.common import OutFile, check_path
+from dtta_fast.commands.common import OutFile, check_path, holds, shown, write_json
 
 
 @dataclass(frozen=True)
@@ -20,9 +19,8 @@ class Env:
     """Write the result to this file too."""
 
     def run(self) -> None:
-        check_path("json", self.json)
+        check_path("json", self.json, holds("python", "torch"))
         result = environment.describe()
+        write_json(self.json, result)
         for key, value in result.items():
-            print(f"{key:16} {value}")
-        if self.json is not None:
-            self.json.write_text(json.dumps(result, indent=2) + "\n")
+            print(f"{key:16} {shown(value)}")

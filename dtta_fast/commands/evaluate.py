@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
-from dtta_fast.commands.common import OutFile, check_path, checked_device, option, progress_bar, quiet
+from dtta_fast.commands.common import (
+    OutFile,
+    check_apart,
+    check_path,
+    checked_device,
+    holds,
+    option,
+    progress_bar,
+    quiet,
+    shown,
+    terminal,
+    write_json,
+)
 from dtta_fast.evaluate import batches_of, evaluate, open_data
 from dtta_fast.report.measures import scale_of
 from dtta_fast.runs.config import RunConfig, flattened, read_yaml, with_settings, yaml_value
+from dtta_fast.runs.folder import OF_RUN
 from dtta_fast.runs.reference_names import is_reference
 from dtta_fast.runs.summary import error_lines
 from dtta_fast.tracking import Tracker, require, tracker
@@ -47,6 +59,8 @@ class Evaluate:
     """What the settings of the adaptation start from; FAST, ONLINE or DENSE, as protocol and task want, where it is left out."""
     scale: Literal["none", "ray"] = "none"
     """How work is shared: none; or ray, by Ray Data, a worker for each GPU or CPU core. Processes of torchrun share it without ray."""
+    overwrite: bool = False
+    """Begin again in OUT: replace the run that is there, or begin beside files that are no run's, which stay."""
     track: Annotated[Tracked | None, tyro.conf.arg(metavar="{tensorboard,trackio,wandb}", help_behavior_hint="(default: nowhere)")] = None
     """Where running accuracy and cost are sent too (an extra of that name)."""
     json: OutFile = None
@@ -92,7 +106,10 @@ class Evaluate:
     def run(self) -> None:
         """Raises ValueError for bad settings, data or models, a folder that is in use or holds another run; OSError where it is full."""
         quiet()
-        check_path("json", self.json)
+        check_path("json", self.json, holds("groups", "environment", "wall_seconds"))
+        check_apart(out=self.out, json=self.json)
+        if self.json is not None and self.json.resolve().parent == self.out.resolve() and re.fullmatch(OF_RUN, self.json.name):
+            raise ValueError(f"json is {str(self.json)!r}, which is a name of the run's own files: give another")
         checked_device(self.run_config.device)
         if self.track is not None:
             require(self.track)
@@ -109,17 +126,16 @@ class Evaluate:
 
             def advance(records: list[dict[str, Any]]) -> None:
                 running.add(records)
-                progress.update(bar, description=str(running), advance=len(records))
+                progress.update(bar, description=shown(running), advance=len(records))
 
             try:
-                found = evaluate(run, self.out, scale=self.scale, advance=advance)
+                found = evaluate(run, self.out, scale=self.scale, overwrite=self.overwrite, advance=advance)
             finally:
                 running.close()
         if not found:
             return  # a process beside the first one
+        write_json(self.json, found)
         _print_summary(found, self.out)
-        if self.json is not None:
-            self.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 class Running:
@@ -182,9 +198,9 @@ def _usual_preset(settings: dict[str, Any]) -> str:
 
 
 def _print_summary(found: dict[str, Any], out: Path) -> None:
-    table = Table(title=f"{found['images']} images, {found['errors']} of them failed; {out}")
+    table = Table(title=f"{found['images']} images, {found['errors']} of them failed; {shown(out)}")
     scores = [name for name in found if isinstance(found[name], dict) and "gain" in found[name]]
-    heads = [f"{name} {when} {scale_of(name).unit}".strip() for name in scores for when in ("before", "after")]
+    heads = [f"{shown(name)} {when} {scale_of(name).unit}".strip() for name in scores for when in ("before", "after")]
     heads = heads or ["before %", "after %", "gain"]
     table.add_column("", no_wrap=True)
     for head in (*heads, "evals/img", "s/img"):
@@ -198,12 +214,12 @@ def _print_summary(found: dict[str, Any], out: Path) -> None:
         else:
             values = ["-"] * len(heads)
         cost = [f"{row['evaluations_per_image']:.1f}", f"{row['seconds_per_image']:.3f}"] if "seconds_per_image" in row else ["-", "-"]
-        table.add_row(name, *values, *cost)
+        table.add_row(shown(name), *values, *cost)
 
     for name, row in found["groups"].items():
         add(name, row)
     table.add_section()
     add("all", found)
-    Console().print(table)
+    terminal().print(table)
     for line in error_lines(found):
-        print(line)
+        print(shown(line))

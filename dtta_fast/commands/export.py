@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 
 from dtta_fast import presets
-from dtta_fast.commands.common import Name, OutFile, Settings, check_path, quiet
+from dtta_fast.commands.common import Name, OutFile, Settings, check_apart, check_path, holds, quiet, shown, terminal, write_json
 from dtta_fast.commands.subjects import load_subject
 
 
@@ -50,14 +49,16 @@ class Export:
         """Raises ValueError for what cannot be exported, for bad models, images or paths: before anything is compiled."""
         from dtta_fast.embed.exporting import check_exportable, check_target, export
 
-        check_path("json", self.json)
+        check_path("package", self.package, _is_package)
+        check_path("json", self.json, holds("format", "capability"))
+        check_apart(package=self.package, json=self.json)
         check_target(self.package, self.batch)
         check_exportable(self.config)
         if self.measured < self.batch:
             raise ValueError(f"measured is {self.measured}; give batch = {self.batch} and more")
         quiet()
         subject = load_subject(self.model, self.denoiser, self.images, self.measured, torch.device("cpu"))
-        with Console(stderr=True).status("loading") as status:
+        with terminal(stderr=True).status("loading") as status:
             manifest = export(
                 subject.model,
                 subject.denoiser,
@@ -67,11 +68,22 @@ class Export:
                 batch=self.batch,
                 progress=lambda name: status.update(f"compiling {name}"),
             )
-        if self.json is not None:
-            self.json.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+        write_json(self.json, asdict(manifest))
         size = self.package.stat().st_size / 2**20
-        print(f"{self.package}: written, {size:.0f} MiB, for torch {manifest.torch} on {manifest.capability}, weights {manifest.weights}")
+        print(
+            f"{shown(self.package)}: written, {size:.0f} MiB, for torch {manifest.torch} on {manifest.capability}, "
+            f"weights {manifest.weights}"
+        )
         print(
             f"outputs and losses differ from the engine's by {manifest.measured:.1e} at most on {manifest.measured_images} images; "
             f"tolerance {manifest.tolerance:.1e}"
         )
+
+
+def _is_package(path: Path) -> bool:
+    """Whether a file is a package of compiled functions, by the names in it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/aotinductor/" in name for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False

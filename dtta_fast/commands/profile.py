@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,15 +9,27 @@ from datetime import UTC, datetime
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from dtta_fast import environment
 from dtta_fast.adapter import Adapter
 from dtta_fast.bottleneck import Row
-from dtta_fast.commands.common import Name, OutFile, Settings, check_path, checked_device, quiet
+from dtta_fast.commands.common import (
+    Name,
+    OutFile,
+    Settings,
+    check_apart,
+    check_path,
+    checked_device,
+    holds,
+    is_page,
+    quiet,
+    shown,
+    terminal,
+    write_json,
+)
 from dtta_fast.commands.subjects import EVERY_IMAGE, load_subject
+from dtta_fast.runs.writing import write_whole
 
 WIDE = 110  # columns of a terminal that have room for all of an operator's figures
 
@@ -59,41 +70,41 @@ class Profile:
         from dtta_fast.profiling import profile
         from dtta_fast.report import profile as page
 
-        for given, path in (("trace", self.trace), ("html", self.html), ("json", self.json)):
-            check_path(given, path)
+        check_path("trace", self.trace, holds("traceEvents"))
+        check_path("html", self.html, is_page)
+        check_path("json", self.json, holds("benchmark", "environment"))
+        check_apart(trace=self.trace, html=self.html, json=self.json)
         if self.images < 1:
             raise ValueError(f"images is {self.images}; give 1 and more")
         device = checked_device(self.device)
         quiet()
-        with Console(stderr=True).status("loading") as status:
+        with terminal(stderr=True).status("loading") as status:
             subject = load_subject(self.model, self.denoiser, None, self.images, device)
             adapter = Adapter(subject.model, subject.denoiser, self.config)
             status.update("measuring")
             found = profile(adapter, subject.images, trace=self.trace)
-        console = Console()
         name = f"{subject.name}, preset {self.preset.upper()}"
-        print(f"{name}: {page.heading(found)}")
+        if self.html is not None:
+            write_whole(self.html, page.make_profile_page(found, name))
+        about = {
+            "benchmark": "profile",
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "load_average": environment.load_average(),
+            "subject": subject.name,
+            "preset": self.preset.upper(),
+        }
+        write_json(self.json, {**about, **asdict(found), "device": environment.device_name(device)})
+        console = terminal()
+        print(shown(f"{name}: {page.heading(found)}"))
         console.print(_table("phase", found.phases, page.HEADS))
         heads = page.HEADS if console.width >= WIDE else [head for head in page.HEADS if head not in ("GFLOP", "MB")]
         console.print(_table("operator", found.kernels[: page.KERNELS], heads))
         for line in (page.kernels_line(found), page.peak_line(found), *found.notes, page.memory_line(found.memory)):
-            print(line)
-        console.print(f"[bold]{escape(found.bottleneck)}[/bold]", soft_wrap=True)
-        if self.html is not None:
-            self.html.write_text(page.make_profile_page(found, name), encoding="utf-8")
-        if self.json is not None:
-            about = {
-                "benchmark": "profile",
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "load_average": environment.load_average(),
-                "subject": subject.name,
-                "preset": self.preset.upper(),
-            }
-            result = {**about, **asdict(found), "device": environment.device_name(device)}
-            self.json.write_text(json.dumps(result, indent=2) + "\n")
+            print(shown(line))
+        console.print(shown(found.bottleneck), style="bold", soft_wrap=True)
         for path in (self.trace, self.html, self.json):
             if path is not None:
-                print(f"{path}: written")
+                print(f"{shown(path)}: written")
 
 
 def _table(what: str, rows: Sequence[Row], heads: Sequence[str]) -> Table:
@@ -104,6 +115,6 @@ def _table(what: str, rows: Sequence[Row], heads: Sequence[str]) -> Table:
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     for row in rows:
-        shown = dict(zip(HEADS, cells(row), strict=True))
-        table.add_row(escape(f"{row.name}\n  {row.kernel}" if row.kernel else row.name), *(shown[head] for head in heads))
+        figures = dict(zip(HEADS, cells(row), strict=True))
+        table.add_row(f"{shown(row.name)}\n  {shown(row.kernel)}" if row.kernel else shown(row.name), *(figures[head] for head in heads))
     return table

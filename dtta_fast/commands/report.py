@@ -10,10 +10,13 @@ import tyro
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from dtta_fast.commands.common import check_path
+from dtta_fast.commands.common import check_path, is_page, shown
 from dtta_fast.data.images import Images, open_images
 from dtta_fast.data.maps import Maps
 from dtta_fast.report import Run, make_page, read_runs
+from dtta_fast.runs.content import digest, mismatch
+from dtta_fast.runs.records import Data, check
+from dtta_fast.runs.writing import check_name, write_whole
 
 THUMBNAIL = 96  # pixels that images of maps are read at
 
@@ -22,49 +25,67 @@ THUMBNAIL = 96  # pixels that images of maps are read at
 class Report:
     """Write one HTML page about runs of `dtta evaluate`: accuracy, gain, calibration, cost, and the images that changed most.
 
+    A run may come from anybody: nothing that its files name is read or downloaded. Thumbnails are read from --root.
+
     Example: dtta report runs/digits runs/other --out report.html
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]
     """Their folders; a run that is still going is shown as far as it is."""
+    root: Annotated[Path | None, tyro.conf.arg(metavar="PLACE", help_behavior_hint="(default: no thumbnails, but of the digits)")] = None
+    """Where the runs' data set lies, as `dtta evaluate` had it, for thumbnails."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("report.html")
     """The page: one file that loads nothing, for any browser."""
 
     def run(self) -> None:
         """Raises ValueError for no run, a folder without records, a damaged file, runs of several tasks, or a bad path."""
-        check_path("out", self.out)
-        page = make_page(read_runs(self.runs), Pictures())
-        self.out.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files may hold bytes that are no text
-        print(f"{self.out}: written")
+        check_path("out", self.out, is_page)
+        if self.root is not None:
+            check_name("root", self.root)
+        page = make_page(read_runs(self.runs), Pictures(self.root))
+        write_whole(self.out, page)
+        print(f"{shown(self.out)}: written")
 
 
 class Pictures:
-    """Reads images from the runs' data sets, which are opened once."""
+    """Reads images of runs from the data set at a place, which is opened once; the digits, which are made, from anywhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Path | None = None) -> None:
+        self._root = root
         self._opened: dict[Path, Images | Maps] = {}
 
     def __call__(self, run: Run, image_id: int) -> Image.Image:
         """Raises ValueError, ImportError or OSError where the data set cannot be read, or is not the one that the run was on."""
         if run.folder not in self._opened:
-            self._opened[run.folder] = _data_of(run)
-        data = self._opened[run.folder]
-        return to_pil_image(data[image_id][0] if isinstance(data, Maps) else data.read(image_id))
+            self._opened[run.folder] = _data_of(run, self._root)
+        item = self._opened[run.folder][image_id]
+        if isinstance(item, tuple):
+            return to_pil_image(item[0])
+        kept = next(record.get("digest") for record in run.records if record["image_id"] == image_id)
+        if kept not in (None, digest(item)):
+            raise ValueError(f"image {image_id} has other pixels than the run read")
+        return to_pil_image(item)
 
 
-def _data_of(run: Run) -> Images | Maps:
-    described = dict(run.config.get("data", {}))
+def _data_of(run: Run, root: Path | None) -> Images | Maps:
+    described = run.config.get("data", {})
     if "name" not in described:
         raise ValueError("the run's folder has no config that names its data set")
-    data = open_images(
-        described["name"],
-        None if described.get("root") is None else Path(described["root"]),
-        corruptions=described.get("corruptions", ()),
-        severities=described.get("severities", ()),
-        split=described.get("split"),
+    data: Data = check(described, Data)
+    if data.root is not None and root is None:
+        raise ValueError(f"they are read from --root alone, which is where the run's data set, {data.name!r}, lies")
+    if data.name == "hf" and not (root and root.is_dir()):
+        raise ValueError(f"root is {str(root)!r}, which is no folder here, and a report asks no hub")
+    found = open_images(
+        data.name,
+        None if data.root is None else root,
+        corruptions=data.corruptions,
+        severities=data.severities,
+        split=data.split,
         size=None if run.task == "classification" else THUMBNAIL,
     )
     for record in run.records:
-        if record["image_id"] >= len(data) or data.names[record["image_id"]] != record["path"]:
-            raise ValueError(f"the data set is not the one that the run was on: image {record['image_id']} is not {record['path']!r}")
-    return data
+        why = f"there is no image {record['image_id']}" if record["image_id"] >= len(found) else mismatch(record, found)
+        if why:
+            raise ValueError(f"the data set is not the one that the run was on: {why}")
+    return found

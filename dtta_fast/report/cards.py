@@ -14,7 +14,7 @@ from dtta_fast.report.figures import Pair, pairs_plot
 from dtta_fast.report.measures import Measure, changes, number, probability
 from dtta_fast.report.reading import Run
 from dtta_fast.report.svg import Plot
-from dtta_fast.runs.folder import Record
+from dtta_fast.runs.records import Record
 
 MOST = 12  # cards of a kind, of a run
 SIDE = 96  # pixels of a thumbnail at most

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dtta_fast.metrics import bootstrap_interval
 from dtta_fast.report.reading import Run
-from dtta_fast.runs.folder import Record
+from dtta_fast.runs.records import Record
 
 
 class Scale(NamedTuple):

@@ -156,7 +156,7 @@ def _summary(found: Sequence[Answers]) -> list[Row]:
             put(i, "Evaluations an image", "mean", Cell(number(sum(record["evaluations"] for record in run.records) / total)))
             put(i, "Time an image", "s, mean", Cell(f"{sum(record['seconds'] for record in run.records) / total:.4g}"))
             put(i, "Adaptations kept", "% of images", Cell(number(100 * sum(bool(record["accepted"]) for record in run.records) / total)))
-        put(i, "Images", "", Cell(f"{len(run.records) + len(run.failed):,}", note="" if run.finished else "so far"))
+        put(i, "Images", "", Cell(f"{len(run.records) + len(run.failed):,}", note="so far" if run.unfinished else ""))
         put(i, "Failed images", "", Cell(f"{len(run.failed):,}", good=False if run.failed else None))
     return [Row(name, cells, unit) for name, (unit, cells) in rows.items()]
 

@@ -2,56 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dtta_fast.runs.folder import CONFIG, RECORDS, SUMMARY, Record, read_records
-
-OF_IMAGE = ("path", "group", "label")
-OF_ANSWER = ("loss", "accepted", "evaluations", "seconds")
-OF_CLASSES = ("prediction_before", "prediction", "confidence_before", "confidence", "top_before", "top")
-OF_MAPS = ("score_before", "score")
-
-OF_SUMMARY: dict[str, type] = {"config": dict, "classes": list, "environment": dict, "seconds": dict}
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
-
-
-def _class(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31)
-
-
-def _scores(value: Any) -> bool:
-    return isinstance(value, dict) and all(score is None or _number(score) for score in value.values())
-
-
-def _top(value: Any) -> bool:
-    pairs = value if isinstance(value, list) else [None]
-    return all(isinstance(pair, list) and len(pair) == 2 and _class(pair[0]) and _number(pair[1]) for pair in pairs)
-
-
-def _losses(value: Any) -> bool:
-    return isinstance(value, list) and all(loss is None or _number(loss) for loss in value)
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-KINDS: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("path", "group", "error"), _text),
-    **dict.fromkeys(("label", "prediction_before", "prediction"), _class),
-    **dict.fromkeys(("confidence_before", "confidence", "evaluations", "seconds"), _number),
-    **dict.fromkeys(("top_before", "top"), _top),
-    **dict.fromkeys(OF_MAPS, _scores),
-    "accepted": lambda value: isinstance(value, bool),
-    "loss": _losses,
-}
+from dtta_fast.runs.folder import CONFIG, OF_RECORDS, RECORDS, SUMMARY, digest_of, named
+from dtta_fast.runs.records import OF_MAPS, Config, Record, Summary, read_object, read_records
+from dtta_fast.runs.writing import check_name
 
 
 @dataclass(frozen=True)
@@ -64,7 +22,7 @@ class Run:
         records: of the images that were adapted to; failed: of those that could not be. Both in the order of the data set.
         config: the resolved config, nested. classes: names, may be empty. environment: versions and machine.
         seconds: by phase. wall_seconds: of the whole run. Both are empty, or None, until the run has ended.
-        finished: whether it has ended.
+        unfinished: why the figures are not those of a whole run; "" where they are.
     """
 
     name: str
@@ -77,7 +35,7 @@ class Run:
     environment: Mapping[str, str]
     seconds: Mapping[str, float]
     wall_seconds: float | None
-    finished: bool
+    unfinished: str
 
     def class_name(self, number: int | None) -> str:
         """A class's name, or its number; None is a class of the model's that the data set does not have."""
@@ -94,11 +52,13 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """
     if not folders:
         raise ValueError("runs are missing: give one folder of `dtta evaluate` and more")
+    for folder in folders:
+        check_name("runs", folder)
     places = [Path(folder).resolve() for folder in folders]
     for folder, place in zip(folders, places, strict=True):
         if places.count(place) > 1:
             raise ValueError(f"runs has {str(folder)!r} twice; name each once")
-        if not any(place.glob("records*.jsonl")):
+        if not place.is_dir() or not named(place, OF_RECORDS):
             raise ValueError(f"{str(folder)!r} holds no {RECORDS}: give the folder of a run of `dtta evaluate`")
     runs = [_read(place, name) for place, name in zip(places, _names(places), strict=True)]
     tasks = {run.task: run.name for run in runs}
@@ -123,28 +83,21 @@ def _names(places: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: Path, name: str) -> Run:
+    summary = read_object(folder / SUMMARY, Summary) if (folder / SUMMARY).exists() else {}
+    config = read_object(folder / CONFIG, Config) if (folder / CONFIG).exists() else summary.get("config", {})
+    files = named(folder, OF_RECORDS)
     records: dict[int, Record] = {}
-    for path in sorted(folder.glob("records*.jsonl")):  # the processes of torchrun write a file each until the run has ended
-        for number, record in enumerate(read_records(path), 1):
-            missing = _missing(record)
-            if missing:
-                raise ValueError(f"{path}, line {number}, is no record: it has no {missing}")
-            wrong = next((name for name, sound in KINDS.items() if name in record and not sound(record[name])), None)
-            if wrong:
-                raise ValueError(f"{path}, line {number}, is no record: {wrong} is {str(record[wrong])[:40]!r}; remove the line")
+    for path in files:  # the processes of torchrun write a file each until the run has ended
+        lines: dict[int, int] = {}
+        for line, record in enumerate(read_records(path, config.get("task")), 1):
+            first = lines.setdefault(record["image_id"], line)
+            if first != line:
+                raise ValueError(f"{path}, line {line}, is of image {record['image_id']}, as line {first} is; remove one of them")
             records[record["image_id"]] = record
     ordered = [records[i] for i in sorted(records)]
     sound = [record for record in ordered if "error" not in record]
-    finished = (folder / SUMMARY).is_file()
-    summary = _read_object(folder / SUMMARY) if finished else {}
-    for field, kind in OF_SUMMARY.items():
-        if not isinstance(summary.get(field, kind()), kind):
-            raise ValueError(f"{folder / SUMMARY} is damaged: {field} is no {kind.__name__}; end the run again by `dtta evaluate`")
-    if not all(map(_number, (*summary.get("seconds", {}).values(), summary.get("wall_seconds") or 0))):
-        raise ValueError(f"{folder / SUMMARY} is damaged: seconds and wall_seconds are no numbers; end the run again by `dtta evaluate`")
-    if not all(isinstance(name, str) for name in summary.get("classes", ())):
-        raise ValueError(f"{folder / SUMMARY} is damaged: classes are no names; end the run again by `dtta evaluate`")
-    config = summary["config"] if "config" in summary else _read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    unfinished = _unfinished(summary, config, len(ordered), files)
+    over = {} if unfinished else summary
     return Run(
         name=name,
         folder=folder,
@@ -153,32 +106,27 @@ def _read(folder: Path, name: str) -> Run:
         failed=[record for record in ordered if "error" in record],
         config=config,
         classes=summary.get("classes") or config.get("classes") or (),
-        environment=summary.get("environment", {}),
-        seconds=summary.get("seconds", {}),
-        wall_seconds=summary.get("wall_seconds"),
-        finished=finished,
+        environment=over.get("environment", {}),
+        seconds=over.get("seconds", {}),
+        wall_seconds=over.get("wall_seconds"),
+        unfinished=unfinished,
     )
 
 
-def _missing(record: Record) -> str | None:
-    """The first field that a record lacks."""
-    answer = () if "error" in record else OF_ANSWER + (OF_MAPS if "score" in record else OF_CLASSES)
-    return next((field for field in OF_IMAGE + answer if field not in record), None)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no object")
-    return found
+def _unfinished(summary: Mapping[str, Any], config: Mapping[str, Any], images: int, files: Sequence[Path]) -> str:
+    """Why the records are not those of a whole run; "" where they are."""
+    if not summary:
+        return f"{images:,} images so far"
+    if summary["images"] != images or [path.name for path in files] != [RECORDS]:
+        return f"{images:,} images so far; {SUMMARY} is of {summary['images']:,}"
+    if summary.get("records") not in (None, digest_of(files[0])):
+        return f"{RECORDS} is not what {SUMMARY} was made of"
+    return "" if summary["config"] == config else f"{SUMMARY} is of another config than {CONFIG}"
 
 
 def _task(config: Mapping[str, Any], records: Sequence[Record]) -> str:
     task = str(config.get("task", ""))
-    if task in ("segmentation", "depth"):
+    if task in OF_MAPS:
         return task
     if not task and records and "score" in records[0]:  # a folder without its config
         return "depth" if "abs_rel" in records[0]["score"] else "segmentation"

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from dtta_fast.runs.config import differences
+from dtta_fast.runs.content import Listing, mismatch
+from dtta_fast.runs.records import REMEDY, Config, Record, Summary, check, line_of, read_object, read_records
+from dtta_fast.runs.state import is_state, read_state, state_bytes
+from dtta_fast.runs.writing import check_name, write_whole
 
-Record = dict[str, Any]
 RECORDS, CONFIG, SUMMARY = "records.jsonl", "config.json", "summary.json"
 STATE = "state-{:08d}.safetensors"
+OF_RECORDS, OF_STATE, OF_LOCK = r"records(-\d+)?\.jsonl", r"state-\d{8}\.safetensors", r"lock(-\d+)?"
+OF_RUN = rf"{OF_RECORDS}|{OF_STATE}|config\.json|summary\.json"
+OF_LEFTOVER = rf"({OF_RUN})\.\d+\.new"  # of a write that a kill cut short
 
 
 class RunFolder:
@@ -25,37 +30,48 @@ class RunFolder:
     Work is in batches, numbered from 0; a batch's lines are written at once, after its work is done. A batch of which only some lines
     arrived is not there, and is done again: so the records of a run that was killed and goes on are those of one that was not.
 
+    Only files of the names above are ever removed or overwritten, and only in a folder whose config.json is a run's. Until the first
+    batch is saved, a run that was there before stays.
+
     Args:
         folder: made where it is missing. config: of the run, as RunConfig.described() gives it. batches: the image ids
-            of each. names: of the data set's images, by id. part: "" for a run of one process; the records and the lock of one of
-            several bear its name.
+            of each. data: the data set. part: "" for a run of one process; the records and the lock of one of
+            several bear its name. overwrite: begin again, in place of the run that is there, and beside files of others.
 
     Raises:
-        ValueError: another run writes to it, it holds the records of another config, or a file in it is damaged. OSError: it cannot be
-        written to.
+        ValueError: another run writes to it, it holds the records of another config or data set, or files of others; or a file in it is
+        damaged. OSError: it cannot be written to.
     """
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], batches: Sequence[Sequence[int]], names: Sequence[str], part: str = ""
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        batches: Sequence[Sequence[int]],
+        data: Listing,
+        part: str = "",
+        *,
+        overwrite: bool = False,
     ) -> None:
+        check_name("out", folder)
+        self.folder, self.batches, self._data, self._config, self._overwrite = folder, batches, data, config, overwrite
+        self._records = folder / (f"records-{part}.jsonl" if part else RECORDS)
+        self._part, self._open, self._file = part, list[int](), -1
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(f"out is {str(folder)!r}, where a file is in the way: name another folder") from error
-        self.folder, self.batches, self._names = folder, batches, names
-        self._records = folder / (f"records-{part}.jsonl" if part else RECORDS)
-        self._open: list[int] = []
+        self._refuse_files_of_others()
         try:
             self._lock("lock", fcntl.LOCK_SH if part else fcntl.LOCK_EX)
             if part:
                 self._lock(f"lock-{part}", fcntl.LOCK_EX)
-            else:
-                for path in folder.glob("*.new"):  # of a write that a kill cut short
+            self._check_config()
+            if not part:
+                for path in self._named(OF_LEFTOVER):
                     path.unlink()
-            self._check_config(config)
-            self.done = self._read_all()
-            self._file = os.open(self._records, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            self._open.append(self._file)
+            self.summary = None if overwrite else self._read_summary()
+            self.done: dict[int, list[Record]] = {} if overwrite else self._read_all()
         except BaseException:
             self.__exit__()
             raise
@@ -66,6 +82,40 @@ class RunFolder:
     def __exit__(self, *error: object) -> None:
         for descriptor in self._open:
             os.close(descriptor)
+        self._open = []
+
+    def _named(self, pattern: str) -> list[Path]:
+        """The folder's own plain files of these names, in their order."""
+        return named(self.folder, pattern)
+
+    def _refuse_files_of_others(self) -> None:
+        """Raises ValueError for a folder that is neither empty nor a run's; nothing was written to it yet."""
+        names = sorted(os.listdir(self.folder))
+        if CONFIG in names and self._is_a_run_s():
+            return
+        ours = rf"{OF_LOCK}|{OF_LEFTOVER}" if "lock" in names else OF_LOCK  # a kill may have cut the config's writing short
+        of_others = [name for name in names if not re.fullmatch(ours, name) or not (".new" in name or _is_empty(self.folder / name))]
+        taken = [name for name in of_others if re.fullmatch(f"{OF_RUN}|{OF_LOCK}|{OF_LEFTOVER}", name)]
+        if CONFIG in taken:
+            raise ValueError(f"{self.folder / CONFIG} is damaged, or not that of a run, and would be overwritten: name another folder")
+        if RECORDS in taken:
+            raise ValueError(f"{self.folder} holds records without a {CONFIG}: name another folder")
+        if taken:
+            raise ValueError(f"{self.folder} is no run's folder, and holds {taken[0]!r}, a name of a run's files: name another folder")
+        if not of_others:
+            return
+        if not self._overwrite:
+            some = ", ".join(map(repr, of_others[:3])) + (" and others" if len(of_others) > 3 else "")
+            raise ValueError(f"{self.folder} is no run's folder: it holds {some}; name another folder, or give --overwrite to write beside")
+
+    def _is_a_run_s(self) -> bool:
+        try:
+            found = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+            if found != self._config:
+                check(found, Config)
+        except (OSError, ValueError, RecursionError):
+            return False
+        return True
 
     def _lock(self, name: str, kind: int) -> None:
         """Held until this process ends, however it ends."""
@@ -75,52 +125,42 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f"{self.folder} is being written to by another run: wait for it, or name another folder") from error
 
-    def _check_config(self, config: Mapping[str, Any]) -> None:
+    def _check_config(self) -> None:
+        """Raises ValueError where records of another config are there, and are not to be overwritten."""
         path = self.folder / CONFIG
-        if path.is_file():
-            try:
-                kept = json.loads(path.read_text())
-                if not isinstance(kept, dict):
-                    raise ValueError("it holds no object")
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path} is damaged: {error}; the records beside it belong to an unknown config") from error
-            changed = list(differences(kept, config))
-            if changed and not any(found.stat().st_size for found in self.folder.glob("records*.jsonl")):
-                write_whole(path, json.dumps(config, indent=2) + "\n")  # nothing belongs to it yet
-            elif changed:
-                shown = "; ".join(changed)
-                raise ValueError(f"{self.folder} holds the records of another config: {shown} (there / here); name another folder")
+        if self._overwrite or not path.is_file():
             return
-        if any(found.stat().st_size for found in self.folder.glob("records*.jsonl")) and not path.is_file():
-            raise ValueError(f"{self.folder} holds records without a {CONFIG}: name another folder")
-        write_whole(path, json.dumps(config, indent=2) + "\n")
+        changed = list(differences(json.loads(path.read_text(encoding="utf-8")), self._config))
+        if changed and any(found.stat().st_size for found in self._named(OF_RECORDS)):
+            shown = "; ".join(changed)
+            raise ValueError(
+                f"{self.folder} holds the records of another config: {shown} (there / here); name another folder, "
+                "or give --overwrite to replace them"
+            )
+
+    def _read_summary(self) -> dict[str, Any] | None:
+        path = self.folder / SUMMARY
+        return read_object(path, Summary) if path.exists() else None
 
     def _read_all(self) -> dict[int, list[Record]]:
         """The whole batches that this process and others have written."""
-        return {number: records for path in sorted(self.folder.glob("records*.jsonl")) for number, records in self._read(path).items()}
+        return {number: records for path in self._named(OF_RECORDS) for number, records in self._read(path).items()}
 
     def _read(self, path: Path) -> dict[int, list[Record]]:
         """The whole batches of a file; what is left of others is cut off a file of our own."""
         by_batch: dict[int, list[Record]] = {}
-        lines = list(read_records(path))
-        for record in lines:
-            by_batch.setdefault(record["batch"], []).append(record)
-        whole = {}
-        for number, records in by_batch.items():
-            wanted = list(self.batches[number]) if 0 <= number < len(self.batches) else []
-            ids = [record["image_id"] for record in records]
-            if ids == wanted:
-                whole[number] = records
-            elif ids != wanted[: len(ids)]:  # not the beginning of it, as a killed run leaves it
-                raise ValueError(f"{path} holds image {ids[-1]} in batch {number}, where the data set has {wanted}: has it changed?")
-            for record in records:
-                if record.get("path") != self._names[record["image_id"]]:
-                    now = self._names[record["image_id"]]
-                    raise ValueError(
-                        f"{path} holds {record.get('path')!r} as image {record['image_id']}, which is {now} now: has the data set changed?"
-                    )
-        kept = [record for records in whole.values() for record in records]
-        text = "".join(map(line_of, kept))
+        for line, record in enumerate(read_records(path, self._config.get("task")), 1):
+            ids = [*(other["image_id"] for other in by_batch.setdefault(record["batch"], [])), record["image_id"]]
+            wanted = list(self.batches[record["batch"]]) if record["batch"] < len(self.batches) else []
+            if ids != wanted[: len(ids)]:  # not the beginning of it, as a killed run leaves it
+                why = f"holds image {ids[-1]} in batch {record['batch']}, where the data set has {wanted}"
+                raise ValueError(f"{path}, line {line}, {why}: has it changed? Restore it, or name another folder")
+            why = mismatch(record, self._data) or ""
+            if why:
+                raise ValueError(f"{path}, line {line}: {why}: which of the two has changed? Restore it, or name another folder")
+            by_batch[record["batch"]].append(record)
+        whole = {number: records for number, records in by_batch.items() if len(records) == len(self.batches[number])}
+        text = "".join(line_of(record) for records in whole.values() for record in records)
         if path == self._records and text.encode() != path.read_bytes():
             write_whole(path, text)
         return whole
@@ -129,12 +169,30 @@ class RunFolder:
         """Numbers of the batches that are to do."""
         return [number for number in range(len(self.batches)) if number not in self.done]
 
+    def _begin(self) -> None:
+        """Before the first write: the config is put here, and what does not belong to it is removed."""
+        if self._file >= 0:
+            return
+        if self._overwrite:
+            for path in [*self._named(OF_RECORDS), *filter(is_state, self._named(OF_STATE)), *self._named(re.escape(SUMMARY))]:
+                path.unlink()
+        else:
+            self._check_config()  # again: another process may have written it meanwhile
+            if self.summary is not None:  # of fewer images than there are now
+                (self.folder / SUMMARY).unlink(missing_ok=True)
+        path = self.folder / CONFIG
+        if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != self._config:
+            write_whole(path, json.dumps(self._config, indent=2) + "\n")
+        self._file = os.open(self._records, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._open.append(self._file)
+
     def append(self, number: int, records: list[Record]) -> None:
         """Writes a batch's lines, and waits until the disk has them.
 
         Raises:
             OSError: they cannot be written, for want of room; the file is what it was.
         """
+        self._begin()
         text = "".join(map(line_of, records)).encode()
         size = os.fstat(self._file).st_size
         try:
@@ -150,27 +208,43 @@ class RunFolder:
             ) from error
         self.done[number] = records
 
-    def finish(self) -> list[Record]:
-        """All records, other processes' too, in the order of the data set, as one file."""
+    def finish(self) -> tuple[list[Record], str]:
+        """All records, other processes' too, in the order of the data set, as one file; and the file's digest.
+
+        Raises:
+            ValueError: records are missing, or not those that the summary was made of.
+        """
+        told = None if self.summary is None or self._file >= 0 else self.summary.get("records")
+        if told not in (None, digest_of(self.folder / RECORDS)):
+            raise ValueError(
+                f"{self.folder / RECORDS} is not what {SUMMARY} was made of: restore the two, or remove {SUMMARY} to sum up what is there"
+            )
         self.done = self._read_all()
         if self.remaining():
             raise ValueError(f"{self.folder} lacks {len(self.remaining())} batches: do all processes write to this folder, on one disk?")
         records = [record for number in sorted(self.done) for record in self.done[number]]
-        write_whole(self.folder / RECORDS, "".join(map(line_of, records)))
-        for path in (path for kind in ("records-*.jsonl", "lock-*", "state-*.safetensors") for path in self.folder.glob(kind)):
-            path.unlink()
-        return records
+        data, path = "".join(map(line_of, records)).encode(), self.folder / RECORDS
+        if not path.is_file() or path.read_bytes() != data:
+            write_whole(path, data)
+        parts = [found for found in self._named(OF_RECORDS) if found.name != RECORDS]
+        locks = [found for found in self._named(r"lock-\d+") if _is_empty(found)]
+        for found in [*parts, *locks, *filter(is_state, self._named(OF_STATE))]:
+            found.unlink()
+        return records, digest_of(path)
+
+    def write_summary(self, found: Mapping[str, Any]) -> None:
+        """Writes summary.json."""
+        write_whole(self.folder / SUMMARY, json.dumps(found, indent=2) + "\n")
 
     def save_state(self, number: int, state: dict[str, Any]) -> None:
         """Of an online run after a batch; to be called before the batch's records are appended.
 
         The one before is kept, which counts where the records do not arrive.
         """
-        from safetensors.torch import save
-
-        write_whole(self.folder / STATE.format(number), save(_flat(state)))
-        for path in self.folder.glob("state-*.safetensors"):
-            if path.name < STATE.format(number - 1):
+        self._begin()
+        write_whole(self.folder / STATE.format(number), state_bytes(state, number, self._config))
+        for path in self._named(OF_STATE):
+            if path.name < STATE.format(number - 1) and is_state(path):
                 path.unlink()
 
     def load_state(self, number: int, device: str) -> dict[str, Any]:
@@ -179,78 +253,29 @@ class RunFolder:
         Raises:
             ValueError: it is missing or damaged.
         """
-        from safetensors.torch import load_file
+        return read_state(self.folder / STATE.format(number), number, self._config, device)
 
-        path = self.folder / STATE.format(number)
-        try:
-            return _nested(load_file(path, device))
-        except Exception as error:  # safetensors raises its own
-            raise ValueError(f"{path}, the state after batch {number}, cannot be read: {error}; begin again in another folder") from error
+    def last_in_order(self) -> int:
+        """The last batch that is done, of a run that goes on from each to the next; -1 where none is.
 
-
-def line_of(record: Record) -> str:
-    return json.dumps(record, allow_nan=False) + "\n"
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """The lines of a records file; a last one without its end, of a run that was killed, is left out.
-
-    Raises:
-        ValueError: a whole line is no record; the message names it.
-    """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                record = json.loads(line, parse_constant=_refuse)
-                if not isinstance(record, dict) or not {"image_id", "batch"} <= set(record):
-                    raise ValueError("it has no image_id or no batch")
-                if not all(type(record[name]) is int and record[name] >= 0 for name in ("image_id", "batch")):
-                    raise ValueError("image_id and batch are whole numbers of 0 and more")
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}, is no record: {error}") from error
-            yield record
+        Raises:
+            ValueError: one before it is missing.
+        """
+        if sorted(self.done) != list(range(len(self.done))):
+            raise ValueError(f"{self._records} lacks batch {self.remaining()[0]} and holds later ones of an online run; {REMEDY}")
+        return len(self.done) - 1
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"it has {constant}, which is no JSON")
+def named(folder: Path, pattern: str) -> list[Path]:
+    """A folder's plain files whose whole names fit a pattern, in their order."""
+    found = [folder / name for name in sorted(os.listdir(folder)) if re.fullmatch(pattern, name)]
+    return [path for path in found if path.is_file() and not path.is_symlink()]
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file so that it is the old one or the new one, whatever happens in between."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with new.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {error.strerror}; what was there is kept") from error
+def digest_of(records: Path) -> str:
+    """Of a records file, for its summary; of none where there is none."""
+    return hashlib.blake2b(records.read_bytes() if records.is_file() else b"", digest_size=16).hexdigest()
 
 
-def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """An adapter's state as tensors by name: weights in their order, the optimizer's memory by slot and number, the step."""
-    if not state:  # nothing was adapted yet
-        return {"empty": torch.zeros(0)}
-    found: dict[str, Tensor] = {"step": state["step"]}
-    for kind in ("theta", "phi"):
-        slots = state[f"{kind}_slots"]
-        found[f"{kind}_slots"] = torch.tensor(len(slots))
-        found |= {f"{kind}/{i:06d}/{name}": value.contiguous() for i, (name, value) in enumerate(state[kind].items())}
-        found |= {f"{kind}_slots/{i}/{j:06d}": value.contiguous() for i, slot in enumerate(slots) for j, value in enumerate(slot)}
-    return found
-
-
-def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    if "empty" in tensors:
-        return {}
-    found: dict[str, Any] = {"step": tensors["step"]}
-    for kind in ("theta", "phi"):
-        names = sorted(name for name in tensors if name.startswith(f"{kind}/"))
-        found[kind] = {name.split("/", 2)[2]: tensors[name] for name in names}
-        numbers = range(int(tensors[f"{kind}_slots"]))
-        found[f"{kind}_slots"] = [[tensors[name] for name in sorted(tensors) if name.startswith(f"{kind}_slots/{i}/")] for i in numbers]
-    return found
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == 0

@@ -34,8 +34,9 @@ def _figures(records: Sequence[Record]) -> dict[str, Any]:
         found[f"{key}_per_image"] = sum(record[key] for record in sound) / len(sound)
     found["accepted"] = sum(record["accepted"] for record in sound) / len(sound)
     if "score" in sound[0]:
-        for name in sound[0]["score"]:
-            told = [record for record in sound if None not in (record["score_before"][name], record["score"][name])]  # a map without labels
+        for name in dict.fromkeys(name for record in sound for name in record["score"]):
+            pairs = [(record, record["score_before"].get(name), record["score"].get(name)) for record in sound]
+            told = [record for record, *scores in pairs if None not in scores]  # a map without labels has none
             if not told:
                 continue
             scores = ([record[key][name] for record in told] for key in ("score_before", "score"))

@@ -1,0 +1,72 @@
+"""What a run has read, by its content: records belong to pixels, labels and groups, not to paths alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Item = Tensor | tuple[Tensor, Tensor]
+MOST_READ = 500  # images of a run that goes on are read again; of more, so many spread over all
+
+
+class Listing(Protocol):
+    """What a data set says of its images without reading them: an Images or a Maps, which has no labels."""
+
+    names: Sequence[str]
+    groups: Sequence[str]
+
+
+def digest(item: Item) -> str:
+    """Of an image [3, H, W], or of an image and its map: 16 hexadecimal digits of their pixels.
+
+    Pixels of floats count by their 8 bits: their last digits may come from the processor.
+    """
+    found = hashlib.blake2b(digest_size=8)
+    for part in (item,) if isinstance(item, Tensor) else item:
+        if part.is_floating_point():
+            part = (part.clamp(0, 1) * 255).round().byte() if part.ndim == 3 else part.half()
+        found.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+        found.update(part.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def mismatch(record: Mapping[str, Any], data: Listing) -> str | None:
+    """How a record differs from what the data set says of its image now; None where it does not."""
+    i, labels = record["image_id"], getattr(data, "labels", None)
+    label = None if labels is None else int(labels[i])
+    for field, now in (("path", data.names[i]), ("group", data.groups[i]), ("label", label)):
+        if record[field] != now:
+            return f"{field} is {record[field]!r} for image {i}, and {now!r} in the data set"
+    return None
+
+
+def read_again(records: Iterable[Mapping[str, Any]], data: Any, workers: int) -> None:
+    """Compares the images of some records, MOST_READ at most, with what they were when they were adapted to.
+
+    Args:
+        data: an Images or a Maps. workers: threads that read.
+
+    Raises:
+        ValueError: an image has other pixels now; the message names it.
+    """
+    known = [record for record in records if record.get("digest")]
+    some = known[:: -(-len(known) // MOST_READ)] if known else []
+
+    def changed(record: Mapping[str, Any]) -> str | None:
+        try:
+            return None if digest(data[record["image_id"]]) == record["digest"] else "has other pixels"
+        except (ValueError, OSError) as error:
+            return f"cannot be read: {error}"
+
+    with ThreadPoolExecutor(workers) as pool:
+        for record, why in zip(some, pool.map(changed, some), strict=True):
+            if why is not None:
+                raise ValueError(
+                    f"image {record['image_id']}, {record['path']!r}, {why} now; when it was adapted to, it was another: restore the data "
+                    "set, or name another folder"
+                )

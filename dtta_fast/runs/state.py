@@ -1,0 +1,86 @@
+"""The state of an online run as a file: tensors by name, bound by a checksum to their bytes, their batch and their run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = "dtta_fast online state 1"
+
+
+def state_bytes(state: Mapping[str, Any], batch: int, config: Mapping[str, Any]) -> bytes:
+    """The file of an adapter's state_dict() after a batch of a run of this config."""
+    from safetensors.torch import save
+
+    tensors = _flat(state)
+    return save(tensors, {"format": FORMAT, "batch": str(batch), "checksum": _checksum(tensors, batch, config)})
+
+
+def read_state(path: Path, batch: int, config: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """What state_bytes() was given, on a device.
+
+    Raises:
+        ValueError: the file is missing or damaged, or of another batch or run; the message names it.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            found = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        if found.get("checksum") != _checksum(tensors, batch, config):
+            raise ValueError("its checksum is not that of its weights, of this batch and of this run")
+    except Exception as error:  # safetensors raises its own
+        raise ValueError(f"{path}, the state after batch {batch}, cannot be read: {error}; begin again in another folder") from error
+    return _nested({name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def is_state(path: Path) -> bool:
+    """Whether state_bytes() wrote the file."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except Exception:  # safetensors raises its own
+        return False
+
+
+def _checksum(tensors: Mapping[str, Tensor], batch: int, config: Mapping[str, Any]) -> str:
+    found = hashlib.blake2b(json.dumps([batch, config], sort_keys=True).encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """An adapter's state as tensors by name: weights in their order, the optimizer's memory by slot and number, the step."""
+    if not state:  # nothing was adapted yet
+        return {"empty": torch.zeros(0)}
+    found: dict[str, Tensor] = {"step": state["step"]}
+    for kind in ("theta", "phi"):
+        slots = state[f"{kind}_slots"]
+        found[f"{kind}_slots"] = torch.tensor(len(slots))
+        found |= {f"{kind}/{i:06d}/{name}": value.contiguous() for i, (name, value) in enumerate(state[kind].items())}
+        found |= {f"{kind}_slots/{i}/{j:06d}": value.contiguous() for i, slot in enumerate(slots) for j, value in enumerate(slot)}
+    return found
+
+
+def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    if "empty" in tensors:
+        return {}
+    found: dict[str, Any] = {"step": tensors["step"]}
+    for kind in ("theta", "phi"):
+        names = sorted(name for name in tensors if name.startswith(f"{kind}/"))
+        found[kind] = {name.split("/", 2)[2]: tensors[name] for name in names}
+        numbers = range(int(tensors[f"{kind}_slots"]))
+        found[f"{kind}_slots"] = [[tensors[name] for name in sorted(tensors) if name.startswith(f"{kind}_slots/{i}/")] for i in numbers]
+    return found
