@@ -49,13 +49,13 @@ def class_signal(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor]:
     table, width = denoiser.class_embeddings({}), len(denoiser.process) / BINS
     if len(table) < 2:
         raise ValueError(f"denoiser has {len(table)} class; its timesteps are measured by telling classes apart: give 2 and more")
-    ids = torch.arange(len(x0), device=x0.device)
-    starts = torch.arange(BINS, device=x0.device) * width
+    ids = torch.arange(len(x0), dtype=torch.int64, device=x0.device)
+    starts = torch.arange(BINS, dtype=torch.float32, device=x0.device) * width
     first = _losses(denoiser, x0, ids, (starts + width / 2).long().expand(len(x0), BINS), table.expand(len(x0), *table.shape), 0)
     # the bins' losses differ by orders of magnitude: each counts by how much classes differ in it
     scores = (first / first.std(1, keepdim=True).mean(0).clamp(min=1e-30)).mean(2)
     nearest = scores.topk(min(1 + RIVALS, scores.shape[1]), dim=1, largest=False).indices  # [N, M], the image's own first
-    part = (torch.arange(PAIRS, device=x0.device) + 0.5) / PAIRS * width
+    part = (torch.arange(PAIRS, dtype=torch.float32, device=x0.device) + 0.5) / PAIRS * width
     timesteps = (starts[:, None] + part).long().flatten().clamp(max=len(denoiser.process) - 1)
     losses = _losses(denoiser, x0, ids, timesteps.expand(len(x0), -1), table[nearest], 1)
     margins = (losses[:, 1:] - losses[:, :1]).unflatten(2, (BINS, PAIRS)).mean(3).flatten(0, 1)
@@ -64,7 +64,7 @@ def class_signal(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor]:
 
 def _losses(denoiser: Denoiser, x0: Tensor, ids: Tensor, timesteps: Tensor, conditions: Tensor, step: int) -> Tensor:
     """[N, M, P] under conditions [N, M, ...], float64; the classes share the pairs."""
-    drawn = Pairs(x0, timesteps, ids, 0, torch.tensor(step, device=x0.device))
+    drawn = Pairs(x0, timesteps, ids, 0, torch.tensor(step, dtype=torch.int64, device=x0.device))
     rows = max(1, ROWS // len(x0))
     of_class = [
         torch.cat([pair_losses(denoiser, conditions[:, k], part, l1=False) for part in drawn.chunks(rows)], dim=1)

@@ -137,8 +137,8 @@ class Calibration:
         """
         if not self.signal:
             raise ValueError("the denoiser's calibration has no signal of its timesteps; measure it by calibrate() or `dtta calibrate`")
-        bins = torch.arange(rows) * len(self.signal) // rows
-        signal, spread = (torch.tensor(values, dtype=torch.float64)[bins] for values in (self.signal, self.spread))
+        bins = torch.arange(rows, dtype=torch.int64, device="cpu") * len(self.signal) // rows
+        signal, spread = (torch.tensor(values, dtype=torch.float64, device="cpu")[bins] for values in (self.signal, self.spread))
         return (signal.clamp(min=0) / spread) ** SHARPNESS
 
     def save(self, path: str | Path) -> None:
@@ -240,7 +240,7 @@ def _rings(height: int, columns: int, device: torch.device) -> _Rings:
     sums = [np.arange(end - len(own), end) for own, end in zip(pieces, ends, strict=True)]
     parts = _padded([piece for own in pieces for piece in own], ring.size)
     shares = [torch.tensor(values, dtype=torch.float32, device=device) for values in (radius, weight)]
-    orders = [torch.tensor(values, device=device) for values in (parts, _padded(sums, int(ends[-1])))]
+    orders = [torch.tensor(values, dtype=torch.int64, device=device) for values in (parts, _padded(sums, int(ends[-1])))]
     return _Rings(shares[0], shares[1], orders[0], orders[1])
 
 
@@ -271,4 +271,4 @@ def _power(spectrum: Tensor) -> Tensor:
 
 def _extended(power: Tensor, bins: int) -> Tensor:
     """The first `bins` along the last dimension, the last one repeated where there are fewer."""
-    return power[..., torch.arange(bins, device=power.device).clamp(max=power.shape[-1] - 1)]
+    return power[..., torch.arange(bins, dtype=torch.int64, device=power.device).clamp(max=power.shape[-1] - 1)]

@@ -237,7 +237,7 @@ class MapFolder(Maps):
     def pair(self, index: int) -> tuple[Tensor, Tensor, str]:
         image, path = self._files[index]
         truth, name = _read_map(path), str(path)
-        found = checked_depth(truth / 1000, name) if self._classes is None else checked_labels(truth, self._classes, name)
+        found = checked_depth(truth.float() / 1000, name) if self._classes is None else checked_labels(truth, self._classes, name)
         return read_image(image), found, name
 
 

@@ -66,7 +66,7 @@ class ConcatUNet(UNetDenoiser):
         if depth_range is not None and not 0 < depth_range[0] < depth_range[1] < math.inf:
             raise ValueError(f"depth_range is {depth_range}; give (nearest, farthest) in metres with 0 < nearest < farthest")
         self.classes, self.depth_range, self._latent = classes, depth_range, latent
-        self.embeddings = None if classes is None else nn.Parameter(torch.randn(classes, channels, dtype=torch.float32))
+        self.embeddings = None if classes is None else nn.Parameter(torch.randn(classes, channels, dtype=torch.float32, device=unet.device))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

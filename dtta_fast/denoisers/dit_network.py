@@ -26,10 +26,10 @@ def timestep_embedding(time: Tensor, dim: int = 256) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def position_embedding(size: int, dim: int) -> Tensor:
+def position_embedding(size: int, dim: int, device: torch.device) -> Tensor:
     """Fixed 2-D sinusoids of a size x size grid: [size², dim]; the column's half comes first, as in the original."""
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    angles = torch.arange(size, dtype=torch.float64)[:, None] * frequencies
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim / 4))
+    angles = torch.arange(size, dtype=torch.float64, device=device)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [size, dim/2]
     columns = axis[None].expand(size, size, -1)
     rows = axis[:, None].expand(size, size, -1)
@@ -186,7 +186,9 @@ class DiTNetwork(nn.Module):
         self.x_embedder = _PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = _TimestepEmbedder(hidden_size)
         self.y_embedder = _LabelEmbedder(num_classes + null_class, hidden_size)
-        self.register_buffer("pos_embed", position_embedding(input_size // patch_size, hidden_size)[None])
+        self.register_buffer(
+            "pos_embed", position_embedding(input_size // patch_size, hidden_size, self.x_embedder.proj.weight.device)[None]
+        )
         self.blocks = nn.ModuleList([_Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
         self.final_layer = _FinalLayer(hidden_size, patch_size**2 * self.out_channels)
         self._init_weights()

@@ -68,7 +68,7 @@ def export(
     device = anchor(engine.model).device
     if device.type != "cpu":
         raise ValueError(f"model is on {device}, and packages are made for the CPU; move model and denoiser there")
-    ids = torch.arange(batch)
+    ids = torch.arange(batch, dtype=torch.int64, device="cpu")
     crop = adapter.crop(images[:batch])
     adapter.adapt(crop, image_ids=ids)  # refuses what does not fit
     made = functions(engine, crop, ids)
@@ -170,7 +170,7 @@ def _measured(manifest: Manifest, adapter: Adapter, draft: str, images: Tensor, 
     for number, part in enumerate(parts):
         adapter.reset()
         package.reset()
-        crop, ids = adapter.crop(part), torch.arange(batch) + number * batch
+        crop, ids = adapter.crop(part), torch.arange(batch, dtype=torch.int64, device="cpu") + number * batch
         expected, found = adapter.adapt(crop, image_ids=ids), package.adapt(crop, image_ids=ids)
         for theirs, ours in ((found.outputs, expected.outputs), (found.loss, expected.loss)):
             if theirs.shape != ours.shape or not torch.equal(theirs.isfinite(), ours.isfinite()):  # an image left alone has no loss

@@ -166,7 +166,10 @@ def instructions() -> set[str]:
 def task_of(engine: Engine, crop: list[int], outputs: list[int]) -> str:
     """A task's class, and eight digits of what it makes of a crop and of outputs of these shapes: transforms, classes, sizes."""
     task, found = engine.task, hashlib.sha256()
-    images, given = ((torch.arange(math.prod(shape)) * 0.37).sin().reshape(shape) / 2 + 0.5 for shape in (crop, outputs))
+    images, given = (
+        (torch.arange(math.prod(shape), dtype=torch.float32, device="cpu") * 0.37).sin().reshape(shape) / 2 + 0.5
+        for shape in (crop, outputs)
+    )
     for tensor in (task.normalise(engine.problem.model, images), task.decision(given, engine.problem.denoiser)):
         found.update((tensor.double() * 1e4).round().to(torch.int64).numpy().tobytes())
     return f"{type(task).__name__} {found.hexdigest()[:8]}"

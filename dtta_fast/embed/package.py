@@ -112,7 +112,7 @@ class Package:
                 torch._foreach_copy_(state, self._initial)
             inputs, x0, before, first, asked = self._run("start", images, *(state if manifest.online else []))
         losses: list[Tensor] = []
-        after, standing, accepted, fresh = first, before, torch.zeros_like(asked), torch.zeros((2, len(asked)), dtype=torch.bool)
+        after, standing, accepted, fresh = first, before, torch.zeros_like(asked), asked.new_zeros((2, len(asked)))
         if warming or bool(asked.any()):
             with clock.phase("adapt"):
                 for _ in range(manifest.steps):

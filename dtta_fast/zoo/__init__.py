@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtta_fast.data.digits import DIGITS as DIGITS  # names for open_vocabulary's example
+from dtta_fast.defaults import float32_on_cpu
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.tasks import Classification, Depth, Segmentation, Task
@@ -17,6 +18,7 @@ OF_SCENES = ("segmentation", "depth")
 EXAMPLES = 64  # generated scenes
 
 
+@float32_on_cpu()
 def load(name: str | Path) -> tuple[nn.Module, Denoiser]:
     """The model and the denoiser of that name, on the CPU, in eval mode; task(name) is the task that they take.
 
@@ -39,6 +41,7 @@ def load(name: str | Path) -> tuple[nn.Module, Denoiser]:
     return model, DiT.from_pretrained(folder(name) / "denoiser").eval()
 
 
+@float32_on_cpu()
 def load_model(name: str | Path) -> nn.Module:
     """The model alone.
 
