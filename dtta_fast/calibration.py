@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtta_fast.files import read_text
 from dtta_fast.runtime.constants import kept, numbers
 
 LEAST = 8  # images to measure on: the mean power of fewer is one image's own
@@ -25,6 +27,17 @@ SHARPNESS = 8  # of the density of timesteps: chosen on the validation split of 
 USUAL = 0.95  # share of a denoiser's own images that are no outliers: the quantile of their distances that is the limit
 LEAST_SCATTER = 1e-3  # of a statistic that all images have alike
 PIECE = 64  # coefficients added up at once; a table of whole rings would be mostly empty, since the outer ring has thousands
+MOST_VALUES = 2**16  # of a statistic in a file
+RANGES = {  # of what a file may hold: images lie in [0, 1], and powers of deviation 1 add up to 1
+    "mean": (0.0, 1.0),
+    "deviation": (1e-4, 1.0),
+    "power": (0.0, 2.0),
+    "typical": (-50.0, 50.0),
+    "scatter": (1e-4, 100.0),
+    "limit": (0.0, 1e6),
+    "signal": (-1e6, 1e6),
+    "spread": (1e-30, 1e6),  # to the eighth power their quotient still is a number
+}
 FLAT = 1e-4  # standard deviation in [0, 1] under which an image has no contrast to bring back
 
 
@@ -150,27 +163,62 @@ class Calibration:
         """What save() wrote.
 
         Raises:
-            ValueError: the file is missing or damaged, or belongs to another denoiser.
+            ValueError: the file is missing or damaged, a value is beyond RANGES, or it belongs to another denoiser; the message names the
+                file and the field.
         """
         try:
-            found: dict[str, Any] = json.loads(Path(path).read_text())
-            power, typical, scatter, signal, spread = (
-                tuple(map(float, found.get(name, ()))) for name in ("power", "typical", "scatter", "signal", "spread")
-            )
-            mean, deviation, limit = float(found["mean"]), float(found["deviation"]), float(found.get("limit", 0.0))
-            read = cls(str(found["fingerprint"]), mean, deviation, power, typical, scatter, limit, signal, spread)
-        except (OSError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{path} is no calibration: {type(error).__name__}: {error}") from error
-        numbers = (read.mean, read.deviation, read.limit, *read.power, *read.typical, *read.scatter, *read.signal, *read.spread)
-        if len(read.power) < 3 or not all(map(math.isfinite, numbers)) or read.deviation <= 0 or min(read.power) < 0:
-            raise ValueError(f"{path} is no calibration: mean, deviation and power have to be finite, deviation positive")
-        if len(read.signal) != len(read.spread) or min(read.spread, default=1) <= 0:
-            raise ValueError(f"{path} is no calibration: signal and spread have to be of one length, spread positive")
-        if len(read.typical) != len(read.scatter) or min(read.scatter, default=1) <= 0 or (read.typical and read.limit <= 0):
-            raise ValueError(f"{path} is no calibration: typical and scatter have to be of one length, scatter and limit positive")
+            found = json.loads(read_text(path))
+            if not isinstance(found, dict):
+                raise ValueError("it holds no JSON object")
+            read = cls(**{field.name: _field(found, field) for field in dataclasses.fields(cls)})
+            _check_lengths(read, denoiser)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no calibration: {error}; measure one by `dtta calibrate`") from error
         if read.fingerprint != fingerprint(denoiser):
             raise ValueError(f"{path} belongs to another denoiser (fingerprint {read.fingerprint}): measure this one by `dtta calibrate`")
         return read
+
+
+def _field(found: dict[str, Any], field: dataclasses.Field[Any]) -> Any:
+    """A field's value in what a file holds, as Calibration keeps it.
+
+    Raises:
+        ValueError: it is missing, or of another kind, or beyond RANGES; the message names the field.
+    """
+    name = field.name
+    if name not in found:
+        if field.default is dataclasses.MISSING:
+            raise ValueError(f"{name} is missing")
+        return field.default
+    value, low_high = found[name], RANGES.get(name)
+    if low_high is None:
+        if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{12}", value):
+            raise ValueError(f"{name} is {str(value)[:40]!r}, not 12 hexadecimal digits")
+        return value
+    whole = field.type != "float"
+    if whole and (not isinstance(value, list) or len(value) > MOST_VALUES):
+        raise ValueError(f"{name} is {str(value)[:40]!r}, no list of up to {MOST_VALUES} numbers")
+    low, high = low_high
+    for i, number in enumerate(value if whole else [value]):
+        if type(number) not in (int, float) or not low <= number <= high:
+            raise ValueError(f"{f'{name}[{i}]' if whole else name} is {str(number)[:40]!r}, no number from {low:g} to {high:g}")
+    return tuple(map(float, value)) if whole else float(value)
+
+
+def _check_lengths(read: Calibration, denoiser: nn.Module) -> None:
+    """Raises ValueError where fields do not fit together, or have more parts than the denoiser has timesteps."""
+    if len(read.power) < 3:
+        raise ValueError(f"power has {len(read.power)} values, and 3 are the least")
+    if len(read.typical) not in (0, len(read.power)):
+        raise ValueError(f"typical has {len(read.typical)} values for the {len(read.power)} of power: they have one length")
+    for one, other in (("scatter", "typical"), ("spread", "signal")):
+        if len(getattr(read, one)) != len(getattr(read, other)):
+            raise ValueError(f"{one} has {len(getattr(read, one))} values, and {other} {len(getattr(read, other))}: they have one length")
+    if read.typical and not read.limit:
+        raise ValueError("limit is 0 beside typical: it is the distance that usual images are under")
+    process: Any = getattr(denoiser, "process", None)
+    if process is not None and len(read.signal) > len(process):
+        raise ValueError(f"signal has {len(read.signal)} values, and the denoiser {len(process)} timesteps")
 
 
 @torch.no_grad()

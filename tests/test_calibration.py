@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
+import os
+import re
 
 import pytest
 import torch
@@ -88,6 +91,91 @@ def test_files(tmp_path, calibration):
         (tmp_path / "c.json").write_text(json.dumps({**written, **damage}))
         with pytest.raises(ValueError, match="is no calibration"):
             Calibration.load(tmp_path / "c.json", denoiser)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+BAD = [  # a field, where in it, and what it is not
+    *(("mean", None, value) for value in (-0.1, 1.5, 1e300, NAN, "0.5", None, True, [0.5], 10**400)),
+    *(("deviation", None, value) for value in (0.0, -1.0, 2.0, 1e-300, NAN, INFINITY)),
+    *(("power", 3, value) for value in (-1e-9, 1e30, NAN, INFINITY, "1", None, True)),
+    *(("typical", 3, value) for value in (1e30, -1e30, NAN)),
+    *(("scatter", 3, value) for value in (0.0, -1.0, 1e-40, 1e30, NAN)),
+    *(("limit", None, value) for value in (-1.0, 1e300, NAN, INFINITY, "1")),
+    *(("signal", 3, value) for value in (1e300, -1e300, NAN, INFINITY)),
+    *(("spread", 3, value) for value in (0.0, -1.0, 1e-300, 1e300, NAN)),
+    *(
+        (name, None, value)
+        for name in ("power", "typical", "signal", "spread")
+        for value in ("123", 5, {"a": 1}, [[1.0]] * 17, [1.0] * 2**17)
+    ),
+    *(("fingerprint", None, value) for value in (5, None, "x", "g" * 12, "a" * 300)),
+]
+
+
+@pytest.mark.parametrize(("field", "at", "value"), BAD, ids=lambda value: str(value)[:20])
+def test_a_file_of_absurd_numbers_is_refused_by_its_field(tmp_path, field, at, value):
+    _, denoiser = _digits()
+    written = dataclasses.asdict(denoiser.calibration)
+    written = {name: list(given) if isinstance(given, tuple) else given for name, given in written.items()}
+    if at is None:
+        written[field] = value
+    else:
+        written[field][at] = value
+    (tmp_path / "c.json").write_text(json.dumps(written))
+    where = field if at is None or not isinstance(value, list) else f"{field}[{at}]"
+    with pytest.raises(ValueError, match=rf"c\.json is no calibration: {re.escape(where)}.*; measure one by"):
+        Calibration.load(tmp_path / "c.json", denoiser)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"power": [1.0, 0.5]}, "power has 2 values, and 3 are the least"),
+        ({"typical": [0.1] * 5}, "typical has 5 values for the 17 of power"),
+        ({"scatter": [0.1] * 5}, "scatter has 5 values, and typical 17"),
+        ({"spread": [0.1] * 5}, "spread has 5 values, and signal 20"),
+        ({"limit": 0.0}, "limit is 0 beside typical"),
+        ({"signal": [0.1] * 1001, "spread": [0.1] * 1001}, "signal has 1001 values, and the denoiser 1000 timesteps"),
+        ({"mean": ...}, "mean is missing"),
+        ({"fingerprint": ...}, "fingerprint is missing"),
+    ],
+)
+def test_a_file_whose_fields_do_not_fit_together(tmp_path, changes, message):
+    _, denoiser = _digits()
+    written = {**dataclasses.asdict(denoiser.calibration), **changes}
+    (tmp_path / "c.json").write_text(json.dumps({name: value for name, value in written.items() if value is not ...}))
+    with pytest.raises(ValueError, match=rf"c\.json is no calibration: {message}"):
+        Calibration.load(tmp_path / "c.json", denoiser)
+
+
+def test_the_extremes_that_are_taken_give_a_density(tmp_path):
+    """What a file may hold at most still makes numbers of float64, and some timestep is drawn."""
+    _, denoiser = _digits()
+    for signal, spread in (([1e6, -1e6, 1.0], [1e-30, 1e6, 1.0]), ([1.0] * 1000, [1e-30] * 1000)):
+        dataclasses.replace(denoiser.calibration, signal=tuple(signal), spread=tuple(spread)).save(tmp_path / "c.json")
+        density = Calibration.load(tmp_path / "c.json", denoiser).density(1000)
+        assert density.isfinite().all()
+        assert density.sum().isfinite()
+        assert density.sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["list", "words", "pipe", "missing", "large", "long"])
+def test_a_file_that_is_none(tmp_path, kind):
+    path = tmp_path / ("x" * 300 if kind == "long" else "c.json")
+    if kind in ("list", "words"):
+        path.write_text("[]" if kind == "list" else "no JSON")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "large":
+        path.touch()
+        os.truncate(path, 2**33)
+    with pytest.raises(ValueError, match="is no calibration"):
+        Calibration.load(path, nn.Linear(2, 2))
+
+
+@functools.cache
+def _digits():
+    return zoo.load("digits")
 
 
 def test_the_fingerprint_tells_denoisers_apart(denoiser, random_network):
