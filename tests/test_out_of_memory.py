@@ -11,6 +11,10 @@ from torch import nn
 from dtta_fast import AdaptConfig, Adapter, adapt
 from dtta_fast import engine as engine_module
 
+LINUX = (
+    "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes. "
+    "Error code 12 (Cannot allocate memory): injected"
+)
 CONFIG = AdaptConfig(steps=3, pairs=6, lr=1e-2, guard=3)
 
 
@@ -19,7 +23,9 @@ def floats(model, denoiser, images):
     return model.float(), denoiser.float(), images.float()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("injected"), RuntimeError("DefaultCPUAllocator: not enough memory: injected")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("injected"), RuntimeError("DefaultCPUAllocator: not enough memory: injected"), RuntimeError(LINUX)]
+)
 def test_out_of_memory_halves_the_rows(floats, error):
     model, denoiser, images = floats
     plain = adapt(model, denoiser, images, config=CONFIG)
@@ -133,12 +139,44 @@ def test_noise_mixing_fits_into_what_holds_one_pair(floats):
     assert failures
 
 
-def test_an_online_batch_that_does_not_fit_names_the_memory_and_not_a_budget(floats):
+def test_an_online_batch_that_does_not_fit_is_split_and_makes_one_update(floats):
     model, denoiser, images = floats
-    full_above(denoiser, 2)
-    with pytest.raises(ValueError, match=r"images holds 4, and memory has room for \d at once; mode 'online' .* give \d images") as raised:
-        adapt(model, denoiser, images, config=CONFIG.replace(mode="online", guard=0))
-    assert "budget" not in str(raised.value)
+    config = CONFIG.replace(mode="online", guard=0, optimizer="sgd")
+    plain = adapt(model, denoiser, images, config=config)
+    small = adapt(model, denoiser, images, config=config.replace(memory_budget=2 * 10**6))
+    failures = full_above(denoiser, 2)
+    found = adapt(model, denoiser, images, config=config)
+    assert failures
+    for other in (found, small):
+        assert other.loss.shape == plain.loss.shape
+        torch.testing.assert_close(other.outputs, plain.outputs, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(other.loss, plain.loss, rtol=1e-4, atol=1e-5)
+
+
+def test_an_online_session_survives_memory_that_is_short_for_a_while(floats):
+    """One failure in each of four calls, down to a single row, then one that no smaller row answers: every other call answers, and the state
+    is that of a session that had the memory."""
+    model, denoiser, images = floats
+    config = CONFIG.replace(mode="online", guard=0, optimizer="sgd")
+    undisturbed = Adapter(model, denoiser, config)
+    expected = [undisturbed.adapt(images).outputs for _ in range(7)]
+    due = []
+
+    def fail(*_: object) -> None:
+        if due:
+            due.pop()
+            raise torch.OutOfMemoryError("injected")
+
+    denoiser.network.blocks[1].register_forward_pre_hook(fail)
+    session = Adapter(model, denoiser, config)
+    for call in range(7):
+        due[:] = [True] if call < 4 else []
+        torch.testing.assert_close(session.adapt(images).outputs, expected[call], rtol=1e-3, atol=1e-3)
+        if call == 3:
+            assert session.engine.problem.together == 1
+            due[:] = [True]
+            with pytest.raises(torch.OutOfMemoryError):
+                session.adapt(images)
 
 
 def test_the_diffusion_classifier_keeps_to_the_rows_that_fit(floats):

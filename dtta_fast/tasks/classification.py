@@ -63,6 +63,11 @@ class Classification(Task):
             if max(self._subset) >= classes:
                 raise ValueError(f"subset names class {max(self._subset)}, and the model has 0 .. {classes - 1}")
             classes = len(self._subset)
+        if config.logit_scale is not None:
+            error = (
+                "model returns logits of -inf, which logit_scale cannot scale: leave it out, or mask classes by Classification(subset=...)"
+            )
+            checks.require(~outputs.isneginf().any(), lambda: error)
         if config.top_k is not None and config.top_k + config.drawn_classes > classes:
             more = f" with drawn_classes {config.drawn_classes}" if config.drawn_classes else ""
             raise ValueError(f"top_k is {config.top_k}{more}, and there are {classes} classes")
