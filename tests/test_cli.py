@@ -17,7 +17,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from dtta_fast import Calibration, presets, zoo
 from dtta_fast.cli import COMMANDS, main
-from dtta_fast.commands.common import check_path, option
+from dtta_fast.commands.common import option
 from dtta_fast.commands.demo import _print_dense
 from dtta_fast.commands.evaluate import Running, _print_summary
 from dtta_fast.data.corruptions import DIGITS_C
@@ -162,13 +162,6 @@ def test_of_a_flag_given_twice_the_last_counts():
     assert option(["demo", "--preset", "FAST", "--preset=DUSA"], "--preset") == "DUSA"
     assert option(["demo", "--preset=DUSA", "--preset", "FAST", "--steps"], "--preset") == "FAST"
     assert option(["demo"], "--preset") is None
-
-
-def test_a_place_that_cannot_be_written_to_is_named_before_the_work(tmp_path, monkeypatch):
-    check_path("json", tmp_path / "found.json")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ValueError, match=r"html is '.*page.html', where the result cannot be written: give a place that you may write to"):
-        check_path("html", tmp_path / "page.html")
 
 
 def test_depth_is_shown_in_its_own_units(capsys):

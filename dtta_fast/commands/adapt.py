@@ -18,6 +18,7 @@ from dtta_fast.commands.common import OutFile, Settings, check_path, checked_dev
 from dtta_fast.data.folder import read_image
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runs.models import class_names, load_pair
+from dtta_fast.runs.writing import check_name
 from dtta_fast.tasks import Classification, Task
 
 SHOWN = 10  # classes of an image in its table
@@ -59,6 +60,9 @@ class Adapt:
         """Raises ValueError for bad names, an unknown preset, a model or an image that cannot be read, or a bad path."""
         quiet()
         check_path("json", self.json, holds("images", "config"))
+        for name, place in (("model", self.model), ("denoiser", self.denoiser), ("calibration", self.calibration)):
+            if place is not None:
+                check_name(name, place)
         if not self.images:
             raise ValueError("images are missing: give one file and more")
         device = checked_device(self.device)

@@ -22,6 +22,8 @@ Settings = Annotated[AdaptConfig, tyro.conf.arg(name="")]  # each a flag of its 
 OutFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: not written)")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the digits zoo)")]
 
+MOST_RESULT = 2**28  # bytes of a JSON result: a Chrome trace is the largest
+
 
 def check_path(name: str, path: Path | None, ours: Callable[[Path], bool] = lambda path: False) -> None:
     """Raises ValueError, naming the argument, where a result may not be written to: before the work, not after it.
@@ -56,6 +58,8 @@ def holds(*keys: str) -> Callable[[Path], bool]:
     """Whether a file is a JSON object with these keys."""
 
     def check(path: Path) -> bool:
+        if path.stat().st_size > MOST_RESULT:
+            return False
         try:
             found = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError):

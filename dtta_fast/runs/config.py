@@ -15,6 +15,8 @@ import tyro
 
 from dtta_fast import presets
 from dtta_fast.config import AdaptConfig
+from dtta_fast.files import read_text
+from dtta_fast.runs.writing import check_name
 
 TaskName = Literal["classification", "zero_shot", "segmentation", "depth"]
 Protocol = Literal["episodic", "online", "continual"]
@@ -22,6 +24,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DATA_FIELDS = ("root", "corruptions", "severities", "split", "per_class")
 DESCRIBED = {"data.name": "data"} | {f"data.{name}": name for name in DATA_FIELDS}  # as described() nests them
 UNSET = ("root", "split", "calibration")  # may be None
+PLACES = ("root", "model", "denoiser", "calibration")  # may be files or folders
 MOST_YAML = 1_000_000  # characters: settings are a page
 
 
@@ -99,6 +102,9 @@ class RunConfig:
         for name in ("data", "root", "split", "model", "denoiser", "calibration", "device"):
             if not isinstance(getattr(self, name), str) and (name not in UNSET or getattr(self, name) is not None):
                 refuse(name, f"text{' or None' if name in UNSET else ''}")
+        for name in PLACES:
+            if getattr(self, name) is not None:
+                check_name(name, getattr(self, name))
         for name, one in (("corruptions", str), ("severities", int), ("classes", str)):
             if not all(isinstance(value, one) for value in getattr(self, name)):
                 refuse(name, "a list of " + ("whole numbers" if one is int else "text"))
@@ -236,7 +242,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ValueError: it is missing, no YAML, or no mapping of names to values.
     """
     try:
-        text = path.read_text()
+        text = read_text(path)
         try:
             found = json.loads(text)  # a run's config.json: YAML reads its surrogate pairs as two characters
         except (ValueError, RecursionError):

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dtta_fast.files import read_text
 from dtta_fast.runs.config import differences
 from dtta_fast.runs.content import Listing, mismatch
 from dtta_fast.runs.records import REMEDY, Config, Record, Summary, check, line_of, read_object, read_records
@@ -110,7 +111,7 @@ class RunFolder:
 
     def _is_a_run_s(self) -> bool:
         try:
-            found = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+            found = json.loads(read_text(self.folder / CONFIG))
             if found != self._config:
                 check(found, Config)
         except (OSError, ValueError, RecursionError):

@@ -16,6 +16,7 @@ from dtta_fast.calibration import Calibration
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.reading import download, read_json
+from dtta_fast.runs.writing import check_name
 from dtta_fast.tasks import Classification, Depth, Segmentation, Task
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def load_classifier(name: str) -> nn.Module:
     """
     import timm
 
+    check_name("model", name)
     local = name.partition("local-dir:")[2]
     if local and not os.path.isdir(local):
         raise ValueError(
@@ -118,8 +120,9 @@ def takes_prompts(place: str) -> bool:
     """Whether a folder or a hub id is a Stable Diffusion's, by its model_index.json.
 
     Raises:
-        FileNotFoundError: it is no folder, and the hub has no such model. ValueError: the file is damaged.
+        FileNotFoundError: it is no folder, and the hub has no such model. ValueError: the file is damaged, or no file has such a name.
     """
+    check_name("denoiser", place)
     folder = Path(place)
     if not folder.is_dir():
         folder = download(place, ["model_index.json"])
