@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.kernels import add_noise, denoising_loss, denoising_loss_and_gradient
-from dtta_fast.parameters import Parameters, call, in_dtypes_of
+from dtta_fast.parameters import Parameters, call, in_dtypes_of, with_weights
 from dtta_fast.runtime.compiling import leaf
 from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.precision import gradient_scale
@@ -170,15 +170,22 @@ def accumulated_gradients(
     gradients = [torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in wanted]
     dtype, divisor = denoiser.dtype, pairs if per_image else pairs * images
     scale = gradient_scale(dtype, drawn.x0[0].numel(), divisor)
-    for part in drawn.chunks(chunk):
-        with phase("noising"):
-            x_t = add_noise(**_draws(denoiser, part), dtype=dtype)
-        with phase("denoiser forward"):
-            predictions = predict(denoiser, weights, leaves, Noised(x_t, part.timesteps.flatten(), *part.timesteps.shape))
-        with phase("loss"):
-            upstream = torch.full_like(part.timesteps, scale / divisor, dtype=torch.float64)
-            found = [denoising_loss_and_gradient(p.detach(), upstream, **_draws(denoiser, part), l1=l1) for p in predictions]
-            loss += found[0][0].sum(1) / pairs
-        with phase("denoiser backward"):
-            torch._foreach_add_(gradients, torch.autograd.grad(predictions, wanted, [g for _, g in found], materialize_grads=True))
+
+    def run() -> None:
+        for part in drawn.chunks(chunk):
+            with phase("noising"):
+                x_t = add_noise(**_draws(denoiser, part), dtype=dtype)
+            with phase("denoiser forward"):
+                predictions = predict(denoiser, weights, leaves, Noised(x_t, part.timesteps.flatten(), *part.timesteps.shape))
+            with phase("loss"):
+                upstream = torch.full_like(part.timesteps, scale / divisor, dtype=torch.float64)
+                found = [denoising_loss_and_gradient(p.detach(), upstream, **_draws(denoiser, part), l1=l1) for p in predictions]
+                loss.add_(found[0][0].sum(1) / pairs)
+            with phase("denoiser backward"):
+                torch._foreach_add_(gradients, torch.autograd.grad(predictions, wanted, [g for _, g in found], materialize_grads=True))
+
+    if weights and denoiser.checkpointing:  # parts of the forward run again in the backward, and need the adapted weights there too
+        with_weights(denoiser, weights, run)
+    else:
+        run()
     return loss, gradients[: len(moving)], gradients[len(moving) :], scale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -75,6 +75,22 @@ def in_dtypes_of(module: nn.Module, moving: Mapping[str, Tensor]) -> Parameters:
     """The tensors in the dtypes of the module's own of those names."""
     own = dict(module.named_parameters())
     return {name: p.to(own[name].dtype) for name, p in moving.items()}
+
+
+class _Running(nn.Module):
+    """A module around another one, whose forward runs a function."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, run: Callable[[], None]) -> None:
+        run()
+
+
+def with_weights(module: nn.Module, moving: Mapping[str, Tensor], run: Callable[[], None]) -> None:
+    """Runs a function, backward passes in it included, while `moving` takes the place of the module's own parameters of those names."""
+    functional_call(_Running(module), {f"module.{name}": p for name, p in moving.items()}, (run,))
 
 
 def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_image: bool, loop: bool = False) -> Tensor:

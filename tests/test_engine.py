@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from dtta_fast import AdaptConfig, Adapter, adapt
 from dtta_fast import adapter as adapter_module
-from dtta_fast.runtime import clock, compiling
+from dtta_fast.runtime import clock, compiling, memory
 
 CONFIG = AdaptConfig(steps=3, pairs=6, lr=1e-2, guard=3)
 
@@ -307,3 +307,19 @@ def test_a_budget_holds(floats, denoiser_parameters, tmp_path):
         print(budget, peaks[-1])
         assert peaks[-1] <= budget
     assert peaks[0] < peaks[1]  # room is used
+
+
+@pytest.mark.parametrize("denoiser_parameters", ["all", "lora"])
+@pytest.mark.parametrize("mode", ["episodic", "online"])
+def test_activations_that_are_made_again_see_the_adapted_weights(floats, monkeypatch, denoiser_parameters, mode):
+    """The backward of a checkpointed denoiser runs parts of its forward again, under the weights that the forward had."""
+    model, denoiser, images = floats
+    own = {"denoiser_parameters": denoiser_parameters, "lora_targets": ("qkv",) if denoiser_parameters == "lora" else None}
+    config = CONFIG.replace(**own, mode=mode, guard=0, optimizer="sgd", lr=0.02, denoiser_lr=0.02, memory_budget=10**9)
+    plain = adapt(model, denoiser, images, config=config)
+    whole = memory.plan
+    monkeypatch.setattr(memory, "plan", lambda *arguments: whole(*arguments)._replace(checkpoint=True))
+    session = Adapter(model, denoiser, config)
+    found = session.adapt(images)
+    assert session.engine.problem.denoiser.checkpointing
+    assert relative(found, plain) < 1e-3

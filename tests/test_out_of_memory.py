@@ -154,8 +154,8 @@ def test_an_online_batch_that_does_not_fit_is_split_and_makes_one_update(floats)
 
 
 def test_an_online_session_survives_memory_that_is_short_for_a_while(floats):
-    """One failure in each of four calls, down to a single row, then one that no smaller row answers: every other call answers, and the state
-    is that of a session that had the memory."""
+    """One failure in each of four calls, down to a single row, and then one more, which nothing smaller can answer. Every other call
+    answers, and the state is that of a session that had the memory."""
     model, denoiser, images = floats
     config = CONFIG.replace(mode="online", guard=0, optimizer="sgd")
     undisturbed = Adapter(model, denoiser, config)
