@@ -18,6 +18,7 @@ from hypothesis import given
 from dtta_fast import embed
 from dtta_fast.archives import END, END64, check_archive
 from dtta_fast.denoisers.dit import DiT
+from dtta_fast.embed.exporting import check_target
 
 HELPERS = runpy.run_path(str(Path(__file__).with_name("damage.py")))
 fuzz, seeds, damaged, listing = (HELPERS[name] for name in ("fuzz", "seeds", "damaged", "listing"))
@@ -192,6 +193,55 @@ def test_every_cut_is_refused(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"^its? "):
             check_archive(path)
+
+
+class Stored:
+    """A package's function that gives what it was made with."""
+
+    def __init__(self, *tensors: torch.Tensor) -> None:
+        self.tensors = tensors
+
+    def run(self, given: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [tensor.clone() for tensor in self.tensors]
+
+
+def test_a_state_that_is_none_changes_nothing():
+    values = {"format": 1, "batch": 1, "height": 8, "width": 8, "steps": 1, "guard": 0, "evaluations": 1, "online": True}
+    words = dict.fromkeys(("torch", "device", "capability", "instructions", "weights", "config", "task", "outputs", "state"), "")
+    package = embed.Package(embed.Manifest(**values, **words), {"state": Stored(torch.ones(2, 3), torch.tensor(4))})
+    state = package.state_dict()
+    one, step = state["state"]
+    for tensors in (
+        None,
+        (one, step),
+        [one],
+        [one, 5],
+        [one, None],
+        [one.double(), step],
+        [one.T, step],
+        [one.to("meta"), step],
+        [one, step.to("meta")],
+        [one.to_sparse(), step],
+        [one * float("nan"), step],
+        [one / 0, step],
+    ):
+        with pytest.raises(ValueError, match=r"^state holds .*; give what state_dict\(\) gave"):
+            package.load_state_dict({**state, "state": tensors})
+    for other in (None, [], {}, {**state, "weights": "other"}, {**state, "more": 1}, {"state": state["state"]}):
+        with pytest.raises(ValueError, match=r"^state is not of a package with weights"):
+            package.load_state_dict(other)
+    for found, expected in zip(package.state_dict()["state"], (torch.ones(2, 3), torch.tensor(4)), strict=True):
+        assert torch.equal(found, expected)
+    package.load_state_dict({**state, "state": [one + 1, step + 1]})
+    assert float(package.state_dict()["state"][0].sum()) == 12
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".pt2", "x" * 250 + ".pt2", "é" * 124 + ".pt2", "x" * 300 + "/a.pt2", "x\0y/a.pt2"])
+def test_a_target_that_no_file_can_be_named(tmp_path, name):
+    """Said before anything is compiled."""
+    with pytest.raises(ValueError, match=r"path is .*(whose name is too long|give a file ending in)"):
+        check_target(tmp_path / name, 1)
+    check_target(tmp_path / ("x" * 200 + ".pt2"), 1)
 
 
 def test_what_is_no_plain_file(tmp_path):

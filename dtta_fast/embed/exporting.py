@@ -26,6 +26,7 @@ from dtta_fast.tasks.base import Task
 
 MARGIN = 4.0  # the tolerance is that many times what was measured on a few images
 LEAST = 1e-5  # and at least that, relative to the largest output
+MOST_NAME = 255  # bytes of a file's name
 WRONG = 0.25  # of the largest output: no package is that far from the engine by rounding
 
 
@@ -80,7 +81,7 @@ def export(
         manifest = _measured(manifest, adapter, draft, images, batch)
         # the tolerance is known now: the function that keeps the manifest is compiled again, from the cache
         files[KEEPER] = _compiled(KEEPER, made[KEEPER], manifest, progress)
-        written = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
+        written = _draft(path)
         try:
             _write(str(written), files)
             os.replace(written, path)
@@ -91,10 +92,17 @@ def export(
 
 def check_target(path: Path, batch: int) -> None:
     """Raises ValueError where a package cannot be written to path, or for a batch that is none."""
-    if path.suffix != ".pt2" or path.is_dir() or not path.resolve().parent.is_dir():
+    if path.suffix != ".pt2" or os.path.isdir(path) or not os.path.isdir(path.parent):
         raise ValueError(f"path is {str(path)!r}; give a file ending in .pt2 in a folder that exists")
+    if len(os.fsencode(_draft(path).name)) > MOST_NAME:
+        raise ValueError(f"path is {str(path)!r}, whose name is too long; give one of up to 200 bytes")
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch is {batch!r}; give a whole number of 1 and more")
+
+
+def _draft(path: Path) -> Path:
+    """Where a package is written before it takes its name."""
+    return path.with_name(f".{path.stem}.{os.getpid()}.pt2")
 
 
 def check_exportable(config: AdaptConfig) -> None:

@@ -178,10 +178,19 @@ class Package:
         manifest = self.manifest
         if not manifest.online:
             raise ValueError("state belongs to an online package, and this one is episodic")
-        if set(state) != {"weights", "config", "state"} or (state["weights"], state["config"]) != (manifest.weights, manifest.config):
+        wanted = {"weights": manifest.weights, "config": manifest.config}
+        if not isinstance(state, dict) or {name: value for name, value in state.items() if name != "state"} != wanted:
             raise ValueError(f"state is not of a package with weights {manifest.weights} and this config; give what state_dict() gave")
-        shapes = [[(tensor.shape, tensor.dtype) for tensor in tensors] for tensors in (state["state"], self._state)]
-        if shapes[0] != shapes[1]:
+        given = state.get("state")
+        if not isinstance(given, list) or [*map(_form, given)] != [*map(_form, self._state)]:
             raise ValueError("state holds tensors of other shapes or dtypes than this package's; give what state_dict() gave")
+        if not all(bool(tensor.isfinite().all()) for tensor in given):
+            raise ValueError("state holds NaN or infinity; give what state_dict() gave")
         with self._lock, torch.no_grad():
-            torch._foreach_copy_(self._state, state["state"])
+            torch._foreach_copy_(self._state, given)
+
+
+def _form(value: Any) -> Any:
+    """What has to be alike for one tensor to be copied into another."""
+    plain = isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
+    return (value.shape, value.dtype, value.device) if plain else type(value)
