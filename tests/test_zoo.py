@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -48,6 +50,13 @@ def test_fast_helps_where_the_source_fails_and_spares_the_clean():
     assert after > before + 0.1
     clean = adapt(model, denoiser, images, config=presets.FAST)
     assert int((clean.predictions != clean.predictions_before).sum()) <= 2
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "nowhere", "x\0y"])
+def test_a_folder_that_is_none_is_refused(name):
+    for find in (zoo.load, zoo.load_model, zoo.task, zoo.folder):
+        with pytest.raises(ValueError, match=r"name is .*, which is no folder; give one with"):
+            find(Path(name))
 
 
 @pytest.mark.parametrize("find", [zoo.load, zoo.load_model, zoo.task, zoo.example, zoo.folder])

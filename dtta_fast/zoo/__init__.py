@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,11 @@ def folder(name: str | Path) -> Path:
     """Where the files of that name lie; a Path is that place itself.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or no such folder.
     """
     if isinstance(name, Path):
+        if not os.path.isdir(name):
+            raise ValueError(f"name is {str(name)!r}, which is no folder; give one with a classifier and a denoiser, or a name")
         return name
     if name not in NAMES:
         raise ValueError(f"name is {name!r}; the zoo has {', '.join(NAMES)}")
