@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +20,7 @@ from dtta_fast.online import loaded
 from dtta_fast.parameters import select
 from dtta_fast.result import AdaptResult, Group, assembled
 from dtta_fast.runtime.attention import math_attention
-from dtta_fast.runtime.clock import Clock, Pace
+from dtta_fast.runtime.clock import Clock, Paces
 from dtta_fast.runtime.float32 import float32_products
 from dtta_fast.runtime.reads import read
 from dtta_fast.runtime.torch_state import TorchState
@@ -82,7 +81,7 @@ class Adapter:
         self._turns = Turns()  # a forward swaps weights in the private copies, and the storage of a state is one
         self._state: State | None = None
         self._warming = False  # every step is timed, and the guard run whether an answer changed or not
-        self._paces: dict[tuple[int, int | None], Pace] = {}  # by images at once, and pairs where they are given
+        self._paces = Paces()
 
     @property
     def config(self) -> AdaptConfig:
@@ -148,13 +147,15 @@ class Adapter:
                 engine.succeeded()
                 break
             except BaseException as error:  # Ctrl-C too leaves tensors of ours in the private modules
-                self._paces.clear()  # what follows runs otherwise
                 torch_state.restore()
                 math_attention.leave()
                 float32_products.leave()
                 with suppress(RuntimeError):  # the error that is under way says more
                     engine.check_sources()
-                if not engine.failed(error) or attempt + 1 == ATTEMPTS:
+                again = engine.failed(error)
+                if again or not isinstance(error, Exception):
+                    self._paces.clear()  # what follows runs otherwise
+                if not again or attempt + 1 == ATTEMPTS:
                     raise
         if self.config.mode == "online" and state is not None:
             self._state = state
@@ -180,7 +181,10 @@ class Adapter:
             latents = checked_latents(latents, images, problem.denoiser, checks)
         check_draws(timesteps, noise, images, problem.denoiser.latent_shape, config, len(problem.denoiser.process), checks)
         pairs = config.pairs if timesteps is None else timesteps.shape[2]
-        batch = Batch(original, matched_inputs, matched, image_ids, latents, timesteps, noise, None, None)
+        batch = Batch(
+            original=original, matched=matched_inputs, crop=matched, image_ids=image_ids,
+            x0=latents, timesteps=timesteps, noise=noise, before=None, start=None,
+        )  # fmt: skip
         asked = [True] * count
         if self._state is None:
             with clock.phase("adapt"):
@@ -227,12 +231,10 @@ class Adapter:
         if self.config.method != "adapt":
             return self._classified(batch, clock)
         inputs, x0, image_ids, online = batch.inputs, batch.latents, batch.image_ids, self.config.mode == "online"
-        pace = self._pace(len(inputs), None if batch.timesteps is None else batch.timesteps.shape[2])
+        pace = self._paces.of(len(inputs), None if batch.timesteps is None else batch.timesteps.shape[2])
         with clock.phase("adapt"):
             state, start = engine.start(inputs, self._state, batch.start)
-            before = batch.before
-            if before is None:
-                before = start if batch.matched is None else engine.forward(state, batch.original)
+            before = batch.before if batch.before is not None else start if batch.matched is None else engine.forward(state, batch.original)
             for i in range(self.config.steps):
                 if deadline is not None and clock.now() + pace.step.expected + pace.end.expected + pace.guard.expected > deadline:
                     break
@@ -273,13 +275,6 @@ class Adapter:
             before, outputs = (where(usable(found, source), found, source) for found in (before, outputs))
         return Group(state if all(fine) else None, before, outputs, torch.stack(losses, dim=1), accepted, evaluations)
 
-    def _pace(self, images: int, pairs: int | None) -> Pace:
-        """Of so many images at once; at first that of the next larger number, since a pre-check lets any number through."""
-        if (images, pairs) not in self._paces:
-            larger = sorted(count for count, given in self._paces if count > images and given == pairs)
-            self._paces[images, pairs] = copy.deepcopy(self._paces[larger[0], pairs]) if larger else Pace()
-        return self._paces[images, pairs]
-
     def _classified(self, batch: Batch, clock: Clock) -> Group:
         """By a method that trains nothing: there is no state, and every finite answer is accepted."""
         assert batch.before is not None
@@ -309,7 +304,8 @@ class Adapter:
             try:
                 for name in ("cold", "warm"):
                     start = time.perf_counter()
-                    self.adapt(images, **keywords)
+                    result = self.adapt(images, **keywords)
+                    _ = result.seconds  # reading them waits for the device
                     seconds[name] = time.perf_counter() - start
             finally:
                 self._warming = False

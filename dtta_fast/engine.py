@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 import warnings
@@ -19,12 +18,14 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.draws import cumulative_density
 from dtta_fast.inputs import Checks
+from dtta_fast.needs import Needs
 from dtta_fast.parameters import Parameters, select
 from dtta_fast.runtime import compiling, memory
 from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.precision import private_denoiser, products
 from dtta_fast.runtime.private import PrivateCopy
 from dtta_fast.runtime.reads import read_one
+from dtta_fast.runtime.streams import StreamOrder
 from dtta_fast.runtime.trial import refusing_kept_tensors, refusing_recomputation, warning_of_random_numbers
 from dtta_fast.step import Problem, State
 from dtta_fast.tasks.base import Task
@@ -47,23 +48,22 @@ class Engine:
         self.model, self.denoiser, self.task, self.config = model, denoiser, task, config
         self._compile = config.compile
         self._loop = False  # vmap is known to fail on these modules
-        self.device = anchor(model).device
+        self._order = StreamOrder()
         self._limits = {"step": memory.Limit(), "guard": memory.Limit()}  # rows at once, after running out of memory
         self._running, self._at_once = "step", 1  # which of them is at work, on how many rows
         self._least = 1  # rows of one pair of one image, which no plan of a step goes below
+        self._build()
         # asked for once: a GPU's free memory changes from call to call, and the chunk shall not
         self._budget = config.memory_budget or memory.default_budget(self.device)
-        self._build()
 
     def _build(self) -> None:
         """Private copies of the modules as they are now, and what is compiled of them."""
         config = self.config
         self._stale = True  # until all of it is built
+        self.device = anchor(self.model).device
         self._batched = False  # vmap is known to work on these modules
         self._ran = self._stepped = False  # what a first run tells is known
-        self._row_bytes: tuple[int, int | None] | None = None
-        self._forward_bytes: int | None = None
-        self._image_bytes: int | None = None
+        self._needs = Needs()
         # of one image and of several: their weights differ in layout, and with it in rounding
         self._storage: dict[bool, State] = {}
         self._model = PrivateCopy(self.model)
@@ -104,8 +104,17 @@ class Engine:
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """What a call runs under."""
-        with products(self.config.precision, self.device), nullcontext() if self._compile == "off" else compiling.tracing():
+        """Sets what a call runs under.
+
+        A call returns while its last kernels are still queued, and the next one may come on another stream.
+        """
+        with (
+            self._order.within(self.device) as moved,
+            products(self.config.precision, self.device),
+            nullcontext() if self._compile == "off" else compiling.tracing(),
+        ):
+            if moved:
+                self._storage.clear()  # its memory is the other stream's, which may take it for itself once it is freed
             yield
 
     def rebuild(self) -> None:
@@ -146,6 +155,7 @@ class Engine:
         if memory.out_of_memory(error) and self._at_once > least:
             rows = max(least, self._at_once // 2)
             self._limits[self._running].lower(rows)
+            self._storage.clear()  # what was made for all of the images
             if self._running == "step":
                 self._limits["guard"].lower(2 * rows)  # a row takes less there, but memory is short
             self._at_once = 1
@@ -182,7 +192,7 @@ class Engine:
         rows, checkpoint = memory.ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * abreast * forwards, False
         if self._budget is not None:
             most = pairs if config.chunk == "auto" else min(pairs, config.chunk)
-            image, (row, checkpointed) = self._bytes_per_image(inputs), self._bytes_per_row(inputs, x0)
+            image, (row, checkpointed) = self._needs.of_image(self, inputs), self._needs.of_row(self, inputs, x0)
             sizes = (row * forwards, image, None if checkpointed is None else checkpointed * forwards)
             rows, together, checkpoint = memory.plan(self._budget, together, most, *sizes)
             rows *= forwards
@@ -206,52 +216,14 @@ class Engine:
         if config.chunk != "auto":
             rows = min(rows, config.chunk * together)
         if self._budget is not None:
-            rows = min(rows, max(1, self._budget // self._bytes_per_forward_row(inputs, x0)))
+            rows = min(rows, max(1, self._budget // self._needs.of_forward_row(self, inputs, x0)))
         rows = self._limits["guard"].of(rows)
         if config.method == "adapt" and self.problem.row_counts == "one":
             # one shape is compiled: rows of two answers an image, or of as many as fit
             rows = min(rows // config.guard, 2 * together) * config.guard if rows >= config.guard > 0 else rows
         return rows
 
-    @torch.no_grad()
-    def _bytes_per_forward_row(self, inputs: Tensor, x0: Tensor) -> int:
-        """Bytes of a row in a forward without gradient; measured once."""
-        if self._forward_bytes is None:
-            denoiser = self.problem.denoiser
-            condition = self.task.condition(self._outputs(inputs[:1]), denoiser, {}, self.config)
-            with torch.compiler.set_stance("force_eager"):
-                self._forward_bytes = memory.forward_bytes(denoiser, x0[:1], condition)
-        return self._forward_bytes
-
-    @torch.no_grad()
-    def _bytes_per_row(self, inputs: Tensor, x0: Tensor) -> tuple[int, int | None]:
-        """Without and with activations made again in the backward; measured once."""
-        if self._row_bytes is None:
-            denoiser = self.problem.denoiser
-            condition = self.task.condition(self._outputs(inputs[:1]), denoiser, {}, self.config)
-            sizes: list[int | None] = []
-            moving = list(self.source()[1])
-            with torch.compiler.set_stance("force_eager"):  # sizes that no step runs at are not worth a compilation
-                for checkpointing in (False, True):
-                    possible = denoiser.can_checkpoint or not checkpointing
-                    sizes.append(memory.row_bytes(denoiser, x0[:1], condition, moving, checkpointing) if possible else None)
-            self._row_bytes = sizes[0] or 1, sizes[1]
-        return self._row_bytes
-
-    @torch.no_grad()
-    def _bytes_per_image(self, inputs: Tensor) -> int:
-        """The model's activations; weights of its own, their gradients, optimizer memory, one temporary of an update. Measured once."""
-        if self._image_bytes is None:
-            theta, phi = self.source()
-            with torch.compiler.set_stance("force_eager"):
-                self._image_bytes = sum(memory.saved_bytes(self.problem.model, list(theta), inputs[:1])) if theta else 0
-            if self.problem.per_image:
-                moving = [torch.empty_like(p, dtype=torch.float32, device="meta") for own in (theta, phi) for p in own.values()]
-                kept = optimizers.init_slots(self.config.optimizer, moving)
-                self._image_bytes += sum(3 * p.nbytes for p in moving) + sum(slot.nbytes for slots in kept for slot in slots)
-        return self._image_bytes
-
-    def _outputs(self, inputs: Tensor) -> Tensor:
+    def plain_outputs(self, inputs: Tensor) -> Tensor:
         """Runs the source model."""
         with phase("classifier"):
             outputs: Tensor = self._forward(self.problem, {}, inputs)
@@ -261,7 +233,7 @@ class Engine:
     def source_outputs(self, inputs: Tensor, checks: Checks) -> Tensor:
         """Runs the source model, and checks that the task can use its outputs."""
         with nullcontext() if self._ran else warning_of_random_numbers(self.problem.model, self.device):
-            outputs = self._outputs(inputs)
+            outputs = self.plain_outputs(inputs)
         self._ran = True
         self.task.check(outputs, self.problem.denoiser, self.config, checks)
         wrong = (outputs.isnan() | (outputs == torch.inf)).flatten(1).any(1)
@@ -292,10 +264,10 @@ class Engine:
         """
         if online is not None:
             with phase("restore"):
-                state = copy.deepcopy(online)  # steps write in place, and a call that fails must leave no trace
+                state: State = pytree.tree_map(torch.clone, online)  # steps write in place, and a call that fails must leave no trace
             return state, self.forward(state, inputs)
         problem, (theta, phi) = self.problem, self.source()
-        outputs = self._outputs(inputs) if source is None else source
+        outputs = self.plain_outputs(inputs) if source is None else source
         images = len(inputs)
         with phase("restore"):
             held = self._storage.get(images == 1)
@@ -359,15 +331,22 @@ class Engine:
         in_time: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """step.guard: outputs that stand, whether they are others than before, evaluations."""
-        self._running, self._at_once = "guard", min(self.problem.guard_rows, 3 * len(x0) * max(1, self.config.guard))
-        found = step.guard(self.problem, before, candidates, x0, image_ids, step_number, read, in_time)
-        self._running, self._at_once = "step", 1
-        return found
+        with self._forwards(3 * len(x0) * max(1, self.config.guard)):
+            return step.guard(self.problem, before, candidates, x0, image_ids, step_number, read, in_time)
+
+    @contextmanager
+    def _forwards(self, rows: int) -> Iterator[None]:
+        """Notes that forwards without gradient run, on so many rows in all: memory that runs out has to lower their limit. Where it does,
+        the note stays, for failed() to read."""
+        before = self._running, self._at_once
+        self._running, self._at_once = "guard", min(self.problem.guard_rows, rows)
+        yield
+        self._running, self._at_once = before
 
     def classify(self, outputs: Tensor, x0: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The answers of the methods that train nothing, [B, K], and evaluations [B]."""
-        self._running, self._at_once = "guard", self.problem.guard_rows
-        found, evaluations = diffusion_classifier.classify(self.problem, outputs, x0, image_ids)
+        with self._forwards(self.problem.guard_rows):
+            found, evaluations = diffusion_classifier.classify(self.problem, outputs, x0, image_ids)
         if self.config.method == "ensemble":
             found = diffusion_classifier.mean_probability(outputs, found)
         return found, evaluations
@@ -377,17 +356,20 @@ class Engine:
         problem = self.problem
         if self.config.guard and problem.row_counts == "few":
             decision, pairs = self.task.decision(outputs, problem.denoiser), self.config.guard
-            counts = {step.guard_forwards(images, pairs, problem.guard_rows, "few")[-1] // pairs for images in range(1, 3 * len(x0) + 1)}
+            last = (step.guard_forwards(images, pairs, problem.guard_rows, "few")[-1] for images in range(1, 3 * len(x0) + 1))
+            counts = {max(1, rows // pairs) for rows in last}
             for images in sorted(counts):
                 rows = torch.arange(images, dtype=torch.int64, device=x0.device) % len(x0)
-                step.held_out_losses(problem, decision[rows], x0[rows], image_ids[rows], at)
+                with self._forwards(images * pairs):
+                    step.held_out_losses(problem, decision[rows], x0[rows], image_ids[rows], at)
 
     def run_guard(self, outputs: Tensor, x0: Tensor, image_ids: Tensor, at: Tensor) -> None:
         """Runs the guard's forwards for as many answers as there can be, whether an answer changed or not, so that they are timed."""
         if self.config.guard:
             decision = self.task.decision(outputs, self.problem.denoiser)
             rows = torch.arange(len(x0), dtype=torch.int64, device=x0.device).repeat_interleave(3 if self.config.match == "both" else 2)
-            step.held_out_losses(self.problem, decision[rows], x0[rows], image_ids[rows], at)
+            with self._forwards(len(rows) * self.config.guard):
+                step.held_out_losses(self.problem, decision[rows], x0[rows], image_ids[rows], at)
 
     @torch.no_grad()
     def finite(self, state: State) -> Tensor:

@@ -65,9 +65,12 @@ def attach(module: nn.Module, rank: int, wanted: Sequence[str] | None, what: str
         from peft import LoraConfig, inject_adapter_in_model
 
         chosen = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets(module, wanted, what))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        try:
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed() would seed every GPU's generator too
             inject_adapter_in_model(chosen, module)
+        finally:
+            torch.set_rng_state(before)
         evaluating(module).requires_grad_(False)  # a private copy's weights are constants
     return weight_names(module)
 

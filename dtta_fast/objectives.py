@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.kernels import add_noise, denoising_loss, denoising_loss_and_gradient
-from dtta_fast.parameters import Parameters, call, in_dtypes_of, with_weights
+from dtta_fast.parameters import Parameters, call, in_dtypes_of, of_image, with_weights
 from dtta_fast.runtime.compiling import leaf
 from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.precision import gradient_scale
@@ -53,10 +53,14 @@ def _draws(denoiser: Denoiser, drawn: Pairs) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def pair_losses(denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool, forwards: Sequence[int] | None = None) -> Tensor:
+def pair_losses(
+    denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool, forwards: Sequence[int] | None = None, shared: bool = True
+) -> Tensor:
     """Denoising losses [B, P] of the source denoiser under conditions [B, ...].
 
     forwards: the numbers of rows that the denoiser gets at once, B * P and more in all, the last ones filled up. None is one forward.
+    shared: whether rows of whole images may come with a condition an image, and not one a row, which compiled code would meet as two
+    shapes.
     """
     with phase("noising"):
         x_t = add_noise(**_draws(denoiser, drawn), dtype=denoiser.dtype)
@@ -64,13 +68,17 @@ def pair_losses(denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool, 
         if forwards is None:
             prediction = denoiser(x_t, drawn.timesteps.flatten(), conditions)
         else:
-            shared = conditions[:, None].expand(*drawn.timesteps.shape, *conditions.shape[1:]).flatten(0, 1)
-            inputs: tuple[Tensor, ...] = (x_t, drawn.timesteps.flatten(), shared)
-            if sum(forwards) > len(x_t):
-                numbers = torch.arange(sum(forwards), dtype=torch.int64, device=x_t.device).clamp(max=len(x_t) - 1)
-                inputs = tuple(tensor[numbers] for tensor in inputs)
-            parts = zip(*(tensor.split(list(forwards)) for tensor in inputs), strict=True)
-            prediction = torch.cat([denoiser(*part) for part in parts])[: len(x_t)]
+            pairs, timesteps, first, found = drawn.timesteps.shape[1], drawn.timesteps.flatten(), 0, []
+            for rows in forwards:
+                whole = shared and first % pairs == 0 and rows % pairs == 0 and first + rows <= len(x_t)
+                here = slice(first, first + rows)
+                if whole:  # the denoiser computes once what an image's rows share
+                    found.append(denoiser(x_t[here], timesteps[here], conditions[first // pairs : (first + rows) // pairs]))
+                else:
+                    numbers = torch.arange(first, first + rows, dtype=torch.int64, device=x_t.device).clamp(max=len(x_t) - 1)
+                    found.append(denoiser(x_t[numbers], timesteps[numbers], conditions[numbers // pairs]))
+                first += rows
+            prediction = torch.cat(found)[: len(x_t)]
     with phase("loss"):
         return denoising_loss(prediction, **_draws(denoiser, drawn), l1=l1)
 
@@ -154,10 +162,12 @@ def accumulated_gradients(
         # image by image: a chunk's rows fill the machine, and batched weights were slower (60 pairs: 0.15 s an image, not 0.10)
         each = []
         for i in range(images):
-            own = {name: p[i] for name, p in phi.items()}
+            own = of_image(phi, i)
             one = [head[i : i + 1] for head in heads]
             each.append(accumulated_gradients(predict, denoiser, own, one, drawn.images(slice(i, i + 1)), chunk, l1, per_image=False))
         losses, to_heads, to_phi, scales = zip(*each, strict=True)
+        if images == 1:
+            return losses[0], to_heads[0], [gradient[None] for gradient in to_phi[0]], scales[0]
         joined = [torch.cat(found) for found in zip(*to_heads, strict=True)]
         return torch.cat(losses), joined, [torch.stack(found) for found in zip(*to_phi, strict=True)], scales[0]
     leaves = [leaf(head) if head.requires_grad else head.detach() for head in heads]

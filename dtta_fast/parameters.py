@@ -93,6 +93,11 @@ def with_weights(module: nn.Module, moving: Mapping[str, Tensor], run: Callable[
     functional_call(_Running(module), {f"module.{name}": p for name, p in moving.items()}, (run,))
 
 
+def of_image(moving: Mapping[str, Tensor], i: int) -> Parameters:
+    """The weights of image i. Those of a single image are views whose gradient needs no copy."""
+    return {name: p.squeeze(0) if len(p) == 1 else p[i] for name, p in moving.items()}
+
+
 def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_image: bool, loop: bool = False) -> Tensor:
     """module(*inputs) with `moving` in place of its own parameters of those names; module is a private copy.
 
@@ -105,8 +110,8 @@ def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_i
         return output
     images = len(inputs[0])
     if loop or images == 1:  # plain operators are faster than batched ones
-        each = [call(module, {name: p[i] for name, p in moving.items()}, *(x[i] for x in inputs), per_image=False) for i in range(images)]
-        return torch.stack(each)
+        each = [call(module, of_image(moving, i), *(x[i] for x in inputs), per_image=False) for i in range(images)]
+        return torch.stack(each) if images > 1 else each[0][None]
     with vmappable_attention():
         stacked: Tensor = torch.vmap(lambda weights, *x: functional_call(module, {**constants, **weights}, x))(dict(moving), *inputs)
     return stacked

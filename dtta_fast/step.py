@@ -343,7 +343,8 @@ def held_out_losses(problem: Problem, conditions: Tensor, x0: Tensor, image_ids:
     pairs, step, l1 = pairs or problem.config.guard, step + GUARD_STEP, problem.config.loss == "l1"
     drawn = Pairs(x0, problem.held_out(pairs).timesteps(image_ids, step), image_ids, problem.config.seed, step)
     if problem.row_counts != "any":
-        return pair_losses(problem.denoiser, conditions, drawn, l1, guard_forwards(len(x0), pairs, problem.guard_rows, problem.row_counts))
+        forwards = guard_forwards(len(x0), pairs, problem.guard_rows, problem.row_counts)
+        return pair_losses(problem.denoiser, conditions, drawn, l1, forwards, shared=problem.row_counts == "few")
     images = max(1, problem.guard_rows // pairs)
     each = []
     for here in (slice(first, first + images) for first in range(0, len(x0), images)):

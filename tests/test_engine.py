@@ -125,12 +125,12 @@ def test_activations_are_made_again_where_one_pair_does_not_fit(floats):
     config = CONFIG.replace(guard=0, steps=1)
     engine = Engine(model, denoiser, Classification(), config)
     x0 = engine.problem.denoiser.encode(images)
-    row, checkpointed = engine._bytes_per_row(images, x0)
+    row, checkpointed = engine._needs.of_row(engine, images, x0)
     assert checkpointed is not None
     assert checkpointed < row
     calls: list[int] = []
     denoiser.network.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    budget = engine._bytes_per_image(images) + (row + checkpointed) // 2
+    budget = engine._needs.of_image(engine, images) + (row + checkpointed) // 2
     plain = adapt(model, denoiser, images, config=config.replace(chunk=1), image_ids=torch.arange(4))
     once, calls[:] = len(calls), []
     found = adapt(model, denoiser, images, config=config.replace(memory_budget=budget))

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from dtta_fast.runtime import demands
 from dtta_fast.runtime.compiling import is_tracing
 
 
@@ -113,7 +112,6 @@ class _Unbatched(torch.autograd.Function):
             own, sizes = mask.shape[: batched[3]], mask.shape[batched[3] :]
             mask = mask.reshape(*own, *(1,) * (len(leading) + 3 - len(sizes)), *sizes)
             mask = joined(mask.expand(*own, *leading, *mask.shape[-3:]), batched[3])
-        demands.attention(q, k, v)
         found = F.scaled_dot_product_attention(q, k, v, mask, **keywords).unflatten(0, (info.batch_size, *leading))
         return (found.squeeze(-3) if rank == 2 else found), 0
 

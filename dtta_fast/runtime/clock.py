@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,9 +23,9 @@ class Clock:
         self._spans: list[tuple[str, Any, Any]] = []
 
     def now(self) -> float:
-        """time.perf_counter() once the device has finished."""
+        """Gives time.perf_counter() once the device has finished this thread's work."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         return time.perf_counter()
 
     @contextmanager
@@ -69,7 +70,7 @@ class Clock:
 
 
 class Durations:
-    """Of the last runs but the very first, which may compile."""
+    """Seconds of the last runs. The very first, which may compile, is left out."""
 
     def __init__(self) -> None:
         self._first = True
@@ -90,7 +91,7 @@ class Durations:
         self._first = False
 
     def note(self, seconds: float) -> None:
-        """Of one more run."""
+        """Adds a run."""
         if not self._first:
             self._last.append(seconds)
         self._first = False
@@ -98,8 +99,26 @@ class Durations:
 
 @dataclass
 class Pace:
-    """Of a batch's steps, of the forward after the last one, and of the guard, where it has something to compare."""
+    """How long a batch takes: its steps, the forward after the last one, and the guard, where it has something to compare."""
 
     step: Durations = field(default_factory=Durations)
     end: Durations = field(default_factory=Durations)
     guard: Durations = field(default_factory=Durations)
+
+
+class Paces:
+    """A session's paces: one for each number of images at once, and of pairs where they are given."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int | None], Pace] = {}
+
+    def of(self, images: int, pairs: int | None) -> Pace:
+        """The pace of so many images; at first that of the next larger number, since a pre-check lets any number through."""
+        if (images, pairs) not in self._known:
+            larger = sorted(count for count, given in self._known if count > images and given == pairs)
+            self._known[images, pairs] = copy.deepcopy(self._known[larger[0], pairs]) if larger else Pace()
+        return self._known[images, pairs]
+
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._known.clear()

@@ -9,8 +9,9 @@
 | attention (flash, efficient, cuDNN) | a head has 256 numbers at most, or plain operators take over | transformers/cuda/sdp_utils.cpp |
 | efficient attention | its backward needs the logsumexp, left out where no input requires a gradient | transformers/cuda/attention.cu |
 
-The first five are asserted where the kernels are called, on CUDA alone. The last one is why attention under vmap has a rule of its own
-(runtime/attention.py): inside vmap no tensor requires a gradient.
+The first three are asserted where the kernels are called, on CUDA and with DTTA_FAST_STRICT=1. Where attention's inputs do not fit, torch
+takes plain operators. The last row is why attention under vmap has a rule of its own (runtime/attention.py): inside vmap no tensor requires
+a gradient.
 """
 
 from __future__ import annotations

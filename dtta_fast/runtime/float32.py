@@ -38,17 +38,25 @@ class Switches(NamedTuple):
         return cls(products, matmul.fp32_precision, cpu, convolutions, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
 
     def restore(self) -> None:
+        """Sets what differs from them: a switch that is set no longer follows the switch above it."""
         # the old switches set the new ones too, so they come first
-        torch.set_float32_matmul_precision(self.products or "highest")
-        cudnn.allow_tf32 = self.conv == "tf32" if self.convolutions is None else self.convolutions
-        matmul.fp32_precision, mkldnn.matmul.fp32_precision = self.cuda, self.cpu
-        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = self.conv, self.rnn
+        now = Switches.now()
+        if now.products != self.products:
+            torch.set_float32_matmul_precision(self.products or "highest")
+        if now.convolutions != self.convolutions:
+            cudnn.allow_tf32 = self.conv == "tf32" if self.convolutions is None else self.convolutions
+        for owner, wanted in ((matmul, self.cuda), (mkldnn.matmul, self.cpu), (cudnn.conv, self.conv), (cudnn.rnn, self.rnn)):
+            if owner.fp32_precision != wanted:
+                owner.fp32_precision = wanted
 
 
 def _set(tf32: bool) -> None:
+    now, wanted = Switches.now(), "tf32" if tf32 else "ieee"
+    if now.cuda == now.conv == wanted and now.convolutions == tf32:
+        return
     # through the old switches, with which torch.compile's guards have to agree
     matmul.allow_tf32 = cudnn.allow_tf32 = tf32
-    matmul.fp32_precision = cudnn.conv.fp32_precision = "tf32" if tf32 else "ieee"
+    matmul.fp32_precision = cudnn.conv.fp32_precision = wanted
 
 
 class Float32Products:

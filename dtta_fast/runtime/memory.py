@@ -167,8 +167,8 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU (where torch raises a plain RuntimeError)."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    # on Windows and in older versions of torch, on Linux, and of operators that ask the C++ library for memory
-    said = ("not enough memory", "can't allocate memory", "std::bad_alloc")
+    # the CPU's on Windows and Linux, the C++ library's, and those of CUDA's libraries, which take memory past torch's cache
+    said = ("not enough memory", "can't allocate memory", "std::bad_alloc", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 

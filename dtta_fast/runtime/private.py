@@ -8,8 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dtta_fast.runtime.rebinding import rebind
+
+_OPTIMIZER_STEPS = [0]  # of all of torch's optimizers in this process
+
+
+def _count_step(*_: Any) -> None:
+    _OPTIMIZER_STEPS[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class PrivateCopy:
@@ -46,16 +56,21 @@ class PrivateCopy:
             raise TypeError(f"{type(source).__name__} cannot be copied ({error}); give a module that copy.deepcopy accepts") from error
         rebind(self.module, source, memo)
         self._versions: list[int | None] = self._counted()
+        self._optimizer_steps = _OPTIMIZER_STEPS[0]
         self._written = _writes(source)
 
     def refresh(self) -> bool:
         """Takes over what was written into the source's tensors; False where tensors were replaced, and a new copy is due.
 
-        Buffers are copied every time. Converted weights are cast again only where torch has counted a write: casting all of them would
-        take longer than a step of a small batch. torch does not count writes through `.data`: see recast().
+        Buffers are copied every time. Converted weights are cast again only where torch has counted a write, or where an optimizer of this
+        process has made a step, since torch does not count the writes of fused ones: casting all of them would take longer than a step of a
+        small batch. Writes through `.data` are not seen: see recast().
         """
         if _identity(self._source) != self._identity:
             return False
+        if self._optimizer_steps != _OPTIMIZER_STEPS[0]:
+            self.recast()
+        self._optimizer_steps = _OPTIMIZER_STEPS[0]
         versions = self._counted()
         written = [pair for pair, now, then in zip(self._converted, versions, self._versions, strict=True) if now is None or now != then]
         if outdated := [*self._buffers, *written]:

@@ -18,7 +18,7 @@ def refusing_recomputation(module: nn.Module) -> Iterator[None]:
     def check(part: nn.Module, _: Any) -> None:
         if torch._C._current_graph_task_id() != -1:  # inside of a backward, as torch.utils.checkpoint asks
             raise ValueError(
-                f"model's {type(part).__name__} runs again in the backward, by gradient checkpointing, where it would meet weights that are "
+                f"model's {type(part).__name__} runs again in the backward, by gradient checkpointing, where its weights are "
                 "not the adapted ones; switch checkpointing off in the model"
             )
 
@@ -65,9 +65,10 @@ def refusing_kept_tensors(module: nn.Module) -> Iterator[None]:
 
 
 def _take_out(now: dict[str, Any], before: dict[str, Any], name: str, value: Any) -> None:
-    if isinstance(value, list) and value is before.get(name):
+    same = value is before.get(name)
+    if same and isinstance(value, list):
         value[:] = [part for part in value if not _holds_wrapped(part)]
-    elif isinstance(value, dict) and value is before.get(name):
+    elif same and isinstance(value, dict):
         for key in [key for key, part in value.items() if _holds_wrapped(part)]:
             del value[key]
     elif name in before:

@@ -1,0 +1,31 @@
+"""CUDA streams: work that a call leaves queued, and the call after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class StreamOrder:
+    """Makes calls on several streams of a GPU run one after the other, without a wait of the host."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None  # that of the last call
+        self._done: torch.cuda.Event | None = None  # recorded at its end
+
+    @contextmanager
+    def within(self, device: torch.device) -> Iterator[bool]:
+        """Runs a call after the one before it; gives whether that one ran on another stream."""
+        if device.type != "cuda":
+            yield False
+            return
+        stream = torch.cuda.current_stream(device)
+        if self._done is not None:
+            stream.wait_event(self._done)
+        moved, self._stream = self._stream is not None and stream != self._stream, stream
+        try:
+            yield moved
+        finally:
+            self._done = stream.record_event()

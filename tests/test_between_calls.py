@@ -1,0 +1,143 @@
+"""What happens to modules, memory and other users of torch between the calls of a session."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from dtta_fast import AdaptConfig, Adapter, adapt
+from dtta_fast import lora as lora_module
+from dtta_fast.objectives import Pairs, pair_losses
+from dtta_fast.runtime.memory import out_of_memory
+from dtta_fast.step import held_out_losses
+
+CONFIG = AdaptConfig(steps=2, pairs=4, lr=1e-2)
+
+
+@pytest.fixture
+def floats(model, denoiser, images):
+    return model.float(), denoiser.float(), images.float()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_a_denoiser_that_was_trained_by_a_fused_optimizer_is_cast_anew(floats, kind):
+    """torch does not count the writes of fused optimizers."""
+    model, denoiser, images = floats
+    config = CONFIG.replace(precision="bf16")
+    session = Adapter(model, denoiser, config)
+    first = session.adapt(images)
+    optimizer = kind(denoiser.parameters(), lr=1e-2, fused=True)
+    for parameter in denoiser.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    found = session.adapt(images)
+    assert not torch.equal(found.loss, first.loss)
+    assert torch.equal(found.loss, Adapter(model, denoiser, config).adapt(images).loss)
+
+
+def test_a_warm_up_of_a_guard_that_does_not_fit_into_a_forward(floats):
+    model, denoiser, images = floats
+    session = Adapter(model, denoiser, CONFIG.replace(guard=96))
+    session.engine.problem = dataclasses.replace(session.engine.problem, row_counts="few")
+    session.warmup(images)
+    assert session.engine.problem.guard_rows < 96
+    assert session.adapt(images).steps_run == 2
+
+
+def test_storage_is_as_small_as_the_images_that_fit(floats):
+    """Where memory runs out, what was made for the whole batch is given up."""
+    model, denoiser, images = floats
+
+    def full(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) > 2:
+            raise torch.OutOfMemoryError("injected")
+
+    denoiser.network.blocks[0].register_forward_pre_hook(full)
+    session = Adapter(model, denoiser, CONFIG.replace(guard=0))
+    session.adapt(images)
+    kept = [len(p) for state in session.engine._storage.values() for p in state.theta.values()]
+    assert kept
+    assert max(kept) <= 2
+
+
+@pytest.mark.parametrize("rows", [[24], [8, 8, 8], [16, 16], [7, 7, 7, 7], [24, 8], [40]])
+@pytest.mark.parametrize("shared", [True, False])
+def test_losses_do_not_depend_on_the_forwards(floats, rows, shared):
+    _, denoiser, images = floats
+    x0, ids = denoiser.encode(images), torch.arange(4)
+    drawn = Pairs(x0, torch.arange(24).view(4, 6) * 40, ids, 3, torch.tensor(1))
+    conditions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    expected = pair_losses(denoiser, conditions, drawn, l1=False)
+    found = pair_losses(denoiser, conditions, drawn, l1=False, forwards=rows, shared=shared)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_condition_is_not_repeated_for_the_rows_of_whole_images(floats):
+    _, denoiser, images = floats
+    session = Adapter(*floats[:2], CONFIG.replace(guard=6))
+    problem = dataclasses.replace(session.engine.problem, row_counts="few", guard_rows=12)
+    given: list[tuple[int, int]] = []
+    problem.denoiser.register_forward_pre_hook(lambda _, inputs: given.append((len(inputs[0]), len(inputs[2]))))
+    held_out_losses(problem, torch.randn(4, 32), denoiser.encode(images), torch.arange(4), torch.tensor(0))
+    assert given == [(12, 2), (12, 2)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "Triton Error [CUDA]: out of memory",
+        "[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes. Error code 12",
+        "std::bad_alloc",
+    ],
+)
+def test_memory_that_runs_out_is_known_by_all_its_names(text):
+    assert out_of_memory(RuntimeError(text))
+    assert not out_of_memory(ValueError(text))
+    assert not out_of_memory(RuntimeError("shapes cannot be multiplied"))
+
+
+def test_bad_values_in_a_call_leave_what_a_session_knows_of_its_speed(floats):
+    model, denoiser, images = floats
+    session = Adapter(model, denoiser, CONFIG)
+    session.warmup(images)
+    expected = session._paces.of(4, None).step.expected
+    assert expected > 0
+    latents = denoiser.encode(images)
+    with pytest.raises(ValueError, match="latents"):
+        session.adapt(images, latents=latents * torch.nan)
+    assert session._paces.of(4, None).step.expected == expected
+
+
+def test_new_adapters_leave_every_generator_alone(floats, monkeypatch):
+    model, denoiser, images = floats
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    torch.manual_seed(11)
+    seeded.clear()
+    before = torch.get_rng_state()
+    config = CONFIG.replace(denoiser_parameters="lora", lora_targets=("qkv",), seed=5)
+    first = adapt(model, denoiser, images, config=config)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not seeded
+    torch.manual_seed(12)
+    again = adapt(model, denoiser, images, config=config)
+    assert torch.equal(first.outputs, again.outputs)
+    assert lora_module.weight_names(Adapter(model, denoiser, config).engine.problem.denoiser)
+
+
+def test_a_session_follows_its_modules_to_another_device(floats):
+    model, denoiser, images = floats
+    session = Adapter(model, denoiser, CONFIG)
+    session.adapt(images)
+    for module in (model, denoiser):
+        module.to("meta")
+    denoiser.process = denoiser.process.to("meta")
+    session.engine.refresh()
+    assert session.engine.device.type == "meta"
+    assert session.engine.problem.lr.device.type == "meta"
