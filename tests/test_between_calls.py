@@ -141,3 +141,19 @@ def test_a_session_follows_its_modules_to_another_device(floats):
     session.engine.refresh()
     assert session.engine.device.type == "meta"
     assert session.engine.problem.lr.device.type == "meta"
+
+
+@pytest.mark.parametrize("sizes", [(64, 64, 16, 16), (37, 50, 16, 12), (8, 8, 16, 16), (16, 32, 16, 16)])
+def test_maps_are_resized_as_interpolation_does(sizes):
+    from types import SimpleNamespace
+
+    from dtta_fast.denoisers.base import at_latent_size
+
+    height, width, *latent = sizes
+    maps = torch.rand(2, 3, height, width, dtype=torch.float64, requires_grad=True)
+    found = at_latent_size(maps, SimpleNamespace(latent_shape=(4, *latent)))
+    expected = torch.nn.functional.interpolate(maps, tuple(latent), mode="bilinear", antialias=True)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.rand_like(found)
+    gradients = [torch.autograd.grad((resized * weights).sum(), maps, retain_graph=True)[0] for resized in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)

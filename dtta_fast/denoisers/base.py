@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dtta_fast.calibration import Calibration
 from dtta_fast.process import NoiseProcess
+from dtta_fast.runtime.constants import kept
 
 ENCODED_PIXELS = 4 * 512**2  # that a VAE encodes at once
 
@@ -85,9 +86,22 @@ def to_model_range(images: Tensor, size: int) -> Tensor:
 
 
 def at_latent_size(maps: Tensor, denoiser: Denoiser) -> Tensor:
-    """Maps [B, E, h, w] at the size of the denoiser's latents, each value the mean of what it covers."""
-    size = denoiser.latent_shape[1:]
-    return maps if maps.shape[-2:] == size else F.interpolate(maps, size, mode="bilinear", antialias=True)
+    """Maps [B, E, h, w] at the size of the denoiser's latents, each value the mean of what it covers.
+
+    By two matrix products: on CUDA the gradient of F.interpolate(antialias=True) adds up in no fixed order.
+    """
+    height, width = denoiser.latent_shape[1:]
+    if maps.shape[-2:] == (height, width):
+        return maps
+    rows, columns = (_resizing(old, new, maps.device, maps.dtype) for old, new in zip(maps.shape[-2:], (height, width), strict=True))
+    return rows @ maps @ columns.T
+
+
+@kept
+def _resizing(old: int, new: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The matrix [new, old] of bilinear interpolation with antialiasing."""
+    unit = torch.eye(old, dtype=torch.float64, device=device)[None, None]
+    return F.interpolate(unit, (new, old), mode="bilinear", antialias=True)[0, 0].to(dtype)
 
 
 def to_latents(vae: Any, images: Tensor, size: int) -> Tensor:
