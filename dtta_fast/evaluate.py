@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections import deque
@@ -28,7 +27,7 @@ from dtta_fast.runs.config import RunConfig
 from dtta_fast.runs.content import digest, read_again
 from dtta_fast.runs.folder import RunFolder
 from dtta_fast.runs.models import image_size, load_models
-from dtta_fast.runs.records import Record
+from dtta_fast.runs.records import Record, rounded
 from dtta_fast.runs.summary import summary
 
 BEST = 5  # classes of an image that a record tells the probabilities of
@@ -221,11 +220,6 @@ def _without(batch: Fetched, crops: Tensor, answered: Sequence[bool]) -> tuple[F
     failed = {i: "the model's outputs for it are not finite" for i in batch.images if i not in kept}
     part = crops[torch.tensor(answered, device=crops.device)]
     return batch._replace(images=images, truth=truth, failed={**batch.failed, **failed}), part if kept else None
-
-
-def rounded(value: float) -> float | None:
-    """To 6 digits, which is what float32 holds for sure; None, which JSON has for it, where it is no number."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def evaluate(

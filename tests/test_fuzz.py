@@ -26,9 +26,10 @@ from dtta_fast.denoisers.reading import read_process
 from dtta_fast.embed import package
 from dtta_fast.embed.manifest import Manifest
 from dtta_fast.kernels import machine_code
-from dtta_fast.report.reading import read_runs
+from dtta_fast.report import make_page, read_runs
 from dtta_fast.runs.config import RunConfig, flattened, read_yaml, with_settings, yaml_value
 from dtta_fast.runs.folder import RunFolder, read_records
+from dtta_fast.runs.summary import summary
 
 write_run = runpy.run_path(str(Path(__file__).with_name("report_runs.py")))["write_run"]
 HELPERS = runpy.run_path(str(Path(__file__).with_name("damage.py")))
@@ -97,6 +98,8 @@ def test_report(place, seed, value):
             assert isinstance(run.config, dict)
             assert all(isinstance(record["evaluations"], (int, float)) and isinstance(record["loss"], list) for record in run.records)
             assert all(isinstance(run.class_name(record["prediction"]), str) for record in run.records)
+            assert "</html>" in make_page([run])  # what is let in can be shown
+            assert summary([*run.records, *run.failed])["images"] == len(run.records) + len(run.failed)
 
 
 @fuzz

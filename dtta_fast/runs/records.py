@@ -15,7 +15,7 @@ from dtta_fast.files import open_plain, read_text
 
 Record = dict[str, Any]
 DEEPEST = 8  # levels of an object in a file
-FLOAT32 = 3.4028235e38  # its largest number
+LARGEST = 1e30  # of a loss or a score: float32 has room for sums of 10^8 of them
 OF_MAPS = ("segmentation", "depth")  # tasks
 MOST_BYTES = 2**36  # of a records file: 10^8 images
 REMEDY = "restore it, or begin again in another folder"
@@ -23,7 +23,7 @@ REMEDY = "restore it, or begin again in another folder"
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 ClassNumber: TypeAlias = Annotated[int, Meta(ge=-(2**31), lt=2**31)] | None
 Share = Annotated[float, Meta(ge=0, le=1)]
-Real = Annotated[float, Meta(ge=-FLOAT32, le=FLOAT32)]
+Real = Annotated[float, Meta(ge=-LARGEST, le=LARGEST)]
 Seconds = Annotated[float, Meta(ge=0, le=1e12)]
 Digest = Annotated[str, Meta(pattern="^[0-9a-f]{16,64}$")]
 ScoreName = Literal["mean_iou", "mean_class_accuracy", "abs_rel", "rmse", "delta1", "delta2", "delta3", "ssim"]
@@ -182,6 +182,11 @@ def _check_depth(value: Any, left: int) -> None:
         raise ValueError(f"it is nested more than {DEEPEST} levels deep")
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _check_depth(part, left - 1)
+
+
+def rounded(value: float) -> float | None:
+    """To 6 digits, which is what float32 holds for sure; None, which JSON has for it, where it is no number or beyond LARGEST."""
+    return float(f"{value:.6g}") if abs(value) <= LARGEST else None
 
 
 def line_of(record: Record) -> str:
