@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -31,6 +32,9 @@ Begin with: dtta demo. Help on a subcommand, such as adapt: dtta adapt --help.""
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; bad input ends it with one line and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends nothing
     try:
         start = None
         if arguments[:1] == ["evaluate"]:

@@ -359,6 +359,10 @@ def test_bad_settings_leave_nothing_behind(tmp_path, change, message):
         ({"per_class": 0}, "per_class is 0"),
         ({"task": "captioning"}, "task is 'captioning'; allowed: classification"),
         ({"corruptions": "brightness"}, "corruptions is 'brightness'; allowed: a list"),
+        ({"root": "x" * 300}, r"root is 'x{40}'..., which has a part of 300 bytes; give a path of up to 255 bytes between slashes"),
+        ({"model": "hf-hub:a/" + "ü" * 200}, r"model is 'hf-hub:a/ü+'..., which has a part of 400 bytes"),
+        ({"denoiser": "/".join(["x" * 200] * 30)}, r"denoiser is 'x+'..., which has 6029 bytes"),
+        ({"calibration": "a\0b"}, r"calibration is 'a\\x00b', which has a zero byte in it"),
     ],
 )
 def test_a_wrong_setting_names_itself(change, message):

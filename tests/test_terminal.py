@@ -113,6 +113,15 @@ def test_a_result_is_there_before_anything_is_shown(monkeypatch, tmp_path):
         assert json.loads(path.read_text())
 
 
+def test_a_terminal_without_a_letter_shows_its_number(monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stderr", screen)
+    with pytest.raises(SystemExit):
+        main(["adapt", "grün.png"])
+    screen.flush()
+    assert b"gr\\xfcn.png is no image" in screen.buffer.getvalue()
+
+
 # --- files of others
 
 
