@@ -18,7 +18,7 @@ class StreamOrder:
     @contextmanager
     def within(self, device: torch.device) -> Iterator[bool]:
         """Runs a call after the one before it; gives whether that one ran on another stream."""
-        if device.type != "cuda":
+        if device.type != "cuda" or not torch.cuda.is_initialized():
             yield False
             return
         stream = torch.cuda.current_stream(device)
