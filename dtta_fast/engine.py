@@ -253,7 +253,7 @@ class Engine:
         return (answers[0] != answers[1]).flatten(1).any(1)
 
     def whole_batches(self) -> bool:
-        """Tells whether a batch is adapted whole or not at all, since code is compiled for its size."""
+        """Tells whether steps run on whole batches, since code is compiled for their size."""
         return self._compile != "off"
 
     @torch.no_grad()

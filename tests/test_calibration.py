@@ -343,11 +343,20 @@ def test_the_pre_check_by_statistics_leaves_alone_what_is_usual():
         denoiser.calibration.distance(clean)
 
 
-def test_a_compiled_batch_is_adapted_whole_or_not_at_all():
+def test_the_pre_check_selects_images_whether_code_is_compiled_or_not():
+    """Compiled code runs whole batches; what it computes for the other images is no part of the result."""
     model, denoiser = zoo.load("digits")
     images = corrupt(load_digits("validation")[0][:12], "gaussian_blur", 5)
     session = Adapter(model, denoiser, presets.FAST.replace(steps=1))
-    asked = session.adapt(images).evaluations > 0
+    plain = session.adapt(images)
+    asked = plain.evaluations > 0
+    assert asked.any()
+    assert not asked.all()
+    rows: list[int] = []
+    session.engine.problem.denoiser.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     session.engine._compile = "regional"  # of which only this rule counts here
-    assert bool((session.adapt(images).evaluations > 0).all())
-    assert not bool((session.adapt(images[~asked]).evaluations > 0).any())
+    found = session.adapt(images)
+    assert rows[0] == len(images) * session.config.pairs
+    assert torch.equal(found.evaluations > 0, asked)
+    assert torch.equal(found.outputs[~asked], plain.outputs_before[~asked])
+    torch.testing.assert_close(found.outputs, plain.outputs, rtol=1e-3, atol=1e-3)
