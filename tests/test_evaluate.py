@@ -182,6 +182,23 @@ def test_an_online_run_goes_on_with_its_state(finished_online, tmp_path, lines_l
     assert not list(folder.glob("state-*"))
 
 
+def test_an_online_run_does_not_go_on_from_a_damaged_state(tmp_path):
+    folder = tmp_path / "run"
+
+    def advance(some):
+        raise Stop
+
+    with pytest.raises(Stop):
+        evaluate(ONLINE, folder, advance=advance)
+    path = folder / "state-00000000.safetensors"
+    held = path.read_bytes()
+    path.write_bytes(held[: len(held) // 2] + bytes(400_000) + held[len(held) // 2 + 400_000 :])
+    before = (folder / "records.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"state-00000000.safetensors, the state after batch 0, cannot be read: its checksum"):
+        evaluate(ONLINE, folder)
+    assert (folder / "records.jsonl").read_bytes() == before
+
+
 def test_what_an_online_run_has_learnt_goes_on_as_its_protocol_says(finished_online, tmp_path):
     """online begins each corruption anew, continual does not."""
     continual = evaluate(RunConfig.from_description({**ONLINE.described(), "protocol": "continual"}), tmp_path / "run")
