@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,17 +28,21 @@ from dtta_fast.runs.folder import RunFolder
 from dtta_fast.runs.models import image_size, load_models
 from dtta_fast.runs.records import Record, rounded
 from dtta_fast.runs.summary import summary
+from dtta_fast.runtime.memory import out_of_memory
 
 BEST = 5  # classes of an image that a record tells the probabilities of
 AHEAD = 2  # batches that are read ahead, for each thread
+MOST_AHEAD = 2**30  # bytes of what waits to be adapted to: beyond that no further batch is read
+MOST_BATCH = 2**31  # bytes of a batch's images
 Advance = Callable[[list[Record]], None]
 Finished = tuple[int, list[Record], dict[str, float]]  # a batch's number, its records, and seconds by phase
 
 
 class Fetched(NamedTuple):
-    """A batch's images as they were read, uint8 [3, H, W], or [3, size, size] in [0, 1] with their maps; or why one could not be.
+    """A batch's images, by id, or why one could not be read.
 
-    digests: of both, as runs.content.digest gives them.
+    images: as they were read, uint8 [3, H, W], or [3, size, size] in [0, 1] with their maps; or as they were cropped. digests: of what was
+    read, as runs.content.digest gives them.
     """
 
     number: int
@@ -77,19 +80,29 @@ def batches_of(run: RunConfig, data: Images | Maps) -> list[tuple[int, ...]]:
     return [tuple(part[first : first + run.batch]) for part in by_group.values() for first in range(0, len(part), run.batch)]
 
 
-def fetch(data: Images | Maps, number: int, image_ids: Sequence[int]) -> Fetched:
-    """Reads a batch; an image that cannot be read is told of in it."""
-    found = Fetched(number, {}, {}, {}, {})
+def fetch(data: Images | Maps, number: int, image_ids: Sequence[int], crop: Callable[[Tensor], Tensor] | None = None) -> Fetched:
+    """Reads a batch, and crops each image before the next one is read; an image that cannot be read is told of in it."""
+    found, held = Fetched(number, {}, {}, {}, {}), 0
     for i in image_ids:
         try:
             item = data[i]
-            if isinstance(item, tuple):
-                found.images[i], found.truth[i] = item
-            else:
-                found.images[i] = item
-            found.digests[i] = digest(item)
-        except (ValueError, OSError) as error:
-            found.failed[i] = str(error)
+            image, own = item[0] if isinstance(item, tuple) else item, digest(item)
+            if crop is not None:
+                image = crop(image)
+            if held + image.nbytes > MOST_BATCH:
+                raise ValueError(f"the images of its batch have more than {MOST_BATCH} bytes: use a smaller batch")
+        except (ValueError, OSError, MemoryError) as error:
+            found.failed[i] = str(error) or type(error).__name__
+            continue
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            found.failed[i] = f"there was not enough memory for it: {str(error).splitlines()[0]}"
+            continue
+        held += image.nbytes
+        found.images[i], found.digests[i] = image, own
+        if isinstance(item, tuple):
+            found.truth[i] = item[1]
     return found
 
 
@@ -106,13 +119,18 @@ class Worker:
         self.adapter = Adapter(models.model, models.denoiser, run.adapt, models.task)
         self._last_group: str | None = None
 
-    def cropped(self, batch: Fetched) -> Tensor | None:
-        """[B, 3, H, W] in [0, 1] of the images that could be read.
+    def crop(self, image: Tensor) -> Tensor:
+        """An image [3, H, W] as the model looks at it, in [0, 1] and in memory of its own."""
+        whole = image[None].float().div_(255) if image.dtype == torch.uint8 else image[None].float()
+        return self.adapter.crop(whole)[0].clone()
+
+    def stacked(self, batch: Fetched) -> Tensor | None:
+        """The crops of the images that could be read, [B, 3, H, W].
 
         Raises:
             ValueError: they have several sizes, and the model has no config to crop them by.
         """
-        crops = [self.adapter.crop(image[None].float() / (255 if image.dtype == torch.uint8 else 1))[0] for image in batch.images.values()]
+        crops = [*batch.images.values()]
         sizes = {tuple(crop.shape[1:]) for crop in crops}
         if len(sizes) > 1:
             shown = ", ".join(f"{height}x{width}" for height, width in sorted(sizes)[:3])
@@ -131,13 +149,14 @@ class Worker:
         if crops is not None:
             device, start = self.run.device, time.perf_counter()
             try:
-                result = self.adapter.adapt(crops.to(device), image_ids=torch.tensor([*batch.images], device=device))
+                result = self.adapter.adapt(crops.to(device), image_ids=torch.tensor([*batch.images], dtype=torch.int64, device=device))
             except ValueError:
                 answered = self._answered(crops.to(device))
                 if all(answered):
                     raise
                 return self.adapt(*_without(batch, crops, answered))
-            took, seconds = time.perf_counter() - start, result.seconds
+            seconds = result.seconds  # reading them waits for the device
+            took = time.perf_counter() - start
             answers = self._scores(result, torch.stack([*batch.truth.values()])) if batch.truth else self._classes(result)
             losses, accepted, evaluations = result.loss.tolist(), result.accepted.tolist(), result.evaluations.tolist()
             for k, i in enumerate(batch.images):
@@ -183,8 +202,8 @@ class Worker:
             probabilities = outputs.float().masked_fill(~self.task.possible(outputs), -torch.inf).softmax(1)
             if self._class_of is not None:  # several outputs may mean one class: their probabilities add up
                 whole = probabilities.new_zeros(len(probabilities), known)
-                outputs_of = torch.tensor(list(self._class_of), device=whole.device)
-                classes_of = torch.tensor(list(self._class_of.values()), device=whole.device)
+                outputs_of = torch.tensor(list(self._class_of), dtype=torch.int64, device=whole.device)
+                classes_of = torch.tensor(list(self._class_of.values()), dtype=torch.int64, device=whole.device)
                 probabilities = whole.index_add(1, classes_of, probabilities[:, outputs_of])
             best = probabilities.topk(min(BEST, probabilities.shape[1]), dim=1)
             for record, classes, shares in zip(found, best.indices.tolist(), best.values.tolist(), strict=True):
@@ -218,7 +237,7 @@ def _without(batch: Fetched, crops: Tensor, answered: Sequence[bool]) -> tuple[F
     kept = {i: fine for i, fine in zip(batch.images, answered, strict=True) if fine}
     images, truth = ({i: item for i, item in part.items() if i in kept} for part in (batch.images, batch.truth))
     failed = {i: "the model's outputs for it are not finite" for i in batch.images if i not in kept}
-    part = crops[torch.tensor(answered, device=crops.device)]
+    part = crops[torch.tensor(answered, dtype=torch.bool, device=crops.device)]
     return batch._replace(images=images, truth=truth, failed={**batch.failed, **failed}), part if kept else None
 
 
@@ -318,19 +337,24 @@ def _records(run: RunConfig, data: Images | Maps, remaining: Sequence[int], fold
     started = {"start": time.perf_counter() - begun}
 
     def read(number: int) -> tuple[Fetched, Tensor | None]:
-        batch = fetch(data, number, folder.batches[number])
-        return batch, worker.cropped(batch)
+        batch = fetch(data, number, folder.batches[number], worker.crop)
+        crops = worker.stacked(batch)
+        return batch._replace(images=dict.fromkeys(batch.images, torch.empty(0, dtype=torch.float32, device="cpu"))), crops
 
     with ThreadPoolExecutor(run.workers) as pool:
         coming: deque[Future[tuple[Fetched, Tensor | None]]] = deque()
-        ahead = iter(remaining)
+        ahead, largest = iter(remaining), 0  # the largest batch so far, in bytes
         try:
             while True:
-                coming += [pool.submit(read, number) for number in islice(ahead, AHEAD * run.workers - len(coming))]
+                while not coming or (len(coming) < AHEAD * run.workers and len(coming) * largest < MOST_AHEAD):
+                    if (number := next(ahead, None)) is None:
+                        break
+                    coming.append(pool.submit(read, number))
                 if not coming:
                     return
                 waited = time.perf_counter()
                 batch, crops = coming.popleft().result()
+                largest = max(largest, _bytes(batch, crops))
                 waited = time.perf_counter() - waited
                 records, phases = worker.adapt(batch, crops)
                 saved = time.perf_counter()
@@ -341,3 +365,8 @@ def _records(run: RunConfig, data: Images | Maps, remaining: Sequence[int], fold
         finally:
             for future in coming:
                 future.cancel()
+
+
+def _bytes(batch: Fetched, crops: Tensor | None) -> int:
+    """The memory that a batch takes while it waits to be adapted to."""
+    return (0 if crops is None else crops.nbytes) + sum(truth.nbytes for truth in batch.truth.values())

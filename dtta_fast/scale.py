@@ -33,7 +33,8 @@ class RayWorker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
         batch = pickle.loads(row["batch"])
-        records, seconds = self._worker.adapt(batch, self._worker.cropped(batch))
+        batch = batch._replace(images={i: self._worker.crop(image) for i, image in batch.images.items()})
+        records, seconds = self._worker.adapt(batch, self._worker.stacked(batch))
         end = time.perf_counter()
         seconds = {**seconds, "own": end - start - sum(seconds.values()), "load": 0.0 if self._ended is None else start - self._ended}
         self._ended = end

@@ -74,7 +74,7 @@ class Adapt:
             adapter = Adapter(model.to(device), denoiser.to(device), self.config, task)
         rows: list[dict[str, Any]] = []
         for number, (path, image) in enumerate(zip(self.images, images, strict=True)):  # one by one: sizes differ
-            found = adapter.adapt(image[None].to(device), image_ids=torch.tensor([number], device=device))
+            found = adapter.adapt(image[None].to(device), image_ids=torch.tensor([number], dtype=torch.int64, device=device))
             before, after = (outputs[0].float().softmax(0).tolist() for outputs in (found.outputs_before, found.outputs))
             names = class_names(model, len(after)) if self.classes is None else names_of(self.classes)
             rows.append(

@@ -127,7 +127,7 @@ def checked_device(name: str) -> torch.device:
     """Raises ValueError where there is no such device."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: a torch built without CUDA
         raise ValueError(f"device is {name!r}, which is not here: {str(error).splitlines()[0]}") from error
     return device

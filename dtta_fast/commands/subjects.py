@@ -50,8 +50,8 @@ def load_subject(model: str | None, denoiser: str | None, images: Path | None, c
     elif model is None:
         pixels, labels = _digits_c(count)
     else:
-        pixels = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
-    rows = torch.arange(count) % len(pixels)
+        pixels = torch.rand(count, 3, size, size, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
+    rows = torch.arange(count, dtype=torch.int64, device="cpu") % len(pixels)
     name = "digits zoo" if model is None else f"{model} + {denoiser}"
     return Subject(
         classifier.to(device), diffusion.to(device), pixels[rows].to(device), None if labels is None else labels[rows].to(device), name

@@ -85,13 +85,13 @@ def measures(run: Run) -> list[Measure]:
     if run.task == "classification":
         known = [record for record in run.records if record["label"] is not None]
         answers = ([float(record[key] == record["label"]) for record in known] for key in ("prediction_before", "prediction"))
-        before, after = (torch.tensor(part, dtype=torch.float64) for part in answers)
+        before, after = (torch.tensor(part, dtype=torch.float64, device="cpu") for part in answers)
         return [Measure(ACCURACY, known, before, after)] if known else []
     found = []
     for name in dict.fromkeys(name for record in run.records for name in record["score"]):
         known = [record for record in run.records if None not in (record["score_before"].get(name), record["score"].get(name))]
         scores = ([record[key][name] for record in known] for key in ("score_before", "score"))
-        before, after = (torch.tensor(part, dtype=torch.float64) for part in scores)
+        before, after = (torch.tensor(part, dtype=torch.float64, device="cpu") for part in scores)
         if known:
             found.append(Measure(scale_of(name), known, before, after))
     return found
@@ -143,8 +143,8 @@ def loss_steps(records: Sequence[Record]) -> list[LossStep]:
         taken = [record["loss"][step] for record in records if step < len(record["loss"]) and record["loss"][step] is not None]
         if not taken:
             break
-        values = torch.tensor(taken, dtype=torch.float64)
-        low, high = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=torch.float64)).tolist()
+        values = torch.tensor(taken, dtype=torch.float64, device="cpu")
+        low, high = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=torch.float64, device="cpu")).tolist()
         found.append(LossStep(float(values.mean()), low, high))
     return found
 

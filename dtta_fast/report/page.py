@@ -169,7 +169,7 @@ def _estimated(value: Estimate, scale: Scale, sign: bool = False) -> Cell:
 
 
 def _confidence(measure: Measure, key: str) -> torch.Tensor:
-    return torch.tensor([record[key] for record in measure.records], dtype=torch.float64)
+    return torch.tensor([record[key] for record in measure.records], dtype=torch.float64, device="cpu")
 
 
 def _gain_unit(scale: Scale) -> str:

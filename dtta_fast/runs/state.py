@@ -64,11 +64,11 @@ def _checksum(tensors: Mapping[str, Tensor], batch: int, config: Mapping[str, An
 def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """An adapter's state as tensors by name: weights in their order, the optimizer's memory by slot and number, the step."""
     if not state:  # nothing was adapted yet
-        return {"empty": torch.zeros(0)}
+        return {"empty": torch.zeros(0, dtype=torch.float32, device="cpu")}
     found: dict[str, Tensor] = {"step": state["step"]}
     for kind in ("theta", "phi"):
         slots = state[f"{kind}_slots"]
-        found[f"{kind}_slots"] = torch.tensor(len(slots))
+        found[f"{kind}_slots"] = torch.tensor(len(slots), dtype=torch.int64, device="cpu")
         found |= {f"{kind}/{i:06d}/{name}": value.contiguous() for i, (name, value) in enumerate(state[kind].items())}
         found |= {f"{kind}_slots/{i}/{j:06d}": value.contiguous() for i, slot in enumerate(slots) for j, value in enumerate(slot)}
     return found

@@ -40,7 +40,7 @@ def _figures(records: Sequence[Record]) -> dict[str, Any]:
             if not told:
                 continue
             scores = ([record[key][name] for record in told] for key in ("score_before", "score"))
-            before, after = (torch.tensor(part, dtype=torch.float64) for part in scores)
+            before, after = (torch.tensor(part, dtype=torch.float64, device="cpu") for part in scores)
             found[name] = {
                 "before": float(before.mean()),
                 "after": float(after.mean()),
@@ -51,10 +51,15 @@ def _figures(records: Sequence[Record]) -> dict[str, Any]:
     known = [record for record in sound if record["label"] is not None]
     if not known:
         return found
-    labels = torch.tensor([record["label"] for record in known])
-    right = [torch.tensor([_number(record[key]) for record in known]) == labels for key in ("prediction_before", "prediction")]
+    labels = torch.tensor([record["label"] for record in known], dtype=torch.int64, device="cpu")
+    right = [
+        torch.tensor([_number(record[key]) for record in known], dtype=torch.int64, device="cpu") == labels
+        for key in ("prediction_before", "prediction")
+    ]
     before, after = (part.double() for part in right)
-    confidence = [torch.tensor([record[key] for record in known], dtype=torch.float64) for key in ("confidence_before", "confidence")]
+    confidence = [
+        torch.tensor([record[key] for record in known], dtype=torch.float64, device="cpu") for key in ("confidence_before", "confidence")
+    ]
     return {
         **found,
         "accuracy_before": float(before.mean()),
