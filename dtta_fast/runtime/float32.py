@@ -52,7 +52,7 @@ class Switches(NamedTuple):
 
 def _set(tf32: bool) -> None:
     now, wanted = Switches.now(), "tf32" if tf32 else "ieee"
-    if now.cuda == now.conv == wanted and now.convolutions == tf32:
+    if now.products is not None and now.cuda == now.conv == wanted and now.convolutions == tf32:
         return
     # through the old switches, with which torch.compile's guards have to agree
     matmul.allow_tf32 = cudnn.allow_tf32 = tf32
