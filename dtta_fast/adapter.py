@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +16,19 @@ from dtta_fast.batch import Batch, Request
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.engine import Engine, anchor
-from dtta_fast.inputs import Checks, check_denoiser, check_draws, checked_deadline, checked_ids, checked_images, checked_latents
-from dtta_fast.online import loaded
+from dtta_fast.inputs import (
+    Checks,
+    check_arguments,
+    check_denoiser,
+    check_draws,
+    check_normalisation,
+    check_surroundings,
+    checked_deadline,
+    checked_ids,
+    checked_images,
+    checked_latents,
+)
+from dtta_fast.online import copied, loaded, save_adapters
 from dtta_fast.parameters import select
 from dtta_fast.result import AdaptResult, Group, assembled
 from dtta_fast.runtime.attention import math_attention
@@ -59,15 +71,9 @@ class Adapter:
     """
 
     def __init__(self, model: nn.Module, denoiser: Denoiser, config: AdaptConfig = presets.FAST, task: Task | None = None) -> None:
-        if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel):
-            raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module (of a DataParallel, its .module)")
-        model = getattr(model, "_orig_mod", model)  # of a compiled module, the module itself
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(f"denoiser is a {type(denoiser).__name__}; give a Denoiser, such as DiT.from_pretrained(folder)")
-        if not isinstance(config, AdaptConfig):
-            raise TypeError(f"config is a {type(config).__name__}; give an AdaptConfig, such as presets.FAST")
-        if task is not None and (isinstance(task, type) or not hasattr(task, "bind")):
-            raise TypeError(f"task is {task!r}; give a Task, such as Classification()")
+        check_arguments(model, denoiser, config, task)
+        model = model._modules.get("_orig_mod") or model  # of a compiled module, the module itself
+        check_normalisation(model)
         task = task or Classification()
         model, denoiser = task.bind(model, denoiser)
         check_denoiser(denoiser, config)
@@ -114,8 +120,7 @@ class Adapter:
             ValueError: bad input; nothing has changed. RuntimeError: called under torch.inference_mode().
         """
         start, engine, config = time.perf_counter(), self.engine, self.config
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError("adapt() was called under torch.inference_mode(), which forbids gradients; use torch.no_grad(), or neither")
+        check_surroundings()
         device, checks = anchor(engine.model).device, Checks()
         images = checked_images(images, device, checks)
         if anchor(engine.denoiser).device != device:
@@ -318,16 +323,22 @@ class Adapter:
 
     __call__ = forward
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        with self._turns.several():  # a call swaps weights in the private copies
+            other = memo[id(self)] = type(self).__new__(type(self))
+            vars(other).update(copy.deepcopy(vars(self), memo))
+            return other
+
     def reset(self) -> None:
         """Back to the model's own weights and an empty optimizer. Weights that were written through `.data` are read anew."""
         with self._turns.alone():
             self._state = None
+            self.engine.check_copies()
             self.engine.recast()
 
     def state_dict(self) -> dict[str, Any]:
-        """The online state: adapted weights by name, optimizer memory and step; empty before the first batch. Later calls leave it."""
-        state = self._state
-        return {} if state is None else state._asdict()
+        """A copy of the online state: adapted weights by name, optimizer memory and step; empty before the first batch."""
+        return {} if self._state is None else copied(self._state)._asdict()
 
     def save_lora(self, folder: str | Path) -> None:
         """Writes the online state's LoRA adapters in the ecosystem's formats.
@@ -340,18 +351,8 @@ class Adapter:
             ValueError: nothing was adapted yet, no adapters move, or they have more than the formats hold (several active ones in a layer,
                 DoRA's magnitudes, biases).
         """
-        kinds = (self.config.parameters, self.config.denoiser_parameters)
-        state = self._state
-        if state is None or "lora" not in kinds:
-            raise ValueError(
-                f"there are no adapters to save: parameters is {kinds[0]!r}, denoiser_parameters {kinds[1]!r}, mode "
-                f"{self.config.mode!r}; an online adapter with 'lora' has some after its first batch"
-            )
         with self._turns.alone():  # which weights are adapters is read off the private modules
-            if kinds[0] == "lora":
-                lora.save(Path(folder), self.engine.problem.model, state.theta, unet=False)
-            if kinds[1] == "lora":
-                lora.save(Path(folder), self.engine.problem.denoiser, state.phi, unet=True)
+            save_adapters(self._state, self.engine, Path(folder))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what state_dict() gave under the same config and models.
@@ -359,7 +360,7 @@ class Adapter:
         Raises:
             ValueError: the adapter is episodic, or the state holds other weights, another optimizer's memory, NaN or infinity.
         """
-        if not state:
+        if isinstance(state, dict) and not state:
             self.reset()
             return
         with self._turns.alone():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -126,7 +126,7 @@ class AdaptConfig:
             return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
         def real(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
         flags = (True, False)
         choices = {
@@ -148,14 +148,14 @@ class AdaptConfig:
             "compile": get_args(Compile),
         }
         for field, allowed in choices.items():
-            if getattr(self, field) not in allowed:
+            if not isinstance(getattr(self, field), (str, bool)) or getattr(self, field) not in allowed:
                 refuse(field, ", ".join(map(str, allowed)))
         for field, low in (("steps", 1), ("pairs", 1), ("lora_rank", 1), ("drawn_classes", 0), ("guard", 0), ("seed", 0)):
             if not whole(getattr(self, field), low):
                 refuse(field, f"a whole number of {low} and more")
         if self.seed >= 2**63:
             refuse("seed", "up to 2^63 - 1")
-        if self.chunk != "auto" and not whole(self.chunk, 1):
+        if not (isinstance(self.chunk, str) and self.chunk == "auto") and not whole(self.chunk, 1):
             refuse("chunk", '"auto" or a whole number of 1 and more')
         for field in ("top_k", "memory_budget"):
             if getattr(self, field) is not None and not whole(getattr(self, field), 1):

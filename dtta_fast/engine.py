@@ -26,7 +26,12 @@ from dtta_fast.runtime.precision import private_denoiser, products
 from dtta_fast.runtime.private import PrivateCopy
 from dtta_fast.runtime.reads import read_one
 from dtta_fast.runtime.streams import StreamOrder
-from dtta_fast.runtime.trial import refusing_kept_tensors, refusing_recomputation, warning_of_random_numbers
+from dtta_fast.runtime.trial import (
+    refusing_kept_tensors,
+    refusing_recomputation,
+    warn_of_weights_elsewhere,
+    warning_of_random_numbers,
+)
 from dtta_fast.step import Problem, State
 from dtta_fast.tasks.base import Task
 
@@ -56,6 +61,7 @@ class Engine:
         # asked for once: a GPU's free memory changes from call to call, and the chunk shall not
         self._budget = config.memory_budget or memory.default_budget(self.device)
 
+    @torch.inference_mode(False)
     def _build(self) -> None:
         """Private copies of the modules as they are now, and what is compiled of them."""
         config = self.config
@@ -79,6 +85,9 @@ class Engine:
         )
         self._step, self._forward = step.adaptation_step, step.forward
         self._compile_parts(denoiser)
+        warn_of_weights_elsewhere(self._model.module)
+        self._model.seal()
+        self._denoiser.seal()
         self._stale = False
 
     def _cumulative(self, device: torch.device) -> Tensor | None:
@@ -121,6 +130,10 @@ class Engine:
         """Makes the private copies anew at the next refresh()."""
         self._stale = True
 
+    def check_copies(self) -> None:
+        """Has the private copies made anew at the next refresh() if a call that broke off has left weights of its own in them."""
+        self._stale = self._stale or not (self._model.is_intact() and self._denoiser.is_intact())
+
     def check_sources(self) -> None:
         """Holds the caller's modules to be what they were at refresh().
 
@@ -144,8 +157,9 @@ class Engine:
 
     def failed(self, error: BaseException) -> bool:
         """Whether another attempt may succeed; what the failed call may have left half done is made anew by the next refresh()."""
-        if not isinstance(error, Exception):  # an interrupt in mid-swap leaves tensors in the private modules
+        if not isinstance(error, Exception):
             self._stale = True
+        self.check_copies()  # a signal handler may raise anything, also while weights are swapped
         if self._compile != "off" and compiling.is_failure(error) and os.environ.get("DTTA_FAST_STRICT") != "1":
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"compile is {self._compile!r}, and the compilation failed: {reason} Going on in eager mode", stacklevel=4)
@@ -236,6 +250,8 @@ class Engine:
             outputs = self.plain_outputs(inputs)
         self._ran = True
         self.task.check(outputs, self.problem.denoiser, self.config, checks)
+        if len(outputs) != len(inputs):
+            raise ValueError(f"model returns {len(outputs)} rows for {len(inputs)} images; it has to return one for each")
         wrong = (outputs.isnan() | (outputs == torch.inf)).flatten(1).any(1)
         checks.require(~wrong.any(), lambda: f"model returns NaN or infinity for images {wrong.nonzero()[:, 0].tolist()[:10]} of the batch")
         return outputs
@@ -295,7 +311,7 @@ class Engine:
                     torch.autograd.grad(outputs, list(theta.values()), torch.ones_like(outputs), allow_unused=True)
             self._batched = True
         except Exception as error:  # whatever a module raises under vmap
-            if memory.out_of_memory(error):
+            if memory.out_of_memory(error) or isinstance(error, OSError):  # a TimeoutError is the caller's
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             warnings.warn(f"images with weights of their own run one by one: vmap fails ({reason})", stacklevel=5)

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime.reads import read
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Checks:
@@ -48,6 +50,40 @@ class Checks:
         return found[len(owed) :]
 
 
+def check_arguments(model: Any, denoiser: Any, config: Any, task: Any) -> None:
+    """Raises TypeError where a session's arguments are of the wrong kind."""
+    if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel):
+        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module (of a DataParallel, its .module)")
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+        raise TypeError(
+            f"model, a {type(model).__name__}, holds a ScriptModule, whose weights cannot be exchanged; give what it was made of"
+        )
+    if not isinstance(denoiser, Denoiser):
+        raise TypeError(f"denoiser is a {type(denoiser).__name__}; give a Denoiser, such as DiT.from_pretrained(folder)")
+    if not isinstance(config, AdaptConfig):
+        raise TypeError(f"config is a {type(config).__name__}; give an AdaptConfig, such as presets.FAST")
+    if task is not None and (isinstance(task, type) or not hasattr(task, "bind")):
+        raise TypeError(f"task is {task!r}; give a Task, such as Classification()")
+
+
+def check_surroundings() -> None:
+    """Raises RuntimeError within a context of torch's under which an adaptation fails or gives other numbers."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("adapt() was called under torch.inference_mode(), which forbids gradients; use torch.no_grad(), or neither")
+    if torch.nn.utils.parametrize._cache_enabled:
+        raise RuntimeError("adapt() was called under torch.nn.utils.parametrize.cached(), which keeps weights that move; leave it first")
+
+
+def check_normalisation(model: nn.Module) -> None:
+    """Raises ValueError where a layer normalises by the batch that it is given: an image's answer would depend on its company."""
+    for name, part in model.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None and part.running_var is None:
+            raise ValueError(
+                f"model's {name or type(part).__name__} normalises by the statistics of the batch (track_running_stats=False), so an "
+                "answer would depend on the images beside it; give it running statistics, or use GroupNorm or LayerNorm"
+            )
+
+
 def check_denoiser(denoiser: Denoiser, config: AdaptConfig) -> None:
     """Raises ValueError where the denoiser lacks what the config asks for: timesteps, or a calibration."""
     rows = len(denoiser.process)
@@ -69,6 +105,8 @@ def checked_tensor(name: str, value: Any, device: torch.device) -> Tensor:
         raise TypeError(f"{name} is a {type(value).__name__}; give a tensor")
     if value.device != device:
         raise ValueError(f"{name} is on {value.device} and the model on {device}; move one of them")
+    if value.layout != torch.strided or value.is_nested or (value.is_floating_point() and value.dtype not in FLOATS):
+        raise ValueError(f"{name} is {value.layout} {value.dtype}; give a dense tensor of float16, bfloat16, float32, float64, or integers")
     value = value.detach()
     return value.clone() if value.is_inference() else value  # autograd refuses to save a tensor made under inference_mode
 
@@ -147,6 +185,6 @@ def check_draws(
 
 
 def checked_deadline(deadline_ms: float) -> float:
-    if isinstance(deadline_ms, bool) or not isinstance(deadline_ms, (int, float)) or not deadline_ms > 0:
+    if isinstance(deadline_ms, bool) or not isinstance(deadline_ms, (int, float)) or not 0 < deadline_ms < 1e300:
         raise ValueError(f"deadline_ms is {deadline_ms!r}; give a positive number of milliseconds, counted from the call")
     return float(deadline_ms)

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from dtta_fast import lora
 from dtta_fast.runtime.attention import vmappable_attention
+from dtta_fast.runtime.private import TIED, tied_names
 
 ParameterSet = Literal["all", "norm", "head", "logits", "lora"]
 Parameters = dict[str, Tensor]
@@ -77,6 +78,17 @@ def in_dtypes_of(module: nn.Module, moving: Mapping[str, Tensor]) -> Parameters:
     return {name: p.to(own[name].dtype) for name, p in moving.items()}
 
 
+def under_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> Parameters:
+    """The tensors, and again under the names of other modules that hold the same weight, as a tied head does.
+
+    A module that is registered twice holds its weights once, and is named once: torch's functional_call(tie_weights=True) swaps them twice,
+    and leaves the second one's in place.
+    """
+    known = vars(module).get(TIED)  # a private copy's, since a trace cannot compute them
+    others = tied_names(module) if known is None else known
+    return {name: tensor for first, tensor in tensors.items() for name in (first, *others.get(first, ()))}
+
+
 class _Running(nn.Module):
     """A module around another one, whose forward runs a function."""
 
@@ -90,7 +102,8 @@ class _Running(nn.Module):
 
 def with_weights(module: nn.Module, moving: Mapping[str, Tensor], run: Callable[[], None]) -> None:
     """Runs a function, backward passes in it included, while `moving` takes the place of the module's own parameters of those names."""
-    functional_call(_Running(module), {f"module.{name}": p for name, p in moving.items()}, (run,))
+    inner = {f"module.{name}": p for name, p in under_all_names(module, moving).items()}
+    functional_call(_Running(module), inner, (run,), tie_weights=False)
 
 
 def of_image(moving: Mapping[str, Tensor], i: int) -> Parameters:
@@ -106,12 +119,14 @@ def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_i
     """
     constants = {name: buffer.clone() for name, buffer in module.named_buffers()}
     if not per_image:
-        output: Tensor = functional_call(module, {**constants, **moving}, inputs)
+        output: Tensor = functional_call(module, under_all_names(module, {**constants, **moving}), inputs, tie_weights=False)
         return output
     images = len(inputs[0])
     if loop or images == 1:  # plain operators are faster than batched ones
         each = [call(module, of_image(moving, i), *(x[i] for x in inputs), per_image=False) for i in range(images)]
         return torch.stack(each) if images > 1 else each[0][None]
     with vmappable_attention():
-        stacked: Tensor = torch.vmap(lambda weights, *x: functional_call(module, {**constants, **weights}, x))(dict(moving), *inputs)
+        stacked: Tensor = torch.vmap(
+            lambda weights, *x: functional_call(module, under_all_names(module, {**constants, **weights}), x, tie_weights=False)
+        )(dict(moving), *inputs)
     return stacked

@@ -28,6 +28,7 @@ def _check_draws(
     x0: Tensor, table: Tensor, timesteps: Tensor, image_ids: Tensor, seed: int, step: Tensor, pair0: int, noise: Tensor | None
 ) -> None:
     _check(x0.ndim == 4 and x0.numel() > 0, f"x0 has shape {tuple(x0.shape)}; give a non-empty [B, C, H, W]")
+    _check(x0.layout == torch.strided, f"x0 is {x0.layout}; give a dense tensor")
     _check(x0.is_floating_point(), f"x0 has dtype {x0.dtype}; give a floating-point one")
     _check(x0[0].numel() <= LARGEST, f"x0 has shape {tuple(x0.shape)}; an image may have {LARGEST} elements at most")
     _check(table.ndim == 2 and table.shape[1] == 5, f"table has shape {tuple(table.shape)}; give NoiseProcess.table, [T, 5]")
@@ -55,6 +56,7 @@ def _check_draws(
 def _check_devices(first: Tensor, named: dict[str, Tensor | None]) -> None:
     for name, value in named.items():
         _check(value is None or value.device == first.device, f"{name} is on another device than the first argument, {first.device}")
+        _check(value is None or value.layout == torch.strided, f"{name} is no dense tensor; give one of torch.strided layout")
 
 
 def _check_values(backend: ModuleType, table: Tensor, timesteps: Tensor, image_ids: Tensor, step: Tensor) -> None:
@@ -80,6 +82,7 @@ def _check_prediction(prediction: Tensor, x0: Tensor, timesteps: Tensor) -> None
 
 def _check_mixture(logits: Tensor, embeddings: Tensor, top_k: int | None, logit_scale: float | None, per_image: bool) -> None:
     _check(logits.ndim == 2 and logits.numel() > 0, f"logits has shape {tuple(logits.shape)}; give a non-empty [B, K]")
+    _check(logits.layout == torch.strided, f"logits is {logits.layout}; give a dense tensor")
     images, classes = logits.shape
     leading = (images, classes) if per_image else (classes,)
     fits = embeddings.ndim > len(leading) and tuple(embeddings.shape[: len(leading)]) == leading and embeddings.numel() > 0
@@ -93,6 +96,16 @@ def _check_mixture(logits: Tensor, embeddings: Tensor, top_k: int | None, logit_
 
 def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.detach().contiguous() for tensor in tensors)
+
+
+def _check_kinds(seed: object, pair0: object, **tensors: object) -> None:
+    """Raises where torch's dispatcher would refuse an argument without its value."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; give a tensor")
+    for name, number, end in (("seed", seed, 2**63), ("pair0", pair0, WORDS)):
+        if isinstance(number, (float, str)) or (isinstance(number, int) and not 0 <= number < end):
+            raise ValueError(f"{name} is {number!r}; give a whole number, 0 .. {end - 1}")
 
 
 @torch.library.custom_op("dtta_fast::add_noise", mutates_args=())
@@ -136,6 +149,7 @@ def add_noise(
 
     No gradient flows to x0: the latent is a constant of the method.
     """
+    _check_kinds(seed, pair0, x0=x0, table=table, timesteps=timesteps, image_ids=image_ids, step=step)
     return _add_noise(x0.detach(), table, timesteps, image_ids, seed, step, pair0, dtype or x0.dtype, noise)
 
 
@@ -254,6 +268,7 @@ def denoising_loss(
     prediction [B·P, C', H, W] with C' = C or 2C (learned variance: its second half takes no part). A value for each pair, since
     a guard compares pairs. Differentiable in the prediction, once.
     """
+    _check_kinds(seed, pair0, prediction=prediction, x0=x0, table=table, timesteps=timesteps, image_ids=image_ids, step=step)
     return _denoising_loss(prediction, x0.detach(), table, timesteps, image_ids, seed, step, pair0, l1, noise)
 
 
@@ -272,6 +287,7 @@ def denoising_loss_and_gradient(
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """denoising_loss [B, P], and the gradient of Σ upstream · loss to the prediction from the same pass, for upstream [B, P]."""
+    _check_kinds(seed, pair0, prediction=prediction, x0=x0, table=table, timesteps=timesteps, image_ids=image_ids, step=step)
     return _denoising_loss_and_gradient(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, upstream, noise)
 
 

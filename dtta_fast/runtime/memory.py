@@ -101,7 +101,7 @@ def saved_bytes(module: nn.Module, moving: Collection[str], *inputs: Tensor) -> 
     own = dict(module.named_parameters())
     weights = {name: own[name].detach().requires_grad_() for name in moving}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        functional_call(module, weights, inputs)
+        functional_call(module, weights, inputs, tie_weights=False)
     return sum(sizes.values()), max(sizes.values(), default=0)
 
 

@@ -42,18 +42,28 @@ class PrivateCopy:
         memo: dict[int, Any] = {}
         for name, p in source.named_parameters():
             constant = p.detach()
+            if p.is_inference():  # autograd refuses to save it
+                constant = constant.clone()
+                self._converted.append((p, constant))
             if dtype is not None and name in converted and p.dtype != dtype:
                 constant = constant.to(dtype)
-                self._converted.append((p, constant))
+                self._converted = [pair for pair in self._converted if pair[0] is not p] + [(p, constant)]
             memo[id(p)] = nn.Parameter(constant, requires_grad=False) if is_plain(p) else p
         for name, buffer in source.named_buffers():
             own = buffer.detach().to(dtype if dtype is not None and name in converted else buffer.dtype, copy=True)
             memo[id(buffer)] = own
             self._buffers.append((buffer, own))
         try:
-            self.module: nn.Module = without_checkpointing(evaluating(copy.deepcopy(source, memo)))
+            self.module: nn.Module = copy.deepcopy(source, memo)
+        except OSError:  # a TimeoutError is the caller's
+            raise
         except Exception as error:  # whatever a module's own __deepcopy__ raises
             raise TypeError(f"{type(source).__name__} cannot be copied ({error}); give a module that copy.deepcopy accepts") from error
+        shared = {id(part) for part in source.modules()} & {id(part) for part in self.module.modules()}
+        if shared:
+            kind = next(type(part).__name__ for part in source.modules() if id(part) in shared)
+            raise TypeError(f"{kind} cannot be copied: copy.deepcopy gives the module itself; let its __deepcopy__ make a new one")
+        without_checkpointing(evaluating(self.module))
         rebind(self.module, source, memo)
         self._versions: list[int | None] = self._counted()
         self._optimizer_steps = _OPTIMIZER_STEPS[0]
@@ -78,6 +88,15 @@ class PrivateCopy:
             torch._foreach_copy_(list(own), [tensor.detach() for tensor in theirs])
         self._versions, self._written = versions, _writes(self._source)
         return True
+
+    def seal(self) -> None:
+        """Notes the tensors that the copy holds between calls, and those that several of its modules share."""
+        vars(self.module)[TIED] = tied_names(self.module)
+        self._held = _held(self.module)
+
+    def is_intact(self) -> bool:
+        """Tells whether the copy holds the tensors that it held at seal()."""
+        return _held(self.module) == self._held
 
     def check_source(self) -> None:
         """Undoes what was written into the source's buffers since refresh().
@@ -110,6 +129,7 @@ class PrivateCopy:
         return [None if p.is_inference() else p._version for p, _ in self._converted]
 
 
+TIED = "_dtta_tied_names"  # an attribute of a private copy: what tied_names() gives
 CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint", "with_cp", "memory_efficient")  # timm, transformers, ...
 
 
@@ -140,7 +160,32 @@ def _writes(module: nn.Module) -> dict[str, int]:
     return {name: p._version for name, p in (*module.named_parameters(), *module.named_buffers()) if not p.is_inference()}
 
 
+def tied_names(module: nn.Module) -> dict[str, list[str]]:
+    """For each tensor that several modules hold, its other names by its first one."""
+    places: dict[int, dict[tuple[int, str], str]] = {}
+    for prefix, part in module.named_modules():
+        for own in (part._parameters, part._buffers):
+            for leaf, tensor in own.items():
+                if tensor is not None:
+                    places.setdefault(id(tensor), {})[id(part), leaf] = f"{prefix}.{leaf}" if prefix else leaf
+    names = ([*found.values()] for found in places.values())
+    return {first: others for first, *others in names if others}
+
+
+def _held(module: nn.Module) -> list[int]:
+    """The ids of all weights and buffers, under all their names."""
+    return [id(tensor) for part in module.modules() for own in (part._parameters, part._buffers) for tensor in own.values()]
+
+
 def _identity(module: nn.Module) -> list[tuple[Any, ...]]:
     """Names the tensors and the memory that they lie in."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return [(name, id(tensor), tensor.untyped_storage()._cdata, tensor.storage_offset()) for name, tensor in tensors]
+    return [(name, id(tensor), *_place(tensor)) for name, tensor in tensors]
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor's numbers lie; nothing for one that is sparse or quantised in a way of its own."""
+    if tensor.layout != torch.strided:
+        return ()
+    memory = tensor.untyped_storage()._cdata, tensor.storage_offset()
+    return *memory, tuple(tensor.shape), tensor.stride(), tensor.dtype

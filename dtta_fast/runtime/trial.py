@@ -53,17 +53,48 @@ def warning_of_random_numbers(module: nn.Module, device: torch.device) -> Iterat
 def refusing_kept_tensors(module: nn.Module) -> Iterator[None]:
     """Raises RuntimeError where a forward under vmap leaves tensors in attributes of the module. They are of no use outside of the vmap,
     and are taken out."""
-    before = [(part, dict(vars(part))) for part in module.modules()]
+    places = [(part, vars(part)) for part in module.modules()]
+    places += [(part, held) for part in module.modules() for hook in _hooks(part) for held in _reached(hook)]
+    before = [dict(held) for _, held in places]
     kept: list[str] = []
     try:
         yield
     finally:
-        for part, attributes in before:
-            for name, value in [item for item in vars(part).items() if _holds_wrapped(item[1])]:
-                kept.append(f"{type(part).__name__}.{name}")
-                _take_out(vars(part), attributes, name, value)
+        for (part, held), attributes in zip(places, before, strict=True):
+            for name, value in [item for item in held.items() if _holds_wrapped(item[1])]:
+                kept.append(f"{type(part).__name__}.{name}" if held is vars(part) else f"a hook of {type(part).__name__}")
+                _take_out(held, attributes, name, value)
     if kept:
         raise RuntimeError(f"{kept[0]} keeps a tensor of the forward")
+
+
+def _hooks(part: nn.Module) -> list[Any]:
+    return [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+
+
+def _reached(hook: Any) -> list[dict[str, Any]]:
+    """What a hook may keep tensors in: its closure's variables, and the attributes of the object that it belongs to."""
+    function = getattr(hook, "__func__", hook)
+    names, cells = getattr(getattr(function, "__code__", None), "co_freevars", ()), getattr(function, "__closure__", None) or ()
+    found = {name: cell.cell_contents for name, cell in zip(names, cells, strict=False) if isinstance(cell.cell_contents, (list, dict))}
+    owner = getattr(hook, "__self__", None)
+    return [found, *([vars(owner)] if hasattr(owner, "__dict__") and not isinstance(owner, nn.Module) else [])]
+
+
+def warn_of_weights_elsewhere(module: nn.Module) -> None:
+    """Warns of weights that a module keeps in a list or dictionary too: a forward that reads them there sees them as they were."""
+    weights = {id(p) for p in module.parameters()}
+    for name, part in module.named_modules():
+        if isinstance(part, nn.RNNBase):  # it makes its list anew for each forward
+            continue
+        for attribute, value in vars(part).items():
+            parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
+            if not attribute.startswith("_") and any(isinstance(p, nn.Parameter) and id(p) in weights for p in parts):
+                where = f"{name}.{attribute}" if name else attribute
+                warnings.warn(
+                    f"model keeps weights in {where} beside its parameters; where its forward reads them from there, they do not adapt",
+                    stacklevel=5,
+                )
 
 
 def _take_out(now: dict[str, Any], before: dict[str, Any], name: str, value: Any) -> None:

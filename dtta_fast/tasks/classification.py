@@ -37,7 +37,9 @@ class Classification(Task):
     def __init__(self, *, crop: Transform | None = None, normalise: Transform | None = None, subset: Sequence[int] | None = None) -> None:
         self._crop = crop
         self._normalise = normalise
-        if subset is not None and (not subset or len(set(subset)) != len(subset) or min(subset) < 0):
+        if subset is not None and (
+            not subset or len(set(subset)) != len(subset) or any(not hasattr(k, "__index__") or k < 0 for k in subset)
+        ):
             raise ValueError(f"subset is {list(subset)[:5]}; give different numbers of the model's classes, 0 and more")
         self._subset = None if subset is None else tuple(map(int, subset))
 
@@ -55,6 +57,8 @@ class Classification(Task):
         classes = len(denoiser.class_embeddings({}))
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             raise ValueError(f"model returns a {type(outputs).__name__}; a classifier returns floating-point logits [B, K]")
+        if outputs.layout != torch.strided:
+            raise ValueError(f"model returns a {outputs.layout} tensor; a classifier returns dense logits [B, K]")
         if outputs.ndim != 2:
             raise ValueError(f"model returns shape {tuple(outputs.shape)}; a classifier returns logits [B, K]")
         if outputs.shape[1] != classes:
