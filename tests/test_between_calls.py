@@ -143,6 +143,100 @@ def test_a_session_follows_its_modules_to_another_device(floats):
     assert session.engine.problem.lr.device.type == "meta"
 
 
+def test_a_session_that_a_signal_broke_off_in_mid_swap_is_made_anew(floats, monkeypatch):
+    """A handler may raise at any line, also while adapted weights are in place of the source's."""
+    from torch.nn.utils._named_member_accessor import NamedMemberAccessor
+
+    model, denoiser, images = floats
+    session = Adapter(model, denoiser, CONFIG)
+    expected = session.adapt(images[:1])
+    whole, calls = NamedMemberAccessor.swap_tensors_dict, [0]
+
+    def swap(self, *arguments, **keywords):
+        found = whole(self, *arguments, **keywords)
+        calls[0] += 1
+        if calls[0] == 7:
+            raise TimeoutError
+        return found
+
+    monkeypatch.setattr(NamedMemberAccessor, "swap_tensors_dict", swap)
+    with pytest.raises(TimeoutError):
+        session.adapt(images[:1])
+    monkeypatch.undo()
+    found = session.adapt(images[:1])
+    assert torch.equal(found.outputs_before, expected.outputs_before)
+    assert torch.equal(found.outputs, expected.outputs)
+
+
+def test_a_timeout_in_the_trial_of_vmap_is_the_caller_s(floats, monkeypatch):
+    model, denoiser, images = floats
+    session = Adapter(model, denoiser, CONFIG)
+    monkeypatch.setattr(torch, "vmap", lambda *_, **__: (_ for _ in ()).throw(TimeoutError))
+    with pytest.raises(TimeoutError):
+        session.adapt(images)
+    monkeypatch.undo()
+    assert torch.equal(session.adapt(images).outputs, adapt(model, denoiser, images, config=CONFIG).outputs)
+    assert not session.engine.problem.loop
+
+
+def test_weights_of_another_shape_or_layout_in_the_same_memory_are_seen(floats):
+    _, denoiser, images = floats
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 12), nn.Linear(12, 7))
+    session = Adapter(model, denoiser, CONFIG)
+    session.adapt(images)
+    model[2].weight.data = model[2].weight.data.t()
+    assert torch.equal(session.adapt(images).outputs, adapt(model, denoiser, images, config=CONFIG).outputs)
+    model[3].weight.data, model[3].bias.data = model[3].weight.data[:5], model[3].bias.data[:5]
+    with pytest.raises(ValueError, match="model has 5 classes"):
+        session.adapt(images)
+
+
+@pytest.mark.parametrize("parameters", ["all", "head"])
+def test_what_was_made_under_inference_mode_works_outside(images, parameters):
+    from diffusers import DDPMScheduler
+
+    from dtta_fast.denoisers.dit import DiT
+    from dtta_fast.denoisers.dit_network import DiTNetwork
+    from dtta_fast.process import NoiseProcess
+
+    def made():
+        torch.manual_seed(0)
+        network = DiTNetwork(16, 4, 3, 32, 2, 2, num_classes=7, learn_sigma=False)
+        model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 7))
+        return model, DiT(network, NoiseProcess.from_scheduler(DDPMScheduler(100)))
+
+    config, images = CONFIG.replace(parameters=parameters), images.float()
+    with torch.inference_mode():
+        model, denoiser = made()
+        session = Adapter(model, denoiser, config)
+    found = session.adapt(images)
+    torch.testing.assert_close(found.outputs, adapt(*made(), images, config=config).outputs)
+    assert torch.equal(session.adapt(images).outputs, found.outputs)
+
+
+def test_cached_parametrizations_are_refused(floats):
+    with torch.nn.utils.parametrize.cached(), pytest.raises(RuntimeError, match=r"parametrize\.cached"):
+        adapt(*floats, config=CONFIG)
+
+
+def test_a_copy_waits_for_the_call_of_another_thread(floats):
+    import copy
+    import threading
+
+    model, denoiser, images = floats
+    session = Adapter(model, denoiser, CONFIG)
+    expected = session.adapt(images)
+    inside = threading.Event()
+    session.engine.problem.model.register_forward_pre_hook(lambda *_: inside.set())
+    thread = threading.Thread(target=session.adapt, args=(images,))
+    thread.start()
+    assert inside.wait(60)
+    other = copy.deepcopy(session)
+    thread.join()
+    assert torch.equal(other.adapt(images).outputs, expected.outputs)
+
+
 @pytest.mark.parametrize("sizes", [(64, 64, 16, 16), (37, 50, 16, 12), (8, 8, 16, 16), (16, 32, 16, 16)])
 def test_maps_are_resized_as_interpolation_does(sizes):
     from types import SimpleNamespace

@@ -261,6 +261,150 @@ def test_models_that_keep_tensors_run_image_by_image(floats, plain):
     torch.testing.assert_close(found.outputs, plain.outputs, rtol=1e-5, atol=1e-5)
 
 
+class Twice(nn.Module):
+    """One layer under two names, as models with a shared embedding or `self.head = net.fc` have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+        self.head, self.layers = self.net.head, nn.ModuleList([self.net.features[0]] * 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("mode", ["episodic", "online"])
+def test_a_module_under_two_names_is_adapted_once_and_put_back(floats, mode):
+    denoiser, images = floats
+    config = CONFIG.replace(mode=mode, lr=0.1)
+    session, expected = (Adapter(net, denoiser, config) for net in (Twice(), Net()))
+    for batch in (images[:1], images[1:2], images):
+        found, other = session.adapt(batch), expected.adapt(batch)
+        torch.testing.assert_close(found.outputs_before, other.outputs_before, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.outputs, other.outputs, rtol=1e-5, atol=1e-5)
+
+
+class Tied(nn.Module):
+    """One weight in two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(48, 48, bias=False), nn.Linear(48, 48, bias=False)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(48, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = F.adaptive_avg_pool2d(x, 4).flatten(1)
+        return self.head(self.second(torch.tanh(self.first(pooled))))
+
+
+class TiedByHand(Tied):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = F.adaptive_avg_pool2d(x, 4).flatten(1)
+        return self.head(F.linear(torch.tanh(self.first(pooled)), self.first.weight))
+
+
+def test_tied_weights_move_in_both_places(floats):
+    found, expected = (adapt(kind(), *floats, config=CONFIG) for kind in (Tied, TiedByHand))
+    assert (expected.outputs - expected.outputs_before).abs().max() > 0.01
+    torch.testing.assert_close(found.outputs, expected.outputs, rtol=1e-5, atol=1e-5)
+
+
+class Once(Net):
+    def __deepcopy__(self, memo: dict) -> Once:
+        return self
+
+
+class HoldsOne(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features[2] = Once()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.features[2](x)
+
+
+@pytest.mark.parametrize("kind", [Once, HoldsOne])
+def test_a_module_that_copies_itself_as_itself_is_refused(floats, untouched, kind):
+    net = kind().train()
+    with untouched(net), pytest.raises(TypeError, match="Once cannot be copied"):
+        adapt(net, *floats, config=CONFIG)
+
+
+class Handing(nn.Module):
+    """Hands attributes through, as wrappers do, and changes the answer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return -self.inner(x)
+
+
+def test_a_wrapper_around_a_compiled_model_stays(floats, plain):
+    found = adapt(Handing(torch.compile(Net(), backend="eager")), *floats, config=CONFIG)
+    torch.testing.assert_close(found.outputs_before, -plain.outputs_before, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_the_batch_are_refused(floats):
+    net = Net()
+    net.features[1] = nn.BatchNorm2d(8, track_running_stats=False)
+    with pytest.raises(ValueError, match=r"features\.1 normalises by the statistics of the batch"):
+        adapt(net, *floats, config=CONFIG)
+
+
+def test_hooks_that_keep_what_they_see_get_real_tensors(floats, plain):
+    seen: list[torch.Tensor] = []
+    net = Net()
+    net.features.register_forward_hook(lambda _, __, output: seen.append(output.detach()))
+    with pytest.warns(UserWarning, match=r"run one by one: vmap fails \(a hook of Sequential keeps a tensor"):
+        found = adapt(net, *floats, config=CONFIG)
+    torch.testing.assert_close(found.outputs, plain.outputs, rtol=1e-5, atol=1e-5)
+    assert len(seen) > 4
+    assert all(tensor.isfinite().all() for tensor in seen)
+
+
+class Listing(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = [self.head.weight, self.head.bias]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.features(x).mean((2, 3)), *self.weights)
+
+
+def test_weights_that_are_read_from_a_list_are_told(floats):
+    with pytest.warns(UserWarning, match="keeps weights in weights beside its parameters"):
+        Adapter(Listing(), floats[0], CONFIG)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Adapter(nn.LSTM(4, 4), floats[0], CONFIG)  # which makes its list anew for each forward
+
+
+class OneRow(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)[:1]
+
+
+def test_a_row_for_each_image_is_asked_for(floats):
+    with pytest.raises(ValueError, match="model returns 1 rows for 4 images"):
+        adapt(OneRow(), *floats, config=CONFIG)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_script_modules_are_refused(floats):
+    with pytest.raises(TypeError, match="holds a ScriptModule"):
+        adapt(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(768, 7))), *floats, config=CONFIG)
+
+
 class Dropping(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(super().forward(x), 0.5)
