@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -43,10 +44,10 @@ def check_archive(path: str | Path) -> None:
         size = os.fstat(file.fileno()).st_size
         begin, end, count = _directory(file, size)
         members = _members(_at(file, begin, end - begin), count)
-        names: set[bytes] = set()
+        names: set[str] = set()
         for member in members:
             _check_name(member.name)
-            if (folded := member.name.lower()) in names:
+            if (folded := unicodedata.normalize("NFC", member.name.decode("utf-8").casefold())) in names:
                 raise ValueError(f"its member {_shown(member.name)} is there twice")
             names.add(folded)
         place = 0

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,9 +155,21 @@ class Calibration:
         signal, spread = (torch.tensor(values, dtype=torch.float64, device="cpu")[bins] for values in (self.signal, self.spread))
         return (signal.clamp(min=0) / spread) ** SHARPNESS
 
+    def to_json(self) -> str:
+        """The text of a calibration.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
     def save(self, path: str | Path) -> None:
-        """As JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Writes a calibration.json; where that fails, an earlier one stays."""
+        path = Path(path)
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+        try:
+            with draft.open("x") as file:
+                file.write(self.to_json())
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: str | Path, denoiser: nn.Module) -> Calibration:

@@ -24,7 +24,7 @@ from dtta_fast.commands.common import (
 )
 from dtta_fast.data.folder import read_images
 from dtta_fast.runs.models import load_denoiser, takes_prompts
-from dtta_fast.runs.writing import check_name
+from dtta_fast.runs.writing import check_name, write_whole
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Calibrate:
         if self.out is None and not folder.is_dir():
             raise ValueError(f"denoiser is {self.denoiser!r}, which is no folder here; say where to write by --out FILE")
         path = self.out or folder / "calibration.json"
+        if self.out is None and path.is_symlink():
+            raise ValueError(f"{shown(path)} is a link, which may lead anywhere; remove it, or say where to write by --out FILE")
         # what is in the denoiser's own folder under that name is replaced, damaged or not
         check_path("out", path, (lambda path: True) if self.out is None else holds("power", "mean", "deviation"))
         check_path("json", self.json, holds("denoiser", "calibration"))
@@ -73,6 +75,6 @@ class Calibrate:
             images = read_images(self.images, denoiser.image_size, self.most)
             status.update(f"measuring on {len(images)} images")
             found = calibrate(denoiser, images.to(device))
-        found.save(path)
+        write_whole(path, found.to_json())
         write_json(self.json, {"denoiser": self.denoiser, "images": len(images), "calibration": asdict(found)})
         print(f"{shown(path)}: written")

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dtta_fast.config import AdaptConfig
-from dtta_fast.runs.folder import CONFIG, OF_RUN
+from dtta_fast.runs.folder import CONFIG, OF_LEFTOVER, OF_LOCK, OF_RUN
 from dtta_fast.runs.writing import check_name, write_whole
 
 Settings = Annotated[AdaptConfig, tyro.conf.arg(name="")]  # each a flag of its own; under a name tyro boxes what it refuses
@@ -34,23 +34,26 @@ def check_path(name: str, path: Path | None, ours: Callable[[Path], bool] = lamb
     if path is None:
         return
     check_name(name, path)
-    folder = path.resolve().parent
-    if path.is_dir() or not folder.is_dir():
+    place = Path(os.path.realpath(path))
+    if path.is_dir() or place.is_symlink() or not place.parent.is_dir():  # a link still: one that leads to itself
         raise ValueError(f"{name} is {str(path)!r}, where the result cannot be written: give a file in a folder that exists")
     plain = path.is_file() or not path.exists()
-    if not os.access(folder if plain else path, os.W_OK):
+    if not os.access(place.parent if plain else path, os.W_OK):
         raise ValueError(f"{name} is {str(path)!r}, where the result cannot be written: give a place that you may write to")
-    if re.fullmatch(OF_RUN, path.name) and (folder / CONFIG).is_file():
-        raise ValueError(f"{name} is {str(path)!r}, which is a file of the run in this folder: give another name")
+    for file in (path, place):
+        if re.fullmatch(f"{OF_RUN}|{OF_LEFTOVER}", file.name) and (file.parent / CONFIG).is_file():
+            raise ValueError(f"{name} is {str(path)!r}, which is a file of the run in this folder: give another name")
+    if re.fullmatch(OF_LOCK, place.name) and place.is_file():
+        raise ValueError(f"{name} is {str(path)!r}, which may be the lock of a run that is going: give another name")
     if path.is_file() and path.stat().st_size and not ours(path):
         raise ValueError(f"{name} is {str(path)!r}, a file that is no earlier result of this command: give another name, or remove it")
 
 
 def check_apart(**paths: Path | None) -> None:
     """Raises ValueError where two results would be written to one file."""
-    seen: dict[Path, str] = {}
+    seen: dict[str, str] = {}
     for name, path in paths.items():
-        if path is not None and (other := seen.setdefault(path.resolve(), name)) != name:
+        if path is not None and (other := seen.setdefault(os.path.realpath(path), name)) != name:
             raise ValueError(f"{name} is {str(path)!r}, and so is {other}: give each a file of its own")
 
 
@@ -108,12 +111,15 @@ def names_of(classes: str) -> list[str]:
 
 
 def quiet() -> None:
-    """No bars of the libraries' own: what a command prints is for scripts too."""
+    """Switches off the libraries' own bars and reports: what a command prints is for scripts too, and a report shows names of a file as
+    they are."""
     from diffusers.utils.logging import disable_progress_bar as quiet_diffusers
+    from transformers.utils import logging as transformers_logging
     from transformers.utils.logging import disable_progress_bar as quiet_transformers
 
     quiet_diffusers()
     quiet_transformers()
+    transformers_logging.set_verbosity_error()
 
 
 def progress_bar() -> Progress:

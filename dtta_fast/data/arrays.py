@@ -102,6 +102,8 @@ def _load_array(path: Path) -> NDArray[Any]:
         found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         if not isinstance(found, np.ndarray):  # an archive, whatever its name
             raise ValueError("it is an archive of arrays")
+        if not found.ndim:
+            raise ValueError("it is a single number")
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: give the folder of CORRUPTION.npy files and labels.npy") from error
     # numpy reads the header as a literal of Python's, and an archive by zipfile, and lets their errors through

@@ -148,8 +148,8 @@ def _label(path: Path, key: str, span: tuple[int, int], classes: tuple[str, ...]
 
 def _bytes(path: Path, offset: int, size: int, name: str) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open_plain(path, sys.maxsize) as file:
             file.seek(offset)
             return file.read(size)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{name} cannot be read: {error}") from error

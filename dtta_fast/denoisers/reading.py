@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -67,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def read_model(kind: Any, folder: Path, **keywords: Any) -> Any:
+def read_model(kind: Any, folder: str | Path, **keywords: Any) -> Any:
     """A diffusers or transformers model of a folder, whole.
 
     Raises:
@@ -75,7 +76,7 @@ def read_model(kind: Any, folder: Path, **keywords: Any) -> Any:
     """
     try:
         model, found = kind.from_pretrained(folder, output_loading_info=True, **keywords)
-    except (OSError, SafetensorError, *OF_VALUES) as error:
+    except (OSError, SafetensorError, StrictDataclassError, *OF_VALUES) as error:
         raise ValueError(f"{folder} cannot be read as a {kind.__name__}: {error}") from error
     lacking = sorted(map(str, found["missing_keys"]))
     if lacking:

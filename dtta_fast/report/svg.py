@@ -21,10 +21,13 @@ class Axis(NamedTuple):
         return (value - self.low) / (self.high - self.low)
 
 
+SMALLEST = 1e-290  # of a span: steps of a smaller one would be no numbers
+
+
 def axis(low: float, high: float, most: int = 6) -> Axis:
     """From low to high in at most `most` steps of 1, 2 or 5 times a power of ten, widened to whole steps."""
-    if not high > low:
-        high = low + (abs(low) or 1.0)
+    if not high - low > SMALLEST:
+        high = low + (abs(low) if abs(low) > SMALLEST else 1.0)
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     for factor in (1, 2, 5, 10, 20, 50):
         first, last = math.floor(low / (step * factor) + 1e-9), math.ceil(high / (step * factor) - 1e-9)

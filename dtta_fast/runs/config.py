@@ -91,7 +91,7 @@ class RunConfig:
         for name in ("batch", "workers"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool) or getattr(self, name) < 1:
                 refuse(name, "a whole number of 1 and more")
-        if self.per_class is not None and (not isinstance(self.per_class, int) or self.per_class < 1):
+        if self.per_class is not None and (type(self.per_class) is not int or self.per_class < 1):
             refuse("per_class", "None or a whole number of 1 and more")
         for name in ("corruptions", "severities", "classes"):
             if not isinstance(getattr(self, name), (list, tuple)):
@@ -106,7 +106,7 @@ class RunConfig:
             if getattr(self, name) is not None:
                 check_name(name, getattr(self, name))
         for name, one in (("corruptions", str), ("severities", int), ("classes", str)):
-            if not all(isinstance(value, one) for value in getattr(self, name)):
+            if not all(isinstance(value, one) and not isinstance(value, bool) for value in getattr(self, name)):
                 refuse(name, "a list of " + ("whole numbers" if one is int else "text"))
         for name in self.classes:
             if "," in name:

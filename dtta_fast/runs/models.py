@@ -15,7 +15,7 @@ from dtta_fast import zoo
 from dtta_fast.calibration import Calibration
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
-from dtta_fast.denoisers.reading import download, read_json
+from dtta_fast.denoisers.reading import OF_VALUES, download, read_json, read_model
 from dtta_fast.runs.writing import check_name
 from dtta_fast.tasks import Classification, Depth, Segmentation, Task
 
@@ -156,9 +156,11 @@ def image_size(task: str, model: str) -> int | None:
     if task not in ("segmentation", "depth"):
         return None
     processor = _processor(task, model)
-    size = processor.size
-    found: int = size["height"] if "height" in size else size["shortest_edge"]
-    return found
+    try:
+        size = processor.size
+        return int(size["height"] if "height" in size else size["shortest_edge"])
+    except OF_VALUES as error:
+        raise ValueError(f"model is {model!r}, whose image processor tells no size in preprocessor_config.json: {error}") from error
 
 
 def _model(run: RunConfig, names: list[str], outputs: Sequence[int] | None) -> tuple[nn.Module, Task]:
@@ -180,7 +182,7 @@ def _model(run: RunConfig, names: list[str], outputs: Sequence[int] | None) -> t
     import transformers
 
     loader = {"segmentation": "AutoModelForSemanticSegmentation", "depth": "AutoModelForDepthEstimation"}[run.task]
-    loaded: nn.Module = getattr(transformers, loader).from_pretrained(run.model, trust_remote_code=False).float()
+    loaded: nn.Module = read_model(getattr(transformers, loader), run.model, trust_remote_code=False).float()
     return loaded, kind(processor)
 
 
@@ -189,7 +191,10 @@ def _processor(task: str, model: str) -> Any:
         return zoo.load_processor(ZOO[task])
     from transformers import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(model, trust_remote_code=False)  # left out, transformers asks at the terminal
+    try:  # left out, trust_remote_code makes transformers ask at the terminal
+        return AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
+    except (OSError, *OF_VALUES) as error:
+        raise ValueError(f"model is {model!r}, whose image processor cannot be read: {error}") from error
 
 
 def _denoiser(run: RunConfig, names: list[str]) -> Denoiser:
