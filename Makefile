@@ -1,11 +1,15 @@
 # What .ci/run runs, by parts. `make` lists them.
-.PHONY: help test coverage lint types tables docs check demo wheel minimum
+.PHONY: help test attacks coverage lint types tables docs check demo wheel minimum
 
 help:  ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 test:  ## all tests, about a quarter of an hour on two cores
 	pytest -n 2
+
+attacks:  ## 600 attacks on what README and docs promise, about five minutes
+	python tests/attacks/engine.py
+	python tests/attacks/files.py
 
 CORE = ops native philox triton compile backends adapt objectives lora draws optimizers out_of_memory bad_input threads
 
