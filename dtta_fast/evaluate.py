@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from dtta_fast.inputs import Checks
 from dtta_fast.metrics import confusion, depth_errors, mean_class_accuracy, mean_iou
 from dtta_fast.result import AdaptResult
 from dtta_fast.runs.config import RunConfig
-from dtta_fast.runs.content import digest, read_again
+from dtta_fast.runs.content import digest, read_again, shortened
 from dtta_fast.runs.folder import RunFolder
 from dtta_fast.runs.models import image_size, load_models
 from dtta_fast.runs.records import Record, rounded
@@ -261,7 +262,7 @@ def evaluate(
     """
     if scale not in ("none", "ray"):
         raise ValueError(f"scale is {scale!r}; allowed: none, ray")
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, world = _place()
     if run.protocol != "episodic" and (scale != "none" or world > 1):
         raise ValueError(
             f"protocol is {run.protocol!r} with several workers, and its state goes from each image to the next: run it in one process"
@@ -312,6 +313,22 @@ def evaluate(
         return found
 
 
+def _place() -> tuple[int, int]:
+    """This process's number, and how many torchrun started, by its variables.
+
+    Raises:
+        ValueError: they make no sense.
+    """
+    found = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    for name, text in found.items():
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise ValueError(f"{name} of the environment is {shortened(text)}, which is no number: start by torchrun, or unset it")
+    rank, world = (int(text) for text in found.values())
+    if rank >= world:
+        raise ValueError(f"RANK of the environment is {rank}, and WORLD_SIZE {world}, which is not more: start by torchrun, or unset both")
+    return rank, world
+
+
 @contextmanager
 def _together(world: int) -> Iterator[None]:
     """The processes that torchrun started know of one another."""
@@ -333,7 +350,11 @@ def _records(run: RunConfig, data: Images | Maps, remaining: Sequence[int], fold
     worker, online = Worker(run, data), run.protocol != "episodic"
     last = folder.last_in_order() if online else -1
     if last >= 0:
-        worker.go_on(folder.load_state(last, run.device), data.groups[folder.batches[last][0]])
+        state = folder.load_state(last, run.device)
+        try:
+            worker.go_on(state, data.groups[folder.batches[last][0]])
+        except ValueError as error:
+            raise ValueError(f"{folder.state_path(last)} is of another model: {error}; begin again in another folder") from error
     started = {"start": time.perf_counter() - begun}
 
     def read(number: int) -> tuple[Fetched, Tensor | None]:

@@ -155,7 +155,9 @@ def test_only_whole_batches_count(tmp_path):
         path.write_bytes(text[:cut])
         with RunFolder(tmp_path / "run", {"a": 1}, batches, data) as folder:
             assert folder.remaining() == [1]
-        assert path.read_bytes() == text[:second]
+            assert path.read_bytes() == text[:cut]
+            folder.append(1, lines[2:])
+        assert path.read_bytes() == text
 
 
 class Stop(Exception):
@@ -179,7 +181,39 @@ def test_an_online_run_goes_on_with_its_state(finished_online, tmp_path, lines_l
     (folder / "records.jsonl").write_bytes(b"".join(lines[: 8 - lines_lost]))
     evaluate(ONLINE, folder)
     assert records(folder) == records(finished_online)
-    assert not list(folder.glob("state-*"))
+    assert [path.name for path in sorted(folder.glob("state-*"))] == ["state-00000004.safetensors", "state-00000005.safetensors"]
+
+
+@pytest.mark.parametrize("batch", [4, 5])
+def test_images_are_added_to_an_online_run_that_has_ended(tmp_path, batch):
+    """To its last batch, or in one of their own; what comes is what a run of all of them gives."""
+    data, root = open_data(RUN), tmp_path / "data"
+    for k in range(11):
+        (root / str(k % 10)).mkdir(parents=True, exist_ok=True)
+        if k < 10:
+            Image.fromarray(data[k].permute(1, 2, 0).numpy()).save(root / str(k) / "a.png")
+    run = dataclasses.replace(ONLINE, data="folder", root=str(root), corruptions=(), per_class=None, batch=batch)
+    evaluate(run, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    shutil.copy(root / "0" / "a.png", root / "9" / "b.png")
+    held = (root / "0" / "a.png").read_bytes()
+    Image.new("RGB", (32, 32), 9).save(root / "0" / "a.png")
+    with pytest.raises(ValueError, match="has other pixels now"):
+        evaluate(run, tmp_path / "run")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    (root / "0" / "a.png").write_bytes(held)
+    assert evaluate(run, tmp_path / "run")["images"] == 11
+    evaluate(run, tmp_path / "whole")
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("rank", "world", "name"), [("0", "0", "RANK"), ("x", "1", "RANK"), ("0", "-1", "WORLD_SIZE"), ("", "", "RANK")])
+def test_variables_of_torchrun_that_make_no_sense_are_named(tmp_path, monkeypatch, rank, world, name):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ValueError, match=rf"^{name} of the environment is "):
+        evaluate(RUN, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_online_run_does_not_go_on_from_a_damaged_state(tmp_path):

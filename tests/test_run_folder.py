@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dtta_fast.runs import content
+from dtta_fast.runs import content, state
 from dtta_fast.runs.content import digest, read_again
 from dtta_fast.runs.folder import RunFolder
 from dtta_fast.runs.writing import check_name, write_whole
@@ -35,6 +35,7 @@ STATE = {
     "theta_slots": [[torch.ones(2, 3), torch.full((), 2.0)]],
     "phi_slots": [],
 }
+LAST_STATES = ("state-00000001.safetensors", "state-00000002.safetensors")  # of three batches, which a run that has ended keeps
 FOREIGN = {
     "thesis.txt.new": b"three years",
     "state-of-the-art.safetensors": b"weights",
@@ -71,6 +72,25 @@ def put(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
+class Killed(BaseException):
+    pass
+
+
+def kill_at(patch: pytest.MonkeyPatch, stop: int) -> list[str]:
+    """From now on the call of this number, of those that change files, is the last one; the calls so far."""
+    calls: list[str] = []
+    for name, real in [(name, getattr(os, name)) for name in ("write", "fsync", "replace", "unlink", "rename")]:
+
+        def call(*arguments, name=name, real=real, **keywords):
+            calls.append(name)
+            if len(calls) > stop:
+                raise Killed
+            return real(*arguments, **keywords)
+
+        patch.setattr(os, name, call)
+    return calls
+
+
 def test_files_of_others_in_a_run_s_folder_stay(tmp_path):
     """Through every way to write: a batch, a state, the end, and beginning again."""
     folder = tmp_path / "run"
@@ -86,7 +106,7 @@ def test_files_of_others_in_a_run_s_folder_stay(tmp_path):
             opened.finish()
         kept = contents(folder)
         assert {name: kept[name] for name in FOREIGN} == FOREIGN
-        assert set(kept) == {*FOREIGN, "lock", "config.json", "records.jsonl"}
+        assert set(kept) == {*FOREIGN, "lock", "config.json", "records.jsonl", *LAST_STATES}
     assert (folder / "notes.new").is_dir()
 
 
@@ -170,17 +190,128 @@ def test_beginning_again_keeps_the_run_until_its_first_batch(tmp_path):
     assert contents(folder)["records.jsonl"].count(b"\n") == 3
 
 
-def test_links_of_a_run_s_names_are_not_followed_when_they_are_removed(tmp_path):
+@pytest.mark.parametrize("config", [CONFIG, OTHER])
+def test_killed_at_any_system_call_beginning_again_keeps_one_run(tmp_path, monkeypatch, config):
+    """The run that was there stays until the first batch of the new one is on the disk; no record is ever beside another's config."""
+    old, new = (json.dumps(record) + "\n" for record in (SIX[0], {**SIX[0], "seconds": 77.0}))
+    again = [{**record, "seconds": 77.0} for record in batch(0)]
+    for stop in range(100):
+        folder = tmp_path / str(stop)
+        with open_folder(folder) as opened:
+            for k in range(3):
+                opened.save_state(k, STATE)
+                opened.append(k, batch(k))
+            opened.finish()
+        put(folder, {"summary.json": b'{"a": 1}'})
+        before = contents(folder)
+        with monkeypatch.context() as patch:
+            calls = kill_at(patch, stop)
+            try:
+                with open_folder(folder, config, overwrite=True) as opened:
+                    opened.save_state(0, STATE)
+                    opened.append(0, again)
+                killed = False
+            except Killed:
+                killed = True
+        now = {name: held for name, held in contents(folder).items() if not name.endswith(".new")}
+        wanted = {"lock", "config.json", "records.jsonl", "state-00000000.safetensors"}
+        if "summary.json" in now:
+            assert now == before
+        elif "records.jsonl" in now:
+            theirs = now["records.jsonl"].startswith(new.encode())
+            assert theirs or now["records.jsonl"] == before["records.jsonl"]
+            assert json.loads(now["config.json"]) == (config if theirs else CONFIG)
+            assert not theirs or set(now) == wanted
+        if not killed:
+            assert now["records.jsonl"].startswith(new.encode()) and set(contents(folder)) == wanted  # noqa: PT018
+            break
+        if json.loads(now["config.json"]) == config and "records.jsonl" in now and now["records.jsonl"].startswith(old.encode()):
+            continue
+        (folder / "summary.json").unlink(missing_ok=True)
+        open_folder(folder, json.loads(now["config.json"])).__exit__()
+        assert not [name for name in contents(folder) if name.endswith(".new")]
+    assert 8 < stop < 99
+    assert calls
+
+
+def test_beginning_again_on_a_full_disk_keeps_the_run(tmp_path, monkeypatch):
     folder = tmp_path / "run"
+    write(folder)
+    put(folder, {"summary.json": b'{"a": 1}'})
+    before = contents(folder)
+    real = os.fsync
+    for room in range(3):
+        left = [room]
+
+        def full(descriptor, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(28, "No space left on device")
+            real(descriptor)
+
+        with monkeypatch.context() as patch, open_folder(folder, OTHER, overwrite=True) as opened:
+            patch.setattr(os, "fsync", full)
+            opened.save_state(0, STATE)
+            with pytest.raises(OSError, match=r"records.jsonl cannot be written: No space left on device; the run that was there is kept"):
+                opened.append(0, batch(0))
+        assert contents(folder) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["records.jsonl", "records-5.jsonl", "summary.json", "config.json", "lock", "state-00000000.safetensors"])
+def test_links_of_a_run_s_names_are_not_followed_when_they_are_removed(tmp_path, name, overwrite):
+    """Nor when they are read or written; nor are pipes waited for."""
+    folder, precious = tmp_path / "run", tmp_path / "precious"
     write(folder, 1)
-    (tmp_path / "precious.jsonl").write_bytes(b"precious")
-    (folder / "records-5.jsonl").symlink_to(tmp_path / "precious.jsonl")
+    held = contents(folder).get(name, b"precious")
+    (folder / name).unlink(missing_ok=True)
+    for make, kind in (
+        (lambda: (precious.write_bytes(held), (folder / name).symlink_to(precious)), "a link"),
+        (lambda: (folder / name).symlink_to(tmp_path / "nowhere"), "a link"),
+        (lambda: os.mkfifo(folder / name), "a pipe"),
+    ):
+        make()
+        with pytest.raises(ValueError, match=rf"{name} is {kind}, and a run's own files are plain ones"):
+            write(folder, overwrite=overwrite)
+        (folder / name).unlink()
+    assert precious.read_bytes() == held
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_link_that_comes_while_a_run_goes_is_not_written_through(tmp_path):
+    folder, precious = tmp_path / "run", tmp_path / "precious"
+    precious.write_bytes(b"precious")
     with open_folder(folder) as opened:
-        for k in (1, 2):
+        (folder / "records.jsonl").symlink_to(precious)
+        with pytest.raises(ValueError, match=r"records.jsonl is a link"):
+            opened.append(0, batch(0))
+        (folder / "records.jsonl").unlink()
+        for k in range(3):
             opened.append(k, batch(k))
         opened.finish()
-    assert (tmp_path / "precious.jsonl").read_bytes() == b"precious"
-    assert (folder / "records-5.jsonl").is_symlink()
+        (folder / "summary.json").symlink_to(precious)
+        with pytest.raises(ValueError, match=r"summary.json is a link"):
+            opened.write_summary({})
+    assert precious.read_bytes() == b"precious"
+
+
+def test_files_of_others_that_have_a_run_s_names_stay(tmp_path):
+    from safetensors.torch import save
+
+    folder, theirs = tmp_path / "run", save({"a": torch.ones(2)})
+    write(folder, 1)
+    put(folder, {"state-00000001.safetensors": theirs, "records-\u0661.jsonl": b"h", "config.json.\u0661.new": b"g"})
+    before = contents(folder)
+    for overwrite in (False, True):
+        with open_folder(folder, overwrite=overwrite) as opened, pytest.raises(ValueError, match=r"state-00000001.* is no state of a run"):
+            opened.save_state(1, STATE)
+    for name in ("records-7.jsonl", "records.jsonl"):
+        put(folder, {name: b"my notes of the experiment"})
+        with pytest.raises(ValueError, match=rf"{name} holds no record, and would be overwritten"):
+            open_folder(folder)
+        put(folder, {name: before.get(name, b"\0\0")})  # zeros are what a machine leaves that lost its power
+        open_folder(folder).__exit__()
+    assert {name: contents(folder)[name] for name in before} == before
 
 
 # --- records and data
@@ -206,6 +337,19 @@ def test_a_line_that_is_not_of_the_data_is_named(tmp_path, change, message):
     with pytest.raises(ValueError, match=rf"records.jsonl, {message}"):
         open_folder(folder)
     assert contents(folder) == before
+
+
+def test_a_long_path_is_shortened_and_a_key_that_stands_twice_refused(tmp_path):
+    folder = tmp_path / "run"
+    write(folder)
+    whole = (folder / "records.jsonl").read_text()
+    (folder / "records.jsonl").write_text(whole.replace(json.dumps(SIX[3]["path"]), json.dumps("x" * 10**6)))
+    with pytest.raises(ValueError, match=r"line 4: path is 'x{199}\.\.\. for image 3, and 'fog2") as raised:
+        open_folder(folder)
+    assert len(str(raised.value)) < 700
+    (folder / "records.jsonl").write_text(whole.replace('{"image_id": 0, ', '{"image_id": 5, "image_id": 0, ', 1))
+    with pytest.raises(ValueError, match=r"line 1, is no record: it has 'image_id' twice"):
+        open_folder(folder)
 
 
 def test_other_labels_in_the_data_set_are_told(tmp_path):
@@ -295,10 +439,18 @@ def test_records_that_changed_after_the_summary_are_refused(tmp_path):
         assert opened.finish()[1] == told
     text = (folder / "records.jsonl").read_text()
     (folder / "records.jsonl").write_text(text.replace('"accepted": true', '"accepted": false', 1))
-    before = contents(folder)
-    with open_folder(folder) as opened, pytest.raises(ValueError, match=r"records.jsonl is not what summary.json was made of"):
-        opened.finish()
-    assert contents(folder) == before
+    lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
+    for changed in (lines, lines[:-1], [*lines[:-1], lines[-1][:-5]]):  # also where the edit makes a run that seems to go on
+        (folder / "records.jsonl").write_bytes(b"".join(changed))
+        before = contents(folder)
+        with pytest.raises(ValueError, match=r"records.jsonl is not what summary.json was made of"):
+            open_folder(folder)
+        assert contents(folder) == before
+    (folder / "records.jsonl").write_text(text)
+    with open_folder(folder) as opened:
+        (folder / "records.jsonl").write_bytes(b"".join(lines))
+        with pytest.raises(ValueError, match=r"records.jsonl is not what summary.json was made of"):
+            opened.finish()
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', "[]", "{", "\0", '{"images": -1}', "[" * 100_000])
@@ -324,6 +476,27 @@ def test_a_grown_data_set_s_summary_goes_before_its_records_come(tmp_path):
         assert (folder / "summary.json").is_file()
         opened.append(2, batch(2))
         assert not (folder / "summary.json").is_file()
+
+
+def test_opening_a_folder_changes_nothing(tmp_path):
+    """Records of a batch that is to be done again are cut off by the first write, not before."""
+    folder = tmp_path / "run"
+    with open_folder(folder) as opened:
+        for k in range(3):
+            opened.save_state(k, {**STATE, "step": torch.tensor(k)})
+            opened.append(k, batch(k))
+        opened.finish()
+    grown = SimpleNamespace(names=[*DATA.names, "more"], groups=["fog2"] * 7, labels=[*DATA.labels, 1], classes=("zero",))
+    before = contents(folder)
+    for batches in ([*BATCHES[:2], [5, 6]], [*BATCHES, [6]]):
+        with open_folder(folder, batches=batches, data=grown) as opened:
+            assert opened.remaining() == [len(batches) - 1]
+            last = opened.last_in_order()
+            assert int(opened.load_state(last, "cpu")["step"]) == last == len(batches) - 2
+        assert contents(folder) == before
+    with open_folder(folder, batches=[*BATCHES[:2], [5, 6]], data=grown) as opened:
+        opened.save_state(2, STATE)
+        assert contents(folder)["records.jsonl"].count(b"\n") == 5
 
 
 # --- the state of an online run
@@ -369,6 +542,41 @@ def test_the_state_of_another_batch_or_run_is_refused(tmp_path):
         opened.load_state(1, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": None}, r"no whole number 'step'"),
+        ({"theta_slots": None}, r"no whole number 'theta_slots'"),
+        ({"theta_slots": torch.tensor(2**50)}, r"theta_slots is 1125899906842624"),
+        ({"theta_slots": torch.tensor(-5)}, r"theta_slots is -5"),
+        ({"theta_slots": torch.tensor(3)}, r"theta_slots are of \[1, 0, 0\] tensors, and theta has 1"),
+        ({"theta_slots": torch.zeros(2)}, r"no whole number 'theta_slots'"),
+        ({"theta_slots": torch.tensor(float("nan"))}, r"no whole number 'theta_slots'"),
+        ({"theta/0": torch.ones(1)}, r"'theta/0' names no weight"),
+    ],
+)
+def test_a_forged_state_is_refused(tmp_path, changes, message):
+    """Its checksum is right, which anybody can work out."""
+    from safetensors.torch import save
+
+    sound = {"step": torch.tensor(1), "theta_slots": torch.tensor(1), "phi_slots": torch.tensor(2)}
+    sound |= {"theta/000000/a": torch.ones(1), "theta_slots/0/000000": torch.ones(1)}
+    path, tensors = tmp_path / "s.safetensors", {name: held for name, held in {**sound, **changes}.items() if held is not None}
+    for some in (sound, tensors):
+        path.write_bytes(save(some, {"format": state.FORMAT, "checksum": state._checksum(some, 0, CONFIG)}))
+        if some is sound:
+            assert state.read_state(path, 0, CONFIG, "cpu")["phi_slots"] == [[], []]
+    with pytest.raises(ValueError, match=rf"s.safetensors, the state after batch 0, cannot be read: .*{message}"):
+        state.read_state(path, 0, CONFIG, "cpu")
+
+
+def test_a_pipe_is_no_state(tmp_path):
+    os.mkfifo(tmp_path / "s.safetensors")
+    with pytest.raises(ValueError, match=r"s.safetensors, the state after batch 0, cannot be read: it is a pipe"):
+        state.read_state(tmp_path / "s.safetensors", 0, CONFIG, "cpu")
+    assert not state.is_state(tmp_path / "s.safetensors")
+
+
 def test_an_online_run_with_a_gap_is_refused(tmp_path):
     folder = tmp_path / "run"
     write(folder)
@@ -384,10 +592,6 @@ def test_an_online_run_with_a_gap_is_refused(tmp_path):
 
 def test_killed_at_any_system_call_an_online_run_goes_on(tmp_path, monkeypatch):
     """Every write, rename, sync and removal of two batches is the last one in turn: the state that comes next is always there."""
-    real = {name: getattr(os, name) for name in ("write", "fsync", "replace", "unlink", "rename")}
-
-    class Killed(BaseException):
-        pass
 
     def work(folder: Path) -> None:
         with open_folder(folder) as opened:
@@ -401,21 +605,9 @@ def test_killed_at_any_system_call_an_online_run_goes_on(tmp_path, monkeypatch):
             opened.finish()
 
     for stop in range(200):
-        folder, calls = tmp_path / str(stop), 0
-
-        def counted(name, stop=stop):
-            def call(*arguments, **keywords):
-                nonlocal calls
-                calls += 1
-                if calls == stop + 1:
-                    raise Killed
-                return real[name](*arguments, **keywords)
-
-            return call
-
+        folder = tmp_path / str(stop)
         with monkeypatch.context() as patch:
-            for name in real:
-                patch.setattr(os, name, counted(name))
+            kill_at(patch, stop)
             try:
                 work(folder)
                 killed = False
@@ -423,7 +615,7 @@ def test_killed_at_any_system_call_an_online_run_goes_on(tmp_path, monkeypatch):
                 killed = True
         work(folder)
         assert contents(folder)["records.jsonl"] == "".join(json.dumps(record) + "\n" for record in SIX).encode()
-        assert set(contents(folder)) == {"lock", "config.json", "records.jsonl"}
+        assert set(contents(folder)) == {"lock", "config.json", "records.jsonl", *LAST_STATES}
         if not killed:
             break
     assert 20 < stop < 199
@@ -459,3 +651,28 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_whole(path, "newer")
     assert path.read_text() == "new \\udcff"
     assert sorted(found.name for found in tmp_path.iterdir()) == ["link", "r" * 250]
+
+
+def test_a_draft_is_nobody_s_file(tmp_path, monkeypatch):
+    """Its name cannot be foreseen, and where a file of others has it all the same, or a link, that is left alone."""
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / f"found.json.{os.getpid()}.new").symlink_to(tmp_path / "precious")
+    write_whole(tmp_path / "found.json", "new")
+    monkeypatch.setattr("dtta_fast.runs.writing.secrets.randbelow", lambda most: 7)
+    (tmp_path / "found.json.7.new").symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match=r"found.json cannot be written: File exists; what was there is kept"):
+        write_whole(tmp_path / "found.json", "newer")
+    assert (tmp_path / "found.json").read_text() == "new"
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+    assert (tmp_path / "found.json.7.new").is_symlink()
+
+
+def test_a_result_goes_into_a_pipe_and_not_into_a_link_to_itself(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(OSError, match=r"loop cannot be written: Too many levels of symbolic links"):
+        write_whole(tmp_path / "loop", "new")
+    read, end = os.pipe()
+    write_whole(Path(f"/proc/self/fd/{end}"), "through")
+    assert os.read(read, 100) == b"through"
+    os.close(read)
+    os.close(end)

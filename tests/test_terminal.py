@@ -182,7 +182,10 @@ def test_a_run_s_files_are_no_place_for_results(tmp_path, capsys):
         folder.append(0, [])
         folder.write_summary({"images": 0})
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    for name in ("config.json", "summary.json", "records.jsonl", "records-3.jsonl", "state-00000001.safetensors"):
+    (tmp_path / "link.json").symlink_to(run / "summary.json")
+    (run / "state-00000002.safetensors").symlink_to(tmp_path / "elsewhere.json")
+    mine = ("config.json", "summary.json", "records.jsonl", "records-3.jsonl", "state-00000001.safetensors", "lock", "lock-1")
+    for name in (*mine, "summary.json.7.new", "../link.json", "state-00000002.safetensors"):
         for arguments in (["env", "--json"], ["evaluate", str(tmp_path / "other"), "--json"], ["report", str(run), "--out"]):
             with pytest.raises(SystemExit):
                 main([*arguments, str(run / name)])
@@ -194,6 +197,11 @@ def test_a_run_s_files_are_no_place_for_results(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", str(tmp_path / "none"), "--json", str(tmp_path / "none")])
     assert "and so is out" in capsys.readouterr().err
+    (tmp_path / "new" / "lock").touch()
+    with pytest.raises(SystemExit):
+        main(["env", "--json", str(tmp_path / "new" / "lock")])
+    assert "which may be the lock of a run that is going" in capsys.readouterr().err
+    (run / "state-00000002.safetensors").unlink()
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
@@ -217,6 +225,32 @@ def test_devices_are_written_to_and_pages_known(tmp_path):
     page.write_bytes(b"\x89PNG" + "\0".join(SIGNED).encode())
     assert _is_picture(page)
     assert not _is_package(page)
+
+
+def test_links_to_themselves_are_told_in_a_line(tmp_path, capsys):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for arguments in (
+        ["env", "--json", loop],
+        ["report", loop],
+        ["report", tmp_path, "--out", loop],
+        ["evaluate", tmp_path, "--json", loop],
+    ):
+        with pytest.raises(SystemExit):
+            main([*map(str, arguments)])
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert repr(str(loop)) in told
+    assert loop.is_symlink()
+
+
+def test_a_pipe_is_written_to_as_it_is(tmp_path):
+    """Its own name, behind the link /dev/stdout, is none that can be opened."""
+    read, end = os.pipe()
+    main(["env", "--json", f"/proc/self/fd/{end}"])
+    os.close(end)
+    with open(read, encoding="utf-8") as file:
+        assert "torch" in json.load(file)
 
 
 def test_a_place_that_cannot_be_written_to_is_named_before_the_work(tmp_path, monkeypatch):

@@ -108,7 +108,8 @@ class Evaluate:
         quiet()
         check_path("json", self.json, holds("groups", "environment", "wall_seconds"))
         check_apart(out=self.out, json=self.json)
-        if self.json is not None and self.json.resolve().parent == self.out.resolve() and re.fullmatch(OF_RUN, self.json.name):
+        places = [] if self.json is None else [self.json, Path(os.path.realpath(self.json))]
+        if any(os.path.realpath(place.parent) == os.path.realpath(self.out) and re.fullmatch(OF_RUN, place.name) for place in places):
             raise ValueError(f"json is {str(self.json)!r}, which is a name of the run's own files: give another")
         checked_device(self.run_config.device)
         if self.track is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         raise ValueError("runs are missing: give one folder of `dtta evaluate` and more")
     for folder in folders:
         check_name("runs", folder)
-    places = [Path(folder).resolve() for folder in folders]
+    places = [Path(os.path.realpath(folder)) for folder in folders]
     for folder, place in zip(folders, places, strict=True):
         if places.count(place) > 1:
             raise ValueError(f"runs has {str(folder)!r} twice; name each once")

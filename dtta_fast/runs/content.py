@@ -41,8 +41,14 @@ def mismatch(record: Mapping[str, Any], data: Listing) -> str | None:
     label = None if labels is None else int(labels[i])
     for field, now in (("path", data.names[i]), ("group", data.groups[i]), ("label", label)):
         if record[field] != now:
-            return f"{field} is {record[field]!r} for image {i}, and {now!r} in the data set"
+            return f"{field} is {shortened(record[field])} for image {i}, and {shortened(now)} in the data set"
     return None
+
+
+def shortened(value: object, most: int = 200) -> str:
+    """A value as it is shown in an error: its beginning, where it is long."""
+    text = repr(value[: most + 1] if isinstance(value, str | list) else value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def read_again(records: Iterable[Mapping[str, Any]], data: Any, workers: int) -> None:
@@ -67,6 +73,6 @@ def read_again(records: Iterable[Mapping[str, Any]], data: Any, workers: int) ->
         for record, why in zip(some, pool.map(changed, some), strict=True):
             if why is not None:
                 raise ValueError(
-                    f"image {record['image_id']}, {record['path']!r}, {why} now; when it was adapted to, it was another: restore the data "
-                    "set, or name another folder"
+                    f"image {record['image_id']}, {shortened(record['path'])}, {why} now; when it was adapted to, it was another: "
+                    "restore the data set, or name another folder"
                 )

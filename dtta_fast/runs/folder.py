@@ -11,18 +11,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dtta_fast.files import read_text
+from dtta_fast.files import open_plain, read_text
 from dtta_fast.runs.config import differences
-from dtta_fast.runs.content import Listing, mismatch
-from dtta_fast.runs.records import REMEDY, Config, Record, Summary, check, line_of, read_object, read_records
+from dtta_fast.runs.content import Listing, mismatch, shortened
+from dtta_fast.runs.records import MOST_BYTES, REMEDY, Config, Record, Summary, check, line_of, read_object, read_records
 from dtta_fast.runs.state import is_state, read_state, state_bytes
-from dtta_fast.runs.writing import check_name, write_whole
+from dtta_fast.runs.writing import check_name, check_plain, draft, open_plain_own, put, write_all, write_whole
 
 RECORDS, CONFIG, SUMMARY = "records.jsonl", "config.json", "summary.json"
 STATE = "state-{:08d}.safetensors"
-OF_RECORDS, OF_STATE, OF_LOCK = r"records(-\d+)?\.jsonl", r"state-\d{8}\.safetensors", r"lock(-\d+)?"
-OF_RUN = rf"{OF_RECORDS}|{OF_STATE}|config\.json|summary\.json"
-OF_LEFTOVER = rf"({OF_RUN})\.\d+\.new"  # of a write that a kill cut short
+FIRST = b'{"image_id": '  # how a line of records begins
+OF_RECORDS, OF_STATE, OF_LOCK = r"records(-[0-9]+)?\.jsonl", r"state-[0-9]{8}\.safetensors", r"lock(-[0-9]+)?"
+OF_LEFTOVER = rf"({OF_RECORDS}|{OF_STATE}|config\.json|summary\.json)\.[0-9]+\.new"  # of a write that a kill cut short
+OF_RUN = rf"{OF_RECORDS}|{OF_STATE}|config\.json|summary\.json|{OF_LOCK}"
 
 
 class RunFolder:
@@ -31,8 +32,9 @@ class RunFolder:
     Work is in batches, numbered from 0; a batch's lines are written at once, after its work is done. A batch of which only some lines
     arrived is not there, and is done again: so the records of a run that was killed and goes on are those of one that was not.
 
-    Only files of the names above are ever removed or overwritten, and only in a folder whose config.json is a run's. Until the first
-    batch is saved, a run that was there before stays.
+    Only files of the names above are ever removed or overwritten, and only in a folder whose config.json is a run's; a link or a pipe of
+    such a name is refused. Opening a folder changes no file of the run; until the first batch is on the disk, a run that was there before
+    stays.
 
     Args:
         folder: made where it is missing. config: of the run, as RunConfig.described() gives it. batches: the image ids
@@ -41,7 +43,7 @@ class RunFolder:
 
     Raises:
         ValueError: another run writes to it, it holds the records of another config or data set, or files of others; or a file in it is
-        damaged. OSError: it cannot be written to.
+        damaged, or its records are not those of its summary. OSError: it cannot be written to.
     """
 
     def __init__(
@@ -58,10 +60,15 @@ class RunFolder:
         self.folder, self.batches, self._data, self._config, self._overwrite = folder, batches, data, config, overwrite
         self._records = folder / (f"records-{part}.jsonl" if part else RECORDS)
         self._part, self._open, self._file = part, list[int](), -1
+        self._cut: str | None = None  # what is to stay of our own records
+        self._state: tuple[Path, bytes] | None = None  # that waits for the first batch of a run in place of another
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(f"out is {str(folder)!r}, where a file is in the way: name another folder") from error
+        for name in sorted(os.listdir(folder)):
+            if re.fullmatch(OF_RUN, name):
+                check_plain(folder / name)
         self._refuse_files_of_others()
         try:
             self._lock("lock", fcntl.LOCK_SH if part else fcntl.LOCK_EX)
@@ -73,6 +80,7 @@ class RunFolder:
                     path.unlink()
             self.summary = None if overwrite else self._read_summary()
             self.done: dict[int, list[Record]] = {} if overwrite else self._read_all()
+            self._check_summary()
         except BaseException:
             self.__exit__()
             raise
@@ -96,7 +104,7 @@ class RunFolder:
             return
         ours = rf"{OF_LOCK}|{OF_LEFTOVER}" if "lock" in names else OF_LOCK  # a kill may have cut the config's writing short
         of_others = [name for name in names if not re.fullmatch(ours, name) or not (".new" in name or _is_empty(self.folder / name))]
-        taken = [name for name in of_others if re.fullmatch(f"{OF_RUN}|{OF_LOCK}|{OF_LEFTOVER}", name)]
+        taken = [name for name in of_others if re.fullmatch(f"{OF_RUN}|{OF_LEFTOVER}", name)]
         if CONFIG in taken:
             raise ValueError(f"{self.folder / CONFIG} is damaged, or not that of a run, and would be overwritten: name another folder")
         if RECORDS in taken:
@@ -120,7 +128,7 @@ class RunFolder:
 
     def _lock(self, name: str, kind: int) -> None:
         """Held until this process ends, however it ends."""
-        self._open.append(os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644))
+        self._open.append(open_plain_own(self.folder / name, os.O_RDWR))
         try:
             fcntl.flock(self._open[-1], kind | fcntl.LOCK_NB)
         except OSError as error:
@@ -143,18 +151,30 @@ class RunFolder:
         path = self.folder / SUMMARY
         return read_object(path, Summary) if path.exists() else None
 
+    def _check_summary(self) -> None:
+        """Raises ValueError where there is a summary of other records: what was edited is not added up anew, nor gone on from."""
+        told = None if self.summary is None else self.summary.get("records")
+        if told not in (None, digest_of(self.folder / RECORDS)):
+            raise ValueError(
+                f"{self.folder / RECORDS} is not what {SUMMARY} was made of: restore the two, or remove {SUMMARY} to sum up what is there"
+            )
+
     def _read_all(self) -> dict[int, list[Record]]:
         """The whole batches that this process and others have written."""
         return {number: records for path in self._named(OF_RECORDS) for number, records in self._read(path).items()}
 
     def _read(self, path: Path) -> dict[int, list[Record]]:
-        """The whole batches of a file; what is left of others is cut off a file of our own."""
+        """The whole batches of a file; what is left of others is cut off a file of our own before the first write."""
+        with open_plain(path, MOST_BYTES) as file:
+            head = file.read(len(FIRST)).rstrip(b"\0")  # zeros: of a machine that lost its power
+        if not FIRST.startswith(head) and next(read_records(path), None) is None:
+            raise ValueError(f"{path} holds no record, and would be overwritten: move it elsewhere, or name another folder")
         by_batch: dict[int, list[Record]] = {}
         for line, record in enumerate(read_records(path, self._config.get("task")), 1):
             ids = [*(other["image_id"] for other in by_batch.setdefault(record["batch"], [])), record["image_id"]]
             wanted = list(self.batches[record["batch"]]) if record["batch"] < len(self.batches) else []
             if ids != wanted[: len(ids)]:  # not the beginning of it, as a killed run leaves it
-                why = f"holds image {ids[-1]} in batch {record['batch']}, where the data set has {wanted}"
+                why = f"holds image {ids[-1]} in batch {record['batch']}, where the data set has {shortened(wanted)}"
                 raise ValueError(f"{path}, line {line}, {why}: has it changed? Restore it, or name another folder")
             why = mismatch(record, self._data) or ""
             if why:
@@ -162,8 +182,8 @@ class RunFolder:
             by_batch[record["batch"]].append(record)
         whole = {number: records for number, records in by_batch.items() if len(records) == len(self.batches[number])}
         text = "".join(line_of(record) for records in whole.values() for record in records)
-        if path == self._records and text.encode() != path.read_bytes():
-            write_whole(path, text)
+        if path == self._records and self._file < 0:
+            self._cut = text if text.encode() != path.read_bytes() else None
         return whole
 
     def remaining(self) -> list[int]:
@@ -171,20 +191,59 @@ class RunFolder:
         return [number for number in range(len(self.batches)) if number not in self.done]
 
     def _begin(self) -> None:
-        """Before the first write: the config is put here, and what does not belong to it is removed."""
+        """Before the first write to a run that goes on: its config is put here, and what is left of a killed one is cut off."""
         if self._file >= 0:
             return
-        if self._overwrite:
-            for path in [*self._named(OF_RECORDS), *filter(is_state, self._named(OF_STATE)), *self._named(re.escape(SUMMARY))]:
-                path.unlink()
-        else:
-            self._check_config()  # again: another process may have written it meanwhile
-            if self.summary is not None:  # of fewer images than there are now
-                (self.folder / SUMMARY).unlink(missing_ok=True)
+        self._check_config()  # again: another process may have written it meanwhile
+        if self.summary is not None:  # of fewer images than there are now
+            (self.folder / SUMMARY).unlink(missing_ok=True)
         path = self.folder / CONFIG
-        if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != self._config:
-            write_whole(path, json.dumps(self._config, indent=2) + "\n")
-        self._file = os.open(self._records, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        if not self._holds_config():
+            write_whole(path, self._config_text(), follow=False)
+        if self._cut is not None:
+            write_whole(self._records, self._cut, follow=False)
+        self._open_records()
+
+    def _begin_again(self, text: bytes) -> None:
+        """Puts a run's first batch in place of the run that is there, which stays until all that the new one needs is on the disk."""
+        try:
+            drafts = {self._records: draft(self._records, text)}
+            try:
+                if self._state is not None:
+                    drafts[self._state[0]] = draft(*self._state)
+                if not self._holds_config():
+                    drafts[self.folder / CONFIG] = draft(self.folder / CONFIG, self._config_text())
+            except OSError:
+                for new in drafts.values():
+                    new.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise OSError(f"{self._records} cannot be written: {error.strerror}; the run that was there is kept") from error
+        records, states = self._named(OF_RECORDS), [*filter(is_state, self._named(OF_STATE))]
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        if self.folder / CONFIG in drafts:  # records are never beside a config that is not theirs
+            for path in records:
+                path.unlink()
+            put(drafts.pop(self.folder / CONFIG), self.folder / CONFIG)
+        for path in [path for path in states if path not in drafts]:
+            path.unlink()
+        for path in sorted(drafts, key=lambda path: path == self._records):  # the state before its records
+            put(drafts[path], path)
+        for path in records:
+            if path != self._records:
+                path.unlink(missing_ok=True)
+        self._state = None
+        self._open_records()
+
+    def _holds_config(self) -> bool:
+        path = self.folder / CONFIG
+        return path.is_file() and bool(json.loads(path.read_text(encoding="utf-8")) == self._config)
+
+    def _config_text(self) -> str:
+        return json.dumps(self._config, indent=2) + "\n"
+
+    def _open_records(self) -> None:
+        self._file = open_plain_own(self._records, os.O_WRONLY | os.O_APPEND)
         self._open.append(self._file)
 
     def append(self, number: int, records: list[Record]) -> None:
@@ -193,13 +252,15 @@ class RunFolder:
         Raises:
             OSError: they cannot be written, for want of room; the file is what it was.
         """
-        self._begin()
         text = "".join(map(line_of, records)).encode()
+        if self._overwrite and self._file < 0:
+            self._begin_again(text)
+            self.done[number] = records
+            return
+        self._begin()
         size = os.fstat(self._file).st_size
         try:
-            written = 0
-            while written < len(text):
-                written += os.write(self._file, text[written:])
+            write_all(self._file, text)
             os.fsync(self._file)
         except OSError as error:
             os.ftruncate(self._file, size)
@@ -212,40 +273,55 @@ class RunFolder:
     def finish(self) -> tuple[list[Record], str]:
         """All records, other processes' too, in the order of the data set, as one file; and the file's digest.
 
+        The last two states of an online run stay: images that are added later go on from them.
+
         Raises:
             ValueError: records are missing, or not those that the summary was made of.
         """
-        told = None if self.summary is None or self._file >= 0 else self.summary.get("records")
-        if told not in (None, digest_of(self.folder / RECORDS)):
-            raise ValueError(
-                f"{self.folder / RECORDS} is not what {SUMMARY} was made of: restore the two, or remove {SUMMARY} to sum up what is there"
-            )
+        if self._file < 0:
+            self._check_summary()  # again: they may have changed since the folder was opened
         self.done = self._read_all()
         if self.remaining():
             raise ValueError(f"{self.folder} lacks {len(self.remaining())} batches: do all processes write to this folder, on one disk?")
         records = [record for number in sorted(self.done) for record in self.done[number]]
         data, path = "".join(map(line_of, records)).encode(), self.folder / RECORDS
         if not path.is_file() or path.read_bytes() != data:
-            write_whole(path, data)
+            write_whole(path, data, follow=False)
         parts = [found for found in self._named(OF_RECORDS) if found.name != RECORDS]
-        locks = [found for found in self._named(r"lock-\d+") if _is_empty(found)]
-        for found in [*parts, *locks, *filter(is_state, self._named(OF_STATE))]:
+        locks = [found for found in self._named(r"lock-[0-9]+") if _is_empty(found)]
+        for found in [*parts, *locks]:
             found.unlink()
+        self._drop_states(len(self.batches) - 1)
         return records, digest_of(path)
 
     def write_summary(self, found: Mapping[str, Any]) -> None:
         """Writes summary.json."""
-        write_whole(self.folder / SUMMARY, json.dumps(found, indent=2) + "\n")
+        write_whole(self.folder / SUMMARY, json.dumps(found, indent=2) + "\n", follow=False)
 
     def save_state(self, number: int, state: dict[str, Any]) -> None:
         """Of an online run after a batch; to be called before the batch's records are appended.
 
         The one before is kept, which counts where the records do not arrive.
+
+        Raises:
+            ValueError: a file of others has its name. OSError: it cannot be written.
         """
+        path = self.state_path(number)
+        if path.exists() and not is_state(path):
+            raise ValueError(f"{path} is no state of a run, and would be overwritten: move it elsewhere, or name another folder")
+        held = state_bytes(state, number, self._config)
+        if self._overwrite and self._file < 0:
+            self._state = path, held  # the run that is there stays until the first batch is done
+            return
         self._begin()
-        write_whole(self.folder / STATE.format(number), state_bytes(state, number, self._config))
+        write_whole(path, held, follow=False)
+        self._drop_states(number)
+
+    def _drop_states(self, last: int) -> None:
+        """All but those of a batch and of the one before it."""
+        kept = STATE.format(last), STATE.format(last - 1)
         for path in self._named(OF_STATE):
-            if path.name < STATE.format(number - 1) and is_state(path):
+            if path.name not in kept and is_state(path):
                 path.unlink()
 
     def load_state(self, number: int, device: str) -> dict[str, Any]:
@@ -254,7 +330,10 @@ class RunFolder:
         Raises:
             ValueError: it is missing or damaged.
         """
-        return read_state(self.folder / STATE.format(number), number, self._config, device)
+        return read_state(self.state_path(number), number, self._config, device)
+
+    def state_path(self, number: int) -> Path:
+        return self.folder / STATE.format(number)
 
     def last_in_order(self) -> int:
         """The last batch that is done, of a run that goes on from each to the next; -1 where none is.

@@ -123,7 +123,7 @@ def read_records(path: Path, task: str | None = None) -> Iterator[Record]:
             if not line.endswith(b"\n"):
                 return
             try:
-                record = json.loads(line, parse_constant=_refuse)
+                record = json.loads(line, parse_constant=_refuse, object_pairs_hook=_once)
                 kind = check_record(record)
                 if kind is not OfFailure and kind is not (expected := expected or kind):
                     raise ValueError(f"it holds {'scores of maps' if kind is OfMaps else 'classes'}, and the run is of the other")
@@ -196,3 +196,12 @@ def line_of(record: Record) -> str:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"it has {constant}, which is no JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys each stand once: of two, every reader would take another."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it has {next(name for name in names if names.count(name) > 1)[:40]!r} twice")
+    return found

@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dtta_fast.files import open_plain
+
 FORMAT = "dtta_fast online state 1"
+MOST_BYTES = 2**40  # of a file
+MOST_SLOTS = 8  # of an optimizer: Adam has 2
 
 
 def state_bytes(state: Mapping[str, Any], batch: int, config: Mapping[str, Any]) -> bytes:
@@ -31,14 +35,15 @@ def read_state(path: Path, batch: int, config: Mapping[str, Any], device: str) -
     from safetensors import safe_open
 
     try:
+        open_plain(path, MOST_BYTES).close()  # a pipe would be waited for
         with safe_open(path, "pt") as file:
             found = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         if found.get("checksum") != _checksum(tensors, batch, config):
             raise ValueError("its checksum is not that of its weights, of this batch and of this run")
+        return _nested({name: tensor.to(device) for name, tensor in tensors.items()})
     except Exception as error:  # safetensors raises its own
         raise ValueError(f"{path}, the state after batch {batch}, cannot be read: {error}; begin again in another folder") from error
-    return _nested({name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def is_state(path: Path) -> bool:
@@ -46,6 +51,7 @@ def is_state(path: Path) -> bool:
     from safetensors import safe_open
 
     try:
+        open_plain(path, MOST_BYTES).close()
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
     except Exception:  # safetensors raises its own
@@ -75,12 +81,31 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What _flat() was given.
+
+    Raises:
+        ValueError: these are no tensors of it; the checksum is no secret, and a file of others may have it.
+    """
     if "empty" in tensors:
         return {}
-    found: dict[str, Any] = {"step": tensors["step"]}
+    found: dict[str, Any] = {"step": _number(tensors, "step")}
     for kind in ("theta", "phi"):
         names = sorted(name for name in tensors if name.startswith(f"{kind}/"))
+        if any(name.count("/") < 2 for name in names):
+            raise ValueError(f"{names[0]!r} names no weight")
         found[kind] = {name.split("/", 2)[2]: tensors[name] for name in names}
-        numbers = range(int(tensors[f"{kind}_slots"]))
-        found[f"{kind}_slots"] = [[tensors[name] for name in sorted(tensors) if name.startswith(f"{kind}_slots/{i}/")] for i in numbers]
+        count = int(_number(tensors, f"{kind}_slots"))
+        if not 0 <= count <= MOST_SLOTS:
+            raise ValueError(f"{kind}_slots is {count}; an optimizer has 0 to {MOST_SLOTS}")
+        slots = [[tensors[name] for name in sorted(tensors) if name.startswith(f"{kind}_slots/{i}/")] for i in range(count)]
+        if any(len(slot) != len(names) for slot in slots):
+            raise ValueError(f"{kind}_slots are of {[len(slot) for slot in slots]} tensors, and {kind} has {len(names)}")
+        found[f"{kind}_slots"] = slots
+    return found
+
+
+def _number(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    found = tensors.get(name)
+    if found is None or found.ndim or found.dtype != torch.int64:
+        raise ValueError(f"it has no whole number {name!r}")
     return found

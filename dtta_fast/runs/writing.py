@@ -2,35 +2,117 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
+import stat
 from pathlib import Path
 
 MOST_NAME = 255  # bytes of a name on the usual file systems
 MOST_PATH = 4095
+_NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes, *, follow: bool = True) -> None:
     """Writes a file so that it is the old one or the new one, whatever happens in between; a device or a pipe is written to directly.
 
+    Args:
+        follow: a link stays one, and the file that it leads to is written; without, only a plain file is replaced.
+
     Raises:
-        OSError: it cannot be written; what was there is kept.
+        OSError: it cannot be written; what was there is kept. ValueError: it is no plain file, and links are not followed.
     """
-    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content  # names may hold bytes that are no text
-    path = path.resolve()  # a link stays one
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
-    new = path.with_name(f"{os.fsdecode(os.fsencode(path.name)[:200])}.{os.getpid()}.new")
+    data = _bytes(content)
     try:
-        with new.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
-        _sync(path.parent)
+        if not follow:
+            check_plain(path)
+        elif path.exists() and not path.is_file():  # before the links are followed: a pipe's own name is none that can be opened
+            path.write_bytes(data)
+            return
+        place = Path(os.path.realpath(path)) if follow else path
+        if follow and place.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        put(draft(place, data), place)
     except OSError as error:
-        new.unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {error.strerror}; what was there is kept") from error
+
+
+def draft(path: Path, content: str | bytes) -> Path:
+    """A new file beside another, of a name that nobody can foresee, with what that one is to hold; it is on the disk.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
+    data, stem = _bytes(content), os.fsdecode(os.fsencode(path.name)[:200])
+    new = path.with_name(f"{stem}.{secrets.randbelow(10**18)}.new")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666)
+    try:
+        try:
+            write_all(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    return new
+
+
+def put(new: Path, path: Path) -> None:
+    """Gives a draft its name, for good.
+
+    Raises:
+        OSError: it cannot be renamed; the draft is gone.
+    """
+    try:
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Writes all of it to an open file."""
+    written = 0
+    while written < len(data):
+        written += os.write(descriptor, data[written:])
+
+
+def open_plain_own(path: Path, flags: int) -> int:
+    """Opens a file of a run's own, which is made where it is missing; a link is not followed, and a pipe not waited for.
+
+    Raises:
+        ValueError: it is no plain file. OSError: it cannot be opened.
+    """
+    check_plain(path)
+    descriptor = os.open(path, flags | os.O_CREAT | _NO_LINK, 0o644)
+    try:
+        _check_mode(path, os.fstat(descriptor).st_mode)  # of what was opened, whatever lies there by now
+    except ValueError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def check_plain(path: Path) -> None:
+    """Raises ValueError where a name of a run's own files is a link, a folder, a pipe or a device; it may be missing."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    _check_mode(path, mode)
+
+
+def _check_mode(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kinds = ((stat.S_ISLNK, "a link"), (stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+        kind = next((name for is_kind, name in kinds if is_kind(mode)), "a device")
+        raise ValueError(f"{path} is {kind}, and a run's own files are plain ones: remove it, or name another folder")
+
+
+def _bytes(content: str | bytes) -> bytes:
+    return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content  # names may hold bytes that are no text
 
 
 def _sync(folder: Path) -> None:
