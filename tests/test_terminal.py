@@ -257,3 +257,22 @@ def test_a_place_that_cannot_be_written_to_is_named_before_the_work(tmp_path, mo
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(ValueError, match=r"html is '.*page.html', where the result cannot be written: give a place that you may write to"):
         check_path("html", tmp_path / "page.html")
+
+
+def test_settings_with_escapes_are_refused_before_the_help_shows_them(tmp_path, capsys):
+    for field, value in (("model", "a\x1b]0;owned\x07"), ("classes", ["a", "b\x07"])):
+        (tmp_path / "s.json").write_text(json.dumps({field: value}))
+        with pytest.raises(SystemExit):
+            main(["evaluate", str(tmp_path / "run"), "--settings", str(tmp_path / "s.json"), "--help"])
+        found = "".join(capsys.readouterr())
+        assert field in found
+        assert "\x1b]0" not in found
+        assert "\x07" not in found
+
+
+def test_a_page_that_quotes_a_report_s_title_is_none(tmp_path):
+    page = tmp_path / "x.html"
+    page.write_text("<!doctype html><title>thesis</title><p>It quotes: – dtta report</title></p>")
+    assert not is_page(page)
+    page.write_text("<!doctype html>\n<html><head><title>a, b – dtta report</title></head></html>")
+    assert is_page(page)

@@ -75,7 +75,8 @@ def holds(*keys: str) -> Callable[[Path], bool]:
 def is_page(path: Path) -> bool:
     """Whether a file is a page of `dtta report` or `dtta profile`, by its title."""
     with path.open("rb") as file:
-        return re.search(rb"<!doctype html>.*\xe2\x80\x93 dtta (report|profile)</title>", file.read(2**20), re.DOTALL) is not None
+        head = re.match(rb"\s*<!doctype html>.*?<title>([^<]*)</title>", file.read(2**20), re.DOTALL)
+    return head is not None and re.search(rb"\xe2\x80\x93 dtta (report|profile)$", head[1].strip()) is not None
 
 
 def write_json(path: Path | None, result: Any) -> None:

@@ -87,7 +87,12 @@ class Evaluate:
             else:
                 flags.append(argument)
         path = option(flags, "--settings")
-        settings = {**(flattened(read_yaml(Path(path))) if path else {}), **dotted}
+        in_path = flattened(read_yaml(Path(path))) if path else {}
+        for name, value in in_path.items():  # the help shows them as defaults, on the terminal
+            texts = [text for text in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(text, str)]
+            if any(not text.isprintable() for text in texts):
+                raise ValueError(f"{shown(path)} has {shown(name)} {shown(texts)}, with characters that are not printable: take them out")
+        settings = {**in_path, **dotted}
         in_file = settings.pop("preset", None)
         named = option(flags, "--preset") or in_file
         for name in ("protocol", "task"):
