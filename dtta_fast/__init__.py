@@ -20,4 +20,4 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.result import AdaptResult
 
 __all__ = ["AdaptConfig", "AdaptResult", "Adapter", "Calibration", "adapt", "calibrate", "presets", "zoo"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

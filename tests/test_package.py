@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -41,6 +42,42 @@ def test_importing_the_package_imports_no_heavy_library():
     code = f"import sys, torch\nbefore = set(sys.modules)\nimport dtta_fast\nprint(sorted({heavy} & (set(sys.modules) - before)))"
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == "[]"
+
+
+OTHER_SYSTEM = """
+import importlib, os, pkgutil, sys
+import diffusers, imagecorruptions, jinja2, msgspec, PIL.Image, portalocker, rich.progress, skimage, sklearn.datasets, timm, torch
+import torchvision, transformers, tyro, yaml
+
+for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog"):
+    sys.modules[name] = None  # an import of it raises ImportError
+for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_DIRECTORY", "fork", "register_at_fork", "getloadavg", "getuid", "geteuid",
+             "sched_getaffinity", "mkfifo", "uname", "sysconf"):
+    delattr(os, name)
+sys.platform = sys.argv[1]
+
+import dtta_fast
+
+for module in pkgutil.walk_packages(dtta_fast.__path__, "dtta_fast."):
+    if not any(part in module.name for part in ("triton", "__main__", "libdtta_kernels")):
+        importlib.import_module(module.name)
+        print(module.name)
+
+from dtta_fast.cli import main
+
+main(["env"])
+main(["evaluate", sys.argv[2], "--per-class", "1", "--corruptions", "contrast", "--steps", "1", "--guard", "0"])
+"""
+
+
+@pytest.mark.parametrize("platform", ["win32", "darwin"])
+def test_every_module_imports_where_only_linux_has_what_linux_has(tmp_path, platform):
+    """Windows has neither fcntl nor resource, nor links that open() can refuse; a run over a data set works all the same."""
+    command = [sys.executable, "-c", OTHER_SYSTEM, platform, str(tmp_path / "run")]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "dtta_fast.runs.folder" in run.stdout.splitlines()
+    assert (tmp_path / "run" / "summary.json").is_file()
 
 
 HOUSE = (  # from the top of the house to its ground; what stands together may look at each other
@@ -93,6 +130,12 @@ def test_imports_run_downward():
     assert "dtta_fast.kernels.native" in engine_room
     for name in UPSTAIRS:  # nothing below adapt() knows a data set, a file or a screen
         assert not [module for module in engine_room if f"{module}.".startswith(f"dtta_fast.{name}.")], name
+
+
+def test_the_version_is_everywhere_the_same():
+    assert importlib.metadata.version("dtta-fast") == dtta_fast.__version__
+    assert f"\nversion: {dtta_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert (ROOT / "CHANGELOG.md").read_text().startswith(f"# Changelog\n\n## {dtta_fast.__version__}, ")
 
 
 def test_package_carries_the_zoo_and_the_types():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import portalocker
+from portalocker import LockFlags
 
 from dtta_fast.files import open_plain, read_text
 from dtta_fast.runs.config import differences
@@ -71,9 +73,9 @@ class RunFolder:
                 check_plain(folder / name)
         self._refuse_files_of_others()
         try:
-            self._lock("lock", fcntl.LOCK_SH if part else fcntl.LOCK_EX)
+            self._lock("lock", LockFlags.SHARED if part else LockFlags.EXCLUSIVE)
             if part:
-                self._lock(f"lock-{part}", fcntl.LOCK_EX)
+                self._lock(f"lock-{part}", LockFlags.EXCLUSIVE)
             self._check_config()
             if not part:
                 for path in self._named(OF_LEFTOVER):
@@ -126,12 +128,12 @@ class RunFolder:
             return False
         return True
 
-    def _lock(self, name: str, kind: int) -> None:
+    def _lock(self, name: str, kind: LockFlags) -> None:
         """Held until this process ends, however it ends."""
         self._open.append(open_plain_own(self.folder / name, os.O_RDWR))
         try:
-            fcntl.flock(self._open[-1], kind | fcntl.LOCK_NB)
-        except OSError as error:
+            portalocker.lock(self._open[-1], kind | LockFlags.NON_BLOCKING)
+        except (portalocker.LockException, OSError) as error:
             raise ValueError(f"{self.folder} is being written to by another run: wait for it, or name another folder") from error
 
     def _check_config(self) -> None:

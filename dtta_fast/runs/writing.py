@@ -10,7 +10,9 @@ from pathlib import Path
 
 MOST_NAME = 255  # bytes of a name on the usual file systems
 MOST_PATH = 4095
-_NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# Windows has none of them: it makes no links without a privilege, and does not wait for pipes
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_BYTES = getattr(os, "O_BINARY", 0)  # on Windows line ends would be changed otherwise
 
 
 def write_whole(path: Path, content: str | bytes, *, follow: bool = True) -> None:
@@ -45,7 +47,7 @@ def draft(path: Path, content: str | bytes) -> Path:
     """
     data, stem = _bytes(content), os.fsdecode(os.fsencode(path.name)[:200])
     new = path.with_name(f"{stem}.{secrets.randbelow(10**18)}.new")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK | _BYTES, 0o666)
     try:
         try:
             write_all(descriptor, data)
@@ -86,7 +88,7 @@ def open_plain_own(path: Path, flags: int) -> int:
         ValueError: it is no plain file. OSError: it cannot be opened.
     """
     check_plain(path)
-    descriptor = os.open(path, flags | os.O_CREAT | _NO_LINK, 0o644)
+    descriptor = os.open(path, flags | os.O_CREAT | _NO_LINK | _BYTES, 0o644)
     try:
         _check_mode(path, os.fstat(descriptor).st_mode)  # of what was opened, whatever lies there by now
     except ValueError:
@@ -117,6 +119,8 @@ def _bytes(content: str | bytes) -> bytes:
 
 def _sync(folder: Path) -> None:
     """Waits until the disk has the folder's names: what is written next must not outlive what was renamed before."""
+    if os.name == "nt":
+        return  # Windows opens no folder, and its file system keeps a journal of names
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
