@@ -120,7 +120,7 @@ def folder(name: str | Path) -> Path:
     """Where the files of that name lie; a Path is that place itself.
 
     Raises:
-        ValueError: there is none of that name, or no such folder.
+        ValueError: there is none of that name, or no such folder. FileNotFoundError: this installation came without the weights.
     """
     if isinstance(name, Path):
         if not os.path.isdir(name):
@@ -128,4 +128,9 @@ def folder(name: str | Path) -> Path:
         return name
     if name not in NAMES:
         raise ValueError(f"name is {name!r}; the zoo has {', '.join(NAMES)}")
-    return Path(__file__).parent / name
+    found = Path(__file__).parent / name
+    if not found.is_dir():
+        raise FileNotFoundError(
+            f"the zoo's {name!r} is missing, as after a build from the source distribution: install a wheel, or a clone"
+        )
+    return found
