@@ -19,6 +19,8 @@ from dtta_fast.parameters import select
 from dtta_fast.step import GUARD_STEP, Problem, adaptation_step, initial_state
 from dtta_fast.tasks.classification import Classification
 
+pytestmark = pytest.mark.quick
+
 CONFIG = AdaptConfig(steps=5, pairs=6, timesteps="uniform", lr=1e-2, denoiser_lr=1e-3)
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 

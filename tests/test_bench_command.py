@@ -206,6 +206,7 @@ def test_bench_prints_tables_and_writes_every_sample(tmp_path, capsys):
     assert f"{1e3 * one['p50']:.1f}" in printed.out
 
 
+@pytest.mark.slow
 def test_bench_of_ones_own_models_says_that_accuracy_is_not_known(tmp_path, capsys):
     path = tmp_path / "bench.json"
     settings = ("--calls", "20", "--batches", "1", "--preset", "PAPER", "--pairs", "2", "--precision", "bf16")

@@ -29,6 +29,7 @@ from dtta_fast.runs.models import class_names
 DTTA = Path(sys.executable).with_name("dtta")
 
 
+@pytest.mark.quick
 def test_demo_prints_a_table_and_writes_its_result(tmp_path, capsys):
     path = tmp_path / "demo.json"
     main(["demo", "--images", "6", "--seed", "3", "--json", str(path)])
@@ -53,6 +54,7 @@ def test_demo_prints_a_table_and_writes_its_result(tmp_path, capsys):
     assert [row["adapted_accuracy"] for row in again["corruptions"].values()] == [row["adapted_accuracy"] for row in rows]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -110,6 +112,7 @@ def test_calibrate_writes_what_the_denoiser_then_loads(tmp_path, capsys):
     test_bad_input_is_one_line_and_status_2(capsys, ["calibrate", str(denoiser), str(images)], "00.png is no image")
 
 
+@pytest.mark.quick
 def test_env_names_versions_and_backends(tmp_path, capsys):
     main(["env", "--json", str(tmp_path / "env.json")])
     found = json.loads((tmp_path / "env.json").read_text())
@@ -120,6 +123,7 @@ def test_env_names_versions_and_backends(tmp_path, capsys):
         assert found[key] in printed
 
 
+@pytest.mark.quick
 def test_installed_command():
     environment = {**os.environ, "COLUMNS": "100"}
     shown = subprocess.run([DTTA, "--help"], capture_output=True, text=True, check=True, env=environment).stdout
@@ -134,6 +138,7 @@ def _help(capsys, name: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_has_a_help_text(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "160")
@@ -158,12 +163,14 @@ def test_every_option_has_a_help_text(capsys, monkeypatch, command):
         assert any(flag in entry for entry in entries), flag
 
 
+@pytest.mark.quick
 def test_of_a_flag_given_twice_the_last_counts():
     assert option(["demo", "--preset", "FAST", "--preset=DUSA"], "--preset") == "DUSA"
     assert option(["demo", "--preset=DUSA", "--preset", "FAST", "--steps"], "--preset") == "FAST"
     assert option(["demo"], "--preset") is None
 
 
+@pytest.mark.quick
 def test_depth_is_shown_in_its_own_units(capsys):
     record = {"seconds": 1.0, "evaluations": 4, "score_before": {"rmse": 0.5, "delta1": 0.5}, "score": {"rmse": 0.25, "delta1": 0.75}}
     running = Running(lambda: None)
@@ -227,7 +234,7 @@ def test_classes_bear_the_names_that_a_model_knows():
     assert class_names(timm.create_model("resnet18", num_classes=2, pretrained_cfg_overlay=own), 2) == ["a cat", "n2"]
 
 
-@pytest.mark.parametrize("task", ["segmentation", "depth"])
+@pytest.mark.parametrize("task", [pytest.param("segmentation", marks=pytest.mark.slow), "depth"])
 def test_demo_of_maps_prints_a_table_and_draws(task, tmp_path, capsys):
     result, picture = tmp_path / "demo.json", tmp_path / "maps.png"
     main(["demo", "--task", task, "--images", "2", "--json", str(result), "--picture", str(picture)])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,11 +27,18 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from torchvision.transforms.functional import to_pil_image
 
 from dtta_fast import denoisers, zoo
+from dtta_fast.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 # what takes a package there is left to tests/test_embed.py, which has one already
 ELSEWHERE = {"docs/embedding.md"}
+# these take half of the time
+SLOW = {
+    "docs/evaluation.md",
+    "docs/reproducibility.md",
+    *(f"docs/guide/{name}.md" for name in ("depth", "profiling", "ray", "segmentation")),
+}
 LANGUAGES = {"python", "sh", "text"}
 ALSO_ELSEWHERE = {"cpp", "cmake"}
 
@@ -101,12 +109,18 @@ def own(tmp_path, process, random_network) -> None:
 
 
 def in_shell(example: Example) -> None:
+    """Runs a block in bash. Blocks of plain dtta commands run in this process, which has imported everything already, but for README's."""
+    lines = example.parsed.replace("\\\n", " ").splitlines()
+    if Path(example.path).name != "README.md" and all(re.fullmatch(r"dtta [^|&;<>$`*]*", line) for line in lines):
+        for line in lines:
+            main(shlex.split(line)[1:])
+        return
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     run = subprocess.run(["bash", "-ec", example.parsed], capture_output=True, text=True, env=environment, check=False, timeout=600)
     assert run.returncode == 0, f"{example.path}, line {example.line}:\n{example.parsed}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in PAGES])
 @pytest.mark.usefixtures("offline", "own")
 def test_the_blocks_of(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

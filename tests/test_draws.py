@@ -8,6 +8,8 @@ from scipy import stats
 
 from dtta_fast.draws import Draws
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("kind", ["uniform", "stratified"])
 @pytest.mark.parametrize(("low", "high"), [(0, 1000), (200, 700), (5, 6)])

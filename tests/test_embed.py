@@ -66,12 +66,14 @@ def images(folder, digits):
     return path
 
 
+@pytest.mark.slow
 def test_the_images_take_every_way(expected):
     evaluations = {int(result.evaluations) for result in expected}
     assert {0, 12} < evaluations or {0, 60} <= evaluations
     assert any(bool(result.accepted) for result in expected)
 
 
+@pytest.mark.slow
 def test_python_equals_the_engine(package, digits, expected):
     loaded = embed.load(package)
     tolerance = loaded.manifest.tolerance
@@ -84,6 +86,7 @@ def test_python_equals_the_engine(package, digits, expected):
             assert torch.equal(getattr(found, name), getattr(result, name)), (i, name)
 
 
+@pytest.mark.slow
 def test_cpp_equals_the_engine(package, measure, images, folder, expected):
     tolerance = json.loads((folder / "manifest.json").read_text())["tolerance"]
     run = subprocess.run([measure, "outputs", package, images], check=True, capture_output=True, text=True)
@@ -101,6 +104,7 @@ def test_cpp_equals_the_engine(package, measure, images, folder, expected):
         assert row["accepted"] == result.accepted.int().tolist(), i
 
 
+@pytest.mark.slow
 def test_cpp_refuses_bad_input_and_lives(package, measure, images):
     run = subprocess.run([measure, "refusals", package, images], check=True, capture_output=True, text=True)
     found = json.loads(run.stdout)
@@ -129,6 +133,7 @@ def test_cpp_refuses_bad_input_and_lives(package, measure, images):
     assert found["alive"]  # four threads got what one got before
 
 
+@pytest.mark.slow
 def test_cpp_under_deadlines(package, measure, folder, digits):
     """One that has passed makes no step and answers as before; a far one makes them all."""
     alone = folder / "one.f32"
@@ -139,6 +144,7 @@ def test_cpp_under_deadlines(package, measure, folder, digits):
     assert {row["steps"] for row in rows if row["deadline_ms"] > 1} == {presets.FAST.steps}
 
 
+@pytest.mark.slow
 def test_the_documented_commands_build_and_run_the_example_host(package, tmp_path, expected):
     """All of docs/embedding.md's, but for the export, which made this package."""
     assert len((ROOT / "examples" / "cpp" / "main.cpp").read_text().splitlines()) < 100
@@ -160,6 +166,7 @@ def test_the_documented_commands_build_and_run_the_example_host(package, tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_an_online_package_of_other_models(model, denoiser, measure, tmp_path):
     """Two images in a call, no guard, LoRA in the denoiser: a stream in both hosts, and its state taken from call to call."""
     config = AdaptConfig(steps=1, pairs=2, mode="online", optimizer="sgd", lr=0.1, denoiser_parameters="lora", denoiser_lr=0.1, lora_rank=2)
@@ -193,6 +200,7 @@ def changed(package, target, **values):
     return target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -214,6 +222,7 @@ def test_packages_that_do_not_fit_here(package, measure, images, tmp_path, value
     assert "format '0'" in run.stderr or message.split(",")[0].replace("\\", "") in run.stderr
 
 
+@pytest.mark.slow
 def test_packages_of_other_adapters(package):
     model, denoiser = zoo.load("digits")
     embed.load(package, Adapter(model, denoiser, presets.FAST.replace(compile="off", memory_budget=10**9)))
@@ -225,6 +234,7 @@ def test_packages_of_other_adapters(package):
         embed.load(package, Adapter(model, denoiser, presets.FAST))
 
 
+@pytest.mark.slow
 def test_files_that_are_no_packages(package, measure, images, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         embed.load(tmp_path / "none.pt2")
@@ -243,6 +253,7 @@ def test_files_that_are_no_packages(package, measure, images, tmp_path):
         assert (run.returncode, "is no package of an adaptation" in run.stderr) == (2, True), run.stderr
 
 
+@pytest.mark.slow
 def test_bad_input_in_python(package, digits):
     loaded = embed.load(package)
     first = loaded.adapt(digits[9:10]).outputs
@@ -269,6 +280,7 @@ class Undecided(nn.Module):
         return self.model(x) if float(x.mean()) > -100 else self.model(-x)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_exported_leaves_nothing_behind(model, denoiser, tmp_path):
     images = torch.rand(2, 3, 16, 16)
     target = tmp_path / "model.pt2"

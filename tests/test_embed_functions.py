@@ -87,7 +87,9 @@ def test_the_flow_is_an_adapter_s(model, denoiser, images, name):
         assert int(expected.evaluations.max()) > SMALL.steps * SMALL.pairs  # some answers were compared
 
 
-@pytest.mark.parametrize("name", ["guard", "denoiser adapts", "noise mixing", "online"])
+@pytest.mark.parametrize(
+    "name", ["guard", *(pytest.param(name, marks=pytest.mark.slow) for name in ("denoiser adapts", "noise mixing", "online"))]
+)
 def test_the_graphs_are_the_functions(model, denoiser, images, name):
     """What make_fx keeps holds for other images, ids and steps than it saw: nothing is baked in. By SGD, since Adam's first updates are
     gradients' signs, of which rounding decides some (Adam's graph: test_digits_under_a_preset), and in small steps: at a rate of 0.1 an
@@ -104,7 +106,7 @@ def test_the_graphs_are_the_functions(model, denoiser, images, name):
         assert name == "guard" or (expected.outputs - expected.outputs_before).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("preset", ["FAST", "ONLINE"])
+@pytest.mark.parametrize("preset", [pytest.param("FAST", marks=pytest.mark.slow), "ONLINE"])
 def test_digits_under_a_preset(preset):
     """Of the images some are left alone by FAST's pre-check, and some are adapted and guarded."""
     model, denoiser = zoo.load("digits")
@@ -120,6 +122,7 @@ def test_digits_under_a_preset(preset):
         assert 0 < int((expected.evaluations > 0).sum()) < len(images)
 
 
+@pytest.mark.slow
 def test_segmentation_under_its_preset():
     model, denoiser = zoo.load("segmentation")
     images, _ = zoo.example("segmentation")

@@ -41,11 +41,11 @@ LADDER = [
     ({"chunk": 4}, 1e-3),
     ({"memory_budget": 2 * 10**6}, 1e-3),
     ({"compile": "regional"}, 1e-3),
-    ({"compile": "step"}, 1e-3),
+    pytest.param({"compile": "step"}, 1e-3, marks=pytest.mark.slow),
     ({"precision": "fp32"}, 0.0),
     ({"precision": "bf16"}, 0.05),
     ({"precision": "fp16"}, 0.01),
-    ({"precision": "bf16", "compile": "regional"}, 0.05),
+    pytest.param({"precision": "bf16", "compile": "regional"}, 0.05, marks=pytest.mark.slow),
 ]
 
 
@@ -62,7 +62,7 @@ def test_every_way_to_run_gives_the_same(floats, rung, tolerance, denoiser_param
     assert relative(found, plain) <= tolerance
 
 
-@pytest.mark.parametrize("how", ["regional", "step"])
+@pytest.mark.parametrize("how", ["regional", pytest.param("step", marks=pytest.mark.slow)])
 def test_warm_sessions_do_not_compile_again(floats, how):
     model, denoiser, images = floats
     torch._dynamo.reset()

@@ -84,6 +84,7 @@ def test_the_summary_adds_up(finished):
     assert {"start", "load", "encode", "adapt", "guard", "write"} <= set(whole["seconds"])
 
 
+@pytest.mark.slow
 def test_20_kills_at_random_points_leave_the_records_of_one_run(finished, tmp_path):
     """Processes that are killed without a word; each goes on in the folder of the last one, which was reading, adapting or writing.
 

@@ -29,6 +29,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 PATIENCE = 120  # seconds until a server answers
 
 
+@pytest.mark.slow
 def test_asyncio():
     run = subprocess.run([sys.executable, EXAMPLES / "serve_asyncio.py"], check=True, capture_output=True, text=True)
     right = re.match(r"(\d+) of 24 right", run.stdout)
@@ -94,6 +95,7 @@ def png(image):
     return written.getvalue()
 
 
+@pytest.mark.slow
 def test_litserve(server):
     """The same image gets the same answer; what is no image, or one too large, is refused, and the server lives."""
     digit = png(to_pil_image(corrupt(zoo.example("digits")[0][4:5], "gaussian_blur", 5)[0]))
@@ -105,6 +107,7 @@ def test_litserve(server):
     assert post(server, digit) == (200, answer)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_its_cells_are_those_that_it_is_written_from():
     notebook = nbformat.read(EXAMPLES / "digits.ipynb", as_version=4)
     cells = runpy.run_path(str(EXAMPLES / "write_notebook.py"))["CELLS"]

@@ -41,6 +41,7 @@ def results(folder) -> dict:
     return json.loads((folder / "gpu.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_stage_ends_and_its_files_can_travel(folder, results):
     assert results["tiny"] is True
     assert {name: stage["status"] for name, stage in results["stages"].items()} == {stage.module: "done" for stage in loaded("gpu").STAGES}
@@ -50,6 +51,7 @@ def test_every_stage_ends_and_its_files_can_travel(folder, results):
     assert results["environment"]["torch"] == torch.__version__.partition("+")[0]
 
 
+@pytest.mark.slow
 def test_calls_are_adapted_and_guarded_and_told_with_their_evaluations(results):
     calls = results["stages"]["engine"]["measured"]["calls"].values()
     assert {(call["preset"], call["precision"]) for call in calls} == {
@@ -67,6 +69,7 @@ def test_calls_are_adapted_and_guarded_and_told_with_their_evaluations(results):
             assert call["flops"] == 12 * call["images"] * a_row["to the condition"] + guard * a_row["forward"]
 
 
+@pytest.mark.slow
 def test_naive_and_engine_did_the_same_work(results):
     turns = results["stages"]["against_naive"]["measured"]["turns"].values()
     for work in ("recipe", "steps"):
@@ -78,6 +81,7 @@ def test_naive_and_engine_did_the_same_work(results):
         assert losses["naive", "bf16"] == pytest.approx(losses["naive", "fp32"], rel=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 def test_what_only_a_gpu_can_do_is_named(results):
     stages = {name: stage["measured"] for name, stage in results["stages"].items()}
@@ -91,6 +95,7 @@ def test_what_only_a_gpu_can_do_is_named(results):
     assert "refused" in stages["ceilings"]["attention"]["cuDNN, 1 rows"]
 
 
+@pytest.mark.slow
 def test_what_broke_once_is_fine_here(results):
     broke = results["stages"]["machine"]["measured"]["broke once"]
     assert {name: found["fine"] for name, found in broke.items()} == {
@@ -103,6 +108,7 @@ def test_what_broke_once_is_fine_here(results):
     assert tests["passed"] == tests["collected"] > 0
 
 
+@pytest.mark.slow
 def test_tables_refuse_a_tiny_run(results, tmp_path):
     tables = loaded("gpu_tables")
     (tmp_path / "gpu_x.json").write_text(json.dumps(results))
@@ -111,6 +117,7 @@ def test_tables_refuse_a_tiny_run(results, tmp_path):
             table(tmp_path)
 
 
+@pytest.mark.slow
 def test_tables_say_what_the_file_says(results, tmp_path):
     tables = loaded("gpu_tables")
     assert tables.short(tmp_path) == tables.full(tmp_path) == "Not measured yet: no GPU has run `python bench/gpu.py`."

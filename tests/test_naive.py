@@ -11,6 +11,8 @@ import torch
 
 from dtta_fast import AdaptConfig, adapt
 
+pytestmark = pytest.mark.quick
+
 
 def naive_engine():
     path = Path(__file__).parents[1] / "bench" / "naive.py"

@@ -170,6 +170,7 @@ def test_a_pipeline_s_folder_is_read_whole(tmp_path, models, prediction):
     torch.testing.assert_close(read.encode(pixels), models[1].encode(pixels))
 
 
+@pytest.mark.slow
 def test_ways_to_run_agree(models, task, digits):
     """Chunks, batches, checkpoints and compiled regions give what the plain step gives."""
     results = {}

@@ -11,6 +11,8 @@ from dtta_fast.kernels import add_noise, denoising_loss, mix_condition
 from dtta_fast.kernels.philox import normal
 from dtta_fast.process import NoiseProcess
 
+pytestmark = pytest.mark.quick
+
 TYPES = ["epsilon", "sample", "v_prediction"]
 
 

@@ -13,6 +13,8 @@ from scipy import stats
 from dtta_fast.kernels import native
 from dtta_fast.kernels.philox import MASK, normal, philox, timestep_words
 
+pytestmark = pytest.mark.quick
+
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, words
 KNOWN_ANSWERS = json.loads((Path(__file__).parent / "philox_known_answers.json").read_text())
 

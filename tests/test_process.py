@@ -8,6 +8,8 @@ import torch
 
 from dtta_fast.process import NoiseProcess
 
+pytestmark = pytest.mark.quick
+
 X0 = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 NOISE = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 

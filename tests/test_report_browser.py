@@ -17,7 +17,10 @@ from dtta_fast.report import make_page, read_runs
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (Debian: chromium chromium-driver)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (Debian: chromium chromium-driver)"),
+]
 
 SCREENS = {"phone": (375, 800), "desk": (1280, 900)}
 write_run = runpy.run_path(str(Path(__file__).with_name("report_runs.py")))["write_run"]

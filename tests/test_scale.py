@@ -46,6 +46,7 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_ray_s_workers_give_the_records_of_one_process(alone, tmp_path):
     """Also where the run was begun by one process: its batches are not done again."""
     folder = tmp_path / "run"
@@ -62,6 +63,7 @@ def test_ray_s_workers_give_the_records_of_one_process(alone, tmp_path):
     assert kept[:4] == lines[:4]  # to the seconds
 
 
+@pytest.mark.slow
 def test_torchrun_s_processes_share_a_run(alone, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -48,6 +48,7 @@ def digits():
     return torch.cat([corrupt(clean[i : i + 1], *kinds[i % len(kinds)], first_id=i) for i in (0, 3, 9, 12, 54, 55)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [[0, 2, 4, 1, 5], [[0], [2], [4, 5], [1], [5]]], ids=["one shape", "shapes"])
 def test_eight_threads_on_one_adapter_each_get_their_serial_result(digits, parts):
     """To the bit, whatever shapes the calls before had. Memory does not grow with the calls."""

@@ -6,14 +6,17 @@ A call reads values in three places, all outside of step and guard: its checks w
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import timm
 import torch
+import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -24,10 +27,14 @@ from dtta_fast import adapter as adapter_module
 from dtta_fast import calibration as calibration_module
 from dtta_fast import inputs as inputs_module
 from dtta_fast import step as step_module
+from dtta_fast.calibration import Calibration
+from dtta_fast.denoisers.concat_unet import ConcatUNet
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
+from dtta_fast.denoisers.stable_diffusion import StableDiffusion
 from dtta_fast.engine import Engine
 from dtta_fast.inputs import Checks
+from dtta_fast.process import NoiseProcess
 from dtta_fast.runtime import constants, demands
 from dtta_fast.runtime.counting import Counter
 from dtta_fast.step import adaptation_step, held_out_losses
@@ -42,20 +49,44 @@ sys.modules["fake_cuda"] = fakes
 _spec.loader.exec_module(fakes)
 
 
-def _dit() -> DiT:
-    """A small one, with the calibration of the digits' own."""
-    whole = zoo.load("digits")[1]
-    small = DiT(DiTNetwork(32, 4, 3, 32, 2, 2, num_classes=10), whole.process)
-    small.calibration = whole.calibration
+# Of each kind a model of the real class, as small as the class allows: in fake mode it is operators that take time, not elements.
+
+
+@functools.cache
+def _zoo_calibration(name: str) -> Calibration:
+    calibration: Calibration = zoo.load(name)[1].calibration
+    return calibration
+
+
+def _calibrated(small: Any, name: str) -> Any:
+    """The denoiser, with the calibration of the zoo's."""
+    small.calibration = _zoo_calibration(name)
     return small
 
 
+def _dit() -> DiT:
+    return _calibrated(DiT(DiTNetwork(32, 4, 3, 32, 2, 2, num_classes=10), PROCESS), "digits")
+
+
+def _convnext() -> nn.Module:
+    own = {"input_size": (3, 32, 32), "crop_pct": 1.0}
+    return timm.create_model(
+        "convnext_atto",
+        depths=(1, 1, 1, 1),
+        dims=(8, 8, 16, 16),
+        patch_size=2,
+        num_classes=10,
+        ls_init_value=1.0,
+        pretrained_cfg_overlay=own,
+    ).eval()
+
+
 def _classification() -> tuple[nn.Module, Any, Any]:
-    return zoo.load("digits")[0], _dit(), Classification()
+    return _convnext(), _dit(), Classification()
 
 
 def _subset() -> tuple[nn.Module, Any, Any]:
-    return zoo.load("digits")[0], _dit(), Classification(subset=[1, 3, 5, 7, 9, 0])
+    return _convnext(), _dit(), Classification(subset=[1, 3, 5, 7, 9, 0])
 
 
 def _vit() -> tuple[nn.Module, Any, Any]:
@@ -64,19 +95,43 @@ def _vit() -> tuple[nn.Module, Any, Any]:
 
 
 def _zero_shot() -> tuple[nn.Module, Any, Any]:
-    clip, denoiser = zoo.load("open_vocabulary")
+    """CLIP and UNet of a layer each, with the zoo's tokenizer, text encoder and VAE."""
+    whole = zoo.folder("open_vocabulary")
+    config = transformers.CLIPConfig.from_pretrained(whole / "clip")
+    config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 1
+    parts = diffusers.UNet2DConditionModel.load_config(whole / "diffusion" / "unet")
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"], "block_out_channels": [32]}
+    unet = diffusers.UNet2DConditionModel.from_config({**parts, **blocks})
+    denoiser = StableDiffusion(
+        unet.eval(),
+        PROCESS,
+        diffusers.AutoencoderKL.from_pretrained(whole / "diffusion" / "vae"),
+        transformers.CLIPTextModel.from_pretrained(whole / "diffusion" / "text_encoder"),
+        transformers.CLIPTokenizer.from_pretrained(whole / "diffusion" / "tokenizer"),
+    )
     task = ZeroShot(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"], zoo.load_processor("open_vocabulary"))
-    return *task.bind(clip, denoiser), task
+    return *task.bind(transformers.CLIPModel(config).eval(), _calibrated(denoiser, "open_vocabulary")), task
+
+
+WIDTHS = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2]}
+
+
+def _unet(channels: int) -> diffusers.UNet2DModel:
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    sizes = {"block_out_channels": (16, 32), "layers_per_block": 1, "attention_head_dim": 8, "norm_num_groups": 8, "sample_size": 32}
+    return diffusers.UNet2DModel(in_channels=3 + channels, out_channels=3, **blocks, **sizes).eval()
 
 
 def _segmentation() -> tuple[nn.Module, Any, Any]:
-    task = Segmentation()
-    return *task.bind(*zoo.load("segmentation")), task
+    config = transformers.SegformerConfig(**WIDTHS, decoder_hidden_size=16, num_labels=6)
+    model, task = transformers.SegformerForSemanticSegmentation(config).eval(), Segmentation(zoo.load_processor("segmentation"))
+    return *task.bind(model, _calibrated(ConcatUNet(_unet(6), PROCESS, classes=6), "segmentation")), task
 
 
 def _depth() -> tuple[nn.Module, Any, Any]:
-    task = Depth()
-    return *task.bind(*zoo.load("depth")), task
+    config = transformers.GLPNConfig(**WIDTHS, decoder_hidden_size=8, max_depth=10)
+    model, task = transformers.GLPNForDepthEstimation(config).eval(), Depth(zoo.load_processor("depth"))
+    return *task.bind(model, _calibrated(ConcatUNet(_unet(1), PROCESS, depth_range=(0.5, 10.0)), "depth")), task
 
 
 KINDS = {
@@ -87,6 +142,7 @@ KINDS = {
     "segmentation": _segmentation,
     "depth": _depth,
 }
+PROCESS = NoiseProcess.from_scheduler(diffusers.DDPMScheduler(1000, beta_schedule="linear"))
 DENSE = presets.DENSE.replace(steps=1)
 MAPS = {"segmentation", "depth"}
 PAPER = presets.PAPER.replace(pairs=8)
@@ -110,7 +166,13 @@ CASES = [
     *[(kind, "DENSE, denoiser too", DENSE.replace(denoiser_parameters="all", mode="online", precheck="off")) for kind in sorted(MAPS)],
 ]
 TRACED = [case for case in CASES if case[1] in (*CLASSES, "FAST lora", "DENSE") and case[:2] != ("zero_shot", "FAST lora")]
-IDS = [f"{kind}-{name}" for kind, name, _ in CASES]
+FIRST = {"classification-FAST", "classification-PAPER", "classification-ONLINE", "classification-DUSA", "subset-FAST", "vit-FAST lora"}
+FIRST |= {"zero_shot-PAPER lora", "depth-DENSE, denoiser too", "segmentation-DENSE, denoiser too"}  # of each kind of model and preset one
+
+
+def _named(cases: list[Any]) -> list[Any]:
+    ids = [f"{kind}-{name}" for kind, name, _ in cases]
+    return [pytest.param(*case, id=name, marks=() if name in FIRST else pytest.mark.slow) for case, name in zip(cases, ids, strict=True)]
 
 
 def _engine(mode: Any, model: nn.Module, denoiser: Any, task: Any, config: AdaptConfig) -> Engine:
@@ -165,7 +227,7 @@ class Run:
         return state, inputs, x0, self.image_ids
 
 
-@pytest.mark.parametrize(("kind", "name", "config"), CASES, ids=IDS)
+@pytest.mark.parametrize(("kind", "name", "config"), _named(CASES))
 def test_encode_step_and_guard_stay_on_the_gpu(kind, name, config):
     made, images = KINDS[kind](), 2
     with fakes.fake_cuda() as mode:
@@ -184,7 +246,7 @@ def test_encode_step_and_guard_stay_on_the_gpu(kind, name, config):
         engine.finite(state)
 
 
-@pytest.mark.parametrize(("kind", "name", "config"), TRACED, ids=[f"{kind}-{name}" for kind, name, _ in TRACED])
+@pytest.mark.parametrize(("kind", "name", "config"), _named(TRACED))
 def test_a_traced_step_and_guard_stay_on_the_gpu(kind, name, config):
     made = KINDS[kind]()
     with fakes.fake_cuda() as mode:
