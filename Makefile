@@ -1,11 +1,17 @@
 # What .ci/run runs, by parts. `make` lists them.
-.PHONY: help test attacks coverage lint types tables docs check demo wheel minimum
+.PHONY: help quick test slow all attacks coverage lint types tables docs check demo wheel minimum
 
 help:  ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-test:  ## all tests, about a quarter of an hour on two cores
+quick:  ## ops, step, adapt(), the commands and one demo, in a minute
+	pytest -m quick
+
+test:  ## all tests but the slow ones
 	pytest -n 2
+
+slow:  ## packages, compiled engines, soak tests, and what needs another program
+	pytest -n 2 -m slow
 
 attacks:  ## 600 attacks on what README and docs promise, about five minutes
 	python tests/attacks/engine.py
@@ -14,8 +20,8 @@ attacks:  ## 600 attacks on what README and docs promise, about five minutes
 CORE = ops native philox triton compile backends adapt objectives lora draws optimizers out_of_memory bad_input threads
 
 coverage:  ## the tests of the core, and the lines of kernels, step and parameters that they leave out
-	pytest -q -n 2 --cov --cov-report= $(CORE:%=tests/test_%.py)
-	coverage report --include='*/kernels/*,*/step.py,*/parameters.py' --fail-under=95
+	pytest -q -n 2 -m "slow or not slow" --cov --cov-report= $(CORE:%=tests/test_%.py)
+	coverage report --include='*/kernels/*,*/step.py,*/parameters.py' --fail-under=97
 
 lint:  ## ruff, without changing a file
 	ruff check .
@@ -30,7 +36,7 @@ tables:  ## README's and docs' tables against bench/results
 docs:  ## the site in site/, a warning being an error
 	mkdocs build --strict
 
-check: lint types tables docs test  ## all of these
+check: lint types tables docs test  ## all of these: ten minutes with the installation
 
 demo:  ## the digits before and after adaptation
 	dtta demo

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,19 +20,45 @@ from dtta_fast.runs.config import RunConfig
 RETRIES = 3  # of a batch whose worker died
 
 
+class Attempts:
+    """Counts how often each batch was begun, in a process that outlives the workers."""
+
+    def __init__(self) -> None:
+        self._begun: Counter[int] = Counter()
+
+    def begin(self, number: int) -> int:
+        """Counts one more attempt at the batch, and returns the number of attempts."""
+        self._begun[number] += 1
+        return self._begun[number]
+
+
 class RayWorker:
-    """Adapts to the batches that reach it; tells the seconds between them as `load`, and its own beside the models' as `own`."""
+    """Adapts to the batches that reach it; tells the seconds between them as `load`, and its own beside the models' as `own`.
+
+    Ray restarts a worker that died and gives it the same batch again.
+
+    Args:
+        kept: references to the data and to the Attempts, in a list: so they stay references, also for a worker that is restarted.
+
+    Raises:
+        RuntimeError: the batch has ended the process of a worker more than RETRIES times.
+    """
 
     def __init__(self, run: RunConfig, kept: list[Any]) -> None:
         import ray
 
+        self._attempts = kept[1]
         if run.device == "cpu":
             torch.set_num_threads(1)  # a worker a core
         self._worker = Worker(run, ray.get(kept[0]))
         self._ended: float | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        import ray
+
         start = time.perf_counter()
+        if ray.get(self._attempts.begin.remote(int(row["item"]))) > 1 + RETRIES:
+            raise RuntimeError(f"batch {row['item']} ended the process of a worker {1 + RETRIES} times; look at its images, or at the memory")
         batch = pickle.loads(row["batch"])
         batch = batch._replace(images={i: self._worker.crop(image) for i, image in batch.images.items()})
         records, seconds = self._worker.adapt(batch, self._worker.stacked(batch))
@@ -67,11 +94,11 @@ def ray_records(run: RunConfig, data: Images | Maps, batches: Sequence[Sequence[
         context.max_errored_blocks = 0
         kind = "GPU" if run.device.startswith("cuda") else "CPU"
         workers = min(len(remaining), max(1, int(ray.cluster_resources().get(kind, 1))))
-        kept = ray.put(data)
+        kept, attempts = ray.put(data), ray.remote(num_cpus=0)(Attempts).remote()
 
         def read(row: dict[str, Any]) -> dict[str, Any]:
             number = int(row["item"])
-            return {"batch": pickle.dumps(fetch(ray.get(kept), number, batches[number]))}
+            return {"item": number, "batch": pickle.dumps(fetch(ray.get(kept), number, batches[number]))}
 
         rows = ray.data.from_items(list(remaining), override_num_blocks=len(remaining))
         # beside GPUs the cores read; where the cores adapt, one reader between them is enough, and each takes a process with torch in it
@@ -79,10 +106,8 @@ def ray_records(run: RunConfig, data: Images | Maps, batches: Sequence[Sequence[
         placed = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 0.9}
         done = rows.map(
             RayWorker,
-            fn_constructor_args=(run, [kept]),  # in a list it stays a reference of ours, for restarts
+            fn_constructor_args=(run, [kept, attempts]),
             concurrency=workers,
-            max_restarts=RETRIES,
-            max_task_retries=RETRIES,
             **placed,
         )
         for row in done.iter_rows():

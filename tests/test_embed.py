@@ -16,11 +16,23 @@ from torch import nn
 
 from dtta_fast import AdaptConfig, Adapter, embed, presets, zoo
 from dtta_fast.cli import main
+from dtta_fast.commands import subjects
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
+from dtta_fast.denoisers.dit import DiT
 from dtta_fast.embed.manifest import KEEPER
 
 ROOT = Path(__file__).parents[1]
 COUNT = 40  # images: some are left alone, some adapted, some guarded
+
+
+def shortened():
+    """The digits zoo with a block for each of the two: compiling takes as long as the blocks are many, and each is compiled alike."""
+    model, denoiser = zoo.load("digits")
+    for stage in model.stages[1:]:
+        stage.blocks = nn.Identity()
+    denoiser.network.blocks = denoiser.network.blocks[:1]
+    denoiser.network.sizes["depth"] = 1
+    return model, denoiser
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +49,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def package(folder):
-    """Written by the command, FAST, batches of one: about two minutes."""
-    path = folder / "digits.pt2"
-    main(["export", str(path), "--measured", "8", "--json", str(folder / "manifest.json")])
+    """Written by the command: FAST, batches of one."""
+    path, pair = folder / "digits.pt2", shortened()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subjects, "load_pair", lambda model, denoiser: pair)
+        main(["export", str(path), "--measured", "8", "--json", str(folder / "manifest.json")])
     return path
 
 
 @pytest.fixture(scope="module")
 def expected(digits):
-    adapter = Adapter(*zoo.load("digits"), presets.FAST)
+    adapter = Adapter(*shortened(), presets.FAST)
     return [adapter.adapt(digits[i : i + 1], image_ids=torch.tensor([i])) for i in range(COUNT)]
 
 
@@ -53,7 +67,7 @@ def expected(digits):
 def measure(folder):
     """The C++ host of bench/embed."""
     build = folder / "build"
-    given = [f"-DPython3_EXECUTABLE={sys.executable}"]
+    given = [f"-DPython3_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Debug"]  # without optimization it compiles faster
     subprocess.run(["cmake", "-S", str(ROOT / "bench" / "embed"), "-B", str(build), *given], check=True, capture_output=True)
     subprocess.run(["cmake", "--build", str(build)], check=True, capture_output=True)
     return build / "measure"
@@ -137,7 +151,7 @@ def test_cpp_refuses_bad_input_and_lives(package, measure, images):
 def test_cpp_under_deadlines(package, measure, folder, digits):
     """One that has passed makes no step and answers as before; a far one makes them all."""
     alone = folder / "one.f32"
-    digits[9:10].numpy().tofile(alone)
+    digits[11:12].numpy().tofile(alone)  # one that is adapted
     run = subprocess.run([measure, "deadlines", package, alone, "0.001", "1e9"], check=True, capture_output=True, text=True)
     rows = json.loads(run.stdout)
     assert {row["steps"] for row in rows if row["deadline_ms"] < 1} == {0}
@@ -167,10 +181,12 @@ def test_the_documented_commands_build_and_run_the_example_host(package, tmp_pat
 
 
 @pytest.mark.slow
-def test_an_online_package_of_other_models(model, denoiser, measure, tmp_path):
+def test_an_online_package_of_other_models(process, random_network, measure, tmp_path):
     """Two images in a call, no guard, LoRA in the denoiser: a stream in both hosts, and its state taken from call to call."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 7)).eval()
+    denoiser = DiT(random_network(depth=1), process)
     config = AdaptConfig(steps=1, pairs=2, mode="online", optimizer="sgd", lr=0.1, denoiser_parameters="lora", denoiser_lr=0.1, lora_rank=2)
-    model, denoiser = model.float(), denoiser.float()
     images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     path, floats = tmp_path / "online.pt2", tmp_path / "images.f32"
     manifest = embed.export(model, denoiser, (images * 255).to(torch.uint8), path, config=config, batch=2)
@@ -224,7 +240,7 @@ def test_packages_that_do_not_fit_here(package, measure, images, tmp_path, value
 
 @pytest.mark.slow
 def test_packages_of_other_adapters(package):
-    model, denoiser = zoo.load("digits")
+    model, denoiser = shortened()
     embed.load(package, Adapter(model, denoiser, presets.FAST.replace(compile="off", memory_budget=10**9)))
     with pytest.raises(ValueError, match="steps is 3 in it, and 4 in the adapter"):
         embed.load(package, Adapter(model, denoiser, presets.FAST.replace(steps=4)))

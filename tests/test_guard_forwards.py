@@ -127,5 +127,7 @@ def test_rows_come_back_once_there_is_memory_again(model, denoiser, images):
     most[0] = 1000
     for _ in range(200):
         last = session.adapt(images)
+        if rows[-1] == 24:
+            break
     assert rows[-1] == 24
     torch.testing.assert_close(last.outputs, adapt(model, denoiser, images, config=config).outputs, rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from dtta_fast import presets
+from dtta_fast import presets, scale
 from dtta_fast.cli import main
 from dtta_fast.data.scenes import scenes
 from dtta_fast.evaluate import evaluate
@@ -61,6 +61,28 @@ def test_ray_s_workers_give_the_records_of_one_process(alone, tmp_path):
     assert_same_records(folder, alone)
     kept = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
     assert kept[:4] == lines[:4]  # to the seconds
+
+
+class Deadly:
+    """Ends the process that unpickles it, as an image would that takes all of a worker's memory."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+@pytest.mark.slow
+def test_a_batch_that_ends_every_worker_ends_the_run(tmp_path, monkeypatch):
+    """The error names it, after as many attempts as are made."""
+    import ray
+
+    whole = scale.fetch
+    monkeypatch.setattr(scale, "fetch", lambda data, number, ids: Deadly() if number == 1 else whole(data, number, ids))
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        with pytest.raises(ray.exceptions.RayError, match=f"batch 1 ended the process of a worker {1 + scale.RETRIES} times"):
+            evaluate(RUN, tmp_path / "run", scale="ray")
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
 @pytest.mark.slow
