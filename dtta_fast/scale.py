@@ -58,7 +58,9 @@ class RayWorker:
 
         start = time.perf_counter()
         if ray.get(self._attempts.begin.remote(int(row["item"]))) > 1 + RETRIES:
-            raise RuntimeError(f"batch {row['item']} ended the process of a worker {1 + RETRIES} times; look at its images, or at the memory")
+            raise RuntimeError(
+                f"batch {row['item']} ended the process of a worker {1 + RETRIES} times; look at its images, or at the memory"
+            )
         batch = pickle.loads(row["batch"])
         batch = batch._replace(images={i: self._worker.crop(image) for i, image in batch.images.items()})
         records, seconds = self._worker.adapt(batch, self._worker.stacked(batch))

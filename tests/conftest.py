@@ -24,10 +24,9 @@ from dtta_fast.denoisers.dit_network import DiTNetwork
 from dtta_fast.process import NoiseProcess
 
 CLASSES = 7
-# of several workers each takes its part of the cores; the processes that tests start, too
-if WORKERS := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+# The models here are so small that threads would mostly wait for each other. The processes that tests start take one thread, too.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +32,7 @@ def test_percentiles_are_those_counted_by_hand():
     assert benchmark.percentiles([1.0, 2.0])["p95"] == pytest.approx(1.95)
 
 
+@pytest.mark.slow
 def test_latency_keeps_every_call_beside_the_evaluations_and_the_accuracy_of_the_same_images():
     subject = load_subject(None, None, None, 22, CPU)
     config = EVERY_IMAGE.replace(pairs=2, guard=4, guard_threshold=0.0)
@@ -127,6 +125,7 @@ def test_flops_are_those_counted_by_hand(process, batch, compile):
 # --- a process of its own
 
 
+@pytest.mark.slow
 def test_first_image_is_adapted_in_a_process_of_its_own(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("raise SystemExit('a file of the working folder was imported')\n")
     (tmp_path / "classifier").symlink_to(DIGITS / "classifier")
@@ -142,6 +141,7 @@ def test_first_image_is_adapted_in_a_process_of_its_own(tmp_path, monkeypatch):
     assert 2**24 < resident["before"] <= resident["peak"]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_told_by_its_last_line(images):
     with pytest.raises(ChildProcessError, match=r"status 1: .*local-dir:nowhere.*there is no folder"):
         benchmark.first_image("local-dir:nowhere", str(DIGITS / "denoiser"), images, EVERY_IMAGE)
@@ -176,6 +176,7 @@ def test_models_of_ones_own_get_random_images_of_their_size_or_a_folder_of_image
 # --- the command
 
 
+@pytest.mark.slow
 def test_bench_prints_tables_and_writes_every_sample(tmp_path, capsys):
     path = tmp_path / "bench.json"
     main(["bench", "--calls", "20", "--batches", "2", "1", "--steps", "1", "--json", str(path), "--device", "cpu"])
@@ -251,7 +252,9 @@ def test_bad_input_is_one_line_and_status_2_before_anything_is_measured(capsys, 
     assert not printed.out
 
 
-def test_help_says_what_the_default_is():
-    shown = subprocess.run([Path(sys.executable).with_name("dtta"), "bench", "--help"], capture_output=True, text=True, check=True).stdout
+def test_help_says_what_the_default_is(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    shown = capsys.readouterr().out
     assert "--precheck" in shown
     assert "every image is adapted" in " ".join(shown.replace("│", " ").split())

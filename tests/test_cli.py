@@ -82,6 +82,7 @@ def test_bad_input_is_one_line_and_status_2(capsys, arguments, message):
     assert not printed.out
 
 
+@pytest.mark.slow
 def test_calibrate_writes_what_the_denoiser_then_loads(tmp_path, capsys):
     denoiser, images = tmp_path / "denoiser", tmp_path / "images" / "inner"
     shutil.copytree(Path(zoo.__file__).parent / "digits" / "denoiser", denoiser)
@@ -234,7 +235,8 @@ def test_classes_bear_the_names_that_a_model_knows():
     assert class_names(timm.create_model("resnet18", num_classes=2, pretrained_cfg_overlay=own), 2) == ["a cat", "n2"]
 
 
-@pytest.mark.parametrize("task", [pytest.param("segmentation", marks=pytest.mark.slow), "depth"])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["segmentation", "depth"])
 def test_demo_of_maps_prints_a_table_and_draws(task, tmp_path, capsys):
     result, picture = tmp_path / "demo.json", tmp_path / "maps.png"
     main(["demo", "--task", task, "--images", "2", "--json", str(result), "--picture", str(picture)])

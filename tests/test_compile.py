@@ -26,7 +26,8 @@ def cosines(x, WIDTH: tl.constexpr):
     tl.store(here, tl.cos(z) + tl.sin(z))
 
 
-@pytest.mark.parametrize("name", [name if name == "cuda-90" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_code(name: str) -> None:
     """Every kernel, and in one compilation each, the noise kernels' streams."""
     wrong = []

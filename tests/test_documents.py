@@ -33,11 +33,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 # what takes a package there is left to tests/test_embed.py, which has one already
 ELSEWHERE = {"docs/embedding.md"}
-# these take half of the time
+GUIDES = ("classification", "depth", "own_classifier", "profiling", "ray", "segmentation")
+# these take most of the time
 SLOW = {
     "docs/evaluation.md",
     "docs/reproducibility.md",
-    *(f"docs/guide/{name}.md" for name in ("depth", "profiling", "ray", "segmentation")),
+    *(f"docs/guide/{name}.md" for name in GUIDES),
 }
 LANGUAGES = {"python", "sh", "text"}
 ALSO_ELSEWHERE = {"cpp", "cmake"}

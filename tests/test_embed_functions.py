@@ -87,9 +87,8 @@ def test_the_flow_is_an_adapter_s(model, denoiser, images, name):
         assert int(expected.evaluations.max()) > SMALL.steps * SMALL.pairs  # some answers were compared
 
 
-@pytest.mark.parametrize(
-    "name", ["guard", *(pytest.param(name, marks=pytest.mark.slow) for name in ("denoiser adapts", "noise mixing", "online"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["guard", "denoiser adapts", "noise mixing", "online"])
 def test_the_graphs_are_the_functions(model, denoiser, images, name):
     """What make_fx keeps holds for other images, ids and steps than it saw: nothing is baked in. By SGD, since Adam's first updates are
     gradients' signs, of which rounding decides some (Adam's graph: test_digits_under_a_preset), and in small steps: at a rate of 0.1 an
@@ -106,7 +105,8 @@ def test_the_graphs_are_the_functions(model, denoiser, images, name):
         assert name == "guard" or (expected.outputs - expected.outputs_before).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("preset", [pytest.param("FAST", marks=pytest.mark.slow), "ONLINE"])
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["FAST", "ONLINE"])
 def test_digits_under_a_preset(preset):
     """Of the images some are left alone by FAST's pre-check, and some are adapted and guarded."""
     model, denoiser = zoo.load("digits")
@@ -259,6 +259,7 @@ def test_configs_that_no_package_holds(changes, message):
         check_exportable(AdaptConfig(**changes))
 
 
+@pytest.mark.slow
 def test_classes_that_cannot_occur(model, denoiser, images):
     model, denoiser, images = model.float(), denoiser.float(), images.float()
     adapter = Adapter(model, denoiser, SMALL, Classification(subset=[5, 0, 3]))

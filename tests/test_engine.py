@@ -40,7 +40,7 @@ LADDER = [
     ({"chunk": 1}, 1e-3),
     ({"chunk": 4}, 1e-3),
     ({"memory_budget": 2 * 10**6}, 1e-3),
-    ({"compile": "regional"}, 1e-3),
+    pytest.param({"compile": "regional"}, 1e-3, marks=pytest.mark.slow),
     pytest.param({"compile": "step"}, 1e-3, marks=pytest.mark.slow),
     ({"precision": "fp32"}, 0.0),
     ({"precision": "bf16"}, 0.05),
@@ -62,7 +62,8 @@ def test_every_way_to_run_gives_the_same(floats, rung, tolerance, denoiser_param
     assert relative(found, plain) <= tolerance
 
 
-@pytest.mark.parametrize("how", ["regional", pytest.param("step", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["regional", "step"])
 def test_warm_sessions_do_not_compile_again(floats, how):
     model, denoiser, images = floats
     torch._dynamo.reset()
@@ -85,6 +86,7 @@ def test_a_process_may_hold_many_compiled_sessions():
             assert torch.equal(double(torch.ones(size)), torch.full((size,), 2.0))
 
 
+@pytest.mark.slow
 def test_no_memory_is_left_behind_by_200_images(floats):
     model, denoiser, images = floats
     adapter = Adapter(model, denoiser, CONFIG)

@@ -299,6 +299,7 @@ def test_a_damaged_line_is_named(finished, tmp_path):
         evaluate(RUN, folder)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(finished, tmp_path):
     """The kernel refuses to let a file grow over a size: what was written stands, and the run goes on where there is room again."""
     folder, settings = tmp_path / "run", tmp_path / "run.yaml"

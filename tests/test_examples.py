@@ -37,6 +37,7 @@ def test_asyncio():
     assert int(right[1]) >= 8  # 9 of the blurred digits are read without adaptation, for which a slow machine's deadline may leave no time
 
 
+@pytest.mark.slow
 def test_asyncio_with_time_enough(capsys):
     example = runpy.run_path(str(EXAMPLES / "serve_asyncio.py"))
     example["main"].__globals__["DEADLINE"] = 60.0

@@ -185,6 +185,7 @@ def test_a_stage_that_fails_is_noted_with_what_it_had(tmp_path):
     assert (left_out["status"], left_out["error"]) == ("left out", "5 s were left of 9 minutes")
 
 
+@pytest.mark.slow
 def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path):
     script = (
         "import pathlib, subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"

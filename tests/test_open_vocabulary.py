@@ -319,6 +319,7 @@ def test_folders_that_lack_a_part(tmp_path, monkeypatch):
         StableDiffusion.from_pretrained("nobody/nothing-at-all")
 
 
+@pytest.mark.slow
 def test_adapt_command(tmp_path, capsys):
     images, labels = load_digits("validation")
     paths = [tmp_path / f"{i}.png" for i in range(2)]

@@ -70,6 +70,7 @@ main(["evaluate", sys.argv[2], "--per-class", "1", "--corruptions", "contrast", 
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["win32", "darwin"])
 def test_every_module_imports_where_only_linux_has_what_linux_has(tmp_path, platform):
     """Windows has neither fcntl nor resource, nor links that open() can refuse; a run over a data set works all the same."""

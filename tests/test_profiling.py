@@ -244,6 +244,7 @@ def test_figures_have_three_digits(value, text):
     assert figure(value) == text
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_writes_its_result(tmp_path, capsys):
     paths = [tmp_path / name for name in ("profile.json", "profile.html", "trace.json")]
     arguments = ["--images", "2", "--steps", "1", "--json", str(paths[0]), "--html", str(paths[1]), "--trace", str(paths[2])]

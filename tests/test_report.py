@@ -429,6 +429,7 @@ def test_reports_know_what_is_unfinished(tmp_path):
     assert read_runs([folder])[0].unfinished == "summary.json is of another config than config.json"
 
 
+@pytest.mark.slow
 def test_page_of_many_images_is_small_and_soon_there(tmp_path):
     groups = tuple(f"corruption_{k}" for k in range(19))
     write_run(tmp_path / "run", images=20_000, groups=groups)

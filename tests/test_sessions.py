@@ -15,6 +15,7 @@ from dtta_fast.runtime import clock
 from dtta_fast.tasks import Classification
 
 
+@pytest.mark.slow
 def test_a_deadline_holds_where_the_pre_check_lets_fewer_through(monkeypatch):
     """On a clock that only the denoiser moves: 50 ms a forward. warmup() knows batches of 8; 5 of these images ask for adaptation."""
     model, denoiser = zoo.load("digits")

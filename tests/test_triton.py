@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 def test_kernels_under_the_interpreter():
     """Philox's published words; every output and gradient: RMS error against float64 at most twice plain torch's, odd sizes."""
     program = Path(__file__).parent / "triton_interpreted.py"

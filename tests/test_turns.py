@@ -86,6 +86,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no fork")
 def test_a_child_that_is_forked_during_a_call_can_go_on():
     """In a process of its own: torch refuses a backward in children of one that has computed gradients on a GPU."""

@@ -166,11 +166,14 @@ CASES = [
     *[(kind, "DENSE, denoiser too", DENSE.replace(denoiser_parameters="all", mode="online", precheck="off")) for kind in sorted(MAPS)],
 ]
 TRACED = [case for case in CASES if case[1] in (*CLASSES, "FAST lora", "DENSE") and case[:2] != ("zero_shot", "FAST lora")]
-FIRST = {"classification-FAST", "classification-PAPER", "classification-ONLINE", "classification-DUSA", "subset-FAST", "vit-FAST lora"}
-FIRST |= {"zero_shot-PAPER lora", "depth-DENSE, denoiser too", "segmentation-DENSE, denoiser too"}  # of each kind of model and preset one
+FIRST = {
+    *(f"classification-{name}" for name in CLASSES),
+    "subset-FAST",
+    "vit-FAST lora",
+}
 
 
-def _named(cases: list[Any]) -> list[Any]:
+def _named(cases: list[Any]) -> list[Any]:  # one of each preset, and maps, CLIP and the rest among the slow tests
     ids = [f"{kind}-{name}" for kind, name, _ in cases]
     return [pytest.param(*case, id=name, marks=() if name in FIRST else pytest.mark.slow) for case, name in zip(cases, ids, strict=True)]
 
@@ -246,6 +249,7 @@ def test_encode_step_and_guard_stay_on_the_gpu(kind, name, config):
         engine.finite(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name", "config"), _named(TRACED))
 def test_a_traced_step_and_guard_stay_on_the_gpu(kind, name, config):
     made = KINDS[kind]()
@@ -331,7 +335,10 @@ class _Event:
         pass
 
 
-@pytest.mark.parametrize(("preset", "images", "most"), [("FAST", 1, 2), ("FAST", 4, 2), ("ONLINE", 3, 2), ("PAPER", 1, 1)])
+@pytest.mark.parametrize(
+    ("preset", "images", "most"),
+    [("FAST", 1, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("FAST", 4, 2), ("ONLINE", 3, 2), ("PAPER", 1, 1)))],
+)
 def test_a_call_waits_twice_at_most(preset, images, most, monkeypatch):
     """A whole warm call: every read goes through read(), and nothing is copied to the GPU so that the host waits for it."""
     config = {**presets.ALL, "PAPER": PAPER}[preset]

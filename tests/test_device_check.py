@@ -1,0 +1,72 @@
+"""`dtta env --check`: one adaptation on each device, and what is said where one fails."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dtta_fast import device_check, presets, zoo
+from dtta_fast.cli import main
+from dtta_fast.kernels import backends
+
+CPU = torch.device("cpu")
+
+
+def test_a_line_says_what_served_the_adaptation_and_how_fast(tmp_path, capsys):
+    path = tmp_path / "env.json"
+    main(["env", "--check", "--json", str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(path.read_text())["check"]
+    assert [row["device"] for row in found] == [str(device) for device in device_check.devices()]
+    cpu = found[0]
+    assert (cpu["error"], cpu["difference"], cpu["precision"], cpu["steps"]) == (None, None, "float32", presets.FAST.steps)
+    assert cpu["evaluations"] >= presets.FAST.steps * presets.FAST.pairs
+    assert cpu["ops"].startswith(backends.serving("cpu")[0])
+    assert lines[-len(found)].startswith(
+        f"cpu works: 3 steps and a guard, {cpu['evaluations']} evaluations, in {cpu['milliseconds']:.0f} ms; "
+    )
+    assert cpu["name"] in lines[-len(found)]
+
+
+def test_a_device_that_fails_is_told_in_its_line_and_by_the_exit_status(monkeypatch, capsys):
+    monkeypatch.setattr(device_check, "devices", lambda: [CPU, torch.device("cuda", 99)])
+    monkeypatch.setattr(device_check, "device_name", lambda device: f"the {device.type}")
+    with pytest.raises(SystemExit) as stop:
+        main(["env", "--check"])
+    assert stop.value.code == 1
+    cpu, gpu = capsys.readouterr().out.splitlines()[-2:]
+    assert cpu.startswith("cpu works: ")
+    assert gpu.startswith("cuda:99 FAILS on the cuda: ")
+
+
+def test_an_answer_that_is_not_the_cpu_s_fails(monkeypatch):
+    load, calls = zoo.load, []
+
+    def other(name):
+        model, denoiser = load(name)
+        calls.append(name)
+        if len(calls) == 2:  # the second device computes something else
+            with torch.no_grad():
+                model.get_classifier().weight.mul_(-1)
+        return model, denoiser
+
+    monkeypatch.setattr(zoo, "load", other)
+    first, second = device_check.check([CPU, CPU])
+    assert first.error is None
+    assert "differs by" in second.error
+    assert "FAILS" in str(second)
+
+
+def test_an_adaptation_that_changes_nothing_fails(monkeypatch):
+    monkeypatch.setattr(device_check, "CONFIG", device_check.CONFIG.replace(lr=0.0, match="off", guard=0))
+    assert device_check.check([CPU])[0].error == "the adaptation changed nothing"
+
+
+def test_without_the_weights_of_the_zoo_it_says_what_to_install(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(zoo, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(SystemExit) as stop:
+        main(["env", "--check"])
+    assert stop.value.code == 2
+    assert "'digits' is missing" in capsys.readouterr().err
