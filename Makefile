@@ -1,5 +1,5 @@
-# What .ci/run runs, by parts. `make` lists them.
-.PHONY: help quick test slow all attacks coverage lint types tables docs check demo wheel minimum
+# The parts of .ci/run, and a few more. `make` lists them.
+.PHONY: help quick test slow attacks coverage lint types tables docs check demo wheel minimum
 
 help:  ## this list
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -37,7 +37,7 @@ tables:  ## README's and docs' tables against bench/results
 docs:  ## the site in site/, a warning being an error
 	mkdocs build --strict
 
-check: lint types tables docs test  ## all of these: ten minutes with the installation
+check: lint types tables docs test  ## all of these, in eight minutes on two cores
 
 demo:  ## the digits before and after adaptation
 	dtta demo

@@ -22,7 +22,7 @@ def describe() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    gpus = [device_name(torch.device("cuda", i)) for i in range(torch.cuda.device_count())]
     found["GPUs"] = ", ".join(gpus) or "none"
     found["native library"] = "built" if native.library() is not None else "not built (was there a C++17 compiler at installation?)"
     for device in ("cpu", "cuda"):
@@ -31,9 +31,12 @@ def describe() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's, where the system tells it."""
+    """The name of the GPU or the processor, where the system tells it."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        try:
+            return torch.cuda.get_device_name(device)
+        except (RuntimeError, AssertionError) as error:  # a driver that does not work; AssertionError: a torch built without CUDA
+            return f"a GPU that cannot be asked for its name ({str(error).splitlines()[0]})"
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -21,24 +21,37 @@ RETRIES = 3  # of a batch whose worker died
 
 
 class Attempts:
-    """Counts how often each batch was begun, in a process that outlives the workers."""
+    """Counts how often each batch was read and adapted to, in a process that outlives the readers and the workers."""
 
     def __init__(self) -> None:
-        self._begun: Counter[int] = Counter()
+        self._begun: Counter[tuple[str, int]] = Counter()
 
-    def begin(self, number: int) -> int:
+    def begin(self, what: str, number: int) -> int:
         """Counts one more attempt at the batch, and returns the number of attempts."""
-        self._begun[number] += 1
-        return self._begun[number]
+        self._begun[what, number] += 1
+        return self._begun[what, number]
+
+
+def _begin(attempts: Any, what: str, number: int) -> None:
+    """Counts an attempt. Ray repeats what died without end, so this gives up.
+
+    Raises:
+        RuntimeError: this is one attempt more than a batch gets.
+    """
+    import ray
+
+    if ray.get(attempts.begin.remote(what, number)) > 1 + RETRIES:
+        times = f"{1 + RETRIES} times"
+        raise RuntimeError(f"batch {number} ended the process that {what} it {times}; look at its images, or at the memory")
 
 
 class RayWorker:
-    """Adapts to the batches that reach it; tells the seconds between them as `load`, and its own beside the models' as `own`.
+    """Adapts to the batches that reach it. Reports the time between batches as `load`, and its own time outside the models as `own`.
 
     Ray restarts a worker that died and gives it the same batch again.
 
     Args:
-        kept: references to the data and to the Attempts, in a list: so they stay references, also for a worker that is restarted.
+        kept: references to the data and to the Attempts. A list keeps them as references, so a restarted worker can still fetch them.
 
     Raises:
         RuntimeError: the batch has ended the process of a worker more than RETRIES times.
@@ -54,13 +67,8 @@ class RayWorker:
         self._ended: float | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        import ray
-
         start = time.perf_counter()
-        if ray.get(self._attempts.begin.remote(int(row["item"]))) > 1 + RETRIES:
-            raise RuntimeError(
-                f"batch {row['item']} ended the process of a worker {1 + RETRIES} times; look at its images, or at the memory"
-            )
+        _begin(self._attempts, "adapted to", int(row["item"]))
         batch = pickle.loads(row["batch"])
         batch = batch._replace(images={i: self._worker.crop(image) for i, image in batch.images.items()})
         records, seconds = self._worker.adapt(batch, self._worker.stacked(batch))
@@ -100,6 +108,7 @@ def ray_records(run: RunConfig, data: Images | Maps, batches: Sequence[Sequence[
 
         def read(row: dict[str, Any]) -> dict[str, Any]:
             number = int(row["item"])
+            _begin(attempts, "read", number)
             return {"item": number, "batch": pickle.dumps(fetch(ray.get(kept), number, batches[number]))}
 
         rows = ray.data.from_items(list(remaining), override_num_blocks=len(remaining))

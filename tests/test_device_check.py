@@ -32,36 +32,52 @@ def test_a_line_says_what_served_the_adaptation_and_how_fast(tmp_path, capsys):
 
 def test_a_device_that_fails_is_told_in_its_line_and_by_the_exit_status(monkeypatch, capsys):
     monkeypatch.setattr(device_check, "devices", lambda: [CPU, torch.device("cuda", 99)])
-    monkeypatch.setattr(device_check, "device_name", lambda device: f"the {device.type}")
     with pytest.raises(SystemExit) as stop:
         main(["env", "--check"])
     assert stop.value.code == 1
     cpu, gpu = capsys.readouterr().out.splitlines()[-2:]
     assert cpu.startswith("cpu works: ")
-    assert gpu.startswith("cuda:99 FAILS on the cuda: ")
+    assert gpu.startswith("cuda:99 FAILS on a GPU that cannot be asked for its name (")
 
 
-def test_an_answer_that_is_not_the_cpu_s_fails(monkeypatch):
+def test_an_update_that_is_not_the_cpu_s_fails(monkeypatch):
     load, calls = zoo.load, []
 
     def other(name):
         model, denoiser = load(name)
         calls.append(name)
-        if len(calls) == 2:  # the second device computes something else
+        if len(calls) > 2:  # the second device computes another gradient; its classifier is the same
             with torch.no_grad():
-                model.get_classifier().weight.mul_(-1)
+                denoiser.network.blocks[0].mlp.fc1.weight.mul_(1.5)
         return model, denoiser
 
     monkeypatch.setattr(zoo, "load", other)
     first, second = device_check.check([CPU, CPU])
     assert first.error is None
-    assert "differs by" in second.error
+    assert f"from the CPU's; at most {device_check.MOST_DIFFERENCE} is expected" in second.error
     assert "FAILS" in str(second)
 
 
+def test_the_same_update_works_and_is_not_compared_where_the_cpu_failed(monkeypatch):
+    load, calls = zoo.load, []
+    first, second = device_check.check([CPU, CPU])
+    assert (first.difference, second.difference, second.error) == (None, 0.0, None)
+    assert "within 0.0e+00 of the CPU in float32" in str(second)
+
+    def broken(name):
+        calls.append(name)
+        if len(calls) == 1:
+            raise RuntimeError("no memory\nand more")
+        return load(name)
+
+    monkeypatch.setattr(zoo, "load", broken)
+    first, second = device_check.check([CPU, CPU])
+    assert (first.error, second.error, second.difference) == ("RuntimeError: no memory", None, None)
+
+
 def test_an_adaptation_that_changes_nothing_fails(monkeypatch):
-    monkeypatch.setattr(device_check, "CONFIG", device_check.CONFIG.replace(lr=0.0, match="off", guard=0))
-    assert device_check.check([CPU])[0].error == "the adaptation changed nothing"
+    monkeypatch.setattr(device_check, "COMPARED", device_check.COMPARED.replace(lr=0.0, match="off"))
+    assert device_check.check([CPU])[0].error == "RuntimeError: the adaptation changed nothing"
 
 
 def test_without_the_weights_of_the_zoo_it_says_what_to_install(monkeypatch, tmp_path, capsys):
@@ -69,4 +85,4 @@ def test_without_the_weights_of_the_zoo_it_says_what_to_install(monkeypatch, tmp
     with pytest.raises(SystemExit) as stop:
         main(["env", "--check"])
     assert stop.value.code == 2
-    assert "'digits' is missing" in capsys.readouterr().err
+    assert "has no weights for 'digits'" in capsys.readouterr().err

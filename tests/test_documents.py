@@ -110,7 +110,7 @@ def own(tmp_path, process, random_network) -> None:
 
 
 def in_shell(example: Example) -> None:
-    """Runs a block in bash. Blocks of plain dtta commands run in this process, which has imported everything already, but for README's."""
+    """Runs a block in bash. Blocks of plain dtta commands run in this process, which has imported everything, except the README's."""
     lines = example.parsed.replace("\\\n", " ").splitlines()
     if Path(example.path).name != "README.md" and all(re.fullmatch(r"dtta [^|&;<>$`*]*", line) for line in lines):
         for line in lines:

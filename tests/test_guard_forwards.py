@@ -129,5 +129,7 @@ def test_rows_come_back_once_there_is_memory_again(model, denoiser, images):
         last = session.adapt(images)
         if rows[-1] == 24:
             break
-    assert rows[-1] == 24
+    for _ in range(3):
+        last = session.adapt(images)
+        assert rows[-1] == 24  # and stay
     torch.testing.assert_close(last.outputs, adapt(model, denoiser, images, config=config).outputs, rtol=1e-4, atol=1e-4)

@@ -79,7 +79,7 @@ def test_a_batch_that_ends_every_worker_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "fetch", lambda data, number, ids: Deadly() if number == 1 else whole(data, number, ids))
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     try:
-        with pytest.raises(ray.exceptions.RayError, match=f"batch 1 ended the process of a worker {1 + scale.RETRIES} times"):
+        with pytest.raises(ray.exceptions.RayError, match=f"batch 1 ended the process that adapted to it {1 + scale.RETRIES} times"):
             evaluate(RUN, tmp_path / "run", scale="ray")
     finally:
         ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

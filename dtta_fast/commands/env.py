@@ -17,22 +17,24 @@ class Env:
     """
 
     check: bool = False
-    """Adapt to one image on every device, and say in a line each whether it works, how fast, and by what; status 1 where one fails."""
+    """Adapt to one image on the CPU and on every GPU, and print a line for each: whether it works, how long it took, which backend ran."""
     json: OutFile = None
     """Write the result to this file too."""
 
     def run(self) -> None:
         """Exits with status 1 where the check fails on a device."""
         check_path("json", self.json, holds("python", "torch"))
-        described, found = environment.describe(), []
-        if self.check:
-            from dtta_fast import device_check
-
-            quiet()
-            found = device_check.check()
-        write_json(self.json, {**described, "check": [asdict(device) for device in found]} if self.check else described)
+        described = environment.describe()
         for key, value in described.items():
-            print(f"{key:16} {shown(value)}")
+            print(f"{key:16} {shown(value)}", flush=True)
+        if not self.check:
+            write_json(self.json, described)
+            return
+        from dtta_fast import device_check
+
+        quiet()
+        found = device_check.check()
+        write_json(self.json, {**described, "check": [asdict(device) for device in found]})
         for device in found:
             print(shown(device))
         if any(device.error is not None for device in found):

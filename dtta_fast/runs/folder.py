@@ -285,6 +285,9 @@ class RunFolder:
         self.done = self._read_all()
         if self.remaining():
             raise ValueError(f"{self.folder} lacks {len(self.remaining())} batches: do all processes write to this folder, on one disk?")
+        if self._file in self._open:  # Windows replaces no file that is open
+            self._open.remove(self._file)
+            os.close(self._file)
         records = [record for number in sorted(self.done) for record in self.done[number]]
         data, path = "".join(map(line_of, records)).encode(), self.folder / RECORDS
         if not path.is_file() or path.read_bytes() != data:

@@ -131,6 +131,6 @@ def folder(name: str | Path) -> Path:
     found = Path(__file__).parent / name
     if not found.is_dir():
         raise FileNotFoundError(
-            f"the zoo's {name!r} is missing, as after a build from the source distribution: install a wheel, or a clone"
+            f"this installation has no weights for {name!r} (a source distribution leaves them out): install a wheel, or from a clone"
         )
     return found

@@ -166,14 +166,10 @@ CASES = [
     *[(kind, "DENSE, denoiser too", DENSE.replace(denoiser_parameters="all", mode="online", precheck="off")) for kind in sorted(MAPS)],
 ]
 TRACED = [case for case in CASES if case[1] in (*CLASSES, "FAST lora", "DENSE") and case[:2] != ("zero_shot", "FAST lora")]
-FIRST = {
-    *(f"classification-{name}" for name in CLASSES),
-    "subset-FAST",
-    "vit-FAST lora",
-}
+FIRST = {*(f"classification-{name}" for name in CLASSES), "subset-FAST", "vit-FAST lora"}  # the others are marked slow
 
 
-def _named(cases: list[Any]) -> list[Any]:  # one of each preset, and maps, CLIP and the rest among the slow tests
+def _named(cases: list[Any]) -> list[Any]:
     ids = [f"{kind}-{name}" for kind, name, _ in cases]
     return [pytest.param(*case, id=name, marks=() if name in FIRST else pytest.mark.slow) for case, name in zip(cases, ids, strict=True)]
 
