@@ -52,8 +52,8 @@ import torchvision, transformers, tyro, yaml
 modules, names = (), ("sched_getaffinity",)  # that macOS lacks
 if sys.argv[1] == "win32":
     modules = ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog")
-    names += ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_DIRECTORY", "fork", "register_at_fork", "getloadavg", "getuid", "geteuid", "mkfifo",
-              "uname", "sysconf")
+    names += ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_DIRECTORY", "fork", "register_at_fork", "getloadavg")
+    names += ("getuid", "geteuid", "mkfifo", "uname", "sysconf")
 for name in modules:
     sys.modules[name] = None  # an import of it raises ImportError
 for name in names:
