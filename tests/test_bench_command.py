@@ -210,11 +210,11 @@ def test_bench_prints_tables_and_writes_every_sample(tmp_path, capsys):
 @pytest.mark.slow
 def test_bench_of_ones_own_models_says_that_accuracy_is_not_known(tmp_path, capsys):
     path = tmp_path / "bench.json"
-    settings = ("--calls", "20", "--batches", "1", "--preset", "PAPER", "--pairs", "2", "--precision", "bf16")
+    settings = ("--calls", "20", "--batches", "1", "--preset", "PAPER", "--pairs", "2", "--steps", "1", "--precision", "bf16")
     main(["bench", *OWN, *settings, "--json", str(path), "--device", "cpu"])
     found = json.loads(path.read_text())
     assert found["latency"]["accuracy"] is None
-    assert found["latency"]["evaluations"] == [10] * 20
+    assert found["latency"]["evaluations"] == [2] * 20
     assert (found["peak"]["dtype"], found["config"]["denoiser_parameters"]) == ("bfloat16", "all")
     assert "accuracy is not known" in " ".join(capsys.readouterr().out.split())
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.xdist_group("gpu bench")  # whose stages run once, with --dist loadgroup
+
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
 
