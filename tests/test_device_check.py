@@ -85,4 +85,6 @@ def test_without_the_weights_of_the_zoo_it_says_what_to_install(monkeypatch, tmp
     with pytest.raises(SystemExit) as stop:
         main(["env", "--check"])
     assert stop.value.code == 2
-    assert "has no weights for 'digits'" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "has no weights for 'digits'" in printed.err
+    assert printed.out.startswith("python ")  # what a report needs is there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from dtta_fast import environment
 from dtta_fast.commands.common import OutFile, check_path, holds, quiet, shown, write_json
@@ -24,18 +25,22 @@ class Env:
     def run(self) -> None:
         """Exits with status 1 where the check fails on a device."""
         check_path("json", self.json, holds("python", "torch"))
-        described = environment.describe()
-        for key, value in described.items():
-            print(f"{key:16} {shown(value)}", flush=True)
-        if not self.check:
-            write_json(self.json, described)
-            return
-        from dtta_fast import device_check
+        result: dict[str, Any] = dict(environment.describe())
+        lines = [f"{key:16} {shown(value)}" for key, value in result.items()]
+        missing: FileNotFoundError | None = None
+        if self.check:
+            from dtta_fast import device_check
 
-        quiet()
-        found = device_check.check()
-        write_json(self.json, {**described, "check": [asdict(device) for device in found]})
-        for device in found:
-            print(shown(device))
-        if any(device.error is not None for device in found):
+            quiet()
+            try:
+                found = device_check.check()
+            except FileNotFoundError as error:  # the models are missing; the versions are shown all the same
+                found, missing = [], error
+            lines += [shown(device) for device in found]
+            result["check"] = [asdict(device) for device in found]
+        write_json(self.json, result)
+        print(*lines, sep="\n")
+        if missing is not None:
+            raise missing
+        if any(device["error"] is not None for device in result.get("check", [])):
             sys.exit(1)
