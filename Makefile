@@ -11,7 +11,7 @@ test:  ## all tests but the slow ones
 	pytest -n 2
 
 slow:  ## packages, compiled engines, soak tests, and what needs another program
-	pytest -n 2 -m slow --dist loadgroup
+	pytest -n 2 -m slow --dist loadfile
 
 attacks:  ## 600 attacks on what README and docs promise, about five minutes
 	python tests/attacks/engine.py

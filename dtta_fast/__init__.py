@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-# The wheel installs the folder kernels/ as dtta_fast.kernels. A source tree that was not installed has it beside this folder.
+# The wheel installs the folder kernels/ as dtta_fast.kernels. In a source tree that is not installed, it is next to this folder.
 if importlib.util.find_spec("dtta_fast.kernels") is None:
     _folder = Path(__file__).resolve().parents[1] / "kernels"
     _spec = importlib.util.spec_from_file_location("dtta_fast.kernels", _folder / "__init__.py", submodule_search_locations=[str(_folder)])

@@ -1,4 +1,4 @@
-"""Adam with moments of 8 bits, by bitsandbytes' blockwise kernels (Dettmers et al. 2022, arXiv 2110.02861)."""
+"""Adam with 8-bit moments, using the blockwise kernels of bitsandbytes (Dettmers et al. 2022, arXiv 2110.02861)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-BLOCK = 256  # values that share a scale
-LEAST = 4096  # smaller tensors keep their moments in float32, as in bitsandbytes' own optimizer
+BLOCK = 256  # number of values that share a scale
+LEAST = 4096  # smaller tensors keep float32 moments, as in bitsandbytes' own optimizer
 
 
 def require() -> None:
-    """Raises ImportError with the remedy where bitsandbytes is not installed."""
+    """Raises ImportError with the install command if bitsandbytes is not installed."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -20,22 +20,22 @@ def require() -> None:
 
 
 def fits(parameter: Tensor, images: int) -> bool:
-    """Whether the moments of a parameter [images, ...] are of 8 bits."""
+    """Whether a parameter [images, ...] gets 8-bit moments."""
     return parameter.dtype == torch.float32 and parameter.numel() // images >= LEAST
 
 
 def init_scales(parameter: Tensor, images: int) -> Tensor:
-    """Scales of a moment, [images, blocks]: no block reaches over two images."""
+    """Initial scales of a moment, [images, blocks]; no block spans two images."""
     blocks = -(-parameter.numel() // images // BLOCK) if fits(parameter, images) else 0
     return torch.zeros(images, blocks, dtype=torch.float32, device=parameter.device)
 
 
 def update_(parameter: Tensor, gradient: Tensor, moments: list[Tensor], scales: list[Tensor], step: int, lr: float, decay: float) -> None:
-    """One update in place; parameter, gradient and moments [images, ...] are contiguous. `step` is 1 at the first call.
+    """Updates a parameter once in place; parameter, gradient and moments [images, ...] are contiguous. `step` is 1 at the first call.
 
     decay: decoupled weight decay, as in AdamW.
     """
-    # imported here: the package takes a second, and most sessions do without
+    # imported here, since the import takes a second and most sessions do not need it
     from bitsandbytes.functional import optimizer_update_8bit_blockwise
 
     images = len(scales[0])
@@ -50,7 +50,7 @@ def update_(parameter: Tensor, gradient: Tensor, moments: list[Tensor], scales: 
 
 @lru_cache
 def _codes(device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the 256 values of a first and of a second moment stand for, as parts of their block's scale."""
+    """Tables of the 256 quantized values of the first (signed) and the second (unsigned) moment, as fractions of the block's scale."""
     from bitsandbytes.functional import create_dynamic_map
 
     return create_dynamic_map(signed=True).to(device), create_dynamic_map(signed=False).to(device)

@@ -1,4 +1,4 @@
-"""The public calls: adapt() for one batch, Adapter for a session."""
+"""The public API: adapt() for a single batch, Adapter for a session."""
 
 from __future__ import annotations
 
@@ -41,24 +41,26 @@ from dtta_fast.step import State, usable, where
 from dtta_fast.tasks.base import Task
 from dtta_fast.tasks.classification import Classification
 
-ATTEMPTS = 20  # out of memory halves the chunk, and a failed compilation falls back to eager mode: neither goes on for ever
+ATTEMPTS = 20  # running out of memory halves the chunk, a failed compilation falls back to eager mode; neither retries forever
 
 
 class Adapter:
-    """A session: a model and a denoiser, adapted to many batches under one config.
+    """A session that adapts a model and a denoiser to many batches under one config.
 
-    The caller's modules are never written to: the engine works on private copies that share their memory, made here, and again where
-    weights were replaced. Weights are those at the call; a module's structure and its hooks are those of the time of the copy. In
-    episodic mode every image starts from the model's weights, and a batch of B images is B independent adaptations (B copies of the
-    weights that move). In online mode one set of weights and its optimizer go on from call to call, until reset(); where the guard
-    refuses an answer there, the weights have moved all the same, and a batch after which they are not finite leaves no trace.
-    Threads may share it and take turns: each call is alone in it, and an online state sees the batches in the order of the calls.
+    The caller's modules are never written to. The engine works on private copies that share memory with them. The copies are made when
+    the session is created, and again when weights have been replaced. Each call uses the current weights; a module's structure and hooks
+    are those it had when it was copied.
 
-    On a GPU the denoiser runs in bfloat16 and the model's products in TF32 unless config.precision says otherwise. In half precision the
-    denoiser's weights are cast once, and again where torch counts a write to them; writes through `.data` are seen after reset().
+    In episodic mode every image starts from the model's weights, so a batch of B images is B independent adaptations with B copies of
+    the adapted weights. In online mode one set of weights and its optimizer state carry over from call to call until reset(). There, the
+    weights keep their update even if the guard rejects an answer, but a batch that leaves them non-finite is discarded without a trace.
+    Threads may share an adapter: calls run one at a time, and an online state sees the batches in the order of the calls.
 
-    A model that torch.vmap cannot batch runs image by image, and a compilation that fails gives way to eager mode, each with one
-    warning (DTTA_FAST_STRICT=1: a failed compilation raises). Where memory runs out, the call starts again with half the rows.
+    On a GPU the denoiser runs in bfloat16 and the model's matrix products in TF32 unless config.precision says otherwise. Weights in
+    half precision are cast once, and again when torch registers a write to them; writes through `.data` take effect after reset().
+
+    A model that torch.vmap cannot batch runs image by image, and a failed compilation falls back to eager mode; each case emits one
+    warning (with DTTA_FAST_STRICT=1 a failed compilation raises). If memory runs out, the call restarts with half the rows.
 
     Args:
         model: the model to adapt, e.g. a timm classifier.
@@ -67,12 +69,12 @@ class Adapter:
         task: None means Classification().
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, or a config that does not fit model or denoiser.
+        TypeError, ValueError: an argument has the wrong type, or the config does not fit the model or the denoiser.
     """
 
     def __init__(self, model: nn.Module, denoiser: Denoiser, config: AdaptConfig = presets.FAST, task: Task | None = None) -> None:
         check_arguments(model, denoiser, config, task)
-        model = model._modules.get("_orig_mod") or model  # of a compiled module, the module itself
+        model = model._modules.get("_orig_mod") or model  # unwrap a compiled module
         check_normalisation(model)
         task = task or Classification()
         model, denoiser = task.bind(model, denoiser)
@@ -83,15 +85,15 @@ class Adapter:
             select(model, config.parameters)
         if config.denoiser_parameters == "lora":
             lora.check(denoiser.network_to_adapt(), config.lora_targets, "denoiser")
-        self.engine = Engine(model, denoiser, task, config)  # what runs the steps, for tools of this package
-        self._turns = Turns()  # a forward swaps weights in the private copies, and the storage of a state is one
+        self.engine = Engine(model, denoiser, task, config)  # runs the steps; exposed for this package's own tools
+        self._turns = Turns()  # a forward pass swaps weights in the private copies, and calls share the state's storage
         self._state: State | None = None
-        self._warming = False  # every step is timed, and the guard run whether an answer changed or not
+        self._warming = False  # time every step, and run the guard whether or not an answer changed
         self._paces = Paces()
 
     @property
     def config(self) -> AdaptConfig:
-        """The settings that it was made with."""
+        """The settings this adapter was created with."""
         return self.engine.config
 
     def adapt(
@@ -108,16 +110,16 @@ class Adapter:
 
         Args:
             images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised.
-            image_ids: [B] int64, 0 .. 2^32 - 1, names each image's draws; 0 .. B - 1 by default. An image's result depends on
-                (seed, image_id, config) alone in episodic mode.
-            latents: [B, C, h, w], x0 where it is encoded already. timesteps [B, steps, P] and noise [B, steps, P, C, h, w]
+            image_ids: [B] int64, 0 .. 2^32 - 1, identifies each image's random draws; 0 .. B - 1 by default. In episodic mode an
+                image's result depends only on (seed, image_id, config).
+            latents: [B, C, h, w], x0 if it is already encoded. timesteps [B, steps, P] and noise [B, steps, P, C, h, w]
                 replace the drawn ones.
-            deadline_ms: milliseconds from now within which to answer: no step is begun that would end later, going by the upper
-                quartile of this session's last steps for a batch of this shape, and of what comes after them. Where no time is left
-                for the guard, the answer from before stands. The first call has nothing to go by: see warmup.
+            deadline_ms: time budget in milliseconds, counted from the call. No step is started if it is expected to finish too late.
+                The estimate is the upper quartile of this session's recent times for batches of this shape. If no time is left for the
+                guard, the original answer is kept. The first call has no timings to estimate from: see warmup.
 
         Raises:
-            ValueError: bad input; nothing has changed. RuntimeError: called under torch.inference_mode().
+            ValueError: the input is invalid; nothing has changed. RuntimeError: called under torch.inference_mode().
         """
         start, engine, config = time.perf_counter(), self.engine, self.config
         check_surroundings()
@@ -135,13 +137,13 @@ class Adapter:
             if draw is not None and config.method != "adapt":
                 raise ValueError(f"{name} is given with method {config.method!r}, which draws pairs of its own: leave it out")
         with self._turns.alone() as broken_off:
-            if broken_off:  # this process was forked in the middle of a call
+            if broken_off:  # this process was forked during a call
                 self.engine.rebuild()
                 self._warming = False
             return self._attempted(Request(images, image_ids, latents, timesteps, noise, deadline, checks))
 
     def _attempted(self, request: Request) -> AdaptResult:
-        """Adapts, and once more where less memory or eager mode may help; an online state moves on at the end."""
+        """Adapts, retrying if less memory or eager mode may help; stores the new online state at the end."""
         engine, torch_state = self.engine, TorchState.now()
         for attempt in range(ATTEMPTS):
             try:
@@ -151,15 +153,15 @@ class Adapter:
                 engine.check_sources()
                 engine.succeeded()
                 break
-            except BaseException as error:  # Ctrl-C too leaves tensors of ours in the private modules
+            except BaseException as error:  # Ctrl-C, too, leaves our tensors in the private modules
                 torch_state.restore()
                 math_attention.leave()
                 float32_products.leave()
-                with suppress(RuntimeError):  # the error that is under way says more
+                with suppress(RuntimeError):  # the original error is more informative
                     engine.check_sources()
                 again = engine.failed(error)
                 if again or not isinstance(error, Exception):
-                    self._paces.clear()  # what follows runs otherwise
+                    self._paces.clear()  # later runs take a different time
                 if not again or attempt + 1 == ATTEMPTS:
                     raise
         if self.config.mode == "online" and state is not None:
@@ -167,16 +169,16 @@ class Adapter:
         return result
 
     def _adapt(self, request: Request) -> tuple[State | None, AdaptResult]:
-        """The result, and the online state to go on from: None where it does not move.
+        """Returns the online state to continue from (None if it does not change) and the result.
 
-        Without a deadline the host waits for the device twice at most, where images run together: for the checks of values with the
-        pre-check, and for what the guard has to compare.
+        Without a deadline, and if all images run at once, the host waits for the device at most twice: once for the value checks and
+        the pre-check, and once to learn what the guard has to compare.
         """
         engine, config = self.engine, self.config
         images, image_ids, latents, timesteps, noise, deadline, checks = request
         problem, clock, count = engine.problem, Clock(images.device), len(images)
         with clock.phase("encode"):
-            crop = problem.task.crop(problem.model, images.clone())  # what is called here is the caller's code, and may write to it
+            crop = problem.task.crop(problem.model, images.clone())  # this calls the caller's code, which may write to its input
             calibration = engine.denoiser.calibration
             matched = crop if config.match == "off" or calibration is None else calibration.match(crop)
             dtype = anchor(engine.model).dtype
@@ -206,7 +208,7 @@ class Adapter:
         if not all(asked):
             numbers = [i for i, wanted in enumerate(asked) if wanted]
             rows = torch.tensor(numbers, dtype=torch.int64, device="cpu").to(images.device, non_blocking=True)
-            # code is compiled for whole batches: what it computes for the other images is left out of the result
+            # code is compiled for whole batches; what it computes for the other images is dropped from the result
             part = batch if engine.whole_batches() else batch.of(rows)
         if any(asked):
             if part.x0 is None:
@@ -215,7 +217,7 @@ class Adapter:
             adapted = len(part.image_ids)
             together = engine.plan(part.inputs, part.latents, pairs)
             if not problem.per_image:
-                together = adapted  # one update for all of them; the step itself takes them in parts
+                together = adapted  # one update for all of them; the step itself splits them
             if together < adapted and deadline is not None:
                 bound, remedy = ("memory", "") if config.memory_budget is None else ("memory_budget", ", or a larger memory_budget")
                 raise ValueError(
@@ -231,7 +233,7 @@ class Adapter:
         return state, AdaptResult(**result, predictions=predictions, predictions_before=predictions_before, clock=clock)
 
     def _group(self, batch: Batch, deadline: float | None, clock: Clock) -> Group:
-        """Adapts images that run at once. Its state is None where it is of no use to the next batch."""
+        """Adapts a group of images that run at once. The group's state is None if the next batch cannot use it."""
         engine, losses, timed = self.engine, [], self._warming or deadline is not None
         if self.config.method != "adapt":
             return self._classified(batch, clock)
@@ -254,13 +256,13 @@ class Adapter:
             candidates = [engine.forward(state, inputs), start]
         if self._warming:
             engine.warm_guard(before, x0, image_ids, state.step)
-        fine: list[bool] = []  # whether an online state and its outputs are usable, and whether those of the state before were
+        fine: list[bool] = []  # [are the online state and its outputs usable, were the previous state's outputs usable]
 
         def health() -> list[Tensor]:
             return [engine.finite(state) & usable(candidates[0], before).all(), usable(before, before).all()] if online else []
 
         def wanted(mask: Tensor) -> list[list[bool]]:
-            """Reads the guard's mask and, in the same transfer, health()."""
+            """Reads the guard's mask, and health() in the same transfer."""
             found, *fine[:] = read(mask, *health())
             return found
 
@@ -270,18 +272,18 @@ class Adapter:
                 engine.run_guard(before, x0, image_ids, state.step)
             in_time = deadline is None or begun + pace.guard.expected <= deadline
             outputs, accepted, evaluations = engine.guard(before, candidates, x0, image_ids, state.step, wanted, in_time)
-        if self._warming or (timed and bool(evaluations.any())):  # where no answer changed, there was nothing to time
+        if self._warming or (timed and bool(evaluations.any())):  # if no answer changed, there was nothing to time
             pace.guard.note(clock.now() - begun)
         if online and not fine:
             fine = read(*health())
-        if online and not fine[1]:  # for these images the state is of no use: they get the source's answers
+        if online and not fine[1]:  # the state is useless for these images: they get the source model's answers
             source = engine.source_outputs(batch.original, Checks())
             accepted = accepted & usable(outputs, source)
             before, outputs = (where(usable(found, source), found, source) for found in (before, outputs))
         return Group(state if all(fine) else None, before, outputs, torch.stack(losses, dim=1), accepted, evaluations)
 
     def _classified(self, batch: Batch, clock: Clock) -> Group:
-        """By a method that trains nothing: there is no state, and every finite answer is accepted."""
+        """Runs a training-free method: there is no state, and every finite answer is accepted."""
         assert batch.before is not None
         assert batch.start is not None
         with clock.phase("adapt"):
@@ -291,17 +293,17 @@ class Adapter:
         return Group(None, batch.before, outputs, batch.latents.new_empty(len(outputs), 0), accepted, evaluations)
 
     def crop(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] as model and denoiser look at them: adapt() crops too, and leaves a crop as it is."""
+        """Crops images [B, 3, H, W] in [0, 1] to what the model and denoiser see. adapt() also crops, and leaves a crop unchanged."""
         problem = self.engine.problem
         return problem.task.crop(problem.model, images)
 
     def warmup(self, images: Tensor, **keywords: Any) -> dict[str, float]:
-        """Compiles and measures what adapt() needs for batches of this shape; nothing of it stays in an online adapter's state.
+        """Compiles and times what adapt() needs for batches of this shape, without changing an online adapter's state.
 
-        Args: those of adapt().
+        Args: same as for adapt().
 
         Returns:
-            Seconds of the first call, `cold`, compilation included, and of the second, `warm`.
+            Seconds taken by the first call, including compilation (`cold`), and by the second (`warm`).
         """
         with self._turns.several():
             online, seconds = self._state, {}
@@ -310,7 +312,7 @@ class Adapter:
                 for name in ("cold", "warm"):
                     start = time.perf_counter()
                     result = self.adapt(images, **keywords)
-                    _ = result.seconds  # reading them waits for the device
+                    _ = result.seconds  # reading this waits for the device
                     seconds[name] = time.perf_counter() - start
             finally:
                 self._warming = False
@@ -318,7 +320,7 @@ class Adapter:
             return seconds
 
     def forward(self, images: Tensor) -> Tensor:
-        """Adapts to images as adapt() takes them, and returns the outputs [B, ...]: for code that calls a model. Raises as it does."""
+        """Calls adapt(images) and returns only the outputs [B, ...], for code that expects a model. Raises the same errors."""
         return self.adapt(images).outputs
 
     __call__ = forward
@@ -330,35 +332,35 @@ class Adapter:
             return other
 
     def reset(self) -> None:
-        """Back to the model's own weights and an empty optimizer. Weights that were written through `.data` are read anew."""
+        """Returns to the model's own weights and an empty optimizer state. Picks up weights that were written through `.data`."""
         with self._turns.alone():
             self._state = None
             self.engine.check_copies()
             self.engine.recast()
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the online state: adapted weights by name, optimizer memory and step; empty before the first batch."""
+        """Returns a copy of the online state: adapted weights by name, optimizer state and step; empty before the first batch."""
         return {} if self._state is None else copied(self._state)._asdict()
 
     def save_lora(self, folder: str | Path) -> None:
-        """Writes the online state's LoRA adapters in the ecosystem's formats.
+        """Saves the online state's LoRA adapters in the peft and diffusers formats.
 
-        The model's are a peft folder, for PeftModel.from_pretrained(model, folder); a UNet's are pytorch_lora_weights.safetensors in it,
-        for load_lora_weights(folder) of a diffusers pipeline. Adapters that a model had and that did not move, as those of a text tower
-        whose features are made once, are not in them.
+        The model's adapters are saved as a peft folder, for PeftModel.from_pretrained(model, folder). A UNet's are saved in the same folder
+        as pytorch_lora_weights.safetensors, for a diffusers pipeline's load_lora_weights(folder). Existing adapters that were not adapted,
+        such as those of a text tower whose features are computed once, are not saved.
 
         Raises:
-            ValueError: nothing was adapted yet, no adapters move, or they have more than the formats hold (several active ones in a layer,
-                DoRA's magnitudes, biases).
+            ValueError: nothing has been adapted yet, no adapters are being adapted, or they contain something the formats cannot store
+                (several active adapters in a layer, DoRA magnitudes, biases).
         """
-        with self._turns.alone():  # which weights are adapters is read off the private modules
+        with self._turns.alone():  # the private modules tell which weights are adapters
             save_adapters(self._state, self.engine, Path(folder))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what state_dict() gave under the same config and models.
+        """Restores a state that state_dict() returned under the same config and models.
 
         Raises:
-            ValueError: the adapter is episodic, or the state holds other weights, another optimizer's memory, NaN or infinity.
+            ValueError: the adapter is episodic, or the state holds other weights, another optimizer's state, NaN or infinity.
         """
         if isinstance(state, dict) and not state:
             self.reset()
@@ -379,9 +381,9 @@ def adapt(
     timesteps: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> AdaptResult:
-    """Adapts `model` to `images` by the denoiser's loss, and predicts: Adapter(model, denoiser, config, task).adapt(images, ...).
+    """Adapts `model` to `images` with the denoiser's loss and predicts: Adapter(model, denoiser, config, task).adapt(images, ...).
 
-    model and denoiser are bit for bit what they were, whatever happens.
+    model and denoiser stay bit-for-bit unchanged, whatever happens.
 
     Args:
         model: a torch.nn.Module, such as a timm classifier.
@@ -389,10 +391,10 @@ def adapt(
         images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised.
         config: a preset, or an AdaptConfig.
         task: None means Classification().
-        image_ids, latents, timesteps, noise: as Adapter.adapt takes them.
+        image_ids, latents, timesteps, noise: same as for Adapter.adapt.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong kind, or a config that does not fit model, denoiser or task.
+        TypeError, ValueError: an argument has the wrong type, or the config does not fit the model, denoiser or task.
         RuntimeError: called under torch.inference_mode().
     """
     return Adapter(model, denoiser, config, task).adapt(images, image_ids=image_ids, latents=latents, timesteps=timesteps, noise=noise)

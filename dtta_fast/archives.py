@@ -1,4 +1,4 @@
-"""Checks a zip archive before torch reads it: whatever reads it finds the same members, and no name leads out of a folder."""
+"""Checks a zip archive before torch reads it, so that every reader finds the same members and no name leads out of its folder."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import BinaryIO
 from dtta_fast.files import open_plain
 
 END, LOCATOR, END64, CENTRAL, LOCAL, AFTER = b"PK\5\6", b"PK\6\7", b"PK\6\6", b"PK\1\2", b"PK\3\4", b"PK\7\x08"
-IN_64 = 0xFFFFFFFF  # what a field of 32 bits holds where the number is in the extra field
+IN_64 = 0xFFFFFFFF  # value of a 32-bit field whose number is stored in the extra field
 MOST_MEMBERS = 2**16
-MOST_DIRECTORY = 2**25  # bytes
-MOST_NAME = 511  # bytes of a member's name: torch's reader cuts longer ones
+MOST_DIRECTORY = 2**25  # maximum bytes of the directory
+MOST_NAME = 511  # maximum bytes of a member name; torch's reader truncates longer ones
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class _Member:
 
 
 def check_archive(path: str | Path) -> None:
-    """Checks that an archive can be read in one way only.
+    """Checks that an archive can be read in only one way.
 
-    Python's zipfile and torch's reader find the directory by different rules, so a file could show each of them another one. Here its
-    members lie in a row from the first byte on, then comes the directory, then its end, and nothing else.
+    Python's zipfile and torch's reader locate the directory by different rules, so a file could present a different one to each. This check
+    requires contiguous members from the first byte on, followed by the directory and its end record, and nothing else.
 
     Raises:
-        ValueError: no archive; bytes that belong to nothing; a member that is compressed, encrypted, twice there, a link, or whose name
-            leads out of its folder; what two readers would read in different ways. OSError: the file cannot be read.
+        ValueError: the file is no archive; it has bytes that belong to nothing; a member is compressed, encrypted, duplicated, a link, or
+            has a name that leads out of its folder; or two readers would read it differently. OSError: the file cannot be read.
     """
     with open_plain(path, 2**63) as file:
         size = os.fstat(file.fileno()).st_size
@@ -60,7 +60,7 @@ def check_archive(path: str | Path) -> None:
 
 
 def _directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
-    """Where the directory begins and ends, and how many members it lists."""
+    """Returns the start and end offsets of the directory, and the number of members it lists."""
     if size < 22:
         raise ValueError("it is no zip archive")
     at = size - 22
@@ -68,7 +68,7 @@ def _directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
     if mark != END or comment:
         raise ValueError("it is no zip archive, is cut, or has a comment or other bytes at its end")
     end = at
-    if at >= 76 and _at(file, at - 20, 4) == LOCATOR:  # torch writes both forms of the end
+    if at >= 76 and _at(file, at - 20, 4) == LOCATOR:  # torch writes both forms of the end record
         end = at - 76
         _, disk64, place, disks = struct.unpack("<4sIQI", _at(file, at - 20, 20))
         found = struct.unpack("<4sQ2H2I4Q", _at(file, end, 56))
@@ -109,7 +109,7 @@ def _members(directory: bytes, count: int) -> list[_Member]:
 
 
 def _wide(extra: bytes, numbers: list[int]) -> list[int]:
-    """Numbers of 32 bits, those that are too large for them from the extra field."""
+    """Resolves 32-bit numbers, replacing those that are too large for 32 bits by the values from the extra field."""
     fields, at = [], 0
     while at < len(extra):
         if len(extra) - at < 4:
@@ -128,21 +128,21 @@ def _wide(extra: bytes, numbers: list[int]) -> list[int]:
 
 
 def _check_name(name: bytes) -> None:
-    """Of the bytes that torch reads: zipfile cuts names at a NUL, and turns separators round."""
+    """Checks the raw bytes of a name as torch reads them, since zipfile cuts names at a NUL and converts separators."""
     try:
         text = name.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"its member {_shown(name)} is not named in UTF-8") from error
-    leads_out = any(not part.strip(" .") for part in text.split("/"))  # "", ".", "..", and what Windows takes for them
+    leads_out = any(not part.strip(" .") for part in text.split("/"))  # "", ".", "..", and names that Windows treats as these
     if leads_out or len(name) > MOST_NAME or any(mark in "\\:" or not mark.isprintable() for mark in text):
         raise ValueError(f"its member {_shown(name)} has a name that leads out of its folder, or is none")
 
 
 def _end_of(file: BinaryIO, member: _Member, directory: int) -> int:
-    """Where a member and what follows it end.
+    """Returns the end offset of a member, including the data descriptor that may follow it.
 
     Raises:
-        ValueError: its own header says something else than the directory.
+        ValueError: the member is compressed, encrypted or incomplete, or its own header does not match the directory.
     """
     if member.method or member.packed != member.size:
         raise ValueError(f"its member {_shown(member.name)} is compressed, and could unpack to any size")
@@ -153,7 +153,7 @@ def _end_of(file: BinaryIO, member: _Member, directory: int) -> int:
     name = _at(file, member.offset + 30, name_length)
     if mark != LOCAL or (flags, method) != (member.flags, member.method) or name != member.name:
         raise ValueError(f"its member {_shown(member.name)} is {_shown(name)} where it lies")
-    later = bool(flags & 8)  # its sizes follow it
+    later = bool(flags & 8)  # its sizes follow the data
     for own, whole in ((check, member.check), (packed, member.packed), (size, member.size)):
         if own not in (whole, IN_64, *((0,) if later else ())):
             raise ValueError(f"its member {_shown(member.name)} has other sizes where it lies")
@@ -173,7 +173,7 @@ def _end_of(file: BinaryIO, member: _Member, directory: int) -> int:
 def _packed(form: str, numbers: tuple[int, int, int]) -> bytes | None:
     try:
         return struct.pack(form, AFTER, *numbers)
-    except struct.error:  # beyond 32 bits
+    except struct.error:  # a number exceeds 32 bits
         return None
 
 

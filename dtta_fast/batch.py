@@ -1,4 +1,4 @@
-"""The request that a call makes, and its images on their way through the engine."""
+"""The arguments of a call, and its images as they pass through the engine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from dtta_fast.inputs import Checks
 
 
 class Request(NamedTuple):
-    """The arguments of a call, its images [B, 3, H, W] in floating point.
+    """The arguments of a call, with floating-point images [B, 3, H, W].
 
-    deadline: in seconds of time.perf_counter(). checks: checks of values that are still to be made. The other fields are Adapter.adapt's.
+    deadline: time in seconds on the clock of time.perf_counter(). checks: value checks that are still pending. The other fields are as in
+    Adapter.adapt.
     """
 
     images: Tensor
@@ -25,12 +26,12 @@ class Request(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B images, one in each row of every tensor.
+    """A batch of B images, one per row of every tensor.
 
-    original: the model's inputs for the images as they are. matched: its inputs for the matched images; None where it sees the images as
-    they are. crop: [B, 3, H, W] in [0, 1], what the denoiser looks at. image_ids: [B]. x0: latents [B, C, h, w], None until they are
-    encoded. timesteps [B, steps, P] and noise [B, steps, P, C, h, w]: None where they are drawn. before, start: the source model's outputs
-    [B, ...] for the images as they are, and for the inputs that are adapted to; None where an online state takes its place.
+    original: the model's inputs for the unchanged images. matched: its inputs for the matched images; None if the model sees the unchanged
+    images. crop: [B, 3, H, W] in [0, 1], the denoiser's view. image_ids: [B]. x0: latents [B, C, h, w], None until they are encoded.
+    timesteps [B, steps, P] and noise [B, steps, P, C, h, w]: None if they are drawn. before, start: the source model's outputs [B, ...] for
+    the unchanged images, and for the inputs used for adaptation; None if an online state replaces the source model.
     """
 
     original: Tensor
@@ -45,12 +46,12 @@ class Batch(NamedTuple):
 
     @property
     def inputs(self) -> Tensor:
-        """The model's inputs that are adapted to."""
+        """The model inputs used for adaptation."""
         return self.original if self.matched is None else self.matched
 
     @property
     def latents(self) -> Tensor:
-        """x0, once it is encoded."""
+        """x0, after it has been encoded."""
         assert self.x0 is not None
         return self.x0
 
@@ -59,5 +60,5 @@ class Batch(NamedTuple):
         return Batch(*(None if tensor is None else tensor[rows] for tensor in self))  # type: ignore[arg-type]
 
     def draws(self, step: int) -> list[Tensor | None]:
-        """The given timesteps [B, P] and noise [B, P, C, h, w] of a step."""
+        """The given timesteps [B, P] and noise [B, P, C, h, w] of a step; None for those that are drawn."""
         return [None if draw is None else draw[:, step] for draw in (self.timesteps, self.noise)]

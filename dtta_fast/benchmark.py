@@ -1,4 +1,4 @@
-"""Latency, throughput, memory, cold start and roofline of an adaptation, with the evaluations and the accuracy that it gives for them."""
+"""Latency, throughput, memory, cold start and roofline of an adaptation, together with its number of evaluations and its accuracy."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from dtta_fast.roofline import attained, measured_peak
 from dtta_fast.runtime.counting import Counter
 from dtta_fast.runtime.precision import products
 
-FEWEST_ROUNDS = 3  # of a batch
-CALLS_BEFORE = 5  # uncounted, after the warm-up: other images may take other ways
-FEWEST_CALLS = 20  # whose percentiles mean something
+FEWEST_ROUNDS = 3  # minimum rounds per batch
+CALLS_BEFORE = 5  # untimed calls after the warm-up, since other images may take other code paths
+FEWEST_CALLS = 20  # minimum number of calls for meaningful percentiles
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 Advance = Callable[[str], None]
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p50, p95 and p99, interpolated linearly between samples (two and more), and how many times p50 p99 is."""
+    """p50, p95 and p99, interpolated linearly between at least two samples, and the ratio of p99 to p50."""
     cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     return {"p50": cuts[49], "p95": cuts[94], "p99": cuts[98], "p99_over_p50": cuts[98] / cuts[49]}
 
@@ -41,15 +41,17 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 def latency(
     adapter: Adapter, images: Tensor, calls: int, labels: Tensor | None = None, advance: Advance = lambda stage: None
 ) -> dict[str, Any]:
-    """Adapts images [N, 3, H, W] one by one, in turn, call i under the image id i, until the answer is on the host.
+    """Measures the latency of adapting to one image at a time, until the prediction is on the host.
+
+    Cycles through images [N, 3, H, W]; call i uses image id i.
 
     Args:
-        calls: how many, after a warm-up. labels: [N]. advance: called after each call.
+        calls: number of timed calls after a warm-up. labels: [N]. advance: called after each call.
 
     Returns:
-        seconds and evaluations of each call; percentiles of all calls, and under same_work of those with the commonest number of
-        evaluations, since a guard and a pre-check take more on some images; evaluations_per_image, and the accuracies in 0..1 before and
-        after, or None without labels; warmup, the seconds of Adapter.warmup.
+        seconds and evaluations of each call; percentiles over all calls, and, under same_work, over the calls with the most common number
+        of evaluations, since a guard and a pre-check need more on some images; evaluations_per_image; accuracy before and after
+        adaptation in 0..1, or None without labels; warmup, the seconds of Adapter.warmup.
 
     Raises:
         ValueError: fewer than 20 calls.
@@ -92,10 +94,10 @@ def latency(
 
 
 def throughput(adapter: Adapter, images: Tensor, rounds: int, advance: Advance = lambda stage: None) -> dict[str, Any]:
-    """Adapts a batch [B, 3, H, W] again and again, under the image ids 0 .. B - 1, until the answers are on the host.
+    """Adapts repeatedly to a batch [B, 3, H, W] with image ids 0 .. B - 1, and times each round until the predictions are on the host.
 
     Returns:
-        batch; seconds of each round, and images_per_second by their median; evaluations of the batch; warmup as of latency().
+        batch; seconds of each round, and images_per_second from their median; evaluations of the batch; warmup as in latency().
     """
     adapter.reset()
     warmup, seconds, evaluations = adapter.warmup(images), [], 0
@@ -111,12 +113,12 @@ def throughput(adapter: Adapter, images: Tensor, rounds: int, advance: Advance =
 
 
 def flops(model: nn.Module, denoiser: Denoiser, config: AdaptConfig, images: Tensor) -> int:
-    """Floating-point operations of the matrix products, convolutions and attention of one adaptation of a batch [B, 3, H, W].
+    """Floating-point operations of the matrix products, convolutions and attention in one adaptation to a batch [B, 3, H, W].
 
-    Counted in eager mode, since a compiled graph does not show its operators; a compilation changes no product.
+    They are counted in eager mode, since a compiled graph hides its operators; compilation changes none of these operations.
     """
     adapter = Adapter(model, denoiser, config.replace(compile="off"))
-    adapter.adapt(images)  # the first call makes forwards to measure memory too
+    adapter.adapt(images)  # the first call also runs forward passes to measure memory
     adapter.reset()
     with Counter() as counter:
         adapter.adapt(images)
@@ -126,23 +128,23 @@ def flops(model: nn.Module, denoiser: Denoiser, config: AdaptConfig, images: Ten
 def first_image(
     model: str | None, denoiser: str | None, images: Tensor, config: AdaptConfig, caches: str | Path | None = None
 ) -> dict[str, Any]:
-    """Adapts images [B, 3, H, W] on their device in a process of its own.
+    """Adapts to images [B, 3, H, W] on their device in a separate process.
 
     Args:
-        model, denoiser: as runs.models.load_pair takes them. caches: a folder for what compilers keep from process to process; None means
-            their usual ones.
+        model, denoiser: as in runs.models.load_pair. caches: a folder for the compiler caches that persist between processes; None uses
+            the default folders.
 
     Returns:
-        Seconds: total, from the start of the process to the answers on the host, and of it imports (and the start of Python), loading,
-        adaptation. memory: bytes before the adaptation and at the process' peak, {"resident": {"before", "peak"}}, and on a GPU
-        "allocated" by torch too. predictions: the answers.
+        Seconds: total, from the start of the process until the predictions are on the host, and its parts: imports (including the start
+        of Python), loading, adaptation. memory: bytes before the adaptation and at the peak of the process,
+        {"resident": {"before", "peak"}}, and on a GPU also "allocated" by torch. predictions: the predictions.
 
     Raises:
-        ChildProcessError: the process failed; the message has its last line.
+        ChildProcessError: the process failed; the message contains the last line of its output.
     """
     from safetensors.torch import save_file
 
-    # a folder of its own: Python looks for modules in the folder that it starts in first
+    # run in a separate folder, because Python searches its start folder first for modules
     with tempfile.TemporaryDirectory() as folder:
         save_file({"images": images.cpu().contiguous()}, Path(folder, "images.safetensors"))
         request = {"model": model, "denoiser": denoiser, "device": str(images.device), "config": asdict(config), "folder": os.getcwd()}
@@ -169,16 +171,16 @@ def run(
     batches: Sequence[int],
     advance: Advance = lambda stage: None,
 ) -> dict[str, Any]:
-    """All of it, on the device of the images [N, 3, H, W].
+    """Runs all measurements on the device of the images [N, 3, H, W].
 
     Args:
-        labels: [N] or None. names: of model and denoiser, by which a process of its own loads them (see first_image). calls: of one image,
-            for latency; a batch takes a 20th of them. batches: numbers of images in a call, up to N. advance: called after a call or a
-            process, rounds_of(calls, batches) times.
+        labels: [N] or None. names: names of the model and the denoiser, from which a separate process loads them (see first_image). calls:
+            number of single-image calls for latency; each batch size gets a 20th of them, but at least 3. batches: batch sizes, up to N.
+            advance: called after each call or process, rounds_of(calls, batches) times.
 
     Returns:
-        latency; throughput, a row a batch, with its flops, flops_per_second, share_of_peak and memory; cold_start with empty and kept
-        caches of compilers, or {"error"} where that process failed; peak, of matrix products in the denoiser's precision and of copies.
+        latency; throughput, one row per batch size, with its flops, flops_per_second, share_of_peak and memory; cold_start with empty and
+        with kept compiler caches, or {"error"} if that process failed; peak, of matrix products in the denoiser's precision and of copies.
 
     Raises:
         ValueError: too few calls, a batch of 0, or a config that does not fit.
@@ -198,13 +200,13 @@ def run(
             {**row, "flops": operations, "flops_per_second": operations / taken, "share_of_peak": attained(taken, operations, 0, peak)}
         )
     if images.device.type == "cuda":
-        torch.cuda.empty_cache()  # the processes below run on the same device
+        torch.cuda.empty_cache()  # the processes below use the same device
     with tempfile.TemporaryDirectory() as caches:
 
         def fresh(batch: int) -> dict[str, Any]:
             try:
                 return first_image(*names, images[:batch], config, caches)
-            except ChildProcessError as error:  # what was measured before stays
+            except ChildProcessError as error:  # keep the earlier measurements
                 return {"error": str(error)}
 
         starts = {}
@@ -218,18 +220,18 @@ def run(
 
 
 def rounds_of(calls: int, batches: Sequence[int]) -> int:
-    """How often run() calls `advance`."""
+    """Number of times that run() calls `advance`."""
     return calls + len(batches) * (_rounds(calls) + 1) + 2
 
 
 def check_calls(calls: int) -> None:
-    """Raises ValueError where percentiles would mean nothing."""
+    """Raises ValueError if there are too few calls for meaningful percentiles."""
     if calls < FEWEST_CALLS:
         raise ValueError(f"calls is {calls}; give {FEWEST_CALLS} and more, 200 for a p99 that two calls stand behind")
 
 
 def check_batches(batches: Sequence[int]) -> None:
-    """Raises ValueError for none, one of 0 images, or one that stands twice."""
+    """Raises ValueError if there are no batch sizes, one is below 1, or one occurs twice."""
     if not batches or min(batches) < 1 or len(set(batches)) != len(batches):
         raise ValueError(
             f"batches is {', '.join(map(str, batches)) or 'empty'}; give different whole numbers of 1 and more, such as 1 4 16"

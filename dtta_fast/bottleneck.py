@@ -1,4 +1,4 @@
-"""Time and work against the machine's peaks, and what bounds the longest part."""
+"""Compares time and work with the machine's peaks, and finds the bottleneck of the longest phase."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dtta_fast.roofline import Peak, attained, measured_peak
 from dtta_fast.runtime.counting import Count
 from dtta_fast.runtime.phases import OTHER
 
-NEAR = 0.2  # share of a peak from which on it is what bounds: the peak is of one large operator that nothing interrupts
-SMALL = 5e-5  # seconds that an operator's work would take at the peaks: below them, what the call itself costs counts
+NEAR = 0.2  # share of a peak from which work counts as bound by it; the peak was measured on one large, uninterrupted operator
+SMALL = 5e-5  # seconds that an operator's work would take at the peaks; below this, the call overhead dominates
 
 
 @dataclass(frozen=True)
 class Row:
     """A phase or an operator.
 
-    share: of the whole time. flops, bytes: counted, of all its calls. of_flops, of_bytes: shares of the peaks. attained: of the roofline,
-    the larger of both. kernel: on CUDA, the device kernel of its longest run.
+    share: share of the total time. flops, bytes: counted over all its calls. of_flops, of_bytes: shares of the peaks. attained: share of
+    the roofline, the larger of the two. kernel: on CUDA, the name of its longest-running device kernel.
     """
 
     name: str
@@ -57,8 +57,8 @@ class Row:
 
 
 def bottleneck(phases: Sequence[Row], config: AdaptConfig, peak: Peak, device: torch.device) -> str:
-    """A sentence on the longest phase: what its figures say that it is bound by, and what would shorten it."""
-    row = max((phase for phase in phases if phase.name != OTHER), key=lambda phase: phase.seconds)  # what no phase explains has no remedy
+    """Describes in one sentence what bounds the longest phase, according to its figures, and what would shorten it."""
+    row = max((phase for phase in phases if phase.name != OTHER), key=lambda phase: phase.seconds)  # no remedy for time outside phases
     shares = f"{100 * row.of_flops:.0f} % of the {peak.dtype} peak and {100 * row.of_bytes:.0f} % of the memory bandwidth"
     found = f"{row.name[0].upper()}{row.name[1:]} takes {100 * row.share:.0f} % of the time at {shares}: "
     each = row.seconds / row.calls if row.calls else 0.0
@@ -88,7 +88,7 @@ def _fewer_bytes(phase: str, config: AdaptConfig) -> str:
 
 
 def _half(config: AdaptConfig, peak: Peak, device: torch.device) -> str:
-    """What half precision would bring, where the machine's peak says that it brings something."""
+    """Suggests half precision if its measured peak is higher on this machine."""
     if peak.dtype != "float32" or config.precision != "auto":
         return ""
     factor = measured_peak(device, torch.bfloat16, 0.5).flops / peak.flops

@@ -1,4 +1,4 @@
-"""Measures a denoiser on clean images, without labels: their statistics, and which timesteps tell classes apart."""
+"""Calibrates a denoiser on clean images without labels: their statistics, and which timesteps separate classes."""
 
 from __future__ import annotations
 
@@ -14,37 +14,39 @@ from dtta_fast.objectives import Pairs, pair_losses
 from dtta_fast.runtime.private import PrivateCopy
 
 BINS = 20  # equal parts of the noise process
-PAIRS = 16  # pairs a bin and image
-RIVALS = 4  # classes an image's own is told from: the nearest ones
-IMAGES = 64  # more change the density less than another seed does
-ROWS = 64  # of the denoiser at once
+PAIRS = 16  # pairs per bin and image
+RIVALS = 4  # number of nearest classes that an image's own class is compared with
+IMAGES = 64  # using more changes the density less than a different seed does
+ROWS = 64  # rows that the denoiser processes at once
 
 
 @torch.no_grad()
 def calibrate(denoiser: Denoiser, images: Tensor) -> Calibration:
-    """Of clean images [N, 3, H, W] in [0, 1], 8 and more, like those that the denoiser was trained on, at the crop that it looks at.
+    """Calibrates a denoiser on at least 8 clean images [N, 3, H, W] in [0, 1], similar to its training images and cropped to what it sees.
 
-    The first 64 serve for the timesteps: an image's own class is the one whose loss is lowest over all timesteps (its diffusion
-    classifier's answer), and each timestep is rated by how far, and how surely, some pairs tell it from its nearest rivals. A denoiser
-    of maps has no rivals to tell apart: it gets the statistics alone, for matching.
+    The timesteps are measured on the first 64 images: an image's own class is the one with the lowest loss over all timesteps (the
+    diffusion classifier's answer), and each timestep is rated by how far, and how reliably, a set of pairs separates that class from its
+    nearest rivals. A denoiser of maps has no rival classes, so it gets only the statistics, for matching.
 
     Raises:
-        ValueError: what Calibration.measure refuses; a denoiser of prompts without classes: give denoiser.with_classes([...]).
+        ValueError: Calibration.measure rejects the images, or a text-conditioned denoiser has no classes: give
+            denoiser.with_classes([...]).
     """
     found = Calibration.measure(denoiser, images)
     if denoiser.takes_maps:
         return found
-    own: Any = PrivateCopy(denoiser).module  # in eval mode, whatever the caller's is in
+    own: Any = PrivateCopy(denoiser).module  # in eval mode, whatever mode the caller's denoiser is in
     signal, spread = class_signal(own, own.encode(images[:IMAGES].to(next(denoiser.parameters()).device)))
     return dataclasses.replace(found, signal=tuple(signal.tolist()), spread=tuple(spread.tolist()))
 
 
 @torch.no_grad()
 def class_signal(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [BINS] of the loss under a rival class less the loss under the image's own, for latents [N, C, h, w].
+    """Returns mean and standard deviation [BINS] of the loss under a rival class minus the loss under the image's own class.
 
-    Over images and rivals, each difference the mean of PAIRS pairs. One pair's would hide what many can tell: noise averages out, but
-    what no noise hides from a classifier of templates (the highest timesteps) stays wrong.
+    The latents x0 are [N, C, h, w]. Both statistics are taken over images and rivals; each difference is the mean of PAIRS pairs. A
+    single pair would hide what many pairs reveal: noise averages out, but the highest timesteps act as a template classifier, whose
+    errors do not come from noise and remain.
     """
     table, width = denoiser.class_embeddings({}), len(denoiser.process) / BINS
     if len(table) < 2:
@@ -52,9 +54,9 @@ def class_signal(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor]:
     ids = torch.arange(len(x0), dtype=torch.int64, device=x0.device)
     starts = torch.arange(BINS, dtype=torch.float32, device=x0.device) * width
     first = _losses(denoiser, x0, ids, (starts + width / 2).long().expand(len(x0), BINS), table.expand(len(x0), *table.shape), 0)
-    # the bins' losses differ by orders of magnitude: each counts by how much classes differ in it
+    # the bins' losses differ by orders of magnitude, so each is scaled by how much the classes differ in it
     scores = (first / first.std(1, keepdim=True).mean(0).clamp(min=1e-30)).mean(2)
-    nearest = scores.topk(min(1 + RIVALS, scores.shape[1]), dim=1, largest=False).indices  # [N, M], the image's own first
+    nearest = scores.topk(min(1 + RIVALS, scores.shape[1]), dim=1, largest=False).indices  # [N, M], the image's own class first
     part = (torch.arange(PAIRS, dtype=torch.float32, device=x0.device) + 0.5) / PAIRS * width
     timesteps = (starts[:, None] + part).long().flatten().clamp(max=len(denoiser.process) - 1)
     losses = _losses(denoiser, x0, ids, timesteps.expand(len(x0), -1), table[nearest], 1)
@@ -63,7 +65,7 @@ def class_signal(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _losses(denoiser: Denoiser, x0: Tensor, ids: Tensor, timesteps: Tensor, conditions: Tensor, step: int) -> Tensor:
-    """[N, M, P] under conditions [N, M, ...], float64; the classes share the pairs."""
+    """Returns losses [N, M, P] under conditions [N, M, ...] as float64; all classes share the same pairs."""
     drawn = Pairs(x0, timesteps, ids, 0, torch.tensor(step, dtype=torch.int64, device=x0.device))
     rows = max(1, ROWS // len(x0))
     of_class = [

@@ -1,4 +1,4 @@
-"""What a denoiser's own images look like, measured without labels, and how an image is brought to it."""
+"""Statistics of a denoiser's own images, measured without labels, and how to match an image to them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from dtta_fast.files import read_text
 from dtta_fast.runtime.constants import kept, numbers
 
-LEAST = 8  # images to measure on: the mean power of fewer is one image's own
-MOST_GAIN = 4.0  # a frequency is raised and lowered by at most that: what blur has taken altogether does not come back
-NOTHING = 1e-12  # a power that is none: where neither side has any, the gain is 1
-NO_POWER = 1e-10  # that a statistic does not go below
-SHARPNESS = 8  # of the density of timesteps: chosen on the validation split of digits-C
-USUAL = 0.95  # share of a denoiser's own images that are no outliers: the quantile of their distances that is the limit
-LEAST_SCATTER = 1e-3  # of a statistic that all images have alike
-PIECE = 64  # coefficients added up at once; a table of whole rings would be mostly empty, since the outer ring has thousands
-MOST_VALUES = 2**16  # of a statistic in a file
-RANGES = {  # of what a file may hold: images lie in [0, 1], and powers of deviation 1 add up to 1
+LEAST = 8  # minimum images to measure on: with fewer, single images dominate the mean power
+MOST_GAIN = 4.0  # largest factor by which a frequency is raised or lowered: what blur has removed completely cannot be recovered
+NOTHING = 1e-12  # added to powers, so that the gain is 1 where both are zero
+NO_POWER = 1e-10  # lower bound of a power in a statistic
+SHARPNESS = 8  # exponent of the timestep density, chosen on the validation split of digits-C
+USUAL = 0.95  # share of a denoiser's own images that are not outliers: this quantile of their distances is the limit
+LEAST_SCATTER = 1e-3  # lower bound, for a statistic that is the same in all images
+PIECE = 64  # coefficients summed at once; a table of whole rings would be mostly empty, since the outer ring has thousands
+MOST_VALUES = 2**16  # maximum length of a list in a file
+RANGES = {  # valid ranges of the values in a file: images lie in [0, 1], and the powers of images with deviation 1 sum to 1
     "mean": (0.0, 1.0),
     "deviation": (1e-4, 1.0),
     "power": (0.0, 2.0),
@@ -37,27 +37,27 @@ RANGES = {  # of what a file may hold: images lie in [0, 1], and powers of devia
     "scatter": (1e-4, 100.0),
     "limit": (0.0, 1e6),
     "signal": (-1e6, 1e6),
-    "spread": (1e-30, 1e6),  # to the eighth power their quotient still is a number
+    "spread": (1e-30, 1e6),  # (signal / spread)^8 stays finite
 }
-FLAT = 1e-4  # standard deviation in [0, 1] under which an image has no contrast to bring back
+FLAT = 1e-4  # standard deviation, for values in [0, 1], below which an image has no contrast to restore
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics of clean images of a denoiser's domain, and the denoiser that they belong to.
+    """Statistics of clean images from a denoiser's domain, and the fingerprint of the denoiser they belong to.
 
-    A denoising loss compares a corrupted image with what the denoiser makes of clean ones, so the first thing that it sees is the
-    corruption: contrast, brightness, blur. Matching takes that away, and leaves the class.
+    A denoising loss compares a corrupted image with what the denoiser learned from clean ones, so it reacts first of all to the
+    corruption: contrast, brightness, blur. Matching removes these differences and leaves the class.
 
     Attributes:
-        fingerprint: of the denoiser (see fingerprint()).
-        mean, deviation: of an image's values in [0, 1], over its pixels and channels; means over images.
-        power: mean power of images of mean 0 and deviation 1 by spatial frequency, 0, 1, 2 .. cycles an image side.
-        typical, scatter: an image's statistics (its mean, the logarithms of its deviation and of its power at 1, 2 .. cycles), mean and
-            standard deviation over images.
-        limit: the distance() that 95 % of them are under.
-        signal, spread: in equal parts of the noise process, mean and standard deviation of how much higher the loss is under a rival class
-            than under an image's own (see calibrate()); empty where they were not measured.
+        fingerprint: the denoiser's fingerprint (see fingerprint()).
+        mean, deviation: mean and standard deviation of an image's values in [0, 1] over pixels and channels, averaged over images.
+        power: mean power by spatial frequency, 0, 1, 2 .. cycles per image side, of images normalised to mean 0 and deviation 1.
+        typical, scatter: mean and standard deviation over images of an image's statistics (its mean, and the logarithms of its deviation
+            and of its power at 1, 2 .. cycles).
+        limit: the distance() below which 95 % of these images lie.
+        signal, spread: mean and standard deviation, in equal parts of the noise process, of how much higher the loss is under a rival
+            class than under an image's own class (see calibrate()); empty if not measured.
     """
 
     fingerprint: str
@@ -73,10 +73,10 @@ class Calibration:
     @classmethod
     @torch.no_grad()
     def measure(cls, denoiser: nn.Module, images: Tensor) -> Calibration:
-        """Of clean images [N, C, H, W] in [0, 1], 8 and more, at the crop that the denoiser looks at.
+        """Measures the statistics of at least 8 clean images [N, C, H, W] in [0, 1], cropped to what the denoiser sees.
 
         Raises:
-            ValueError: fewer images, values outside [0, 1], or images without contrast.
+            ValueError: too few images, values outside [0, 1], or images without contrast.
         """
         if images.ndim != 4 or len(images) < LEAST or min(images.shape[-2:]) < 4:
             raise ValueError(
@@ -109,23 +109,26 @@ class Calibration:
 
     @torch.no_grad()
     def distance(self, images: Tensor) -> Tensor:
-        """How far each image's [B, C, H, W] statistics are from the denoiser's own images', [B]: root mean square, in standard deviations.
+        """Returns the distance [B] of each image's [B, C, H, W] statistics from those of the denoiser's own images.
+
+        The distance is the root mean square over the statistics, in standard deviations.
 
         Raises:
-            ValueError: they were not measured.
+            ValueError: the typical statistics were not measured.
         """
         if not self.typical:
             raise ValueError("the denoiser's calibration has no typical statistics; measure them by calibrate() or `dtta calibrate`")
         found = _statistics(images.float())
-        known = min(found.shape[1], len(self.typical))  # images of another size have other frequencies too
+        known = min(found.shape[1], len(self.typical))  # images of a different size also have different frequencies
         typical, scatter = (numbers(values[:known], images.device, torch.float32) for values in (self.typical, self.scatter))
         return ((found[:, :known] - typical) / scatter).square().mean(1).sqrt()
 
     @torch.no_grad()
     def match(self, images: Tensor) -> Tensor:
-        """Each image [B, C, H, W] with the mean, the deviation and the radial power spectrum of these statistics; of any size.
+        """Matches each image [B, C, H, W], of any size, to the mean, deviation and radial power spectrum of these statistics.
 
-        One gain a frequency for all of an image's channels, from 1/4 to 4. Phases, and so shapes and places, stay. Values may leave [0, 1].
+        Each frequency gets one gain, from 1/4 to 4, shared by all of the image's channels. Phases, and so shapes and positions, are
+        preserved. Values may leave [0, 1].
         """
         unit, _, _ = _standardised(images.float())
         spectrum = torch.fft.rfft2(unit, norm="forward")
@@ -141,10 +144,11 @@ class Calibration:
         return (unit * self.deviation + self.mean).to(images.dtype)
 
     def density(self, rows: int) -> Tensor:
-        """Proposal density [rows] of timesteps, up to a constant, for a noise process of that many: (signal / spread)^8.
+        """Returns the proposal density [rows] of timesteps, up to a constant, for a noise process with `rows` timesteps:
+        (signal / spread)^8.
 
-        The losses of what it draws count alike: with importance weights (the proposal that has the least variance, Neyman 1934, and
-        others) adaptation gained less (docs/log.md).
+        The losses of the drawn timesteps are weighted equally: with importance weights (for the minimum-variance proposal, Neyman 1934,
+        and others) adaptation gained less (docs/log.md).
 
         Raises:
             ValueError: signal and spread were not measured.
@@ -156,11 +160,11 @@ class Calibration:
         return (signal.clamp(min=0) / spread) ** SHARPNESS
 
     def to_json(self) -> str:
-        """The text of a calibration.json."""
+        """Returns the text of a calibration.json file."""
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
     def save(self, path: str | Path) -> None:
-        """Writes a calibration.json; where that fails, an earlier one stays."""
+        """Writes a calibration.json file; if that fails, an existing file is kept."""
         path = Path(path)
         draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
         try:
@@ -173,11 +177,11 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path, denoiser: nn.Module) -> Calibration:
-        """What save() wrote.
+        """Reads a file that save() wrote.
 
         Raises:
-            ValueError: the file is missing or damaged, a value is beyond RANGES, or it belongs to another denoiser; the message names the
-                file and the field.
+            ValueError: the file is missing or damaged, a value is outside RANGES, or the file belongs to another denoiser; the message
+                names the file and the field.
         """
         try:
             found = json.loads(read_text(path))
@@ -193,10 +197,10 @@ class Calibration:
 
 
 def _field(found: dict[str, Any], field: dataclasses.Field[Any]) -> Any:
-    """A field's value in what a file holds, as Calibration keeps it.
+    """Reads a field's value from a file's contents and converts it to the type that Calibration stores.
 
     Raises:
-        ValueError: it is missing, or of another kind, or beyond RANGES; the message names the field.
+        ValueError: the value is missing, has the wrong type, or is outside RANGES; the message names the field.
     """
     name = field.name
     if name not in found:
@@ -219,7 +223,7 @@ def _field(found: dict[str, Any], field: dataclasses.Field[Any]) -> Any:
 
 
 def _check_lengths(read: Calibration, denoiser: nn.Module) -> None:
-    """Raises ValueError where fields do not fit together, or have more parts than the denoiser has timesteps."""
+    """Raises ValueError if the fields' lengths do not match, or `signal` has more parts than the denoiser has timesteps."""
     if len(read.power) < 3:
         raise ValueError(f"power has {len(read.power)} values, and 3 are the least")
     if len(read.typical) not in (0, len(read.power)):
@@ -236,9 +240,10 @@ def _check_lengths(read: Calibration, denoiser: nn.Module) -> None:
 
 @torch.no_grad()
 def fingerprint(denoiser: nn.Module) -> str:
-    """Twelve hexadecimal digits of its noise process, its parameters' names and shapes and the signs of their first values.
+    """Hashes the denoiser's noise process, its parameters' names and shapes and the signs of their first values to 12 hexadecimal digits.
 
-    Matrices are left out, which quantisation packs, but for embeddings; signs are what rounding to half precision leaves as they are.
+    Matrices other than embeddings are left out because quantisation packs them. Signs are used because rounding to half precision does
+    not change them.
     """
     found = hashlib.sha256()
     process: Any = getattr(denoiser, "process", None)
@@ -253,33 +258,33 @@ def fingerprint(denoiser: nn.Module) -> str:
 
 
 def _standardised(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, C, H, W] at mean 0 and deviation 1 an image, with what they were, [B, 1, 1, 1] each."""
+    """Normalises each image [B, C, H, W] to mean 0 and deviation 1; also returns the original means and deviations [B, 1, 1, 1]."""
     deviation, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True, correction=0)
     return (images - mean) / deviation.clamp(min=FLAT), mean, deviation
 
 
 def _statistics(images: Tensor) -> Tensor:
-    """Of each image [B, C, H, W]: mean, logarithm of the deviation, logarithms of the power at 1, 2 .. whole cycles, [B, S]."""
+    """Returns each image's [B, C, H, W] mean, log deviation and log power at 1, 2 .. whole cycles, [B, S]."""
     unit, mean, deviation = _standardised(images)
-    power = _power(torch.fft.rfft2(unit, norm="forward"))[:, 1:-1]  # the last holds the rest
+    power = _power(torch.fft.rfft2(unit, norm="forward"))[:, 1:-1]  # the last holds all higher frequencies
     return torch.cat([mean.flatten(1), deviation.clamp(min=FLAT).log().flatten(1), power.clamp(min=NO_POWER).log()], dim=1)
 
 
 def _distances_to_the_others(statistics: Tensor) -> Tensor:
-    """Each image's distance(), [N], by the statistics [N, S] of all but itself: its own would draw the mean towards it."""
+    """Computes each image's distance() [N] from the statistics [N, S] of all other images: its own would pull the mean towards it."""
     count, values = len(statistics), statistics.double()
     away = values - values.mean(0)
-    mean = -away / (count - 1)  # of the others, from that of all
+    mean = -away / (count - 1)  # mean of the others, relative to the mean of all
     variance = (away.square().sum(0) - away.square() * count / (count - 1)) / (count - 2)
     scatter = variance.clamp(min=LEAST_SCATTER**2).sqrt()
     return ((away - mean) / scatter).square().mean(1).sqrt()
 
 
 class _Rings(NamedTuple):
-    """rfft2's coefficients [H, W/2+1] by their distance from frequency 0.
+    """Groups rfft2's coefficients [H, W/2+1] into rings by their distance from frequency 0.
 
-    radius: in cycles an image side. weight: [H, W/2+1], how many coefficients of the full transform each one stands for. parts, sums: the
-    two levels of a sum over each ring, numbers of addends with one past the last for none (see _ring_sums).
+    radius: in cycles per image side. weight: [H, W/2+1], how many coefficients of the full transform each one represents. parts, sums:
+    indices of the terms for the two levels of a sum over each ring, padded with the index past the last term (see _ring_sums).
     """
 
     radius: Tensor
@@ -306,7 +311,7 @@ def _rings(height: int, columns: int, device: torch.device) -> _Rings:
 
 
 def _padded(rows: list[np.ndarray[Any, np.dtype[np.int64]]], filler: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Rows of numbers as one array [N, longest]."""
+    """Stacks rows of numbers into one array [N, longest], padded with `filler`."""
     found = np.full((len(rows), max(map(len, rows))), filler, dtype=np.int64)
     for i, row in enumerate(rows):
         found[i, : len(row)] = row
@@ -314,9 +319,9 @@ def _padded(rows: list[np.ndarray[Any, np.dtype[np.int64]]], filler: int) -> np.
 
 
 def _ring_sums(values: Tensor, rings: _Rings) -> Tensor:
-    """Sums of values [B, coefficients] over each ring, [B, R].
+    """Sums values [B, coefficients] over each ring, [B, R].
 
-    Always added up in the same order. index_add_ would use atomics on a GPU, whose order changes from run to run.
+    The summation order is always the same. index_add_ would use atomics on a GPU, whose order changes from run to run.
     """
     for numbers_of_addends in (rings.parts, rings.sums):
         values = F.pad(values, (0, 1))[:, numbers_of_addends].sum(-1)
@@ -324,12 +329,12 @@ def _ring_sums(values: Tensor, rings: _Rings) -> Tensor:
 
 
 def _power(spectrum: Tensor) -> Tensor:
-    """Mean power [B, R] of coefficients [B, C, H, W/2+1] at each whole radius below half the height, the rest in the last."""
+    """Returns the mean power [B, R] of coefficients [B, C, H, W/2+1] by integer radius; the last entry is half the height and beyond."""
     rings = _rings(spectrum.shape[-2], spectrum.shape[-1], spectrum.device)
     power = (spectrum.abs().square().mean(1) * rings.weight).flatten(1)
     return _ring_sums(power, rings) / _ring_sums(rings.weight.flatten()[None], rings)
 
 
 def _extended(power: Tensor, bins: int) -> Tensor:
-    """The first `bins` along the last dimension, the last one repeated where there are fewer."""
+    """Returns the first `bins` entries along the last dimension, repeating the last one if there are fewer."""
     return power[..., torch.arange(bins, dtype=torch.int64, device=power.device).clamp(max=power.shape[-1] - 1)]

@@ -30,11 +30,11 @@ Begin with: dtta demo. Help on a subcommand, such as adapt: dtta adapt --help.""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command; bad input ends it with one line and exit status 2."""
+    """Runs a command; bad input prints a one-line error and exits with status 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks ends nothing
+            stream.reconfigure(errors="backslashreplace")  # avoid errors from characters that the terminal cannot encode
     try:
         start = None
         if arguments[:1] == ["evaluate"]:
@@ -50,9 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _commands(arguments: Sequence[str], start: Evaluate | None = None) -> Any:
-    """The union of the commands; settings that start from a preset, or from `start`, have its values for defaults.
+    """Builds the union of the commands; settings that start from a preset, or from `start`, use its values as defaults.
 
-    The command that is called is described in full, the others by a line.
+    The called command has its full description, the others only one line.
     """
     found = None
     for kind in COMMANDS:
@@ -65,7 +65,7 @@ def _commands(arguments: Sequence[str], start: Evaluate | None = None) -> Any:
         elif "config" in fields:
             preset = presets.get(option(arguments, "--preset") or str(fields["preset"].default))
             usual: Any = fields["config"].default
-            if usual.precheck == "off":  # a command that measures wants every image adapted, under any preset
+            if usual.precheck == "off":  # measuring commands adapt every image, under any preset
                 preset = preset.replace(precheck="off")
             required = [field for field, own in fields.items() if own.default is dataclasses.MISSING]
             command = tyro.conf.subcommand(name, default=kind(**dict.fromkeys(required, tyro.MISSING), config=preset))

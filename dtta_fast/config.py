@@ -1,4 +1,4 @@
-"""How to adapt: one frozen dataclass that checks itself."""
+"""Adaptation settings: a frozen dataclass that validates itself."""
 
 from __future__ import annotations
 
@@ -22,65 +22,69 @@ DenoiserParameters = Literal["frozen", "all", "lora"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
-    """Settings of an adaptation; a wrong value raises ValueError naming the field, the value and what is allowed.
+    """Settings of an adaptation; an invalid value raises ValueError with the field, the value and the allowed values.
 
     Attributes:
-        method: what is done: adapt; diffusion_classifier, which trains nothing and answers with the class under which the denoising loss
-            is lowest (arXiv 2303.16203); or ensemble, the mean of the model's and the diffusion classifier's probabilities. Those two
-            take steps stages of pairs pairs, the same for all classes; after each a class falls out whose loss is higher than the
-            lowest by more than guard_threshold standard errors (0: none does). top_k is then how many classes of the model's are
-            looked at.
-        steps: updates an image (episodic) or a batch (online), 1 and more.
-        pairs: pairs of a timestep and a noise that an image has in a step, 1 and more; fresh in every step unless common_draws.
+        method: adapt; diffusion_classifier, which trains nothing and answers with the class that has the lowest denoising loss
+            (arXiv 2303.16203); or ensemble, which averages the probabilities of the model and the diffusion classifier. The last two
+            run as many stages as steps says, each with as many pairs as pairs says, the same for all classes. After each stage, a class
+            is dropped if its loss exceeds the lowest by more than guard_threshold standard errors (0: no class is dropped). top_k then
+            limits how many of the model's likeliest classes are evaluated.
+        steps: number of updates per image (episodic) or per batch (online), at least 1.
+        pairs: number of (timestep, noise) pairs per image and step, at least 1; drawn anew in every step unless common_draws is set.
         objective: embedding_mix, the loss under the mixed class embedding (Diffusion-TTA); or noise_mix, the loss of the mixture of the
-            predictions under each class (DUSA, NeurIPS 2024), which takes a forward a class: choose few by top_k and drawn_classes.
-        null_condition: whether an adapting denoiser, under noise_mix, learns from a forward without a class alone, and those under the
-            classes leave no gradient in it.
-        chunk: pairs of an image that run through the denoiser at once; auto keeps a forward near 64 rows, or what memory_budget has
-            room for. No effect on the result beyond rounding.
+            per-class predictions (DUSA, NeurIPS 2024). noise_mix takes one forward pass per class, so use top_k and drawn_classes to
+            keep the number of classes small.
+        null_condition: whether, under noise_mix, an adapting denoiser learns only from a forward pass without a class; the
+            class-conditional passes then contribute no gradient to its weights.
+        chunk: number of an image's pairs that run through the denoiser at once; auto aims at about 64 rows per forward pass, or at what
+            fits into memory_budget. Does not affect the result beyond rounding.
         loss: how prediction and target are compared: mean squared (mse) or mean absolute (l1) difference.
-        timesteps: how timesteps are drawn: uniform; stratified, one in each of as many equal parts of the range as there are pairs; or
-            calibrated, stratified under the density that dtta calibrate measured for this denoiser.
-        timestep_range: the rows of the noise process that are drawn from, the lowest and the one after the highest; None is all of it.
-        antithetic: whether two pairs each share a timestep and have opposite noise, held in memory; it is else drawn where it is used.
-        share_noise: whether an image has one noise a step, held in memory.
-        common_draws: whether all steps of an image see the same pairs.
-        top_k: classes that take part in the condition, the likeliest ones; None is all.
-        drawn_classes: classes beside those of top_k, drawn without replacement from the others by their probability, anew in every step.
+        timesteps: how timesteps are drawn: uniform; stratified, which splits the range into as many equal parts as there are pairs and
+            draws one timestep from each; or calibrated, stratified under the density that dtta calibrate measured for this denoiser.
+        timestep_range: range of rows of the noise process to draw from, as (lowest, highest + 1); None is the whole process.
+        antithetic: whether pairs come in twos that share a timestep and have opposite noise. This noise is held in memory; otherwise
+            noise is generated where it is used.
+        share_noise: whether all of an image's pairs in a step share one noise, which is held in memory.
+        common_draws: whether all steps of an image use the same pairs.
+        top_k: number of classes in the condition, the likeliest ones; None is all.
+        drawn_classes: number of classes in addition to those of top_k, sampled from the others by their probability, without
+            replacement and anew in every step.
         logit_scale: the condition is softmax(logit_scale · logits / ‖logits‖₂); None is softmax(logits).
-        match: who sees an image with the statistics of the denoiser's own images (see Calibration.match): nobody (off), the denoiser, or
-            the model too (both). Takes a denoiser with a calibration.
-        precheck: which images are left alone, without an evaluation, since adaptation would do more harm than good (docs/log.md): off,
-            none; answer, with match both those to which the source gives the same answer as they are and matched; statistics, those whose
-            statistics are usual for the denoiser's own images (see Calibration.distance). Compiled code, which is made for one size,
-            adapts a batch whole where one of its images asks for it.
-        parameters: which of the model's weights move: all, its norm layers, its head, LoRA adapters (its own where it has some, else
-            new ones), or the logits themselves. Their requires_grad is not asked.
-        denoiser_parameters: which of the denoiser's weights move: none (frozen), all, or those of LoRA adapters (lora).
-        lora_rank: rank of new LoRA adapters, 1 and more.
-        lora_targets: ends of the names of the linear layers that get an adapter, such as q_proj and v_proj; None is the attention's
+        match: what gets images matched to the statistics of the denoiser's own images (see Calibration.match): nothing (off), the
+            denoiser, or the model as well (both). Needs a denoiser with a calibration.
+        precheck: which images are left unadapted, at no denoiser evaluations, because adaptation would do more harm than good
+            (docs/log.md): none (off); those for which the source model gives the same answer with and without matching (answer, needs
+            match both); or those whose statistics are typical of the denoiser's own images (statistics, see Calibration.distance).
+            Compiled code is specialised to one batch size, so it adapts the whole batch if any of its images needs adaptation.
+        parameters: which of the model's weights are adapted: all, its norm layers, its head, LoRA adapters (its own if it has any, new
+            ones otherwise), or the logits themselves. Their requires_grad flags are ignored.
+        denoiser_parameters: which of the denoiser's weights are adapted: none (frozen), all, or those of LoRA adapters (lora).
+        lora_rank: rank of new LoRA adapters, at least 1.
+        lora_targets: name suffixes of the linear layers that get an adapter, such as q_proj and v_proj; None selects the attention
             projections.
-        optimizer: what takes the steps: sgd, adam, adamw, or adam8bit (bitsandbytes' Adam, whose two moments take a byte each).
+        optimizer: sgd, adam, adamw, or adam8bit (bitsandbytes' Adam, whose two moments take one byte each).
         lr: learning rate of the model's weights.
         denoiser_lr: learning rate of the denoiser's weights.
-        momentum: momentum of sgd, 0 to below 1; the other optimizers have none of it.
-        weight_decay: decay of every optimizer, on the model and the denoiser alike; decoupled for adamw and adam8bit.
-        mode: episodic starts every image from the source weights; online carries weights and optimizer on through the stream.
-        guard: pairs on which the answers before and after are compared; where the loss is not lower after, the answer from before
-            stands. 0 is off.
-        guard_threshold: how much lower the loss has to be after: the mean of the pairs' differences is below minus so many standard
-            errors (a paired test).
-        precision: number format of the denoiser's weights and activations, which are nearly all of the work. auto is bf16 on a GPU (fp16
-            on one without bfloat16) for a float32 denoiser, and the denoiser's own format otherwise. fp32 is full float32 everywhere:
-            slow on a GPU, where only it keeps the model and the denoiser off the tensor cores. tf32 keeps both in float32, with products
-            in TF32 on a GPU. bf16 and fp16 are half precision, the model's products in TF32 as under auto. Losses, the sum of the
-            gradients to the condition, optimizers and weights that move are always float32; the weights are cast for each step. The
-            model keeps its own precision: an update of 1e-5 would be lost in a bfloat16 weight.
-        compile: what torch.compile makes: nothing (off); the denoiser's blocks and the model each (regional); or the whole step as one
-            graph (step), whose compilation takes as often as long as a step has chunks. For sessions: see Adapter.warmup.
-        memory_budget: bytes for activations, and for the weights, gradients and optimizer memory of images that have their own; it
-            bounds the chunk, then how many images of a batch run at once. None is four fifths of what is free on a GPU, and no bound
-            on the CPU. Frozen weights are not counted. No effect on the result beyond rounding.
+        momentum: momentum of sgd, from 0 to below 1; the other optimizers ignore it.
+        weight_decay: weight decay for any optimizer, applied to both the model and the denoiser; decoupled for adamw and adam8bit.
+        mode: episodic starts every image from the source weights; online carries the weights and optimizer state through the stream.
+        guard: number of pairs on which the answers before and after adaptation are compared; unless the loss is lower after it, the
+            original answer is kept. 0 turns the guard off.
+        guard_threshold: how much lower the loss after adaptation has to be: the mean of the pairs' differences (after minus before)
+            must be below minus this many standard errors (a paired test).
+        precision: number format of the denoiser's weights and activations, which account for nearly all of the work. auto is bf16 on a
+            GPU (fp16 if it lacks bfloat16) for a float32 denoiser, and the denoiser's own format otherwise. fp32 is full float32
+            everywhere: slow on a GPU, and the only setting there that keeps the model and the denoiser off the tensor cores. tf32 keeps
+            both in float32, with TF32 matrix products on a GPU. bf16 and fp16 are half precision, with the model's products in TF32 as
+            under auto. Losses, the accumulated gradients of the condition, optimizers and adapted weights are always float32; the
+            weights are cast for each step. The model keeps its own precision: an update of 1e-5 would be lost in a bfloat16 weight.
+        compile: what torch.compile compiles: nothing (off); the denoiser's blocks and the model separately (regional); or the whole step
+            as one graph (step), whose compile time is proportional to the number of chunks in a step. Meant for sessions: see
+            Adapter.warmup.
+        memory_budget: bytes for activations, and for the weights, gradients and optimizer state of images that have their own; limits
+            first the chunk and then how many images of a batch run at once. None is four fifths of the free memory on a GPU, and
+            unlimited on the CPU. Frozen weights are not counted. Does not affect the result beyond rounding.
         seed: seed of the timesteps and the noise, 0 to 2^63 - 1.
     """
 
@@ -199,7 +203,7 @@ class AdaptConfig:
             raise ValueError("parameters is 'logits' with mode 'online'; free logits belong to one image: use episodic")
 
     def replace(self, **changes: Any) -> AdaptConfig:
-        """A copy with some fields changed; an unknown field raises ValueError."""
+        """Returns a copy with some fields changed; an unknown field raises ValueError."""
         known = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in known:

@@ -1,4 +1,4 @@
-"""torch's defaults while a library of others makes tensors: its dtype and its device, which a program may have set to anything."""
+"""Fixes torch's default dtype and device while a third-party library creates tensors, since a program may have set them to anything."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-_ONE_AT_A_TIME = threading.RLock()  # or a second thread would take the first one's float32 for what was set
+_ONE_AT_A_TIME = threading.RLock()  # otherwise a second thread would mistake the first one's float32 for the program's setting
 
 
 @contextmanager
 def float32_on_cpu() -> Iterator[None]:
-    """Makes float32 and the CPU torch's defaults for a block, or for a function that it decorates, and puts back what was set.
+    """Makes float32 and the CPU torch's defaults for a block or a decorated function, and then restores the previous settings.
 
-    The device is this thread's own; the dtype is one for the process, and is left alone where it is float32 already.
+    The default device is per thread; the default dtype is global to the process, and is not touched if it is already float32.
     """
     with _ONE_AT_A_TIME:
         before = torch.get_default_dtype()
         if before != torch.float32:
             torch.set_default_dtype(torch.float32)
         try:
-            # only where another one is set: transformers asks for accelerate inside a device's context
+            # only if another device is set, because transformers requires accelerate inside a device context
             with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
                 yield
         finally:

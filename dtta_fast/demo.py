@@ -1,4 +1,4 @@
-"""The main job on real images: handwritten digits, clean and corrupted, adapted by the digits zoo."""
+"""Demo on real images: handwritten digits, clean and corrupted, adapted with the digits models of the zoo."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ def run(
     open_vocabulary: bool = False,
     advance: Callable[[str, int], None] = lambda name, done: None,
 ) -> dict[str, Any]:
-    """Adapts the first `images` digits of a split under every corruption of digits-C, and clean.
+    """Adapts to the first `images` digits of a split, clean and under every corruption of digits-C.
 
     Args:
-        open_vocabulary: by CLIP and Stable Diffusion, with the digits' names, instead of a classifier and a DiT.
-        advance: called with the corruption's name and the number of images that are done since the last call.
+        open_vocabulary: use CLIP and Stable Diffusion with the names of the digits, instead of a classifier and a DiT.
+        advance: called with the corruption's name and the number of images finished since the last call.
 
     Returns:
-        Accuracies in 0..1, evaluations and seconds an image: means over the corruptions at the top, with the 95 % interval of the
-        mean gain over images, then one entry a corruption and one for the clean images. matched_accuracy, where config.match is
-        "both", is the source's on matched images.
+        Accuracies in 0..1, evaluations and seconds per image: at the top, means over the corruptions, with the 95 % interval of the
+        mean gain over images; then one entry per corruption and one for the clean images. If config.match is "both",
+        matched_accuracy is the accuracy of the source model on matched images.
 
     Raises:
-        ValueError: `images` is not 1 .. the split's size.
+        ValueError: `images` is not between 1 and the size of the split.
     """
     clean, labels = load_digits(split)
     if not 1 <= images <= len(clean):
@@ -51,7 +51,7 @@ def run(
     (model, denoiser), task = zoo.load(name), zoo.task(name)
     adapter = Adapter(model, denoiser, config, task)
     source, _ = task.bind(model, denoiser)
-    batch = 50 if config.denoiser_parameters == "frozen" else 4  # images in one pass, each an adaptation of its own
+    batch = 50 if config.denoiser_parameters == "frozen" else 4  # images per pass, each adapted separately
     rows: dict[str, dict[str, Any]] = {}
     gains: dict[str, Tensor] = {}
     for name in (CLEAN, *DIGITS_C):
@@ -88,7 +88,7 @@ def run(
 
 @torch.no_grad()
 def _accuracy_on_matched(model: nn.Module, task: Task, denoiser: Denoiser, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Of the source on matched images: what matching brings without adaptation."""
+    """Accuracy of the source model on matched images, which shows the effect of matching without adaptation."""
     if denoiser.calibration is None:
         return {}
     outputs = model(task.normalise(model, denoiser.calibration.match(task.crop(model, images))))

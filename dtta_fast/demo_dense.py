@@ -1,4 +1,4 @@
-"""Segmentation and depth on generated scenes, clean and corrupted, adapted by their zoo models; and pictures of it."""
+"""Demo of segmentation and depth on generated scenes, clean and corrupted, adapted with zoo models; also draws pictures of the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dtta_fast.metrics import bootstrap_interval, confusion, depth_errors, mean_
 DenseName = Literal["segmentation", "depth"]
 BATCH = 8
 CORRUPTIONS = {"segmentation": SEGMENTATION_C, "depth": DEPTH_C}
-MAIN = {"segmentation": "mean_iou", "depth": "abs_rel"}  # that which the gain is told in
+MAIN = {"segmentation": "mean_iou", "depth": "abs_rel"}  # the score in which the gain is reported
 COLOURS = torch.tensor(
     [[0.35, 0.27, 0.20], [0.75, 0.75, 0.72], [0.85, 0.20, 0.20], [0.20, 0.60, 0.25], [0.20, 0.35, 0.80], [0.95, 0.80, 0.20]],
     dtype=torch.float32,
@@ -34,7 +34,7 @@ def truth_of(name: DenseName, data: Scenes) -> Tensor:
 
 
 def scores(name: DenseName, predictions: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """Each [N], image by image."""
+    """Scores of each image, each a tensor [N]."""
     if name == "depth":
         return depth_errors(predictions, truth)
     counts = confusion(predictions, truth, len(CLASSES))
@@ -44,14 +44,14 @@ def scores(name: DenseName, predictions: Tensor, truth: Tensor) -> dict[str, Ten
 def run(
     name: DenseName, config: AdaptConfig, images: int, *, advance: Callable[[str, int], None] = lambda name, done: None
 ) -> dict[str, Any]:
-    """Adapts the first `images` scenes of the test split under every corruption, and clean.
+    """Adapts to the first `images` scenes of the test split, clean and under every corruption.
 
     Returns:
-        Means over the corruptions at the top (each score before and after, evaluations and seconds an image) with the 95 % interval of
-        the mean gain over images, then one entry a corruption and one for the clean scenes. Scores are means of the images' own.
+        At the top, means over the corruptions (each score before and after, evaluations and seconds per image), with the 95 % interval of
+        the mean gain over images; then one entry per corruption and one for the clean scenes. Scores are means of per-image scores.
 
     Raises:
-        ValueError: `images` is under 1.
+        ValueError: `images` is below 1.
     """
     if images < 1:
         raise ValueError(f"images is {images}; give 1 and more")
@@ -89,9 +89,9 @@ def run(
 
 
 def picture(name: DenseName, config: AdaptConfig) -> Tensor:
-    """[3, H, W] in [0, 1]: a row a corruption of one scene each: input, before, after, ground truth, and where after differs from before.
+    """Draws a picture [3, H, W] in [0, 1] with one row per corruption, each of one scene.
 
-    In the last column green has become better and red worse.
+    The columns are input, before, after, ground truth, and the change from before to after: green is better, red is worse.
     """
     import torchvision.utils
 
@@ -109,14 +109,14 @@ def picture(name: DenseName, config: AdaptConfig) -> Tensor:
 
 
 def _coloured(name: DenseName, maps: Tensor) -> Tensor:
-    """[N, 3, H, W] of labels by colour, or of depth by brightness, near is light."""
+    """Renders maps as [N, 3, H, W]: labels as colours, or depth as brightness, where near is light."""
     if name == "segmentation":
         return COLOURS[maps].movedim(-1, 1)
     return (1 - (maps - NEAREST) / (FARTHEST - NEAREST)).clamp(0, 1)[:, None].expand(-1, 3, -1, -1)
 
 
 def _difference(name: DenseName, before: Tensor, after: Tensor, truth: Tensor) -> Tensor:
-    """[N, 3, H, W]."""
+    """Renders where the maps became better (green) or worse (red), [N, 3, H, W]."""
     if name == "segmentation":
         better = ((after == truth).float() - (before == truth).float())[:, None]
     else:

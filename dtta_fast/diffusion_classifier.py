@@ -1,4 +1,4 @@
-"""The diffusion classifier: the class under which the denoising loss is lowest (Li et al., ICCV 2023, arXiv 2303.16203)."""
+"""The diffusion classifier: predicts the class with the lowest denoising loss (Li et al., ICCV 2023, arXiv 2303.16203)."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from torch import Tensor
 
 from dtta_fast.step import Problem, held_out_losses
 
-OUT = -1e4  # logit of a class that was not looked at, below the lowest of those that were
+OUT = -1e4  # logit of a class that was not evaluated, relative to the lowest logit of the evaluated classes
 
 
 @torch.no_grad()
 def classify(problem: Problem, outputs: Tensor, x0: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, K] and evaluations [B] for latents [B, C, h, w].
+    """Computes logits [B, K] and evaluations [B] for latents [B, C, h, w].
 
-    All classes of an image meet the same pairs, in config.steps stages of config.pairs. After each stage a class is given up whose
-    loss is higher than the lowest by more than config.guard_threshold standard errors of the pairs' differences (where it is above
-    0). config.top_k: only the classes that are highest in the model's `outputs` [B, K] are looked at.
+    All classes of an image are evaluated on the same pairs, in config.steps stages of config.pairs each. If config.guard_threshold is
+    above 0, each stage ends by dropping the classes whose loss exceeds the lowest by more than that many standard errors of the
+    per-pair differences. With config.top_k, only the classes with the highest model `outputs` [B, K] are evaluated.
 
-    A logit is minus the squared error summed over the latent's elements, as in the paper's posterior; a class that was given up keeps
-    the distance to the lowest that it had.
+    A logit is the negative squared error summed over the latent's elements, as in the paper's posterior; a dropped class keeps its last
+    distance to the lowest loss.
     """
     config, table = problem.config, problem.denoiser.class_embeddings({})
     images, classes = outputs.shape
-    task: Any = problem.task  # of classification: maps refuse this method
+    task: Any = problem.task  # a classification task; tasks on maps reject this method
     alive = task.possible(outputs)
     if config.top_k is not None:
         best = outputs.masked_fill(~alive, -torch.inf).topk(config.top_k, dim=1).indices
         alive = torch.zeros_like(alive).scatter(1, best, True)
     looked_at, evaluations = alive.clone(), torch.zeros_like(image_ids)
     losses = torch.empty(images, classes, 0, dtype=torch.float64, device=x0.device)
-    excess = torch.zeros(images, classes, dtype=torch.float64, device=x0.device)  # of the lowest, on the pairs that both have met
+    excess = torch.zeros(images, classes, dtype=torch.float64, device=x0.device)  # mean loss above the lowest class, on shared pairs
     for stage in range(config.steps):
         wanted = alive & (alive.sum(1, keepdim=True) > 1) if stage else alive
         if not wanted.any():
@@ -59,5 +59,5 @@ def classify(problem: Problem, outputs: Tensor, x0: Tensor, image_ids: Tensor) -
 
 
 def mean_probability(first: Tensor, second: Tensor) -> Tensor:
-    """Logits [B, K] of the mean of two classifiers' probabilities."""
+    """Logits [B, K] of the averaged probabilities of two classifiers."""
     return torch.logaddexp(first.log_softmax(1), second.log_softmax(1))

@@ -1,4 +1,4 @@
-"""Which (timestep, noise) pairs an image meets: functions of (seed, image_id, step, pair)."""
+"""Draws the (timestep, noise) pairs of each image as functions of (seed, image_id, step, pair)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor
 from dtta_fast.kernels.philox import MASK, normal, philox, timestep_words
 
 TimestepDraw = Literal["uniform", "stratified", "calibrated"]
-CLASS_PAIR = MASK - 1  # the stream of the drawn classes; MASK itself is the timesteps', and neither is a pair of noise
+CLASS_PAIR = MASK - 1  # random stream of the drawn classes; MASK is that of the timesteps, and neither is used as a noise pair
 
 
 def cumulative_density(proposal: Tensor, low: int, high: int) -> Tensor:
-    """Of a density [T] of 0 and more, cut to low <= t < high: [T + 1] int64, 0 .. 2^32, whole so that every backend draws the same.
+    """Cumulative distribution [T + 1] of a density [T] >= 0 restricted to low <= t < high, as int64 from 0 to 2^32.
+
+    The values are integers so that every backend draws the same timesteps.
 
     Raises:
-        ValueError: the density is 0 in all of the range.
+        ValueError: the density is 0 in the whole range.
     """
     inside = torch.zeros(len(proposal), dtype=torch.float64, device=proposal.device)
     inside[low:high] = proposal[low:high].double()
@@ -30,12 +32,12 @@ def cumulative_density(proposal: Tensor, low: int, high: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Draws:
-    """P pairs an image and step, with timesteps low <= t < high.
+    """P pairs per image and step, with timesteps low <= t < high.
 
-    kind: uniform, each pair on its own; stratified, pair i falls into the i-th of P equal parts of the range, so the whole range is
-    covered in every step; calibrated, stratified under the density whose cumulative_density() is given. antithetic: pairs 2i and
-    2i + 1 share a timestep and have opposite noise. share_noise: an image and step has one noise (and its opposite). common: every
-    step has the first one's pairs.
+    kind: "uniform" draws each pair independently; "stratified" draws pair i from the i-th of P equal parts of the range, so every step
+    covers the whole range; "calibrated" stratifies under the density whose cumulative_density() is given. antithetic: pairs 2i and
+    2i + 1 share a timestep and have opposite noise. share_noise: all pairs of an image and step share one noise (and its opposite).
+    common: every step uses the pairs of the first step.
     """
 
     seed: int
@@ -49,7 +51,7 @@ class Draws:
     common: bool = False
 
     def timesteps(self, image_ids: Tensor, step: Tensor) -> Tensor:
-        """image_ids [B] and 0-dim step, int64 both -> timesteps [B, P], int64."""
+        """Draws timesteps [B, P], int64, for image_ids [B] and a 0-dim step, both int64."""
         drawn = self._timesteps(self.pairs // 2 if self.antithetic else self.pairs, image_ids, self.step(step))
         return drawn.repeat_interleave(2, dim=1) if self.antithetic else drawn
 
@@ -62,15 +64,15 @@ class Draws:
         span = self.high - self.low
         if self.kind == "uniform":
             return self.low + ((words * span) >> 32)
-        # floor(span · (pair + word / 2³²) / P) in whole numbers, so that every backend agrees
+        # floor(span · (pair + word / 2³²) / P) in integer arithmetic, so that all backends agree
         return self.low + (pair * span + ((words * span) >> 32)) // pairs
 
     def step(self, step: Tensor) -> Tensor:
-        """The step whose noise is drawn."""
+        """The step index used for the draws: 0 if all steps share their pairs."""
         return torch.zeros_like(step) if self.common else step
 
     def noise(self, x0: Tensor, image_ids: Tensor, step: Tensor) -> Tensor | None:
-        """[B, P, C, h, w] where pairs share noise, and None where each has its own, which the ops draw as they go."""
+        """Noise [B, P, C, h, w] if pairs share noise; None if each pair has its own, which the ops draw on the fly."""
         if not (self.antithetic or self.share_noise):
             return None
         pair = torch.arange(self.pairs, dtype=torch.int64, device=x0.device) // (2 if self.antithetic else 1)
@@ -87,7 +89,7 @@ class Draws:
 
 
 def class_uniforms(classes: int, image_ids: Tensor, seed: int, step: Tensor) -> Tensor:
-    """One number in (0, 1) for each class, [B, K] float64, on a stream of its own."""
+    """Draws one uniform number in (0, 1) per class, [B, K] float64, from a separate random stream."""
     quads = torch.arange((classes + 3) // 4, dtype=torch.int64, device=image_ids.device)
     words = torch.broadcast_tensors(*philox((quads, torch.full_like(quads, CLASS_PAIR), image_ids[:, None], step), seed))
     return (torch.stack(words, dim=-1).flatten(-2)[:, :classes].double() + 0.5) * 2.0**-32

@@ -1,4 +1,4 @@
-"""Runs the steps of a session: private modules, compiled parts, fixed state storage, and what to do where one of them fails."""
+"""Runs the steps of a session: private modules, compiled parts, fixed state storage, and recovery when one of them fails."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from dtta_fast.tasks.base import Task
 
 
 def anchor(model: nn.Module) -> Tensor:
-    """A tensor with the model's device and dtype."""
+    """Returns a tensor with the model's device and dtype."""
     return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32, device="cpu"))
 
 
 class Engine:
-    """What Adapter asks for, one batch at a time: refresh, plan, start, step, forward, guard.
+    """The operations Adapter calls for each batch: refresh, plan, start, step, forward, guard.
 
-    failed() says what an exception means for the next call.
+    failed() handles an exception and decides whether to retry.
     """
 
     def __init__(self, model: nn.Module, denoiser: Denoiser, task: Task, config: AdaptConfig) -> None:
@@ -54,23 +54,23 @@ class Engine:
         self._compile = config.compile
         self._loop = False  # vmap is known to fail on these modules
         self._order = StreamOrder()
-        self._limits = {"step": memory.Limit(), "guard": memory.Limit()}  # rows at once, after running out of memory
-        self._running, self._at_once = "step", 1  # which of them is at work, on how many rows
-        self._least = 1  # rows of one pair of one image, which no plan of a step goes below
+        self._limits = {"step": memory.Limit(), "guard": memory.Limit()}  # rows that run at once, after running out of memory
+        self._running, self._at_once = "step", 1  # which of the two is running, and on how many rows
+        self._least = 1  # rows of one pair of one image, the minimum for any plan of a step
         self._build()
-        # asked for once: a GPU's free memory changes from call to call, and the chunk shall not
+        # determined once: a GPU's free memory changes from call to call, but the chunk should not
         self._budget = config.memory_budget or memory.default_budget(self.device)
 
     @torch.inference_mode(False)
     def _build(self) -> None:
-        """Private copies of the modules as they are now, and what is compiled of them."""
+        """Makes private copies of the modules as they are now, and compiles parts of them."""
         config = self.config
-        self._stale = True  # until all of it is built
+        self._stale = True  # until everything is built
         self.device = anchor(self.model).device
         self._batched = False  # vmap is known to work on these modules
-        self._ran = self._stepped = False  # what a first run tells is known
+        self._ran = self._stepped = False  # the first run's checks are done
         self._needs = Needs()
-        # of one image and of several: their weights differ in layout, and with it in rounding
+        # one for a single image, one for several: their weights have different layouts, and so round differently
         self._storage: dict[bool, State] = {}
         self._model = PrivateCopy(self.model)
         self._denoiser = private_denoiser(self.denoiser, config.precision, self.device)
@@ -91,7 +91,7 @@ class Engine:
         self._stale = False
 
     def _cumulative(self, device: torch.device) -> Tensor | None:
-        """The timesteps' cumulative density, where they are calibrated."""
+        """Returns the timesteps' cumulative density if they are calibrated."""
         calibration, config = self.denoiser.calibration, self.config
         if config.timesteps != "calibrated" or calibration is None:
             return None
@@ -113,9 +113,9 @@ class Engine:
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Sets what a call runs under.
+        """Sets up the context in which a call runs.
 
-        A call returns while its last kernels are still queued, and the next one may come on another stream.
+        A call returns while its last kernels are still queued, and the next call may use another stream.
         """
         with (
             self._order.within(self.device) as moved,
@@ -123,43 +123,43 @@ class Engine:
             nullcontext() if self._compile == "off" else compiling.tracing(),
         ):
             if moved:
-                self._storage.clear()  # its memory is the other stream's, which may take it for itself once it is freed
+                self._storage.clear()  # its memory belongs to the other stream, which may reuse it once it is freed
             yield
 
     def rebuild(self) -> None:
-        """Makes the private copies anew at the next refresh()."""
+        """Makes the next refresh() rebuild the private copies."""
         self._stale = True
 
     def check_copies(self) -> None:
-        """Has the private copies made anew at the next refresh() if a call that broke off has left weights of its own in them."""
+        """Makes the next refresh() rebuild the private copies if an interrupted call has left its own weights in them."""
         self._stale = self._stale or not (self._model.is_intact() and self._denoiser.is_intact())
 
     def check_sources(self) -> None:
-        """Holds the caller's modules to be what they were at refresh().
+        """Checks that the caller's modules are unchanged since refresh().
 
         Raises:
-            RuntimeError: a forward wrote to one of them. Buffers are what they were again.
+            RuntimeError: a forward pass wrote to one of them. Their buffers have been restored.
         """
         if not self._stale:
             self._model.check_source()
             self._denoiser.check_source()
 
     def recast(self) -> None:
-        """Casts all of the denoiser's weights anew at the next refresh()."""
+        """Makes the next refresh() cast all of the denoiser's weights again."""
         self._denoiser.recast()
 
     def refresh(self) -> None:
-        """The private copies take over what the caller has written into the modules since the last call."""
+        """Updates the private copies with what the caller has written into the modules since the last call."""
         with torch.no_grad(), phase("restore"):
-            self._running, self._at_once, self._least = "step", 1, 1  # of this attempt: before its plan, fewer rows would not help
+            self._running, self._at_once, self._least = "step", 1, 1  # for this attempt: before it has a plan, fewer rows would not help
             if self._stale or not (self._model.refresh() and self._denoiser.refresh()):
                 self._build()
 
     def failed(self, error: BaseException) -> bool:
-        """Whether another attempt may succeed; what the failed call may have left half done is made anew by the next refresh()."""
+        """Returns whether another attempt may succeed. The next refresh() rebuilds anything the failed call may have left half done."""
         if not isinstance(error, Exception):
             self._stale = True
-        self.check_copies()  # a signal handler may raise anything, also while weights are swapped
+        self.check_copies()  # a signal handler may raise anything, even while weights are swapped
         if self._compile != "off" and compiling.is_failure(error) and os.environ.get("DTTA_FAST_STRICT") != "1":
             reason = str(error).strip().splitlines()[0]
             warnings.warn(f"compile is {self._compile!r}, and the compilation failed: {reason} Going on in eager mode", stacklevel=4)
@@ -169,22 +169,22 @@ class Engine:
         if memory.out_of_memory(error) and self._at_once > least:
             rows = max(least, self._at_once // 2)
             self._limits[self._running].lower(rows)
-            self._storage.clear()  # what was made for all of the images
+            self._storage.clear()  # it was allocated for all of the images
             if self._running == "step":
-                self._limits["guard"].lower(2 * rows)  # a row takes less there, but memory is short
+                self._limits["guard"].lower(2 * rows)  # a row needs less memory there, but memory is short
             self._at_once = 1
             return True
         return False
 
     def succeeded(self) -> None:
-        """Notes a call that had enough memory: after some of them the engine tries more rows again."""
+        """Records a call that had enough memory; after several of them the engine tries more rows again."""
         for limit in self._limits.values():
             limit.raise_after_successes()
 
     def source(self) -> tuple[Parameters, Parameters]:
-        """The caller's weights that are to move: the model's and the denoiser's."""
+        """Returns the caller's weights to adapt: the model's and the denoiser's."""
         config, phi = self.config, Parameters()
-        # new adapters are in the private copy alone; a module's own ones share their memory with it
+        # new adapters exist only in the private copy, which shares memory with the adapters the module already had
         theta = select(self.problem.model if config.parameters == "lora" else self.model, config.parameters)
         if config.denoiser_parameters == "lora":
             phi = select(self.problem.denoiser, "lora")
@@ -201,7 +201,7 @@ class Engine:
         """
         config, together = self.config, len(inputs)
         forwards = self.problem.forwards()
-        # a denoiser with weights of its own for each image runs image by image
+        # a denoiser with separate weights for each image runs image by image
         abreast = 1 if self.problem.per_image and config.denoiser_parameters != "frozen" else together
         rows, checkpoint = memory.ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * abreast * forwards, False
         if self._budget is not None:
@@ -210,7 +210,7 @@ class Engine:
             sizes = (row * forwards, image, None if checkpointed is None else checkpointed * forwards)
             rows, together, checkpoint = memory.plan(self._budget, together, most, *sizes)
             rows *= forwards
-            if config.chunk == "auto" and self.device.type == "cuda":  # more rows take memory and bring nothing
+            if config.chunk == "auto" and self.device.type == "cuda":  # more rows cost memory without any gain
                 rows = min(rows, max(memory.ROWS_AT_ONCE, forwards * together))
         rows = self._limits["step"].of(rows)
         together = min(max(1, rows // forwards), together)
@@ -224,7 +224,7 @@ class Engine:
         return together
 
     def _guard_rows(self, inputs: Tensor, x0: Tensor, together: int) -> int:
-        """Rows at once of a forward without gradient, for `together` images."""
+        """Returns how many rows a forward pass without gradients runs at once, for `together` images."""
         config = self.config
         rows = memory.GUARD_ROWS.get(self.device.type, memory.ROWS_AT_ONCE)
         if config.chunk != "auto":
@@ -233,7 +233,7 @@ class Engine:
             rows = min(rows, max(1, self._budget // self._needs.of_forward_row(self, inputs, x0)))
         rows = self._limits["guard"].of(rows)
         if config.method == "adapt" and self.problem.row_counts == "one":
-            # one shape is compiled: rows of two answers an image, or of as many as fit
+            # one shape is compiled: the rows of two answers per image, or of as many as fit
             rows = min(rows // config.guard, 2 * together) * config.guard if rows >= config.guard > 0 else rows
         return rows
 
@@ -258,9 +258,9 @@ class Engine:
 
     @torch.no_grad()
     def asked(self, before: Tensor, start: Tensor, crop: Tensor) -> Tensor:
-        """Tells which images [B] the pre-check selects for adaptation.
+        """Returns which images [B] the pre-check selects for adaptation.
 
-        before, start: the source's outputs for the images as they are and matched. crop: [B, 3, H, W] in [0, 1].
+        before, start: the source model's outputs for the original and the matched images. crop: [B, 3, H, W] in [0, 1].
         """
         calibration = self.denoiser.calibration
         if self.config.precheck == "statistics" and calibration is not None:
@@ -269,18 +269,18 @@ class Engine:
         return (answers[0] != answers[1]).flatten(1).any(1)
 
     def whole_batches(self) -> bool:
-        """Tells whether steps run on whole batches, since code is compiled for their size."""
+        """Returns whether steps run on whole batches because code is compiled for their size."""
         return self._compile != "off"
 
     @torch.no_grad()
     def start(self, inputs: Tensor, online: State | None, source: Tensor | None = None) -> tuple[State, Tensor]:
-        """A state of this call's own to adapt, and the outputs before.
+        """Returns a state that this call may modify, and the outputs before adaptation.
 
-        source: the source's outputs for these inputs, where they are known.
+        source: the source model's outputs for these inputs, if they are known.
         """
         if online is not None:
             with phase("restore"):
-                state: State = pytree.tree_map(torch.clone, online)  # steps write in place, and a call that fails must leave no trace
+                state: State = pytree.tree_map(torch.clone, online)  # steps write in place, and a failed call must leave no trace
             return state, self.forward(state, inputs)
         problem, (theta, phi) = self.problem, self.source()
         outputs = self.plain_outputs(inputs) if source is None else source
@@ -290,7 +290,7 @@ class Engine:
             kept = None if held is None else step.first_images(held, images, exactly=self.config.optimizer == "adam8bit")
             if kept is None:
                 held = self._storage.pop(images == 1, None)
-                del held  # before the new one is made
+                del held  # free it before the new one is allocated
                 kept = step.initial_state(problem, theta, phi, outputs)
                 if problem.per_image:
                     self._storage[images == 1] = kept
@@ -302,7 +302,7 @@ class Engine:
 
     @torch.enable_grad()
     def _try_batching(self, state: State, inputs: Tensor) -> None:
-        """Images run at once by vmap, or one by one where vmap cannot take a module's operators forward and backward."""
+        """Tests whether vmap can batch the model's forward and backward passes; if it cannot, images run one by one."""
         theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
         try:
             with refusing_kept_tensors(self.problem.model):
@@ -311,7 +311,7 @@ class Engine:
                     torch.autograd.grad(outputs, list(theta.values()), torch.ones_like(outputs), allow_unused=True)
             self._batched = True
         except Exception as error:  # whatever a module raises under vmap
-            if memory.out_of_memory(error) or isinstance(error, OSError):  # a TimeoutError is the caller's
+            if memory.out_of_memory(error) or isinstance(error, OSError):  # a TimeoutError belongs to the caller
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             warnings.warn(f"images with weights of their own run one by one: vmap fails ({reason})", stacklevel=5)
@@ -319,7 +319,7 @@ class Engine:
             self.problem = dataclasses.replace(self.problem, loop=True)
 
     def step(self, state: State, *inputs: Tensor | None) -> Tensor:
-        """One update of the state in place; the loss [B] before it."""
+        """Updates the state in place; returns the loss [B] before the update."""
         tried = self._stepped or self._compile != "off"
         with (
             phase("step (compiled)") if self._compile == "step" else nullcontext(),
@@ -331,7 +331,7 @@ class Engine:
 
     @torch.no_grad()
     def forward(self, state: State, inputs: Tensor) -> Tensor:
-        """The model's outputs [B, ...] under the state's weights."""
+        """Returns the model's outputs [B, ...] under the state's weights."""
         with phase("classifier"):
             outputs: Tensor = self._forward(self.problem, state.theta, inputs)
         return outputs
@@ -346,21 +346,21 @@ class Engine:
         read: Callable[[Tensor], list[list[bool]]] = read_one,
         in_time: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """step.guard: outputs that stand, whether they are others than before, evaluations."""
+        """Runs step.guard: returns the accepted outputs, whether each comes from a candidate, and the denoiser evaluations."""
         with self._forwards(3 * len(x0) * max(1, self.config.guard)):
             return step.guard(self.problem, before, candidates, x0, image_ids, step_number, read, in_time)
 
     @contextmanager
     def _forwards(self, rows: int) -> Iterator[None]:
-        """Notes that forwards without gradient run, on so many rows in all: memory that runs out has to lower their limit. Where it does,
-        the note stays, for failed() to read."""
+        """Records that forward passes without gradients run, on `rows` rows in total, so that running out of memory lowers their limit.
+        If that happens, the record is left in place for failed() to read."""
         before = self._running, self._at_once
         self._running, self._at_once = "guard", min(self.problem.guard_rows, rows)
         yield
         self._running, self._at_once = before
 
     def classify(self, outputs: Tensor, x0: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The answers of the methods that train nothing, [B, K], and evaluations [B]."""
+        """Returns the answers [B, K] of the training-free methods, and the denoiser evaluations [B]."""
         with self._forwards(self.problem.guard_rows):
             found, evaluations = diffusion_classifier.classify(self.problem, outputs, x0, image_ids)
         if self.config.method == "ensemble":
@@ -368,7 +368,7 @@ class Engine:
         return found, evaluations
 
     def warm_guard(self, outputs: Tensor, x0: Tensor, image_ids: Tensor, at: Tensor) -> None:
-        """Runs guard forwards of all numbers of rows that a GPU may meet, so that its libraries plan for them."""
+        """Runs the guard's forward passes with every row count that a GPU may encounter, so that its libraries plan for them."""
         problem = self.problem
         if self.config.guard and problem.row_counts == "few":
             decision, pairs = self.task.decision(outputs, problem.denoiser), self.config.guard
@@ -380,7 +380,7 @@ class Engine:
                     step.held_out_losses(problem, decision[rows], x0[rows], image_ids[rows], at)
 
     def run_guard(self, outputs: Tensor, x0: Tensor, image_ids: Tensor, at: Tensor) -> None:
-        """Runs the guard's forwards for as many answers as there can be, whether an answer changed or not, so that they are timed."""
+        """Runs the guard's forward passes for the maximum number of answers, whether or not an answer changed, so that they are timed."""
         if self.config.guard:
             decision = self.task.decision(outputs, self.problem.denoiser)
             rows = torch.arange(len(x0), dtype=torch.int64, device=x0.device).repeat_interleave(3 if self.config.match == "both" else 2)
@@ -389,6 +389,6 @@ class Engine:
 
     @torch.no_grad()
     def finite(self, state: State) -> Tensor:
-        """Tells whether all of a state's numbers are finite, as a 0-dim bool tensor."""
+        """Returns whether all of a state's numbers are finite, as a 0-dim bool tensor."""
         numbers = [tensor for tensor in pytree.tree_leaves(state) if tensor.is_floating_point() and tensor.numel()]
         return torch.stack(list(torch._foreach_norm(numbers, torch.inf))).isfinite().all()

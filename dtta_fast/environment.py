@@ -1,4 +1,4 @@
-"""What this machine offers: versions, devices, and the backend of the ops."""
+"""Describes this machine: versions, devices, and the backend of the ops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("dtta-fast", "torch", "triton", "torchvision", "diffusers", "timm", 
 
 
 def describe() -> dict[str, str]:
-    """Names and values, in the order to print them."""
+    """Returns names and values in the order in which to print them."""
     found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"}
     for package in PACKAGES:
         try:
@@ -31,11 +31,11 @@ def describe() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU or the processor, where the system tells it."""
+    """Returns the name of the GPU or the processor, if the system provides it."""
     if device.type == "cuda":
         try:
             return torch.cuda.get_device_name(device)
-        except (RuntimeError, AssertionError) as error:  # a driver that does not work; AssertionError: a torch built without CUDA
+        except (RuntimeError, AssertionError) as error:  # RuntimeError: broken driver; AssertionError: torch without CUDA
             return f"a GPU that cannot be asked for its name ({str(error).splitlines()[0]})"
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.is_file() else []
@@ -43,5 +43,5 @@ def device_name(device: torch.device) -> str:
 
 
 def load_average() -> list[float] | None:
-    """Over 1, 5 and 15 minutes; None where the system has none (Windows)."""
+    """Returns the load averages over 1, 5 and 15 minutes, or None if the system has none (Windows)."""
     return list(os.getloadavg()) if hasattr(os, "getloadavg") else None

@@ -1,4 +1,4 @@
-"""Runs over data sets: every image adapted and recorded, goes on where it was stopped."""
+"""Runs over whole data sets: adapts to every image, records the result, and resumes where an earlier run stopped."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from dtta_fast.runs.records import Record, rounded
 from dtta_fast.runs.summary import summary
 from dtta_fast.runtime.memory import out_of_memory
 
-BEST = 5  # classes of an image that a record tells the probabilities of
-AHEAD = 2  # batches that are read ahead, for each thread
-MOST_AHEAD = 2**30  # bytes of what waits to be adapted to: beyond that no further batch is read
-MOST_BATCH = 2**31  # bytes of a batch's images
+BEST = 5  # number of top classes whose probabilities a record holds
+AHEAD = 2  # batches to read ahead per thread
+MOST_AHEAD = 2**30  # bytes of batches waiting for adaptation; no more batches are read beyond this
+MOST_BATCH = 2**31  # maximum bytes of the images in a batch
 Advance = Callable[[list[Record]], None]
-Finished = tuple[int, list[Record], dict[str, float]]  # a batch's number, its records, and seconds by phase
+Finished = tuple[int, list[Record], dict[str, float]]  # batch number, its records, and seconds per phase
 
 
 class Fetched(NamedTuple):
-    """A batch's images, by id, or why one could not be read.
+    """The images of a batch by image id, with the reason for each image that could not be read.
 
-    images: as they were read, uint8 [3, H, W], or [3, size, size] in [0, 1] with their maps; or as they were cropped. digests: of what was
-    read, as runs.content.digest gives them.
+    images: as read, uint8 [3, H, W], or [3, size, size] in [0, 1] if they come with maps; or as cropped. digests: digests of the data that
+    was read, as returned by runs.content.digest.
     """
 
     number: int
@@ -54,10 +54,10 @@ class Fetched(NamedTuple):
 
 
 def open_data(run: RunConfig) -> Images | Maps:
-    """The run's data set.
+    """Opens the data set of a run.
 
     Raises:
-        ValueError: there is no such one, or it does not go with the task.
+        ValueError: the data set does not exist, or does not fit the task.
     """
     held, dense = "maps" if holds_maps(run.data) else "classes", run.task in ("segmentation", "depth")
     if (held == "maps") != dense:
@@ -73,7 +73,7 @@ def open_data(run: RunConfig) -> Images | Maps:
 
 
 def batches_of(run: RunConfig, data: Images | Maps) -> list[tuple[int, ...]]:
-    """Image ids, batch by batch: in the data set's order, a batch of one group."""
+    """Image ids of each batch, in the order of the data set; all images of a batch belong to the same group."""
     ids = range(len(data)) if run.per_class is None else subsample(data, run.per_class, run.adapt.seed)
     by_group: dict[str, list[int]] = {}
     for i in ids:
@@ -82,7 +82,7 @@ def batches_of(run: RunConfig, data: Images | Maps) -> list[tuple[int, ...]]:
 
 
 def fetch(data: Images | Maps, number: int, image_ids: Sequence[int], crop: Callable[[Tensor], Tensor] | None = None) -> Fetched:
-    """Reads a batch, and crops each image before the next one is read; an image that cannot be read is told of in it."""
+    """Reads a batch and crops each image before reading the next one; images that cannot be read are listed under `failed`."""
     found, held = Fetched(number, {}, {}, {}, {}), 0
     for i in image_ids:
         try:
@@ -108,11 +108,11 @@ def fetch(data: Images | Maps, number: int, image_ids: Sequence[int], crop: Call
 
 
 class Worker:
-    """A data set, its models and an adapter; one for each process."""
+    """Holds a data set, its models and an adapter; each process has one."""
 
     def __init__(self, run: RunConfig, data: Images | Maps) -> None:
         self.run, self.data = run, data
-        # the classes of zero_shot are the data set's own, whatever their numbers elsewhere
+        # zero_shot uses the data set's own classes, whatever their indices in other models
         numbers = None if isinstance(data, Maps) or run.task == "zero_shot" or data.outputs is None else [*enumerate(data.outputs)]
         self._class_of = None if numbers is None else {output: k for k, output in numbers} | dict(data.further)  # type: ignore[union-attr]
         models = load_models(run, data.classes, None if self._class_of is None else sorted(self._class_of))
@@ -121,15 +121,15 @@ class Worker:
         self._last_group: str | None = None
 
     def crop(self, image: Tensor) -> Tensor:
-        """An image [3, H, W] as the model looks at it, in [0, 1] and in memory of its own."""
+        """Crops an image [3, H, W] to the model's view of it, in [0, 1], and returns a copy."""
         whole = image[None].float().div_(255) if image.dtype == torch.uint8 else image[None].float()
         return self.adapter.crop(whole)[0].clone()
 
     def stacked(self, batch: Fetched) -> Tensor | None:
-        """The crops of the images that could be read, [B, 3, H, W].
+        """Stacks the crops of the images that could be read into [B, 3, H, W]; None if there are none.
 
         Raises:
-            ValueError: they have several sizes, and the model has no config to crop them by.
+            ValueError: the crops differ in size, and the model has no config that defines a crop.
         """
         crops = [*batch.images.values()]
         sizes = {tuple(crop.shape[1:]) for crop in crops}
@@ -139,7 +139,7 @@ class Worker:
         return torch.stack(crops) if crops else None
 
     def adapt(self, batch: Fetched, crops: Tensor | None) -> tuple[list[Record], dict[str, float]]:
-        """The records of a batch, and seconds by phase."""
+        """Adapts to a batch and returns its records and the seconds per phase."""
         image_ids = sorted([*batch.images, *batch.failed])
         group = self.data.groups[image_ids[0]]
         if self.run.protocol == "online" and group != self._last_group:
@@ -156,7 +156,7 @@ class Worker:
                 if all(answered):
                     raise
                 return self.adapt(*_without(batch, crops, answered))
-            seconds = result.seconds  # reading them waits for the device
+            seconds = result.seconds  # reading this waits for the device
             took = time.perf_counter() - start
             answers = self._scores(result, torch.stack([*batch.truth.values()])) if batch.truth else self._classes(result)
             losses, accepted, evaluations = result.loss.tolist(), result.accepted.tolist(), result.evaluations.tolist()
@@ -171,12 +171,12 @@ class Worker:
         return [{**self._of_image(i, batch), **found[i]} for i in image_ids], seconds
 
     def go_on(self, state: dict[str, Any], group: str) -> None:
-        """As if it had adapted to what came before: an online state, and the group that it is of."""
+        """Resumes from a saved online state, as if the worker had adapted to all earlier batches; group is the group of that state."""
         self.adapter.load_state_dict(state)
         self._last_group = group
 
     def _answered(self, crops: Tensor) -> list[bool]:
-        """Of each image, whether the model gives an answer to it: one without NaN and without infinity, which no adaptation mends."""
+        """Tells for each image whether the unadapted model's outputs hold no NaN and no +infinity, which adaptation cannot repair."""
         engine, config = self.adapter.engine, self.run.adapt
         calibration, problem = engine.denoiser.calibration, engine.problem
         looks = [crops] if config.match == "off" or calibration is None else [crops, calibration.match(crops)]
@@ -194,14 +194,14 @@ class Worker:
         return {"image_id": i, "batch": batch.number, "path": self.data.names[i], "group": self.data.groups[i], "label": label, **known}
 
     def _classes(self, result: AdaptResult) -> list[Record]:
-        """Of each image the class and the likeliest ones with their probabilities, before and after, in the data set's numbers."""
+        """Predicted class and top classes with probabilities of each image, before and after, as class indices of the data set."""
         found: list[Record] = [{} for _ in range(len(result.outputs))]
         known, held = len(self.data.classes), result.outputs.shape[1]
         if self._class_of is None and known and known != held:
             raise ValueError(f"the data set has {known} classes and the model {held}: give a model of the same classes, in the same order")
         for suffix, outputs in (("_before", result.outputs_before), ("", result.outputs)):
             probabilities = outputs.float().masked_fill(~self.task.possible(outputs), -torch.inf).softmax(1)
-            if self._class_of is not None:  # several outputs may mean one class: their probabilities add up
+            if self._class_of is not None:  # several outputs may belong to one class: sum their probabilities
                 whole = probabilities.new_zeros(len(probabilities), known)
                 outputs_of = torch.tensor(list(self._class_of), dtype=torch.int64, device=whole.device)
                 classes_of = torch.tensor(list(self._class_of.values()), dtype=torch.int64, device=whole.device)
@@ -213,7 +213,7 @@ class Worker:
         return found
 
     def _scores(self, result: AdaptResult, truth: Tensor) -> list[Record]:
-        """Of each map its scores, before and after."""
+        """Scores of each map, before and after adaptation."""
         found: list[Record] = [{} for _ in range(len(truth))]
         for suffix, predictions in (("_before", result.predictions_before.cpu()), ("", result.predictions.cpu())):
             if self.run.task == "depth":
@@ -227,14 +227,14 @@ class Worker:
 
 
 class _Unchecked(Checks):
-    """Lets every value through."""
+    """Checks that accept every value."""
 
     def require(self, fine: Tensor, error: Callable[[], str]) -> None:
-        """Asks nothing."""
+        """Does nothing."""
 
 
 def _without(batch: Fetched, crops: Tensor, answered: Sequence[bool]) -> tuple[Fetched, Tensor | None]:
-    """A batch and its crops without the images that the model has no answer to, which count as failed."""
+    """Removes the images whose model outputs are not finite from a batch and its crops, and adds them to the failed images."""
     kept = {i: fine for i, fine in zip(batch.images, answered, strict=True) if fine}
     images, truth = ({i: item for i, item in part.items() if i in kept} for part in (batch.images, batch.truth))
     failed = {i: "the model's outputs for it are not finite" for i in batch.images if i not in kept}
@@ -245,20 +245,20 @@ def _without(batch: Fetched, crops: Tensor, answered: Sequence[bool]) -> tuple[F
 def evaluate(
     run: RunConfig, out: str | Path, *, scale: str = "none", overwrite: bool = False, advance: Advance = lambda records: None
 ) -> dict[str, Any]:
-    """Adapts to every image of a data set, recorded in a folder as runs.folder.RunFolder says; goes on where the folder ends.
+    """Adapts to every image of a data set and records the results in a folder (see runs.folder.RunFolder); resumes a run found there.
 
     Args:
-        out: the folder. scale: none, this process, or, where torchrun started several, a share for each; ray, Ray Data with a worker for
-            each GPU, or CPU core where there is none (extra `scale`). overwrite: begin again, in place of the run that is in the folder,
-            which stays until the first batch is done; and beside files of others. advance: called with each batch's records as they are
-            written.
+        out: the folder. scale: "none" runs in this process, or splits the batches among the processes if torchrun started several; "ray"
+            uses Ray Data with one worker per GPU, or per CPU core without a GPU (extra `scale`). overwrite: start over and replace the run
+            in the folder, which is kept until the first batch is done; also allows a folder that holds unrelated files. advance: called
+            with each batch's records as they are written.
 
     Returns:
-        What summary.json holds: runs.summary.summary() of all records, the config, versions and machine, seconds by phase.
+        The content of summary.json: runs.summary.summary() of all records, the config, versions and machine, seconds per phase.
 
     Raises:
-        ValueError: bad input, or a folder that is in use, holds another run, files of others, or records of other images.
-            OSError: the folder cannot be written to.
+        ValueError: bad input, or a folder that is in use or holds another run, unrelated files, or records of other images.
+            OSError: the folder is not writable.
     """
     if scale not in ("none", "ray"):
         raise ValueError(f"scale is {scale!r}; allowed: none, ray")
@@ -314,10 +314,10 @@ def evaluate(
 
 
 def _place() -> tuple[int, int]:
-    """This process's number, and how many torchrun started, by its variables.
+    """Reads the rank of this process and the world size from torchrun's environment variables.
 
     Raises:
-        ValueError: they make no sense.
+        ValueError: the variables are invalid.
     """
     found = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
     for name, text in found.items():
@@ -331,13 +331,13 @@ def _place() -> tuple[int, int]:
 
 @contextmanager
 def _together(world: int) -> Iterator[None]:
-    """The processes that torchrun started know of one another."""
+    """Sets up the process group of the processes that torchrun started, and destroys it at the end."""
     if world == 1:
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # "cuda" is then this process's own
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # shares may end hours apart
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))  # "cuda" then means this process's GPU
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # processes may finish hours apart
     try:
         yield
     finally:
@@ -345,7 +345,7 @@ def _together(world: int) -> Iterator[None]:
 
 
 def _records(run: RunConfig, data: Images | Maps, remaining: Sequence[int], folder: RunFolder) -> Iterator[Finished]:
-    """In this process, batch by batch; the next ones are read meanwhile."""
+    """Adapts batch by batch in this process, and reads the next batches in the background."""
     begun = time.perf_counter()
     worker, online = Worker(run, data), run.protocol != "episodic"
     last = folder.last_in_order() if online else -1
@@ -364,7 +364,7 @@ def _records(run: RunConfig, data: Images | Maps, remaining: Sequence[int], fold
 
     with ThreadPoolExecutor(run.workers) as pool:
         coming: deque[Future[tuple[Fetched, Tensor | None]]] = deque()
-        ahead, largest = iter(remaining), 0  # the largest batch so far, in bytes
+        ahead, largest = iter(remaining), 0  # size of the largest batch so far, in bytes
         try:
             while True:
                 while not coming or (len(coming) < AHEAD * run.workers and len(coming) * largest < MOST_AHEAD):
@@ -389,5 +389,5 @@ def _records(run: RunConfig, data: Images | Maps, remaining: Sequence[int], fold
 
 
 def _bytes(batch: Fetched, crops: Tensor | None) -> int:
-    """The memory that a batch takes while it waits to be adapted to."""
+    """Bytes of memory that a batch occupies while it waits for adaptation."""
     return (0 if crops is None else crops.nbytes) + sum(truth.nbytes for truth in batch.truth.values())

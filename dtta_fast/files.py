@@ -1,4 +1,4 @@
-"""Opens files that may come from anybody: plain ones only, and only up to a size."""
+"""Opens untrusted files: only regular files, and only up to a maximum size."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-MOST_TEXT = 2**24  # bytes of a list or of a JSON file: ImageNet's longest list has 10^6
+MOST_TEXT = 2**24  # maximum bytes of a list or a JSON file; ImageNet's longest list has 10^6
 
 
 def open_plain(path: str | Path, most: int) -> BinaryIO:
-    """Opens a plain file of up to `most` bytes for reading, or a link to one.
+    """Opens a regular file of up to `most` bytes, or a link to one, for reading.
 
-    Devices and pipes have no end, and opening one may wait for ever.
+    Devices and pipes have no end, and opening one may block forever.
 
     Raises:
-        ValueError: it is a folder, a device, a pipe or a socket, it is larger, or its name is none. OSError: it cannot be opened.
+        ValueError: the path is a folder, a device, a pipe or a socket, the file is larger, or the path is not a valid name. OSError: the
+            file cannot be opened.
     """
     _check(os.stat(path), most)
     file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115 - the caller closes it
     try:
-        _check(os.fstat(file.fileno()), most)  # of what was opened, whatever lies there by now
+        _check(os.fstat(file.fileno()), most)  # check the opened file, since the path may have been replaced
     except BaseException:
         file.close()
         raise
@@ -29,13 +30,13 @@ def open_plain(path: str | Path, most: int) -> BinaryIO:
 
 
 def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
-    """The text of a plain UTF-8 file of up to `most` bytes.
+    """Reads the text of a regular UTF-8 file of up to `most` bytes.
 
     Raises:
-        ValueError: as open_plain(), or it is not UTF-8. OSError: it cannot be read.
+        ValueError: as in open_plain(), or the file is not UTF-8. OSError: the file cannot be read.
     """
     with open_plain(path, most) as file:
-        found = file.read(most + 1)  # what /proc shows is of 0 bytes, and goes on
+        found = file.read(most + 1)  # files in /proc report 0 bytes but have content
     if len(found) > most:
         raise ValueError(f"it has more than {most} bytes")
     return found.decode("utf-8")

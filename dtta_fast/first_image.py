@@ -1,7 +1,7 @@
-"""The first adapted images of a fresh process: `python -m dtta_fast.first_image`, which benchmark.first_image starts and times.
+"""Adapts to the first images in a fresh process: `python -m dtta_fast.first_image`, which benchmark.first_image starts and times.
 
-In the working folder: request.json and images.safetensors; it writes result.json there. Bytes of memory are None where the system has no
-/proc.
+Reads request.json and images.safetensors from the working folder, and writes result.json there. Resident memory is None if the system has
+no /proc.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Imports, loads, adapts, and writes the seconds of each and the memory; the start is the one that the request tells."""
+    """Imports, loads and adapts, and writes the seconds of each and the memory; time counts from the start given in the request."""
     import timm  # noqa: F401 - it and the schedulers are what loading imports
     import torch
     from diffusers import DDPMScheduler  # noqa: F401
@@ -26,7 +26,7 @@ def main() -> None:
 
     imported, folder = time.time(), Path.cwd()
     request: dict[str, Any] = json.loads((folder / "request.json").read_text())
-    os.chdir(request["folder"])  # paths of models are relative to it
+    os.chdir(request["folder"])  # model paths are relative to this folder
     device = torch.device(request["device"])
     model, denoiser = load_pair(request["model"], request["denoiser"])
     adapter = Adapter(model.to(device), denoiser.to(device), AdaptConfig(**request["config"]))
@@ -41,11 +41,11 @@ def main() -> None:
 
 
 def _memory(device: Any) -> dict[str, Any]:
-    """Bytes now and at the highest: of the process' resident set, and of what torch allocated on a GPU."""
+    """Current and peak bytes of the process' resident set, and of torch's allocations on a GPU."""
     import torch
 
     found: dict[str, Any] = {"resident": (None, None)}
-    status = Path("/proc/self/status")  # getrusage would start at what the parent had
+    status = Path("/proc/self/status")  # getrusage would start from the parent's memory
     if status.is_file():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
         found["resident"] = tuple(1024 * int(lines[name].split()[0]) for name in ("VmRSS", "VmHWM"))

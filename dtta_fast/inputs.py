@@ -1,6 +1,6 @@
 """Checks of a call's arguments: each raises an error that names the argument, and changes nothing.
 
-Checks of shapes and dtypes raise at once. On a GPU, checks of values wait for Checks.settle(), which reads all of them together.
+Shape and dtype checks raise immediately. On a GPU, value checks are deferred until Checks.settle(), which reads them all together.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Checks:
-    """The checks of values that a call still owes. On a CPU reading a value costs nothing, and they are made at once."""
+    """A call's pending value checks. On a CPU reading a value costs nothing, so they are made immediately."""
 
     def __init__(self) -> None:
         self._owed: list[tuple[Tensor, Callable[[], str]]] = []
 
     def require(self, fine: Tensor, error: Callable[[], str]) -> None:
-        """Asks that `fine`, a 0-dim bool tensor, is true; error() tells what is wrong where it is not.
+        """Requires `fine`, a 0-dim bool tensor, to be true; error() returns the message if it is not.
 
         Raises:
-            ValueError: it is false and on a CPU.
+            ValueError: `fine` is false and on a CPU.
         """
         self._owed.append((fine, error))
         if fine.device.type == "cpu":
             self.settle()
 
     def settle(self, *wanted: Tensor) -> list[Any]:
-        """Makes the checks that are owed, and reads the bool tensors that are `wanted` along with them; see runtime.reads.read().
+        """Makes the pending checks, and reads the `wanted` bool tensors in the same transfer; see runtime.reads.read().
 
         Raises:
             ValueError: a check fails.
@@ -51,7 +51,7 @@ class Checks:
 
 
 def check_arguments(model: Any, denoiser: Any, config: Any, task: Any) -> None:
-    """Raises TypeError where a session's arguments are of the wrong kind."""
+    """Raises TypeError if a session's arguments have the wrong type."""
     if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel):
         raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module (of a DataParallel, its .module)")
     if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
@@ -67,7 +67,7 @@ def check_arguments(model: Any, denoiser: Any, config: Any, task: Any) -> None:
 
 
 def check_surroundings() -> None:
-    """Raises RuntimeError within a context of torch's under which an adaptation fails or gives other numbers."""
+    """Raises RuntimeError inside a torch context in which an adaptation would fail or give different numbers."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError("adapt() was called under torch.inference_mode(), which forbids gradients; use torch.no_grad(), or neither")
     if torch.nn.utils.parametrize._cache_enabled:
@@ -75,7 +75,7 @@ def check_surroundings() -> None:
 
 
 def check_normalisation(model: nn.Module) -> None:
-    """Raises ValueError where a layer normalises by the batch that it is given: an image's answer would depend on its company."""
+    """Raises ValueError if a layer normalises by batch statistics: an image's answer would depend on the other images in the batch."""
     for name, part in model.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None and part.running_var is None:
             raise ValueError(
@@ -85,7 +85,7 @@ def check_normalisation(model: nn.Module) -> None:
 
 
 def check_denoiser(denoiser: Denoiser, config: AdaptConfig) -> None:
-    """Raises ValueError where the denoiser lacks what the config asks for: timesteps, or a calibration."""
+    """Raises ValueError if the denoiser lacks something the config needs: timesteps, or a calibration."""
     rows = len(denoiser.process)
     if config.timestep_range is not None and config.timestep_range[1] > rows:
         raise ValueError(f"timestep_range is {config.timestep_range}, and the denoiser's process has timesteps 0 .. {rows - 1}")
@@ -119,7 +119,7 @@ def checked_images(images: Tensor, device: torch.device, checks: Checks) -> Tens
         return images.float() / 255
     if not images.is_floating_point():
         raise ValueError(f"images has dtype {images.dtype}; give uint8, or floating point in [0, 1]")
-    low, high = images.aminmax()  # NaN where there is a NaN
+    low, high = images.aminmax()  # NaN if any value is NaN
 
     def wrong() -> str:
         if not images.isfinite().all():

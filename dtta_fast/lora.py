@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al. 2021, arXiv 2106.09685) as the weights that move: by peft, in its folders and in diffusers'."""
+"""LoRA adapters (Hu et al. 2021, arXiv 2106.09685) as trainable weights: created by peft, saved in the formats of peft and diffusers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from dtta_fast.runtime.private import evaluating
 
-# the query and value projections, by the names that libraries give them: transformers, diffusers, timm; and the MLP of open_clip, whose
-# attention holds the three projections as one parameter, which is no layer
+# the attention projections under their names in transformers, diffusers and timm; and the MLP of open_clip, whose attention holds the three
+# projections as one parameter instead of a layer
 USUAL = (("q_proj", "v_proj"), ("to_q", "to_k", "to_v", "to_out.0"), ("query", "value"), ("qkv",), ("c_fc", "c_proj"))
 
 
 def weight_names(module: nn.Module) -> list[str]:
-    """Names of the active adapters' weights that the module brings along."""
+    """Names of the weights of the active adapters that the module already has."""
     names = {id(p): name for name, p in module.named_parameters()}
     found = []
     for part in module.modules():
@@ -31,12 +31,12 @@ def weight_names(module: nn.Module) -> list[str]:
 
 
 def targets(module: nn.Module, wanted: Sequence[str] | None, what: str) -> list[str]:
-    """Names of the linear layers that get adapters: those whose names end in one of `wanted`, or None for the attention's usual ones.
+    """Names of the linear layers that get adapters: those whose names end in one of `wanted`; None selects the usual attention layers.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no layer matches.
     """
-    # nn.MultiheadAttention reads its output layer's weight, past whatever an adapter would add
+    # nn.MultiheadAttention reads the weight of its output layer directly and would bypass an adapter
     inside = {id(part.out_proj) for part in module.modules() if isinstance(part, nn.MultiheadAttention)}
     linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and id(part) not in inside]
     for suffixes in USUAL if wanted is None else (wanted,):
@@ -51,15 +51,15 @@ def targets(module: nn.Module, wanted: Sequence[str] | None, what: str) -> list[
 
 
 def check(module: nn.Module, wanted: Sequence[str] | None, what: str) -> None:
-    """Raises ValueError where attach() would."""
+    """Raises ValueError if attach() would."""
     if not weight_names(module):
         targets(module, wanted, what)
 
 
 def attach(module: nn.Module, rank: int, wanted: Sequence[str] | None, what: str, seed: int) -> list[str]:
-    """Gives a private copy adapters in place, unless it has its own; names of their weights, A and B by turns.
+    """Adds adapters to a private copy in place, unless it already has some, and returns their weight names, alternating A and B.
 
-    A is drawn from `seed`, B is 0, so that outputs stay what they are; their product counts once (alpha = rank).
+    A is drawn from `seed` and B is 0, so the outputs do not change at first; the scale of their product is 1 (alpha = rank).
     """
     if not weight_names(module):
         from peft import LoraConfig, inject_adapter_in_model
@@ -76,10 +76,10 @@ def attach(module: nn.Module, rank: int, wanted: Sequence[str] | None, what: str
 
 
 def save(folder: Path, module: nn.Module, moved: Mapping[str, Tensor], unet: bool) -> None:
-    """The adapters that moved in the module: of a UNet as diffusers' load_lora_weights() reads them, else as peft's from_pretrained().
+    """Saves the adapted LoRA weights of the module: a UNet's for diffusers' load_lora_weights(), others for peft's from_pretrained().
 
     Raises:
-        ValueError: the formats have no place for what these adapters are; nothing was written.
+        ValueError: the format cannot represent these adapters; nothing was written.
     """
     from peft import LoraConfig
 
@@ -96,7 +96,7 @@ def save(folder: Path, module: nn.Module, moved: Mapping[str, Tensor], unet: boo
             raise ValueError(
                 f"{where}'s adapter {adapter!r} has a magnitude (DoRA) or a bias beside A and B, which would be lost: use plain LoRA"
             )
-        # formats differ in where a scale stands: it goes into B
+        # formats store the scale in different places, so fold it into B
         factor = layer.scaling[adapter] if kind == "lora_B" else 1.0
         state[key] = (p.detach() * factor).contiguous()
     folder.mkdir(parents=True, exist_ok=True)

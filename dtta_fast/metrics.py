@@ -1,4 +1,4 @@
-"""What answers are judged by, image by image, so that intervals can be drawn: of maps, and of probabilities; and the intervals."""
+"""Metrics of maps and of probabilities, mostly per image so that confidence intervals can be computed, and those intervals."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def confusion(predictions: Tensor, labels: Tensor, classes: int, ignore: int = 255) -> Tensor:
-    """Pixels [N, K, K] of each image by true (row) and predicted class.
+    """Confusion matrix of each image in pixels, [N, K, K], by true class (row) and predicted class (column).
 
     Args:
-        predictions, labels: [N, H, W] of any integer type. classes: K. ignore: what marks pixels without a label.
+        predictions, labels: [N, H, W] of any integer type. classes: K. ignore: the value of pixels without a label.
 
     Raises:
-        ValueError: maps of two sizes, or labels and predictions outside the classes.
+        ValueError: shapes that differ or are not [N, H, W], or labels or predictions outside the classes.
     """
     if predictions.shape != labels.shape or labels.ndim != 3:
         raise ValueError(f"predictions have shape {tuple(predictions.shape)} and labels {tuple(labels.shape)}; give both as [N, H, W]")
-    predictions, labels = predictions.long(), labels.long()  # a byte holds no cell's number
+    predictions, labels = predictions.long(), labels.long()  # a byte is too small for a cell index
     known = labels != ignore
     for name, values in (("labels", labels[known]), ("predictions", predictions[known])):
         if values.numel() and (int(values.min()) < 0 or int(values.max()) >= classes):
@@ -30,27 +30,27 @@ def confusion(predictions: Tensor, labels: Tensor, classes: int, ignore: int = 2
 
 
 def mean_iou(counts: Tensor) -> Tensor:
-    """Mean over the classes that occur of intersection over union, of pixel counts [..., K, K] (true, predicted)."""
+    """Mean intersection over union, over the classes that occur, from pixel counts [..., K, K] (true, predicted)."""
     hits = counts.diagonal(dim1=-2, dim2=-1).double()
     union = counts.sum(-1) + counts.sum(-2) - hits
     return _mean_where(hits / union, union > 0)
 
 
 def mean_class_accuracy(counts: Tensor) -> Tensor:
-    """Mean over the classes that occur in the truth of the share of their pixels that is found, of counts [..., K, K]."""
+    """Mean class accuracy (recall) over the classes that occur in the ground truth, from pixel counts [..., K, K] (true, predicted)."""
     hits, truth = counts.diagonal(dim1=-2, dim2=-1).double(), counts.sum(-1)
     return _mean_where(hits / truth, truth > 0)
 
 
 def depth_errors(predictions: Tensor, depth: Tensor) -> dict[str, Tensor]:
-    """Each [N], of depth [N, H, W] in metres where the truth is above 0: the errors of Eigen et al. (2014, arXiv 1406.2283), and SSIM.
+    """Depth errors of Eigen et al. (2014, arXiv 1406.2283) and SSIM, each [N], of depth maps [N, H, W] in metres.
 
-    abs_rel: mean of |d - d*| / d*. rmse: in metres. delta1..3: share of pixels whose ratio to the truth, or the inverse, is under 1.25,
-    1.25², 1.25³. ssim: structural similarity of the maps (Wang et al. 2004), each on the range of its own truth. An image's figures do
-    not depend on the others.
+    The errors cover the pixels whose true depth is above 0. abs_rel: mean of |d - d*| / d*. rmse: in metres. delta1..3: share of pixels
+    for which the larger of d / d* and d* / d is below 1.25, 1.25², 1.25³. ssim: structural similarity of the whole maps (Wang et al.
+    2004), with the data range of each image's ground truth. The results of an image do not depend on the other images.
 
     Raises:
-        ValueError: maps of two sizes, depth that is not finite, or an image without depth above 0.
+        ValueError: shapes that differ or are not [N, H, W], depth that is not finite, or an image without depth above 0.
     """
     if predictions.shape != depth.shape or depth.ndim != 3:
         raise ValueError(f"predictions have shape {tuple(predictions.shape)} and depth {tuple(depth.shape)}; give both as [N, H, W]")
@@ -71,7 +71,7 @@ def depth_errors(predictions: Tensor, depth: Tensor) -> dict[str, Tensor]:
 
 
 def _similarity(guess: Tensor, truth: Tensor, known: Tensor) -> Tensor:
-    """SSIM [1] of one map [H, W]."""
+    """SSIM of one map [H, W], as a tensor [1]."""
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
     span = float(truth[known].max() - truth[known].min())
@@ -80,7 +80,7 @@ def _similarity(guess: Tensor, truth: Tensor, known: Tensor) -> Tensor:
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> float:
-    """Expected calibration error of confidence [N] in answers that are right or not [N], in equal bins (Guo 2017, arXiv 1706.04599)."""
+    """Expected calibration error of confidences [N] of right or wrong answers [N], with equal-width bins (Guo 2017, arXiv 1706.04599)."""
     confidence = confidence.double()
     number = (confidence * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64, device=confidence.device).index_add(0, number, confidence - right.double())
@@ -88,13 +88,13 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> floa
 
 
 def bootstrap_interval(values: Tensor) -> list[float]:
-    """The 95 % percentile interval of the mean of values [N], one for each image, over resampled images; seeded.
+    """95 % bootstrap percentile interval of the mean of values [N], one value per image, with a fixed seed.
 
-    5,000 resamples; of more than 5,000 images fewer, whose error stays below what is printed.
+    Uses 5,000 resamples, and fewer for more than 5,000 images, where the error stays below the printed precision.
     """
     resamples = min(5000, max(1000, 25_000_000 // len(values)))
     generator, means = torch.Generator("cpu").manual_seed(0), []
-    together = max(1, 5_000_000 // len(values))  # of 50,000 images a hundred at once
+    together = max(1, 5_000_000 // len(values))  # for 50,000 images, a hundred resamples at once
     for first in range(0, resamples, together):
         shape = min(together, resamples - first), len(values)
         rows = torch.randint(len(values), shape, generator=generator, dtype=torch.int64, device="cpu")
@@ -103,5 +103,5 @@ def bootstrap_interval(values: Tensor) -> list[float]:
 
 
 def _mean_where(values: Tensor, mask: Tensor) -> Tensor:
-    """Over the last dimension."""
+    """Mean of the masked values over the last dimension."""
     return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1)

@@ -1,4 +1,4 @@
-"""The memory that rows and images of a session take, in bytes, measured once."""
+"""Measures, once per session, the memory in bytes that rows and images need."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Needs:
-    """Measures an engine's modules on the first inputs that it is asked about. Where they are copied anew, it starts anew too."""
+    """Measures an engine's modules on the first inputs it receives; the engine creates a new instance when it copies its modules again."""
 
     def __init__(self) -> None:
         self._row: tuple[int, int | None] | None = None
@@ -24,17 +24,17 @@ class Needs:
 
     @torch.no_grad()
     def of_forward_row(self, engine: Engine, inputs: Tensor, x0: Tensor) -> int:
-        """Bytes of a row in a forward without gradient; measured once."""
+        """Bytes per row of a forward pass without gradients; measured once."""
         if self._forward_row is None:
             denoiser = engine.problem.denoiser
-            with torch.compiler.set_stance("force_eager"):  # sizes that no step runs at are not worth a compilation
+            with torch.compiler.set_stance("force_eager"):  # no step runs at these sizes, so do not compile
                 condition = engine.task.condition(engine.plain_outputs(inputs[:1]), denoiser, {}, engine.config)
                 self._forward_row = memory.forward_bytes(denoiser, x0[:1], condition)
         return self._forward_row
 
     @torch.no_grad()
     def of_row(self, engine: Engine, inputs: Tensor, x0: Tensor) -> tuple[int, int | None]:
-        """Without and with activations made again in the backward; measured once."""
+        """Bytes per row without and with activation checkpointing (None if the denoiser does not support it); measured once."""
         if self._row is None:
             denoiser = engine.problem.denoiser
             sizes: list[int | None] = []
@@ -49,7 +49,11 @@ class Needs:
 
     @torch.no_grad()
     def of_image(self, engine: Engine, inputs: Tensor) -> int:
-        """The model's activations; weights of its own, their gradients, optimizer memory, one temporary of an update. Measured once."""
+        """Bytes per image; measured once.
+
+        Counts the model's activations and, if each image has its own weights, these weights, their gradients, the optimizer state and one
+        temporary of an update.
+        """
         if self._image is None:
             theta, phi = engine.source()
             with torch.compiler.set_stance("force_eager"):

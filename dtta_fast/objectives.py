@@ -1,4 +1,4 @@
-"""What is minimised, with its gradient to the condition and to the denoiser's weights."""
+"""Training objectives, with their gradients with respect to the condition and the denoiser's weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from dtta_fast.runtime.precision import gradient_scale
 
 
 class Pairs(NamedTuple):
-    """The (timestep, noise) pairs that a batch is noised with.
+    """The (timestep, noise) pairs used to noise a batch.
 
-    x0 [B, C, h, w], timesteps [B, P], image_ids [B], step 0-dim; the noise is drawn from (seed, step, image_id, pair0 + pair)
+    x0 is [B, C, h, w], timesteps [B, P], image_ids [B], step 0-dim. The noise is drawn from (seed, step, image_id, pair0 + pair)
     unless `noise` [B, P, C, h, w] is given.
     """
 
@@ -37,7 +37,7 @@ class Pairs(NamedTuple):
         return self._replace(x0=self.x0[which], timesteps=self.timesteps[which], image_ids=self.image_ids[which], noise=noise)
 
     def chunks(self, size: int) -> Iterator[Pairs]:
-        """Parts of at most `size` pairs an image, as even as they come, with the noise that they have here."""
+        """Splits the pairs into near-equal chunks of at most `size` pairs per image, each with the same noise as here."""
         pairs = self.timesteps.shape[1]
         width = -(-pairs // -(-pairs // size))
         for first in range(0, pairs, width):
@@ -47,7 +47,7 @@ class Pairs(NamedTuple):
 
 
 def _draws(denoiser: Denoiser, drawn: Pairs) -> dict[str, Any]:
-    """The arguments that the ops share."""
+    """Returns the arguments shared by the ops."""
     names = ("x0", "timesteps", "image_ids", "seed", "step", "pair0", "noise")
     return {"table": denoiser.process.table, **{name: getattr(drawn, name) for name in names}}
 
@@ -56,11 +56,11 @@ def _draws(denoiser: Denoiser, drawn: Pairs) -> dict[str, Any]:
 def pair_losses(
     denoiser: Denoiser, conditions: Tensor, drawn: Pairs, l1: bool, forwards: Sequence[int] | None = None, shared: bool = True
 ) -> Tensor:
-    """Denoising losses [B, P] of the source denoiser under conditions [B, ...].
+    """Returns denoising losses [B, P] of the source denoiser under conditions [B, ...].
 
-    forwards: the numbers of rows that the denoiser gets at once, B * P and more in all, the last ones filled up. None is one forward.
-    shared: whether rows of whole images may come with a condition an image, and not one a row, which compiled code would meet as two
-    shapes.
+    forwards: row count of each forward pass, at least B * P in total; missing rows are padded. None runs a single forward pass.
+    shared: whether a forward pass over whole images may get one condition per image instead of one per row; compiled code would see
+    these as two different shapes.
     """
     with phase("noising"):
         x_t = add_noise(**_draws(denoiser, drawn), dtype=denoiser.dtype)
@@ -72,7 +72,7 @@ def pair_losses(
             for rows in forwards:
                 whole = shared and first % pairs == 0 and rows % pairs == 0 and first + rows <= len(x_t)
                 here = slice(first, first + rows)
-                if whole:  # the denoiser computes once what an image's rows share
+                if whole:  # the denoiser computes what an image's rows share only once
                     found.append(denoiser(x_t[here], timesteps[here], conditions[first // pairs : (first + rows) // pairs]))
                 else:
                     numbers = torch.arange(first, first + rows, dtype=torch.int64, device=x_t.device).clamp(max=len(x_t) - 1)
@@ -84,7 +84,7 @@ def pair_losses(
 
 
 class Noised(NamedTuple):
-    """A chunk's rows: x_t [N, C, h, w], timesteps [N]; N = images * pairs."""
+    """The rows of a chunk: x_t [N, C, h, w] and timesteps [N], with N = images * pairs."""
 
     x_t: Tensor
     timesteps: Tensor
@@ -92,11 +92,11 @@ class Noised(NamedTuple):
     pairs: int
 
     def denoised(self, denoiser: Denoiser, weights: Parameters, conditions: Tensor) -> Tensor:
-        """Predictions [N, M, C', h, w] for every row under each of its image's conditions [B, M, ...]."""
+        """Returns predictions [N, M, C', h, w] for every row under each of its image's conditions [B, M, ...]."""
         images, pairs, count = self.images, self.pairs, conditions.shape[1]
         if count == 1:
             return call(denoiser, weights, self.x_t, self.timesteps, conditions[:, 0], per_image=False)[:, None]
-        x_t, timesteps = (  # an image's rows once a condition: what is equal for the pairs of a condition is computed once
+        x_t, timesteps = (  # an image's rows, repeated for each condition: what a condition's pairs share is computed once
             rows.unflatten(0, (images, pairs))[:, None].expand(images, count, pairs, *rows.shape[1:]).flatten(0, 2)
             for rows in (self.x_t, self.timesteps)
         )
@@ -104,20 +104,21 @@ class Noised(NamedTuple):
         return found.unflatten(0, (images, count, pairs)).transpose(1, 2).flatten(0, 1)
 
 
-# of heads, which the task makes of its outputs, the predictions [N, C', h, w] that are held against the target; the first one's loss counts
+# maps heads, which the task derives from the model's outputs, to predictions [N, C', h, w] to compare with the target; only the first
+# prediction's loss is reported
 Predict = Callable[[Denoiser, Parameters, list[Tensor], Noised], list[Tensor]]
 
 
 def embedding_mix(denoiser: Denoiser, weights: Parameters, heads: list[Tensor], rows: Noised) -> list[Tensor]:
-    """Diffusion-TTA's prediction (arXiv 2311.16102): under the mixed embedding, heads = [conditions [B, ...]]."""
+    """Returns Diffusion-TTA's prediction (arXiv 2311.16102), under the mixed embedding; heads = [conditions [B, ...]]."""
     return [rows.denoised(denoiser, weights, heads[0][:, None])[:, 0]]
 
 
 def noise_mix(denoiser: Denoiser, weights: Parameters, heads: list[Tensor], rows: Noised) -> list[Tensor]:
-    """DUSA's prediction (NeurIPS 2024): the predictions under each class, mixed; heads = [probabilities, conditions [B, M, ...]].
+    """Returns DUSA's prediction (NeurIPS 2024), a mixture of the per-class predictions; heads = [probabilities, conditions [B, M, ...]].
 
-    Probabilities are [B, M], or of each pixel [B, M, h, w]. Where no weight of the denoiser moves, the gradient to them takes no backward
-    pass of the denoiser.
+    Probabilities are [B, M], or per pixel [B, M, h, w]. If none of the denoiser's weights are adapted, the gradient with respect to the
+    probabilities needs no backward pass through the denoiser.
     """
     with torch.set_grad_enabled(bool(weights)):
         each = rows.denoised(denoiser, weights, heads[1])
@@ -125,7 +126,7 @@ def noise_mix(denoiser: Denoiser, weights: Parameters, heads: list[Tensor], rows
 
 
 def noise_mix_null(denoiser: Denoiser, weights: Parameters, heads: list[Tensor], rows: Noised) -> list[Tensor]:
-    """The same with predictions that leave no gradient in the denoiser, which learns from one without a class: its null condition."""
+    """Like noise_mix, but without denoiser gradients from the class predictions: it learns only from the null-condition prediction."""
     with torch.no_grad():
         each = rows._replace(x_t=rows.x_t.clone()).denoised(denoiser, weights, heads[1])  # some networks write to their input
     null = denoiser.null_embedding(weights).expand(rows.images, 1, *heads[1].shape[2:])
@@ -133,7 +134,7 @@ def noise_mix_null(denoiser: Denoiser, weights: Parameters, heads: list[Tensor],
 
 
 def _mixed(probabilities: Tensor, each: Tensor, pairs: int) -> Tensor:
-    """Σ_k p_k · prediction_k: probabilities [B, M], or of each pixel [B, M, h, w], each [N, M, C', h, w] -> [N, C', h, w]."""
+    """Computes Σ_k p_k · prediction_k: probabilities [B, M], or per pixel [B, M, h, w], each [N, M, C', h, w] -> [N, C', h, w]."""
     shares = probabilities.repeat_interleave(pairs, dim=0).to(each.dtype)
     return torch.einsum("nm,nmchw->nchw" if shares.ndim == 2 else "nmhw,nmchw->nchw", shares, each)
 
@@ -148,18 +149,18 @@ def accumulated_gradients(
     l1: bool,
     per_image: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], float]:
-    """The loss of what `predict` gives, averaged over the pairs, and its gradients.
+    """Computes the loss of `predict`'s predictions, averaged over the pairs, and its gradients.
 
-    Pairs run in chunks of `chunk` an image; each leaves only its part of the gradient, so memory is that of one chunk.
+    Pairs run in chunks of `chunk` per image. A chunk keeps only its contribution to the gradients, so peak memory is that of one chunk.
 
     Returns:
-        loss [B]; the gradients to `heads` [B, ...], in their order, to those that require one; the gradients to phi's tensors, in its
-        order; the scale that the gradients are multiplied by. They are gradients of the sum of the losses over images where per_image,
-        of their mean otherwise (one set of weights for the batch).
+        loss [B]; the gradients with respect to those `heads` [B, ...] that require one, in order; the gradients with respect to phi's
+        tensors, in order; and the scale by which the gradients are multiplied. The gradients are those of the sum of the losses over
+        images if per_image is set, and of their mean otherwise (one set of weights for the batch).
     """
     images, pairs = drawn.timesteps.shape
     if per_image and phi:
-        # image by image: a chunk's rows fill the machine, and batched weights were slower (60 pairs: 0.15 s an image, not 0.10)
+        # image by image: one chunk's rows saturate the device, and batched weights were slower (60 pairs: 0.15 s per image instead of 0.10)
         each = []
         for i in range(images):
             own = of_image(phi, i)
@@ -171,12 +172,12 @@ def accumulated_gradients(
         joined = [torch.cat(found) for found in zip(*to_heads, strict=True)]
         return torch.cat(losses), joined, [torch.stack(found) for found in zip(*to_phi, strict=True)], scales[0]
     leaves = [leaf(head) if head.requires_grad else head.detach() for head in heads]
-    # cast once a step, not once a chunk
+    # cast once per step, not once per chunk
     weights = {name: leaf(p) for name, p in in_dtypes_of(denoiser, phi).items()} if phi else {}
     moving = [head for head in leaves if head.requires_grad]
     wanted = [*moving, *weights.values()]
     loss = torch.zeros(images, dtype=torch.promote_types(drawn.x0.dtype, torch.float32), device=drawn.x0.device)
-    # float32 at least: adding up chunks in bfloat16 would make the result depend on their size
+    # at least float32: accumulating chunks in bfloat16 would make the result depend on their size
     gradients = [torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in wanted]
     dtype, divisor = denoiser.dtype, pairs if per_image else pairs * images
     scale = gradient_scale(dtype, drawn.x0[0].numel(), divisor)
@@ -194,7 +195,7 @@ def accumulated_gradients(
             with phase("denoiser backward"):
                 torch._foreach_add_(gradients, torch.autograd.grad(predictions, wanted, [g for _, g in found], materialize_grads=True))
 
-    if weights and denoiser.checkpointing:  # parts of the forward run again in the backward, and need the adapted weights there too
+    if weights and denoiser.checkpointing:  # the backward recomputes parts of the forward, which needs the adapted weights there too
         with_weights(denoiser, weights, run)
     else:
         run()

@@ -1,4 +1,4 @@
-"""The state that an online session carries from batch to batch: taken from a dictionary, and its adapters as files."""
+"""The state that an online session carries from batch to batch: loads it from a dictionary, and saves its adapters to files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ REMEDY = "give one that state_dict() gave under the same models and config"
 
 
 def loaded(state: Any, engine: Engine) -> State:
-    """Copies the state that Adapter.state_dict() gave, for an engine with the same models and config.
+    """Copies a state from Adapter.state_dict() for an engine with the same models and config.
 
-    Weights are found by their names. Tensors are copied into memory that is laid out as the engine's own, since an update walks weights and
-    optimizer memory side by side.
+    Weights are matched by name. Tensors are copied into the engine's own memory layout, since an update runs over weights and optimizer
+    state in parallel.
 
     Raises:
-        ValueError: the engine is episodic, or the state holds other weights, another optimizer's memory, or numbers that are not finite.
+        ValueError: the engine is episodic, or the state has other weights, another optimizer's state, or numbers that are not finite.
     """
     if engine.config.mode != "online":
         raise ValueError("state belongs to an online adapter, and this one is episodic")
@@ -54,7 +54,7 @@ def loaded(state: Any, engine: Engine) -> State:
 
 
 def copied(state: State) -> State:
-    """A copy of the state."""
+    """Returns a copy of the state."""
     with torch.no_grad():
         found: State = pytree.tree_map(torch.clone, state)
     return found
@@ -66,10 +66,10 @@ def _are_lists(slots: Any) -> bool:
 
 @torch.no_grad()
 def _take(target: Tensor, value: Any, name: str) -> None:
-    """Copies a tensor of the target's shape and dtype.
+    """Copies a tensor with the target's shape and dtype into the target.
 
     Raises:
-        ValueError: it is anything else.
+        ValueError: value is anything else.
     """
     plain = isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta" and not value.is_nested
     if not plain or value.shape != target.shape or value.dtype != target.dtype:
@@ -80,7 +80,7 @@ def _take(target: Tensor, value: Any, name: str) -> None:
 
 
 def save_adapters(state: State | None, engine: Engine, folder: Path) -> None:
-    """Adapter.save_lora."""
+    """Implements Adapter.save_lora."""
     config = engine.config
     kinds = (config.parameters, config.denoiser_parameters)
     if state is None or "lora" not in kinds:

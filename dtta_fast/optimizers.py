@@ -1,6 +1,6 @@
-"""SGD, Adam and AdamW on plain tensors, by torch.optim's kernels, and Adam with moments of 8 bits by bitsandbytes'.
+"""SGD, Adam and AdamW on plain tensors with the kernels of torch.optim, and Adam with 8-bit moments with the kernels of bitsandbytes.
 
-Parameters stacked over images are updated as if each image had an optimizer of its own.
+Parameters stacked over images are updated as if each image had its own optimizer.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ Slots = list[Tensors]
 
 
 def rate(value: float, device: torch.device) -> Tensor:
-    """A learning rate as the 0-dim tensor that update_() takes: float64, but float32 on CUDA, whose kernels read no other. There a rate
-    beyond float32's range is its largest number."""
+    """Converts a learning rate to the 0-dim tensor that update_() takes: float64, but float32 on CUDA, whose kernels read nothing else.
+
+    On CUDA, a rate beyond the range of float32 becomes the largest float32 number.
+    """
     if device.type != "cuda":
         return torch.full((), value, dtype=torch.float64, device=device)
     return torch.full((), min(value, torch.finfo(torch.float32).max), dtype=torch.float32, device=device)
 
 
 def init_slots(optimizer: Optimizer, parameters: Tensors, images: int = 1) -> Slots:
-    """The optimizer's memory at step 0: momentum for SGD, first and second moments for Adam, and their scales where they are of 8 bits.
+    """Initial optimizer state: momentum for SGD, first and second moments for Adam, and the scales of 8-bit moments.
 
-    images: how many stand along the parameters' first dimension.
+    images: number of images stacked along the first dimension of the parameters.
     """
     if optimizer != "adam8bit":
         return [[torch.zeros_like(p) for p in parameters] for _ in range(1 if optimizer == "sgd" else 2)]
@@ -56,12 +58,12 @@ def update_(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    """One update in place, of dense parameters, each laid out in memory as its slots are.
+    """Updates dense parameters once in place; each parameter has the same memory layout as its slots.
 
-    `step` is a 0-dim int64 tensor, 0 at the first call; `lr` is what rate() gives.
+    `step` is a 0-dim int64 tensor, 0 at the first call; `lr` is a tensor from rate().
 
-    By torch's fused optimizers, one pass over memory, where one operator after the other took a third of an adaptation of 16 images on a
-    CPU. torch.compile has no form of them (SGD's has no meta kernel), and fuses the operators itself.
+    Uses torch's fused optimizers, which make one pass over memory; separate operators took a third of the time of adapting to 16 images on
+    a CPU. torch.compile does not support the fused optimizers (SGD's has no meta kernel), and fuses the separate operators itself.
     """
     if is_tracing():
         _by_operators_(optimizer, parameters, gradients, slots, step, lr, momentum, weight_decay)
@@ -69,9 +71,9 @@ def update_(
     if optimizer == "adam8bit":
         _with_8_bits_(parameters, gradients, slots, step, lr, weight_decay)
         return
-    # the kernels walk memory, whatever the strides
+    # the kernels run linearly over memory and ignore strides
     gradients = [g if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for g, p in zip(gradients, parameters, strict=True)]
-    # Adam counts up in each of them
+    # Adam increments each of these
     steps = [] if optimizer == "sgd" else list(step.float().expand(len(parameters)).clone().unbind())
     if os.environ.get("DTTA_FAST_STRICT") == "1":  # the checks take longer than the update
         demands.fused_optimizer(parameters, gradients, slots, steps, lr)
@@ -89,7 +91,10 @@ def update_(
 
 
 def _with_8_bits_(parameters: Tensors, gradients: Tensors, slots: Slots, step: Tensor, lr: Tensor, weight_decay: float) -> None:
-    """Decoupled weight decay, as in bitsandbytes. Its kernel takes the step as a number, so a GPU is waited for."""
+    """Updates with 8-bit Adam and decoupled weight decay, as in bitsandbytes.
+
+    The kernel takes the step as a Python number, so the host waits for a GPU.
+    """
     small = [i for i, first in enumerate(slots[0]) if first.dtype != torch.uint8]
     if small:
         chosen = [[tensors[i] for i in small] for tensors in (parameters, gradients, *slots[:2])]
@@ -110,7 +115,7 @@ def _by_operators_(
     momentum: float,
     weight_decay: float,
 ) -> None:
-    # exported, lr is a constant, and Inductor's foreach operators take none that is a tensor
+    # in an exported graph lr is a constant, and Inductor's foreach operators accept no constant tensor
     if weight_decay and optimizer == "adamw":
         for p in parameters:
             p.mul_(1 - lr * weight_decay)
@@ -127,7 +132,7 @@ def _by_operators_(
     torch._foreach_mul_(second, BETA2)
     torch._foreach_addcmul_(second, gradients, gradients, 1 - BETA2)
     count = step.double() + 1
-    # by exp, which Inductor computes once for all weights; a power it would put into the loop over each of them
+    # use exp, which Inductor computes once for all weights; it would move a power into the loop over each weight
     correction1, correction2 = (1 - (count * math.log(beta)).exp() for beta in (BETA1, BETA2))
     denominator = torch._foreach_sqrt(second)
     torch._foreach_div_(denominator, correction2.sqrt())

@@ -1,4 +1,4 @@
-"""Which weights move, as dictionaries of tensors beside the caller's modules, which are never written to."""
+"""Selects the weights to adapt, as dictionaries of tensors kept outside the caller's modules, which are never written to."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Parameters = dict[str, Tensor]
 
 
 def select(model: nn.Module, which: ParameterSet) -> Parameters:
-    """The model's own parameter tensors, by name: all of them, the normalisation layers' or the last layer's.
+    """Selects the model's own parameter tensors by name: all of them, those of the normalisation layers, or those of the classifier head.
 
-    "logits" selects none: the logits themselves are the parameter (the free-logits ablation of the paper). "lora" selects the weights of
-    the adapters in it.
+    "logits" selects none: the logits themselves are the parameter (the paper's free-logits ablation). "lora" selects the weights of the
+    model's adapters.
 
     Raises:
-        ValueError: the model has no parameter of that kind, or parameters that are no floating-point numbers.
+        ValueError: the model has no parameters of that kind, or some of them are not floating point.
     """
     parts: Iterable[nn.Module | nn.Parameter] = {
         "all": [model],
@@ -50,7 +50,7 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
 
 
 def _heads(model: nn.Module) -> Sequence[nn.Module | nn.Parameter]:
-    """The classifier layer: the model's own answer where it has one (timm's; some have two), the last Linear or Conv2d otherwise."""
+    """Returns the classifier layers: those of get_classifier() if it exists (timm; some have two), else the last Linear or Conv2d."""
     if hasattr(model, "get_classifier"):
         heads: Any = model.get_classifier()  # type: ignore[operator]
         return [head for head in (heads if isinstance(heads, tuple) else (heads,)) if isinstance(head, (nn.Module, nn.Parameter))]
@@ -58,10 +58,11 @@ def _heads(model: nn.Module) -> Sequence[nn.Module | nn.Parameter]:
 
 
 def copies(parameters: Mapping[str, Tensor], images: int | None, batched: bool = False) -> Parameters:
-    """Detached copies: one shared, or `images` of them stacked along a new first dimension; float32 where they were half precision.
+    """Makes detached copies: one shared copy, or `images` of them stacked along a new first dimension; half precision becomes float32.
 
-    An update of 1e-5 is lost in a bfloat16 weight, so the weights that move are kept in float32 and cast for each forward.
-    batched: matrices lie in memory as vmap's products hand their gradients over, transposed, and an update need not turn those round.
+    An update of 1e-5 is lost in a bfloat16 weight, so the adapted weights are kept in float32 and cast for each forward pass.
+    batched: store matrices transposed in memory, the layout in which vmap's products return their gradients, so that updates need not
+    transpose them.
     """
     own: Parameters = {}
     for name, p in parameters.items():
@@ -73,24 +74,24 @@ def copies(parameters: Mapping[str, Tensor], images: int | None, batched: bool =
 
 
 def in_dtypes_of(module: nn.Module, moving: Mapping[str, Tensor]) -> Parameters:
-    """The tensors in the dtypes of the module's own of those names."""
+    """Casts the tensors to the dtypes of the module's own parameters of the same names."""
     own = dict(module.named_parameters())
     return {name: p.to(own[name].dtype) for name, p in moving.items()}
 
 
 def under_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> Parameters:
-    """The tensors, and again under the names of other modules that hold the same weight, as a tied head does.
+    """Returns the tensors, repeated under the names of other modules that hold the same weight, as a tied head does.
 
-    A module that is registered twice holds its weights once, and is named once: torch's functional_call(tie_weights=True) swaps them twice,
-    and leaves the second one's in place.
+    A module that is registered twice holds its weights once, so it is listed under one name only: torch's
+    functional_call(tie_weights=True) would swap its weights twice and leave the second swap in place.
     """
-    known = vars(module).get(TIED)  # a private copy's, since a trace cannot compute them
+    known = vars(module).get(TIED)  # stored on a private copy, since a trace cannot compute them
     others = tied_names(module) if known is None else known
     return {name: tensor for first, tensor in tensors.items() for name in (first, *others.get(first, ()))}
 
 
 class _Running(nn.Module):
-    """A module around another one, whose forward runs a function."""
+    """A wrapper around a module whose forward runs a given function."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -101,21 +102,21 @@ class _Running(nn.Module):
 
 
 def with_weights(module: nn.Module, moving: Mapping[str, Tensor], run: Callable[[], None]) -> None:
-    """Runs a function, backward passes in it included, while `moving` takes the place of the module's own parameters of those names."""
+    """Runs a function, including any backward passes in it, while `moving` replaces the module's own parameters of the same names."""
     inner = {f"module.{name}": p for name, p in under_all_names(module, moving).items()}
     functional_call(_Running(module), inner, (run,), tie_weights=False)
 
 
 def of_image(moving: Mapping[str, Tensor], i: int) -> Parameters:
-    """The weights of image i. Those of a single image are views whose gradient needs no copy."""
+    """Returns the weights of image i. For a single image they are views whose gradient needs no copy."""
     return {name: p.squeeze(0) if len(p) == 1 else p[i] for name, p in moving.items()}
 
 
 def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_image: bool, loop: bool = False) -> Tensor:
-    """module(*inputs) with `moving` in place of its own parameters of those names; module is a private copy.
+    """Calls module(*inputs) with `moving` in place of its own parameters of the same names; module is a private copy.
 
-    per_image: `moving` and every input carry a leading image dimension, and image i is computed with its own weights: one after the
-    other with `loop`, at once without. A module that writes to its buffers writes to copies.
+    per_image: `moving` and every input have a leading image dimension, and image i is computed with its own weights: one after the
+    other with `loop`, all at once otherwise. If the module writes to its buffers, it writes to copies.
     """
     constants = {name: buffer.clone() for name, buffer in module.named_buffers()}
     if not per_image:

@@ -1,10 +1,10 @@
-"""Named settings."""
+"""Preset configurations."""
 
 from __future__ import annotations
 
 from dtta_fast.config import AdaptConfig
 
-# The paper's single-sample recipe: 5 updates on 180 fresh pairs each, uniform timesteps, classifier and DiT both adapting.
+# The paper's single-sample recipe: 5 updates on 180 fresh pairs each, uniform timesteps, adapting both classifier and DiT.
 PAPER = AdaptConfig(
     steps=5,
     pairs=180,
@@ -16,7 +16,7 @@ PAPER = AdaptConfig(
     momentum=0.9,
 )
 
-# Chosen on the validation split of digits-C (bench/quality/choose.py, docs/log.md). Takes a denoiser with a calibration.
+# Chosen on the validation split of digits-C (bench/quality/choose.py, docs/log.md). Needs a denoiser with a calibration.
 FAST = AdaptConfig(
     steps=3,
     pairs=4,
@@ -30,7 +30,7 @@ FAST = AdaptConfig(
     guard_threshold=1.75,
 )
 
-# A stream: one set of weights, one update a batch, no guard. Chosen like FAST; takes a denoiser with a calibration.
+# For streams: one set of weights, one update per batch, no guard. Chosen like FAST; needs a denoiser with a calibration.
 ONLINE = AdaptConfig(
     steps=1,
     pairs=4,
@@ -42,7 +42,7 @@ ONLINE = AdaptConfig(
     mode="online",
 )
 
-# Maps: segmentation and depth. Chosen on the validation split of the generated scenes (bench/quality/dense.py, docs/log.md).
+# For maps: segmentation and depth. Chosen on the validation split of the generated scenes (bench/quality/dense.py, docs/log.md).
 DENSE = AdaptConfig(
     steps=3,
     pairs=4,
@@ -56,8 +56,8 @@ DENSE = AdaptConfig(
     guard_threshold=4.0,
 )
 
-# Noise mixing over the top 4 classes and 2 drawn ones at a single timestep, model and denoiser adapting (DUSA, NeurIPS 2024). Timestep,
-# scale and learning rates are for the digits zoo, chosen like FAST; the paper's are t = 100 and 1e-5 for a DiT-XL/2.
+# Noise mixing over the top 4 classes and 2 sampled ones at a single timestep, adapting model and denoiser (DUSA, NeurIPS 2024). The
+# timestep, scale and learning rates are for the digits zoo, chosen like FAST; the paper uses t = 100 and 1e-5 for a DiT-XL/2.
 DUSA = AdaptConfig(
     objective="noise_mix",
     steps=1,
@@ -77,10 +77,10 @@ ALL = {"PAPER": PAPER, "FAST": FAST, "ONLINE": ONLINE, "DENSE": DENSE, "DUSA": D
 
 
 def get(name: str) -> AdaptConfig:
-    """The preset of that name, in any case.
+    """Returns the preset with that name (case-insensitive).
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such preset.
     """
     if str(name).upper() not in ALL:
         raise ValueError(f"preset is {name!r}; there are {', '.join(ALL)}")

@@ -12,7 +12,7 @@ SIGNAL, NOISE, TARGET_SIGNAL, TARGET_NOISE, WEIGHT = range(5)
 
 
 class NoiseProcess:
-    """A row per timestep of signal a, noise s, target_signal u, target_noise v, weight w.
+    """Table with one row per timestep: signal a, noise s, target_signal u, target_noise v, weight w.
 
         x_t = a·x0 + s·ε        target = u·x0 + v·ε        loss = w · mean((prediction − target)²)
 
@@ -22,10 +22,10 @@ class NoiseProcess:
     Args:
         table: [T, 5] floating point, finite; kept as float32. Timesteps are 0-based indices of its rows,
             in order of rising noise.
-        model_time: [T] what the denoiser is given for each row; the index itself where it is None.
+        model_time: [T] the time value passed to the denoiser for each row; None passes the row index.
 
     Raises:
-        ValueError: a table of another shape or not finite, or a model_time of another length.
+        ValueError: the table has another shape or is not finite, or model_time has another length.
     """
 
     def __init__(self, table: Tensor, model_time: Tensor | None = None) -> None:
@@ -46,10 +46,10 @@ class NoiseProcess:
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseProcess:
         """Reads a diffusers scheduler: one with `alphas_cumprod` (DDPM, DDIM, PNDM, Euler, DPM-Solver, ...)
-        or a flow-matching one with `sigmas` alone.
+        or a flow-matching one with only `sigmas`.
 
         Raises:
-            ValueError: the scheduler has neither, or a prediction type that has no row here.
+            ValueError: the scheduler has neither, or its prediction type or an option is not supported.
         """
         own = dict(getattr(scheduler, "config", {}))
         for field, ordinary in (("use_flow_sigmas", False), ("invert_sigmas", False), ("timestep_type", "discrete")):
@@ -67,7 +67,7 @@ class NoiseProcess:
             u, v = kinds[prediction_type]
             return cls(torch.stack([a, s, u, v, one], dim=1))
         if type(scheduler).__name__.startswith("FlowMatch"):
-            # A fresh one holds all timesteps: set_timesteps() may have cut this one's, and a trailing 0 ends the sampler.
+            # A fresh scheduler has all timesteps; set_timesteps() may have reduced them here. The trailing 0 for the sampler is cut off.
             scheduler = type(scheduler).from_config(scheduler.config)
             count = int(scheduler.config.num_train_timesteps)
             sigma, order = torch.as_tensor(scheduler.sigmas, dtype=torch.float64)[:count].sort()
@@ -77,7 +77,7 @@ class NoiseProcess:
         raise ValueError(f"scheduler is a {type(scheduler).__name__}, which has no alphas_cumprod and is no FlowMatch scheduler")
 
     def to(self, device: torch.device | str) -> NoiseProcess:
-        """The same process on another device."""
-        moved = copy.copy(self)  # a new one would be checked again, for which the host waits
+        """Returns the same process on another device."""
+        moved = copy.copy(self)  # the constructor would repeat its checks, which make the host wait
         moved.table, moved.model_time = self.table.to(device), self.model_time.to(device)
         return moved

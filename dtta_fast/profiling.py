@@ -1,4 +1,4 @@
-"""One adaptation under the profiler: time, work and memory by phase and by operator, against what the machine attains."""
+"""Profiles one adaptation: time, work and memory per phase and per operator, compared with the machine's measured peaks."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from dtta_fast.runtime.counting import Count, Counter
 from dtta_fast.runtime.phases import OTHER, PHASES, Listener, listening
 from dtta_fast.runtime.precision import products
 
-RUNS, LONG = 3, 10.0  # timed runs, fewer where they take so many seconds
-UNSTEADY = 1.3  # the slowest run, by the fastest
-WHOLE, MARK = "adaptation", "phase: "  # names of spans in a trace: of the call, and what a phase's begins with
-IDLE, OUTSIDE, COMPILED = "(device idle)", "(Python and autograd)", "(compiled code, Python and autograd)"  # what no operator accounts for
-WITHIN = ("aten::_fused_", "dtta_fast::")  # operators that call others, which the counter does not see
-POINTS = 1000  # of a memory timeline, at most
+RUNS, LONG = 3, 10.0  # number of timed runs; fewer once they have taken this many seconds
+UNSTEADY = 1.3  # ratio of the slowest to the fastest run above which timings count as unsteady
+WHOLE, MARK = "adaptation", "phase: "  # trace span names: the span of the whole call, and the prefix of phase spans
+IDLE, OUTSIDE, COMPILED = "(device idle)", "(Python and autograd)", "(compiled code, Python and autograd)"  # time outside all operators
+WITHIN = ("aten::_fused_", "dtta_fast::")  # operators that call other operators, which the counter does not see
+POINTS = 1000  # maximum number of points in a memory timeline
 
 
 @dataclass(frozen=True)
 class Span:
-    """A phase's stretch of the profiled run, in seconds from its start."""
+    """Time span of a phase in the profiled run, in seconds from the start of the run."""
 
     phase: str
     start: float
@@ -44,9 +44,9 @@ class Span:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of tensors on the device above those that there were at the start, over the profiled run.
+    """Tensor memory on the device over the profiled run, in bytes above the amount at the start.
 
-    points: (seconds from the start, bytes). peak: the largest, reached at peak_seconds in peak_phase.
+    points: (seconds from the start, bytes). peak: the maximum, reached at peak_seconds in peak_phase.
     """
 
     points: list[tuple[float, int]]
@@ -58,15 +58,16 @@ class Memory:
 
 @dataclass(frozen=True)
 class Profile:
-    """What profile() found.
+    """Result of profile().
 
     Attributes:
-        seconds: of the adaptation, the fastest of some runs without the profiler, with its phases, whose times add up to it.
-        runs: seconds of those runs. profiled_seconds: of the run under the profiler, whose operators are in `kernels`, the longest first,
-            what is left between them included.
-        peak: what the machine attains. bottleneck: a sentence about the longest phase. notes: what the figures do not say by themselves.
-        images, adapted: of the batch, and those of them that the denoiser was asked about. evaluations: of the denoiser, in all.
-        warmup: seconds of the first call and of a warm one, as Adapter.warmup gives them. device, shape, config, environment: what was
+        seconds: duration of the adaptation, from the fastest run without the profiler. phases: the phases of that run, whose times add up
+            to it.
+        runs: seconds of all runs without the profiler. profiled_seconds: duration of the run under the profiler. kernels: the operators of
+            that run, slowest first, including a row for the time that no operator accounts for.
+        peak: the machine's measured peaks. bottleneck: a sentence about the longest phase. notes: remarks needed to interpret the figures.
+        images: number of images in the batch. adapted: number of them that used the denoiser. evaluations: total denoiser evaluations.
+        warmup: seconds of the first call and of a warm call, as returned by Adapter.warmup. device, shape, config, environment: what was
             measured, and where.
     """
 
@@ -99,13 +100,13 @@ def profile(
     noise: Tensor | None = None,
     trace: Path | None = None,
 ) -> Profile:
-    """Adapts `images` some times: to warm up, timed by phase, under torch.profiler, and once more with its work counted.
+    """Adapts to `images` several times: to warm up, with phases timed, under torch.profiler, and once more to count the work.
 
-    An online adapter's state is the same at the start of each run, and afterwards.
+    The state of an online adapter is restored after each run.
 
     Args:
-        images: [B, 3, H, W], and image_ids, latents, timesteps and noise: as Adapter.adapt takes them.
-        trace: where to write the Chrome trace of the profiled run, which holds the phases too (chrome://tracing, ui.perfetto.dev).
+        images: [B, 3, H, W]; images, image_ids, latents, timesteps and noise are as in Adapter.adapt.
+        trace: path for the Chrome trace of the profiled run, which includes the phases (chrome://tracing, ui.perfetto.dev).
 
     Raises:
         ValueError: bad input.
@@ -115,7 +116,7 @@ def profile(
     on_cuda = images.device.type == "cuda"
 
     def run() -> tuple[float, AdaptResult]:
-        """Seconds of one adaptation, until the device has finished."""
+        """Runs one adaptation; returns the seconds until the device has finished, and the result."""
         clock = Clock(images.device)
         start = clock.now()
         result = adapter.adapt(images, **given)
@@ -130,10 +131,10 @@ def profile(
         with listening(stopwatch):
             seconds, result = run()
         timed.append((seconds, stopwatch.clock.seconds))
-    whole, seconds_by_phase = min(timed, key=lambda one: one[0])  # the one that other work disturbed least
+    whole, seconds_by_phase = min(timed, key=lambda one: one[0])  # the run least disturbed by other work
     profiled_seconds, recorded, events = _recorded(run, on_cuda, trace)
     counter = Counter()
-    # operators that a compilation has merged cannot be counted
+    # operators fused by compilation cannot be counted
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), counter, listening(counter):
         run()
     with products(adapter.config.precision, images.device):
@@ -170,7 +171,7 @@ def profile(
 
 
 class Stopwatch(Listener):
-    """Times the phases by a clock."""
+    """Times the phases with a clock."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -181,14 +182,14 @@ class Stopwatch(Listener):
 
 
 class Annotator(Listener):
-    """Makes each phase a span of the trace."""
+    """Records each phase as a span in the trace."""
 
     def during(self, name: str) -> torch.profiler.record_function:
         return torch.profiler.record_function(MARK + name)
 
 
 def _recorded(run: Callable[[], tuple[float, AdaptResult]], on_cuda: bool, trace: Path | None) -> tuple[float, Any, list[dict[str, Any]]]:
-    """Seconds of a run under the profiler, its operators, and the events of its trace."""
+    """Runs once under the profiler; returns the seconds, the operators, and the trace events."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if on_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -207,10 +208,10 @@ def _recorded(run: Callable[[], tuple[float, AdaptResult]], on_cuda: bool, trace
 
 
 def _kernels(events: Any, counts: dict[str, Count], whole: float, peak: Peak, on_cuda: bool, compiled: bool) -> list[Row]:
-    """A row for each operator that was counted: its time with that of operators without a count of their own that it calls.
+    """Makes one row per operator; its time includes the operators that it calls and that have no count of their own.
 
-    On CUDA that of the kernels that they launch. What is left of `whole` is a row too. Where compiled code has swallowed some of an
-    operator's calls, its count is of more than its time, and left out.
+    On CUDA, the time is that of the launched kernels. The remaining time of `whole` gets a row too. If compiled code has absorbed some of
+    an operator's calls, its count covers more than its time and is left out.
     """
     seconds: dict[str, float] = {}
     calls: dict[str, int] = {}
@@ -239,7 +240,7 @@ def _kernels(events: Any, counts: dict[str, Count], whole: float, peak: Peak, on
 
 
 def _owner(event: Any, counts: dict[str, Count]) -> Any:
-    """The operator whose count this one's time belongs to, or None: the nearest with a count, or a fused one around it."""
+    """Finds the operator to whose count the event's time belongs: the nearest one with a count, or a fused one around it; else None."""
     owner, outer = None, event
     while outer is not None:
         if outer.name in counts and (owner is None or outer.name.startswith(WITHIN)):
@@ -249,7 +250,7 @@ def _owner(event: Any, counts: dict[str, Count]) -> Any:
 
 
 def _memory(events: list[dict[str, Any]], on_cuda: bool) -> Memory:
-    """Of a trace's events, whose times are microseconds."""
+    """Builds the memory timeline from trace events, whose times are in microseconds."""
     named = [event for event in events if event.get("cat") == "user_annotation"]
     whole = next(event for event in named if event["name"] == WHOLE)
     start = whole["ts"]
@@ -273,7 +274,7 @@ def _memory(events: list[dict[str, Any]], on_cuda: bool) -> Memory:
 
 
 def _thinned(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    """The highest of each part, of POINTS."""
+    """Reduces the points to at most POINTS, by keeping the highest of each group of neighbours."""
     width = -(-len(points) // POINTS)
     return [max(points[i : i + width], key=lambda point: point[1]) for i in range(0, len(points), width)]
 

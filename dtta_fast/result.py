@@ -1,4 +1,4 @@
-"""What an adaptation gives, put together from the images that ran at once and those that were left alone."""
+"""The result of an adaptation, assembled from the groups of images that ran at once and the images that were not adapted."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from dtta_fast.step import State
 
 @dataclass(frozen=True)
 class AdaptResult:
-    """What an adaptation gave, image by image.
+    """The per-image results of an adaptation.
 
     Attributes:
-        outputs, outputs_before: the model's outputs [B, ...] after and before (logits, for a classifier); where the guard refused the
-            change, after is before; with match "both" it may also be the source's outputs for the matched image.
+        outputs, outputs_before: the model's outputs [B, ...] after and before adaptation (logits, for a classifier). If the guard
+            rejected the change, the outputs after equal those before; with match "both" they may also be the source model's outputs
+            for the matched image.
         predictions, predictions_before: the task's answers: [B] class indices, or labels or depth [B, H, W] at the task's crop.
-        loss: [B, steps_run], the denoising loss before each update; NaN for an image that the pre-check left alone.
-        accepted: [B] bool, False where the answer before stands.
-        steps_run: updates made.
-        evaluations: [B], an image's forwards of the denoiser for one (timestep, noise, condition), the guard's included.
-        clock: what `seconds` is read from.
+        loss: [B, steps_run], the denoising loss before each update; NaN for an image that the pre-check excluded.
+        accepted: [B] bool, False where the original answer was kept.
+        steps_run: number of updates made.
+        evaluations: [B], the image's denoiser evaluations, each for one (timestep, noise, condition), including the guard's.
+        clock: the source of `seconds`.
     """
 
     outputs: Tensor
@@ -39,12 +40,12 @@ class AdaptResult:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of the batch by phase: encode, adapt, guard. On a GPU, reading them waits until it has finished."""
+        """Seconds spent on the batch by phase: encode, adapt, guard. On a GPU, reading this waits until the GPU has finished."""
         return self.clock.seconds
 
 
 class Group(NamedTuple):
-    """What the images that ran at once gave."""
+    """The results of a group of images that ran at once."""
 
     state: State | None
     before: Tensor
@@ -55,16 +56,16 @@ class Group(NamedTuple):
 
 
 def assembled(rows: Tensor | None, groups: list[Group], outputs: Tensor | None, forwards: int) -> dict[str, Any]:
-    """AdaptResult's fields of all images: those of `rows` by the groups, the others as they were.
+    """Assembles AdaptResult's fields for all images: those in `rows` from the groups, the others unchanged.
 
-    rows: [A], the images that were to be adapted; None is all. The groups hold them, or all images.
-    outputs [B, ...]: of the source, where some images were left alone.
-    forwards: of the denoiser, an image and step.
+    rows: [A], the images selected for adaptation; None is all. The groups hold either these or all images.
+    outputs: [B, ...], the source model's outputs, needed if some images were not adapted.
+    forwards: denoiser forward passes per image and step.
     """
     names = ("before", "outputs", "loss", "accepted", "evaluations")
     found = {name: torch.cat([getattr(group, name) for group in groups]) for name in names} if groups else {}
     steps = found["loss"].shape[1] if found else 0
-    if rows is not None and found and len(found["loss"]) > len(rows):  # others ran beside them
+    if rows is not None and found and len(found["loss"]) > len(rows):  # the groups hold other images too
         found = {name: values[rows] for name, values in found.items()}
     if found:
         found["evaluations"] = found["evaluations"] + steps * forwards

@@ -1,4 +1,4 @@
-"""A run on Ray Data: images are read by tasks and streamed to workers, one for each GPU, or CPU core where there is none."""
+"""Runs on Ray Data: tasks read the images and stream them to workers, one per GPU, or one per CPU core without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dtta_fast.data.maps import Maps
 from dtta_fast.evaluate import Finished, Worker, fetch
 from dtta_fast.runs.config import RunConfig
 
-RETRIES = 3  # of a batch whose worker died
+RETRIES = 3  # retries of a batch whose worker died
 
 
 class Attempts:
@@ -33,10 +33,10 @@ class Attempts:
 
 
 def _begin(attempts: Any, what: str, number: int) -> None:
-    """Counts an attempt. Ray repeats what died without end, so this gives up.
+    """Counts an attempt, and gives up after too many, since Ray would retry dead processes forever.
 
     Raises:
-        RuntimeError: this is one attempt more than a batch gets.
+        RuntimeError: the batch has exceeded its number of attempts.
     """
     import ray
 
@@ -46,7 +46,7 @@ def _begin(attempts: Any, what: str, number: int) -> None:
 
 
 class RayWorker:
-    """Adapts to the batches that reach it. Reports the time between batches as `load`, and its own time outside the models as `own`.
+    """Adapts to the batches it receives. Reports the time between batches as `load`, and its own time outside the phases as `own`.
 
     Ray restarts a worker that died and gives it the same batch again.
 
@@ -62,7 +62,7 @@ class RayWorker:
 
         self._attempts = kept[1]
         if run.device == "cpu":
-            torch.set_num_threads(1)  # a worker a core
+            torch.set_num_threads(1)  # one worker per core
         self._worker = Worker(run, ray.get(kept[0]))
         self._ended: float | None = None
 
@@ -79,9 +79,9 @@ class RayWorker:
 
 
 def ray_records(run: RunConfig, data: Images | Maps, batches: Sequence[Sequence[int]], remaining: Sequence[int]) -> Iterator[Finished]:
-    """Batches as they are done, in any order.
+    """Yields batches as they finish, in any order.
 
-    An image's draws depend on (seed, image_id) alone, so who adapts to it does not matter.
+    The draws of an image depend only on (seed, image_id), so it does not matter which worker adapts to it.
 
     Raises:
         ImportError: Ray is missing (extra `scale`).
@@ -94,13 +94,13 @@ def ray_records(run: RunConfig, data: Images | Maps, batches: Sequence[Sequence[
         raise ImportError("scale 'ray' needs Ray: pip install 'dtta-fast[scale]'") from error
     ours = not ray.is_initialized()
     if ours:
-        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the workers wherever else something runs
+        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves the workers if anything else runs
         ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.issue_detectors_config.detectors = []
-        context.actor_task_retry_on_errors = False  # an error is ours to tell; a death is retried
+        context.actor_task_retry_on_errors = False  # we report errors ourselves; only a dead worker is retried
         context.max_errored_blocks = 0
         kind = "GPU" if run.device.startswith("cuda") else "CPU"
         workers = min(len(remaining), max(1, int(ray.cluster_resources().get(kind, 1))))
@@ -112,7 +112,7 @@ def ray_records(run: RunConfig, data: Images | Maps, batches: Sequence[Sequence[
             return {"item": number, "batch": pickle.dumps(fetch(ray.get(kept), number, batches[number]))}
 
         rows = ray.data.from_items(list(remaining), override_num_blocks=len(remaining))
-        # beside GPUs the cores read; where the cores adapt, one reader between them is enough, and each takes a process with torch in it
+        # with GPUs, the CPU cores read; if the cores adapt, one reader is enough for all, since each reader is a process that imports torch
         rows = rows.map(read, concurrency=2 * workers) if kind == "GPU" else rows.map(read, num_cpus=0.01, concurrency=1)
         placed = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 0.9}
         done = rows.map(

@@ -1,4 +1,4 @@
-"""The adaptation step: a state of tensors, updated in place; nothing here writes to a module."""
+"""The adaptation step: updates a state of tensors in place, and never writes to a module."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.reads import read_one
 from dtta_fast.tasks.base import Task
 
-FREE_LOGITS = "<logits>"  # no parameter's name
-GUARD_STEP = 2**31  # the guard's draws lie beyond every step's
+FREE_LOGITS = "<logits>"  # cannot be a parameter's name
+GUARD_STEP = 2**31  # offset that keeps the guard's draws apart from those of any step
 RowCounts = Literal["any", "few", "one"]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What stays the same from step to step. The modules are private copies.
+    """Everything that stays constant from step to step. The modules are private copies.
 
     lr, denoiser_lr: 0-dim, on the modules' device, in the dtype that optimizers.rate() gives. chunk: pairs of an image that run at once.
-    together: images whose gradients are taken at once, where all share one set of weights; None is all of them.
-    guard_rows: rows of a guard's forward, at most. row_counts: which numbers of rows it may have, see guard_forwards(). loop: images with
-    weights of their own run one by one. forward: the compiled form of the function of that name, where there is one. cumulative: the
-    timesteps' cumulative density, where they are calibrated.
+    together: number of images whose gradients are computed at once, if all share one set of weights; None is all of them.
+    guard_rows: maximum rows of a guard's forward pass. row_counts: which row counts it may have, see guard_forwards(). loop: whether
+    images with separate weights run one by one. forward: the compiled version of forward(), if there is one. cumulative: the timesteps'
+    cumulative density, if they are calibrated.
     """
 
     model: nn.Module
@@ -56,19 +56,19 @@ class Problem:
         return self.config.mode == "episodic"
 
     def draws(self, pairs: int) -> Draws:
-        """A step's."""
+        """Returns the draws for a step."""
         config = self.config
         return dataclasses.replace(
             self.held_out(pairs), antithetic=config.antithetic, share_noise=config.share_noise, common=config.common_draws
         )
 
     def held_out(self, pairs: int) -> Draws:
-        """A guard's, or the diffusion classifier's: each pair on its own."""
+        """Returns the draws for the guard or the diffusion classifier, with independent pairs."""
         low, high = self.config.timestep_range or (0, len(self.denoiser.process))
         return Draws(self.config.seed, pairs, self.config.timesteps, low, high, self.cumulative)
 
     def forwards(self) -> int:
-        """Of the denoiser, for one pair of a step."""
+        """Returns the number of denoiser forward passes for one pair of a step."""
         config = self.config
         if config.objective == "embedding_mix":
             return 1
@@ -77,7 +77,7 @@ class Problem:
 
 
 class State(NamedTuple):
-    """Adapted weights with their optimizer memory; in episodic mode every tensor has a leading image dimension."""
+    """Adapted weights with their optimizer state; in episodic mode their tensors have a leading image dimension."""
 
     theta: Parameters
     phi: Parameters
@@ -87,13 +87,13 @@ class State(NamedTuple):
 
 
 def initial_state(problem: Problem, theta: Parameters, phi: Parameters, outputs: Tensor) -> State:
-    """Copies of the source weights (one set, or one an image), empty optimizer memory, step 0.
+    """Returns copies of the source weights (one set, or one per image) with empty optimizer state at step 0.
 
-    `outputs` [B, ...] of the source are where free logits start.
+    Free logits start from the source model's `outputs` [B, ...].
     """
     images = len(outputs) if problem.per_image else None
     kind = problem.config.optimizer
-    theta, phi = copies(theta, images, batched=kind != "adam8bit"), copies(phi, images)  # whose blocks follow the weights' own order
+    theta, phi = copies(theta, images, batched=kind != "adam8bit"), copies(phi, images)  # adam8bit's blocks follow the weights' own order
     if problem.config.parameters == "logits":
         theta = {FREE_LOGITS: outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32), copy=True)}
     theta_slots, phi_slots = (init_slots(kind, list(moving.values()), images or 1) for moving in (theta, phi))
@@ -101,7 +101,7 @@ def initial_state(problem: Problem, theta: Parameters, phi: Parameters, outputs:
 
 
 def first_images(state: State, images: int, exactly: bool) -> State | None:
-    """The storage of a state's first images, for so many; None where it has fewer, or, with `exactly`, another number."""
+    """Returns the storage of a state's first `images` images; None if it has fewer or, with `exactly`, a different number."""
     held = min((len(p) for p in (*state.theta.values(), *state.phi.values())), default=0)
     if held < images or (exactly and held != images):
         return None
@@ -114,7 +114,7 @@ def first_images(state: State, images: int, exactly: bool) -> State | None:
 
 @torch.no_grad()
 def restore_(state: State, theta: Parameters, phi: Parameters, outputs: Tensor) -> None:
-    """Makes `state` what initial_state gives, in the storage that it has."""
+    """Resets `state` in place to what initial_state returns."""
     for moving, source, slots in ((state.theta, theta, state.theta_slots), (state.phi, phi, state.phi_slots)):
         sources = [outputs] if FREE_LOGITS in moving else list(source.values())
         if moving:
@@ -126,7 +126,7 @@ def restore_(state: State, theta: Parameters, phi: Parameters, outputs: Tensor) 
 
 
 def forward(problem: Problem, theta: Parameters, inputs: Tensor) -> Tensor:
-    """The model's outputs [B, ...] under the weights `theta` for inputs [B, 3, H, W]."""
+    """Returns the model's outputs [B, ...] under the weights `theta` for inputs [B, 3, H, W]."""
     if FREE_LOGITS in theta:
         return theta[FREE_LOGITS].clone()  # the step updates its state in place
     weights, inputs = in_dtypes_of(problem.model, theta), inputs.clone()  # some models write to their input
@@ -144,10 +144,10 @@ def gradients(
     timesteps: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensors, Tensors]:
-    """The loss [B], and its gradients to theta and phi; the state is only read.
+    """Returns the loss [B] and its gradients with respect to theta and phi; the state is only read.
 
-    The model runs forward and backward once, whatever the number of chunks: they add up the gradient to the condition, and one
-    vector-Jacobian product carries it into the weights.
+    The model runs forward and backward once, regardless of the number of chunks: the chunks accumulate the gradient with respect to the
+    condition, and one vector-Jacobian product propagates it to the weights.
     """
     config, task, denoiser = problem.config, problem.task, problem.denoiser
     draws = problem.draws(config.pairs if timesteps is None else timesteps.shape[1])
@@ -183,13 +183,13 @@ def gradients(
                 "may go through another module than itself: let it use its own layers, or choose other parameters"
             )
         to_theta = [torch.zeros_like(p) if g is None else g for p, g in zip(theta.values(), through, strict=False)]
-        # the label table is reached through the condition, everything else through the prediction
+        # gradients reach the label table through the condition, everything else through the prediction
         to_phi = [g if more is None else g + more for g, more in zip(to_phi, through[len(theta) :], strict=True)]
     return loss, unscaled(to_theta, scale), unscaled(to_phi, scale)
 
 
 def _gradients_in_parts(problem: Problem, state: State, *batch: Tensor | None) -> tuple[Tensor, Tensors, Tensors]:
-    """gradients(), a few images at a time where memory is short: weights that all images share get the mean over all of them."""
+    """Computes gradients() for a few images at a time if memory is short; shared weights get the mean over all images."""
     assert batch[0] is not None
     images = len(batch[0])
     together = images if problem.per_image else problem.together or images
@@ -209,7 +209,7 @@ def unscaled(gradients: Tensors, scale: float) -> Tensors:
 
 
 def update(problem: Problem, state: State, to_theta: Tensors, to_phi: Tensors) -> None:
-    """The optimizers' update of the state, in place."""
+    """Applies the optimizers' update to the state, in place."""
     _update_(problem.config, state.theta, to_theta, state.theta_slots, state.step, problem.lr)
     _update_(problem.config, state.phi, to_phi, state.phi_slots, state.step, problem.denoiser_lr)
     state.step.add_(1)
@@ -224,7 +224,7 @@ def adaptation_step(
     timesteps: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """One update of the state, in place; returns the loss [B] before it. The unit that compile="step" compiles."""
+    """Updates the state in place; returns the loss [B] before the update. This is the unit that compile="step" compiles."""
     loss, to_theta, to_phi = _gradients_in_parts(problem, state, inputs, x0, image_ids, timesteps, noise)
     with phase("optimizer"):
         update(problem, state, to_theta, to_phi)
@@ -248,14 +248,15 @@ def guard(
     read: Callable[[Tensor], list[list[bool]]] = read_one,
     in_time: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which outputs stand, [B, ...]; whether they are others than those from before, [B] bool; denoiser evaluations spent on it, [B].
+    """Returns the accepted outputs [B, ...]; whether each comes from a candidate, [B] bool; and denoiser evaluations used, [B].
 
-    Where an answer changed, every answer conditions the source denoiser on the same pairs, held out from the adaptation. The one from
-    before stands, unless another's loss is lower by a paired test: its mean difference and guard_threshold standard errors are below
-    0; of several the one whose sum is lowest. Of equal answers the earlier candidate stands. Outputs that are not finite never do.
-    Without a guard the first candidate stands. Without time to compare (in_time) no changed answer does.
+    If an image's answer changed, each of its distinct answers conditions the source denoiser on the same pairs, held out from the
+    adaptation. The original answer is kept unless a candidate's loss is lower by a paired test: its mean difference plus guard_threshold
+    standard errors is below 0; among several such candidates the one with the lowest sum wins. Among equal answers the earlier candidate
+    wins. Non-finite outputs are never accepted. Without a guard the first candidate is accepted. If there is no time to compare (in_time
+    is False), no changed answer is accepted.
 
-    read: copies a mask [1 + candidates, B] to the host, the guard's only wait: which answers of which images are to be compared.
+    read: copies a mask [1 + candidates, B] of the answers to compare to the host; this is the guard's only wait.
     """
     config, evaluations = problem.config, torch.zeros_like(image_ids)
     standing, accepted, fresh, decisions = compared(problem, before, candidates)
@@ -274,8 +275,8 @@ def guard(
 def _answers_losses(
     problem: Problem, decisions: Tensor, asked: list[tuple[int, int]], x0: Tensor, image_ids: Tensor, step: Tensor
 ) -> Tensor:
-    """held_out_losses [answers, B, guard] under the decisions [answers, B, ...] that are asked for, by (answer, image); zeros for the
-    others."""
+    """Computes held_out_losses [answers, B, guard] under those decisions [answers, B, ...] whose (answer, image) is in `asked`; the
+    others are zero."""
     columns = (torch.tensor(column, dtype=torch.int64, device="cpu") for column in zip(*asked, strict=True))
     answers, images = (column.to(x0.device, non_blocking=True) for column in columns)
     found = held_out_losses(problem, decisions[answers, images], x0[images], image_ids[images], step)
@@ -284,28 +285,28 @@ def _answers_losses(
 
 @torch.no_grad()
 def compared(problem: Problem, before: Tensor, candidates: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Which outputs stand before any loss is known, [B, ...]; whether they are others than those from before, [B] bool; [B] bool for
-    each candidate, whether its answer is to be held against the one from before; and the conditions [B, ...] of all answers, the one from
-    before first, where there is a guard."""
+    """Returns the outputs [B, ...] accepted before any loss is known; whether each comes from a candidate, [B] bool; for each candidate,
+    whether its answer has to be compared with the original one, [B] bool; and, if there is a guard, the conditions [B, ...] of all
+    answers, the original one first."""
     task = problem.task
     finite = [usable(outputs, before) for outputs in candidates]
     if not problem.config.guard:
         return where(finite[0], candidates[0], before), finite[0], [torch.zeros_like(fine) for fine in finite], []
     source = task.decision(before, problem.denoiser)
     answers = [task.decision(outputs, problem.denoiser) for outputs in candidates]
-    # an answer is asked about once: where it is not the one from before, nor an earlier candidate's
+    # each distinct answer is compared once: only if it differs from the original one and from earlier candidates
     fresh = []
     for k, (answer, fine) in enumerate(zip(answers, finite, strict=True)):
         asked_already = (answer == source).flatten(1).all(1)
         for other, other_fine in zip(answers[:k], finite[:k], strict=True):
             asked_already = asked_already | (other_fine & (answer == other).flatten(1).all(1))
         fresh.append(fine & ~asked_already)
-    same = finite[0] & (answers[0] == source).flatten(1).all(1)  # the same answer by the adapted weights
+    same = finite[0] & (answers[0] == source).flatten(1).all(1)  # the adapted weights give the same answer
     return where(same, candidates[0], before), same, fresh, [source, *answers]
 
 
 def usable(outputs: Tensor, before: Tensor) -> Tensor:
-    """Tells whether an image's outputs [B, ...] are finite, [B] bool. -inf counts where the outputs from before have it: a masked class."""
+    """Returns whether each image's outputs [B, ...] are finite, [B] bool. -inf is allowed where `before` has it too: a masked class."""
     return (outputs.isfinite() | ((outputs == -torch.inf) & (before == -torch.inf))).flatten(1).all(1)
 
 
@@ -318,7 +319,7 @@ def decided(
     losses: Tensor,
     changed: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """What compared() gave, after the losses [B, guard] under the answers from before and under each candidate's."""
+    """Updates compared()'s result with the losses [B, guard] under the original answers and under each candidate's answers."""
     score = torch.zeros(len(losses), dtype=torch.float64, device=losses.device)
     for outputs, wanted, others in zip(candidates, fresh, changed, strict=True):
         change = others - losses
@@ -330,15 +331,16 @@ def decided(
 
 
 def where(mask: Tensor, chosen: Tensor, otherwise: Tensor) -> Tensor:
-    """Rows [B, ...] of `chosen` where the mask [B] is true, and of `otherwise` elsewhere."""
+    """Takes rows [B, ...] from `chosen` where the mask [B] is true, and from `otherwise` elsewhere."""
     return torch.where(mask.view(-1, *(1,) * (chosen.ndim - 1)), chosen, otherwise)
 
 
 @torch.no_grad()
 def held_out_losses(problem: Problem, conditions: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor, pairs: int | None = None) -> Tensor:
-    """Losses [B, pairs] of the source denoiser under conditions [B, ...], on pairs that no step draws and all conditions share.
+    """Returns losses [B, pairs] of the source denoiser under conditions [B, ...], on pairs that no step draws and that all conditions
+    share.
 
-    pairs: as many as the guard has where it is None.
+    pairs: number of pairs per image; None is the guard's number.
     """
     pairs, step, l1 = pairs or problem.config.guard, step + GUARD_STEP, problem.config.loss == "l1"
     drawn = Pairs(x0, problem.held_out(pairs).timesteps(image_ids, step), image_ids, problem.config.seed, step)
@@ -348,16 +350,17 @@ def held_out_losses(problem: Problem, conditions: Tensor, x0: Tensor, image_ids:
     images = max(1, problem.guard_rows // pairs)
     each = []
     for here in (slice(first, first + images) for first in range(0, len(x0), images)):
-        parts = drawn.images(here).chunks(problem.guard_rows)  # more than one where the pairs of an image are more than fit
+        parts = drawn.images(here).chunks(problem.guard_rows)  # more than one if an image's pairs do not fit at once
         each.append(torch.cat([pair_losses(problem.denoiser, conditions[here], part, l1) for part in parts], dim=1))
     return torch.cat(each)
 
 
 def guard_forwards(images: int, pairs: int, most: int, row_counts: RowCounts) -> list[int]:
-    """Rows of the forwards for `pairs` pairs of each image: at most `most` rows each, and together as many as there are or more.
+    """Returns the row counts of the forward passes for `pairs` pairs of each image: at most `most` rows each, and in total at least
+    images * pairs.
 
-    row_counts: "one" gives every forward `most` rows, for code that is compiled for one shape. "few" gives the last one the rows of 1, 2,
-    3, 4, 6, 8, 12 .. images, since a GPU's libraries plan anew for every number that they have not met.
+    row_counts: "one" gives every forward pass `most` rows, for code that is compiled for one shape. "few" gives the last one the rows of
+    1, 2, 3, 4, 6, 8, 12 .. images, because a GPU's libraries plan again for every new row count.
     """
     rows, together = images * pairs, most // pairs
     if row_counts == "one" or not together:

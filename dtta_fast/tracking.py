@@ -1,4 +1,4 @@
-"""Where a run's figures go beside its folder: TensorBoard, trackio or wandb, each an extra."""
+"""Logs the metrics of a run to TensorBoard, trackio or wandb, in addition to its folder; each needs an extra."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 class Tracker(Protocol):
     def log(self, images: int, values: Mapping[str, float]) -> None:
-        """Means over the images so far."""
+        """Logs means over the images so far."""
 
     def close(self) -> None: ...
 
@@ -31,7 +31,7 @@ class _TensorBoard:
 
 
 class _Run:
-    """trackio's and wandb's: one interface."""
+    """Tracker for trackio and wandb, which share one interface."""
 
     def __init__(self, module: Any, folder: Path, config: Mapping[str, Any]) -> None:
         self._module = module
@@ -60,16 +60,16 @@ KINDS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {"tensorboard":
 
 
 def require(kind: str) -> None:
-    """Raises ImportError where the library of that kind is missing: before a run, not at its first batch."""
+    """Raises ImportError if the library of that kind is missing, so that a run fails at the start and not at its first batch."""
     if find_spec(kind) is None:
         raise ImportError(f"track is {kind!r}, which needs its library: pip install 'dtta-fast[{kind}]'")
 
 
 def tracker(kind: str, folder: Path, config: Mapping[str, Any]) -> Tracker:
-    """Of that kind, for a run's folder.
+    """Creates a tracker of that kind for the folder of a run.
 
     Raises:
-        ValueError: there is no such kind. ImportError: its library is missing; require() says so beforehand.
+        ValueError: the kind does not exist. ImportError: its library is missing; require() checks this in advance.
     """
     if kind not in KINDS:
         raise ValueError(f"track is {kind!r}; there are {', '.join(KINDS)}")

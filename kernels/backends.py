@@ -1,4 +1,4 @@
-"""Which implementation serves the ops on a device, and why."""
+"""Selects the implementation of the ops on a device and explains the choice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @lru_cache(maxsize=8)
 def serving(device_type: str) -> tuple[str, str]:
-    """The backend of a device type ("native", "triton" or "torch") for float32, bfloat16 and float16, and the reason."""
+    """Returns the backend for a device type ("native", "triton" or "torch") for float32, bfloat16 and float16, and the reason."""
     if device_type == "cpu":
         if native.library() is None:
             return "torch", native.missing()
@@ -26,7 +26,7 @@ def serving(device_type: str) -> tuple[str, str]:
         return "native", f"C++, {native.instruction_set()}, {native.thread_pool()}"
     if device_type == "cuda":
         try:
-            import triton  # by its module: ROCm's and Windows' builds are distributed under other names
+            import triton  # check the module, because the ROCm and Windows builds use other distribution names
         except ImportError:
             return "torch", "Triton is not installed: pip install triton"
         return "triton", f"Triton {triton.__version__}"
@@ -34,13 +34,13 @@ def serving(device_type: str) -> tuple[str, str]:
 
 
 def choose(dtype: torch.dtype, *tensors: Tensor | None) -> ModuleType:
-    """The module that computes an op on these tensors with results in `dtype`.
+    """Returns the module that computes an op on these tensors with results in `dtype`.
 
-    float64, and what is neither float32, bfloat16 nor float16, is plain torch's everywhere. (The native backend hands mixtures that are
-    one matrix product to torch's.)
+    float64 and every other type than float32, bfloat16 and float16 use plain torch on all devices. (The native backend delegates mixtures
+    that are a single matrix product to torch.)
 
     Raises:
-        RuntimeError: DTTA_FAST_STRICT=1 is set and the device's kernels are missing.
+        RuntimeError: DTTA_FAST_STRICT=1 is set and the kernels for the device are missing.
     """
     given = [tensor for tensor in tensors if tensor is not None]
     if dtype not in KERNEL_TYPES or any(tensor.dtype not in KERNEL_TYPES for tensor in given):

@@ -1,4 +1,4 @@
-"""Compiles the GPU kernels for GPUs that are not here and reads their machine code: python -m dtta_fast.kernels.compile."""
+"""Cross-compiles the GPU kernels, without needing the GPUs, and analyses their machine code: python -m dtta_fast.kernels.compile."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dtta_fast.kernels import machine_code
 from dtta_fast.kernels.triton import mix, noise
 
 TARGETS = (*(GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 120)), GPUTarget("hip", "gfx942", 64))
-PAIRS, ELEMENTS = 180, 4 * 64 * 64  # of the predicted time, one image
+PAIRS, ELEMENTS = 180, 4 * 64 * 64  # workload of the predicted time, for one image
 SIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DRAWS = {"table": "*fp32", "timesteps": "*i64", "image_ids": "*i64", "step": "*i64", "noise": None, "seed": "i64"}
@@ -29,16 +29,16 @@ DRAWS = {"table": "*fp32", "timesteps": "*i64", "image_ids": "*i64", "step": "*i
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with the types of its arguments; i32 where `types` says nothing, None for an argument left out."""
+    """A kernel with its argument types. Arguments missing from `types` are i32; None marks an omitted argument."""
 
     name: str
     kernel: Any
     types: dict[str, str | None]
     constants: dict[str, Any]
     warps: int | None
-    """None: those of noise.THREADS."""
+    """None means as many as noise.THREADS requires."""
     loads: tuple[str, ...] = ()
-    """Tensors read element by element, of the straight-line noise kernels."""
+    """Tensors read element by element, for the straight-line noise kernels."""
     stores: tuple[str, ...] = ()
 
     def warps_on(self, target: GPUTarget) -> int:
@@ -49,23 +49,23 @@ class Variant:
 
     @property
     def bytes_an_element(self) -> float:
-        """Through DRAM: an image's x0 is read once and then cached."""
+        """DRAM traffic in bytes per element; the x0 of an image is read once and then cached."""
         return sum(self.size(name) / (PAIRS if name == "x0" else 1) for name in (*self.loads, *self.stores))
 
 
 @dataclass(frozen=True)
 class Report:
-    """A variant's code for a target."""
+    """The code of a variant for a target."""
 
     variant: Variant
     target: str
     code: machine_code.Code
     elements: int
-    """Of a thread."""
+    """Elements per thread."""
     instructions: dict[str, float] = field(default_factory=dict)
-    """An element, by pipe; noise kernels on NVIDIA only."""
+    """Instructions per element, by pipe; only for noise kernels on NVIDIA."""
     times: dict[str, tuple[float, str]] = field(default_factory=dict)
-    """Seconds and what bounds them, by GPU."""
+    """Predicted seconds and the limiting resource, by GPU."""
 
 
 def _noise_variants() -> list[Variant]:
@@ -111,10 +111,10 @@ def _mix_variants() -> list[Variant]:
 
 
 def variants() -> list[Variant]:
-    """Every kernel in the forms that the launchers give it.
+    """Returns every kernel in the variants that the launchers use.
 
     Raises:
-        RuntimeError: under TRITON_INTERPRET=1, where there is nothing to compile.
+        RuntimeError: TRITON_INTERPRET=1 is set, so there is nothing to compile.
     """
     if not isinstance(noise.add_noise_kernel, triton.runtime.JITFunction):
         raise RuntimeError("TRITON_INTERPRET is set, so the kernels are not compiled; unset it")
@@ -122,7 +122,7 @@ def variants() -> list[Variant]:
 
 
 def build(variant: Variant, target: GPUTarget) -> Any:
-    """The compiled kernel, with the alignments that the JIT finds for aligned tensors and sizes that 16 divides."""
+    """Compiles a kernel with the alignments that the JIT infers for aligned tensors and sizes divisible by 16."""
     signature, constants, aligned = {}, {}, {}
     for index, parameter in enumerate(variant.kernel.params):
         name = parameter.name
@@ -141,7 +141,7 @@ def report(variant: Variant, target: GPUTarget) -> Report:
     compiled = build(variant, target)
     nvidia = target.backend == "cuda"
     code = machine_code.cuda(compiled.asm["cubin"]) if nvidia else machine_code.amd(compiled.asm["amdgcn"])
-    code = replace(code, shared=compiled.metadata.shared)  # AMD's is given at launch, so its assembly does not say
+    code = replace(code, shared=compiled.metadata.shared)  # AMD sets it at launch, so it is not in the assembly
     name = f"sm_{target.arch}" if nvidia else str(target.arch)
     if not variant.loads:
         return Report(variant, name, code, 0)
@@ -156,7 +156,7 @@ def report(variant: Variant, target: GPUTarget) -> Report:
 
 
 def reports(targets: Sequence[GPUTarget] = TARGETS, chosen: Sequence[Variant] | None = None) -> list[Report]:
-    """Raises FileNotFoundError where the tools that read a cubin are missing; else as variants()."""
+    """Reports on variants and targets. Raises FileNotFoundError if the tools for reading a cubin are missing; else as variants()."""
     return [report(variant, target) for variant in (variants() if chosen is None else chosen) for target in targets]
 
 

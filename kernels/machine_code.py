@@ -1,4 +1,4 @@
-"""What a compiled kernel's machine code says: registers, stack, vector widths, instructions a pipe, and the time they predict."""
+"""Analyses the machine code of a compiled kernel: registers, stack, vector widths, instructions per pipe and predicted time."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's rates; lanes are results a clock of an SM."""
+    """Throughput figures of a GPU; lanes are results per clock per SM."""
 
     name: str
     arch: int
-    """Of the code that it runs."""
+    """Architecture of the code that it runs."""
     bandwidth: float
-    """DRAM, bytes/s."""
+    """DRAM bandwidth in bytes/s."""
     sms: int
     clock: float
-    """Boost, Hz."""
+    """Boost clock in Hz."""
     fp32: int
     int32: int
 
@@ -45,7 +45,7 @@ GPUS = (
     Gpu("H100 SXM", 90, 3350e9, 132, 1.980e9, 128, 64),
     Gpu("RTX 4090", 89, 1008e9, 128, 2.520e9, 128, 64),
 )
-ISSUE = 128  # lanes: 4 schedulers a SM, a warp instruction a clock each
+ISSUE = 128  # lanes: 4 schedulers per SM, each issuing one warp instruction per clock
 SOURCE = (
     "Bandwidth, SMs, boost clock and FP32 lanes: NVIDIA A100 datasheet and GA100 whitepaper, H100 datasheet and GH100 whitepaper, "
     "Ada GPU architecture whitepaper. INT, MUFU 16 lanes, conversions 64: CUDA C++ Programming Guide, throughput of native arithmetic "
@@ -55,17 +55,17 @@ SOURCE = (
 
 @dataclass(frozen=True)
 class Code:
-    """Of one thread, statically: each instruction counts once, whether or not its branch or predicate is taken."""
+    """Static figures for one thread: each instruction counts once, whether or not its branch or predicate is taken."""
 
     registers: int
     stack: int
     """Bytes."""
     spills: int
-    """Bytes on NVIDIA (4 or more a LDL or STL), registers on AMD."""
+    """Bytes on NVIDIA (4 or more per LDL or STL), registers on AMD."""
     shared: int
     """Bytes."""
     loads: dict[int, int] = field(default_factory=dict)
-    """Global loads by their width in bits."""
+    """Number of global loads by width in bits."""
     stores: dict[int, int] = field(default_factory=dict)
     pipes: dict[str, int] = field(default_factory=dict)
     """Instructions by pipe; empty on AMD."""
@@ -86,7 +86,7 @@ def cuda(cubin: bytes, tool: Path | str | None = None) -> Code:
     """Reads a cubin with cuobjdump and nvdisasm, which ship inside Triton.
 
     Raises:
-        FileNotFoundError: Triton has no such tools. ValueError: it is no cubin.
+        FileNotFoundError: Triton does not include these tools. ValueError: the input is not a valid cubin.
     """
     if tool is None:
         import triton
@@ -127,10 +127,10 @@ def cuda(cubin: bytes, tool: Path | str | None = None) -> Code:
 
 
 def amd(assembly: str) -> Code:
-    """Reads amdgcn assembly.
+    """Parses amdgcn assembly.
 
     Raises:
-        ValueError: a count is missing, or an access to memory is of unknown width.
+        ValueError: a count is missing, or a memory access has an unknown width.
     """
 
     def value(name: str) -> int:
@@ -157,7 +157,7 @@ def amd(assembly: str) -> Code:
 
 
 def roofline(gpu: Gpu, elements: int, bytes_an_element: float, instructions: dict[str, float]) -> tuple[float, str]:
-    """Seconds, and what bounds them, for `instructions` an element by pipe: perfect overlap, occupancy and caching."""
+    """Predicts seconds and the bottleneck from `instructions` per element by pipe, assuming perfect overlap, occupancy and caching."""
     rate = gpu.sms * gpu.clock
     times = {pipe: elements * count / (rate * gpu.lanes(pipe)) for pipe, count in instructions.items() if pipe != "other"}
     times["issue"] = elements * sum(instructions.values()) / (rate * ISSUE)

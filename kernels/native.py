@@ -1,4 +1,4 @@
-"""The ops on the CPU by the native library, reached through its C ABI (kernels/cpp/dtta_ops.h) by ctypes."""
+"""The ops on the CPU, computed by the native library, which ctypes calls through its C ABI (kernels/cpp/dtta_ops.h)."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ _SIGNATURES = {
 
 
 def path() -> Path | None:
-    """Where the build put the library, or None where it was built without a compiler."""
+    """Returns where the build put the library, or None if it was built without a compiler."""
     return next((Path(folder) / NAME for folder in dtta_fast.kernels.__path__ if (Path(folder) / NAME).is_file()), None)
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The library that the build put beside this package, or None where it was built without a compiler."""
+    """Loads the library that the build put next to this package. Returns None if it is missing or from an incompatible build."""
     found = path()
     native = None if found is None else ctypes.CDLL(str(found))
     if native is None or not _matches(native):
@@ -73,7 +73,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def _matches(native: ctypes.CDLL) -> bool:
-    """Whether the library has the structs of this file: one left by an older build would read past them."""
+    """Checks that the library uses the structs of this file; a library from an older build would read past them."""
     if not hasattr(native, "dtta_abi"):
         return False
     native.dtta_abi.restype = c_int64
@@ -81,22 +81,22 @@ def _matches(native: ctypes.CDLL) -> bool:
 
 
 def missing() -> str:
-    """Why there is no library, and what to do."""
+    """Explains why there is no library, and how to fix it."""
     what = "is of an older build: " if path() is not None else "was not built: install a C++17 compiler and "
     return f"{NAME} {what}run pip install --force-reinstall --no-deps again"
 
 
 def _openmp() -> int | None:
-    """The OpenMP threads of this process, torch's: two pools would spin against each other on the same cores.
+    """Returns the address of this process's OpenMP entry point, so that the kernels share torch's thread pool.
 
-    As everywhere in torch, a process forked after they have run cannot use them.
+    Two pools would compete for the same cores. As with torch in general, a process forked after the threads have run cannot use them.
     """
     function = getattr(ctypes.CDLL(None), "GOMP_parallel", None) if sys.platform != "win32" else None
     return None if function is None else ctypes.cast(function, c_void_p).value
 
 
 def thread_pool() -> str:
-    """Whose threads the kernels run on, in words."""
+    """Describes the threads on which the kernels run."""
     return "the process's OpenMP threads" if _openmp() else "threads of its own"
 
 
@@ -108,22 +108,22 @@ def _loaded() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """ "avx512", "avx2" or "portable": what the kernels run on here."""
+    """Returns the instruction set that the kernels use on this machine: "avx512", "avx2" or "portable"."""
     return _loaded().dtta_instruction_set().decode()
 
 
 def use_instruction_set(name: str) -> None:
-    """Another instruction set than the fastest, for tests and measurements.
+    """Selects an instruction set other than the fastest one, for tests and benchmarks.
 
     Raises:
-        ValueError: this processor or build does not have it.
+        ValueError: this processor or build does not support it.
     """
     if _loaded().dtta_use_instruction_set(name.encode()):
         raise ValueError(f"name is {name!r}, which this processor or build does not have; it runs on {instruction_set()}")
 
 
 def philox(counters: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Philox4x32-10 words [N, 4] of uint32 counters [N, 4] under a uint32 key [2].
+    """Computes Philox4x32-10 words [N, 4] from uint32 counters [N, 4] and a uint32 key [2].
 
     Raises:
         RuntimeError: the library was not built.
@@ -138,10 +138,12 @@ def philox(counters: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def _pointer(tensor: Tensor | None, *types: torch.dtype) -> int | None:
-    """The address of a tensor of one of these types. C++ walks memory by the type alone, so any other tensor would be read past its end.
+    """Returns the address of a tensor with one of these dtypes.
+
+    C++ traverses the memory by dtype alone, so any other tensor could be read past its end.
 
     Raises:
-        TypeError: the tensor is of another type, not contiguous, or not on the CPU.
+        TypeError: the tensor has another dtype, is not contiguous, or is not on the CPU.
     """
     if tensor is None:
         return None
@@ -187,7 +189,7 @@ def add_noise(
     dtype: torch.dtype,
     noise: Tensor | None,
 ) -> Tensor:
-    """reference.add_noise for contiguous tensors of float32, bfloat16 and float16."""
+    """Computes reference.add_noise for contiguous float32, bfloat16 and float16 tensors."""
     x_t = torch.empty((timesteps.numel(), *x0.shape[1:]), dtype=dtype, device="cpu")
     draws = _draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
     _ran(_loaded().dtta_add_noise(ctypes.byref(draws), _pointer(x_t, dtype), TYPES[dtype], torch.get_num_threads()))
@@ -207,7 +209,7 @@ def denoising_loss(
     upstream: Tensor | None,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """reference.denoising_loss for contiguous tensors of float32, bfloat16 and float16."""
+    """Computes reference.denoising_loss for contiguous float32, bfloat16 and float16 tensors."""
     loss = torch.empty(timesteps.shape, dtype=torch.float32, device="cpu")
     gradient = None if upstream is None else torch.empty_like(prediction)
     draws, stride = _draws(x0, table, timesteps, image_ids, seed, step, pair0, noise), prediction[0].numel()
@@ -224,9 +226,10 @@ def _mixture(logits: Tensor, embeddings: Tensor, chosen: Tensor | None, logit_sc
 
 
 def _is_product(logits: Tensor, embeddings: Tensor, chosen: Tensor | None, per_image: bool) -> bool:
-    """Several images under one whole table: a matrix product, and torch's takes 0.4 of our time (16 images, 1000 classes of 1152).
+    """Checks whether several images share one full table, so that the mixture is a matrix product.
 
-    A half-precision table it first converts, which pays for many images only: 4 images take it 5 times our time.
+    torch then takes 0.4 times as long as the native kernel (16 images, 1000 classes of size 1152). It first converts a half-precision
+    table, which pays off only for many images: with 4 images it takes 5 times as long.
     """
     return chosen is None and not per_image and len(logits) > (1 if embeddings.dtype == torch.float32 else 15)
 
@@ -234,7 +237,7 @@ def _is_product(logits: Tensor, embeddings: Tensor, chosen: Tensor | None, per_i
 def mix_condition(
     logits: Tensor, embeddings: Tensor, chosen: Tensor | None, logit_scale: float | None, per_image: bool
 ) -> tuple[Tensor, Tensor]:
-    """reference.mix_condition for contiguous tensors of float32, bfloat16 and float16."""
+    """Computes reference.mix_condition for contiguous float32, bfloat16 and float16 tensors."""
     if _is_product(logits, embeddings, chosen, per_image):
         return reference.mix_condition(logits, embeddings, chosen, logit_scale, per_image)
     mixture = _mixture(logits, embeddings, chosen, logit_scale, per_image)
@@ -255,7 +258,7 @@ def mix_condition_backward(
     per_image: bool,
     with_embeddings: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """reference.mix_condition_backward for contiguous tensors of float32, bfloat16 and float16."""
+    """Computes reference.mix_condition_backward for contiguous float32, bfloat16 and float16 tensors."""
     if _is_product(logits, embeddings, chosen, per_image):
         return reference.mix_condition_backward(upstream, logits, embeddings, chosen, weights, logit_scale, per_image, with_embeddings)
     mixture = _mixture(logits, embeddings, chosen, logit_scale, per_image)

@@ -1,7 +1,7 @@
-"""Philox4x32-10 (Salmon et al., SC 2011) and its normals, in plain torch: noise as a function of its coordinates.
+"""Philox4x32-10 (Salmon et al., SC 2011) and normals derived from it, in plain torch: noise as a function of its coordinates.
 
-The counter is (element // 4, pair, image_id, step), the key is the 64-bit seed. Every backend makes the same words bit
-for bit. The pair index 2³² − 1 is kept for the timesteps, so they never share words with the noise.
+The counter is (element // 4, pair, image_id, step) and the key is the 64-bit seed. Every backend generates bit-identical words. The pair
+index 2³² − 1 is reserved for the timesteps, so they never share words with the noise.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ TIMESTEP_PAIR = MASK
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words for each counter.
+    """Generates four 32-bit words for each counter.
 
     Args:
-        counter: four int64 tensors of 32-bit words that broadcast together. seed: the key, low word first.
+        counter: four broadcastable int64 tensors of 32-bit words. seed: the 64-bit key, split with its low word first.
 
     Returns:
         Four int64 tensors with values 0 .. 2³² − 1.
@@ -30,7 +30,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
     c0, c1, c2, c3 = counter
     k0, k1 = seed & MASK, seed >> 32
     for _ in range(ROUNDS):
-        # int64 products wrap, but all 64 bits are there: mask after the shift.
+        # int64 products wrap, but all 64 bits are kept, so mask after the shift.
         p0, p1 = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2
         c0, c1, c2, c3 = ((p1 >> 32) & MASK) ^ c1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ c3 ^ k1, p0 & MASK
         k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
@@ -38,9 +38,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[T
 
 
 def normal(elements: int, pairs: Tensor, image_ids: Tensor, seed: int, step: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normals [B, P, elements], float32 or float64, for pairs [P], image_ids [B] and a 0-dim step (int64 all).
+    """Generates standard normals [B, P, elements], float32 or float64, for pairs [P], image_ids [B] and a 0-dim step (all int64).
 
-    Box-Muller of the uniforms (w + ½) / 2³² on words (0, 1) and (2, 3); element e is lane e % 4 of counter e // 4.
+    Applies Box-Muller to the uniforms (w + ½) / 2³² of words (0, 1) and (2, 3); element e is lane e % 4 of counter e // 4.
     """
     quads = torch.arange((elements + 3) // 4, dtype=torch.int64, device=pairs.device)
     words = torch.broadcast_tensors(*philox((quads, pairs[:, None], image_ids[:, None, None], step), seed))
@@ -53,7 +53,7 @@ def normal(elements: int, pairs: Tensor, image_ids: Tensor, seed: int, step: Ten
 
 
 def timestep_words(pairs: int, image_ids: Tensor, seed: int, step: Tensor) -> Tensor:
-    """One word for each pair, [B, P], on the stream that is reserved for timesteps."""
+    """Generates one word per pair, [B, P], from the stream reserved for timesteps."""
     quads = torch.arange((pairs + 3) // 4, dtype=torch.int64, device=image_ids.device)
     reserved = torch.full_like(quads, TIMESTEP_PAIR)
     words = torch.broadcast_tensors(*philox((quads, reserved, image_ids[:, None], step), seed))

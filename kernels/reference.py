@@ -1,7 +1,7 @@
-"""Every op in plain torch: its definition, the oracle of its tests and the path that runs everywhere.
+"""Every op in plain torch: its definition, the reference for its tests and the fallback that runs everywhere.
 
-Arithmetic is float32, or float64 where the inputs are float64; then the noise too is that of exact arithmetic. kernels/native.py and
-kernels/triton have the same functions for contiguous float32, bfloat16 and float16 tensors.
+Arithmetic is float32, or float64 if the inputs are float64; in that case the noise is computed in float64 too. kernels/native.py and
+kernels/triton provide the same functions for contiguous float32, bfloat16 and float16 tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _noise(x0: Tensor, timesteps: Tensor, image_ids: Tensor, seed: int, step: Te
 
 
 def _coefficients(table: Tensor, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return table[timesteps].to(dtype)[..., None, None, None].unbind(2)  # five of [B, P, 1, 1, 1]
+    return table[timesteps].to(dtype)[..., None, None, None].unbind(2)  # five tensors [B, P, 1, 1, 1]
 
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -36,7 +36,7 @@ def add_noise(
     dtype: torch.dtype,
     noise: Tensor | None,
 ) -> Tensor:
-    """x_t = a·x0 + s·ε: [B, C, H, W] -> [B·P, C, H, W] in `dtype`."""
+    """Computes x_t = a·x0 + s·ε: [B, C, H, W] -> [B·P, C, H, W] in `dtype`."""
     compute = _compute_dtype(x0)
     if noise is None:
         noise = _noise(x0, timesteps, image_ids, seed, step, pair0)
@@ -57,9 +57,9 @@ def denoising_loss(
     upstream: Tensor | None,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """loss [B, P] = w · mean(|prediction − (u·x0 + v·ε)|^(1 or 2)); with upstream [B, P] the gradient of Σ upstream · loss.
+    """Computes loss [B, P] = w · mean(|prediction − (u·x0 + v·ε)|^(1 or 2)) and, given upstream [B, P], the gradient of Σ upstream · loss.
 
-    The gradient has the prediction's shape and type; the half that is learned variance is zero.
+    The gradient has the shape and dtype of the prediction; it is zero for the learned-variance half.
     """
     compute = _compute_dtype(x0)
     if noise is None:
@@ -80,10 +80,10 @@ def denoising_loss(
 def mix_condition(
     logits: Tensor, embeddings: Tensor, chosen: Tensor | None, logit_scale: float | None, per_image: bool
 ) -> tuple[Tensor, Tensor]:
-    """c = Σ_k softmax(z)_k l_k, [B, ...], and the weights softmax(z), [B, K].
+    """Computes c = Σ_k softmax(z)_k l_k, [B, ...], and the weights softmax(z), [B, K].
 
     logits [B, K], embeddings [K, ...] ([B, K, ...] with per_image). With logit_scale, z = logit_scale · logits / ‖logits‖₂ (the norm
-    over all K); with chosen [B, k], only those classes take part and the others' weights are 0.
+    over all K); with chosen [B, k], only those classes are mixed and the weights of the others are 0.
     """
     compute = _compute_dtype(logits, embeddings)
     z = logits.to(compute)
@@ -112,10 +112,10 @@ def mix_condition_backward(
     per_image: bool,
     with_embeddings: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of mix_condition to logits and, where asked for, to embeddings, for `upstream` [B, ...] and the forward's weights."""
+    """Computes the gradients of mix_condition w.r.t. logits and optionally embeddings, from `upstream` [B, ...] and the forward weights."""
     compute = weights.dtype
     flat, table = upstream.flatten(1).to(compute), embeddings.flatten(1 + per_image).to(compute)
-    # classes outside the top k have weight 0, hence gradient 0 below
+    # classes outside the top k have weight 0 and therefore gradient 0 below
     to_weights = torch.einsum("bd,bkd->bk", flat, table) if per_image else flat @ table.T
     to_logits = weights * (to_weights - (weights * to_weights).sum(1, keepdim=True))
     if logit_scale is not None:

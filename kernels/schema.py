@@ -1,9 +1,9 @@
-"""The ops of namespace dtta_fast: schema, argument checks, fake and autograd; backends.py says what computes them.
+"""The ops in the dtta_fast namespace: schemas, argument checks, fake kernels and autograd. backends.py selects the implementation.
 
-`table` is NoiseProcess.table [T, 5], float32. Noise is a function of (seed, step, image_id, pair), where the pairs of a call
-are pair0 .. pair0 + P − 1; an explicit `noise` [B, P, C, H, W] takes its place. `timesteps` [B, P], `image_ids` [B] and the
-0-dim `step` are int64. A wrong shape, type, device or (on the CPU) value raises ValueError that names the argument; on a GPU, where
-reading a value would wait for the device, a timestep outside the table gives NaN.
+`table` is NoiseProcess.table [T, 5], float32. Noise is a function of (seed, step, image_id, pair), where a call covers the pairs
+pair0 .. pair0 + P − 1; an explicit `noise` [B, P, C, H, W] replaces it. `timesteps` [B, P], `image_ids` [B] and the 0-dim `step` are
+int64. A wrong shape, type, device or (on the CPU) value raises a ValueError that names the argument. On a GPU, reading a value would
+require a synchronization, so a timestep outside the table yields NaN instead.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dtta_fast.kernels import backends, native
 
-LARGEST = 65_535 * 1024  # elements of an image: blocks of a CUDA grid's second axis, 1024 elements each
-WORDS = 2**32  # image_ids, steps and pairs are words of a counter; the last pair is the timesteps'
+LARGEST = 65_535 * 1024  # elements per image: blocks along the second axis of a CUDA grid, 1024 elements each
+WORDS = 2**32  # image_ids, steps and pairs are 32-bit counter words; the last pair is reserved for timesteps
 
 
 def _check(condition: bool, message: str) -> None:
@@ -60,7 +60,7 @@ def _check_devices(first: Tensor, named: dict[str, Tensor | None]) -> None:
 
 
 def _check_values(backend: ModuleType, table: Tensor, timesteps: Tensor, image_ids: Tensor, step: Tensor) -> None:
-    if timesteps.device.type != "cpu" or backend is native:  # the native kernels look for themselves, in a tenth of the time
+    if timesteps.device.type != "cpu" or backend is native:  # the native kernels check the values themselves, in a tenth of the time
         return
     for name, value, end in (("timesteps", timesteps, len(table)), ("image_ids", image_ids, WORDS), ("step", step, WORDS)):
         low, high = (int(bound) for bound in value.aminmax())
@@ -99,7 +99,7 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _check_kinds(seed: object, pair0: object, **tensors: object) -> None:
-    """Raises where torch's dispatcher would refuse an argument without its value."""
+    """Raises an error that includes the value, for arguments that torch's dispatcher would reject without showing it."""
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; give a tensor")
@@ -145,9 +145,9 @@ def add_noise(
     dtype: torch.dtype | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """x_t = a·x0 + s·ε for P pairs an image: x0 [B, C, H, W] -> [B·P, C, H, W] in `dtype` (x0's by default).
+    """Computes x_t = a·x0 + s·ε for P pairs per image: x0 [B, C, H, W] -> [B·P, C, H, W] in `dtype` (by default that of x0).
 
-    No gradient flows to x0: the latent is a constant of the method.
+    No gradient flows to x0, because the method treats the latent as a constant.
     """
     _check_kinds(seed, pair0, x0=x0, table=table, timesteps=timesteps, image_ids=image_ids, step=step)
     return _add_noise(x0.detach(), table, timesteps, image_ids, seed, step, pair0, dtype or x0.dtype, noise)
@@ -243,7 +243,7 @@ def _save_for_loss(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _loss_backward(ctx, upstream):  # type: ignore[no-untyped-def]
     inputs = [other if tensor is None else tensor for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-    # one pass more, in which the noise is drawn again, in place of a gradient kept beside the prediction
+    # one extra pass that regenerates the noise, instead of storing a gradient alongside the prediction
     gradient = _denoising_loss_and_gradient(*inputs[:-1], upstream, inputs[-1])[1]
     return (gradient, *(None,) * 9)
 
@@ -263,10 +263,10 @@ def denoising_loss(
     l1: bool = False,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """loss [B, P] = w · mean((prediction − (u·x0 + v·ε))²), or of the absolute difference with `l1`.
+    """Computes loss [B, P] = w · mean((prediction − (u·x0 + v·ε))²), or with `l1` the mean absolute difference instead.
 
-    prediction [B·P, C', H, W] with C' = C or 2C (learned variance: its second half takes no part). A value for each pair, since
-    a guard compares pairs. Differentiable in the prediction, once.
+    prediction is [B·P, C', H, W] with C' = C or 2C (with learned variance, the second half is ignored). The loss has one value per pair
+    because a guard compares pairs. Differentiable once, with respect to the prediction.
     """
     _check_kinds(seed, pair0, prediction=prediction, x0=x0, table=table, timesteps=timesteps, image_ids=image_ids, step=step)
     return _denoising_loss(prediction, x0.detach(), table, timesteps, image_ids, seed, step, pair0, l1, noise)
@@ -286,7 +286,7 @@ def denoising_loss_and_gradient(
     l1: bool = False,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """denoising_loss [B, P], and the gradient of Σ upstream · loss to the prediction from the same pass, for upstream [B, P]."""
+    """Computes denoising_loss [B, P] and, in the same pass, the gradient of Σ upstream · loss w.r.t. the prediction, upstream [B, P]."""
     _check_kinds(seed, pair0, prediction=prediction, x0=x0, table=table, timesteps=timesteps, image_ids=image_ids, step=step)
     return _denoising_loss_and_gradient(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, upstream, noise)
 
@@ -374,9 +374,9 @@ _mix_condition.register_autograd(_mixture_backward, setup_context=_save_for_mixt
 def mix_condition(
     logits: Tensor, embeddings: Tensor, top_k: int | None = None, logit_scale: float | None = None, per_image: bool = False
 ) -> Tensor:
-    """Condition c = Σ_k softmax(z)_k l_k: logits [B, K], embeddings [K, ...] -> [B, ...] in the embeddings' dtype.
+    """Computes the condition c = Σ_k softmax(z)_k l_k: logits [B, K], embeddings [K, ...] -> [B, ...] in the embeddings' dtype.
 
-    z is the logits, or logit_scale times the L2-normalised logits; with top_k, the softmax runs over the k largest. With per_image
-    the embeddings are [B, K, ...], a table an image. Differentiable in the logits and the embeddings, once.
+    z is the logits, or logit_scale times the L2-normalised logits; with top_k, the softmax runs over the k largest. With per_image,
+    the embeddings are [B, K, ...], one table per image. Differentiable once, with respect to the logits and the embeddings.
     """
     return _mix_condition(logits, embeddings, top_k, logit_scale, per_image)[0]

@@ -21,8 +21,6 @@ from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.embed.manifest import KEEPER
 
-pytestmark = pytest.mark.xdist_group("package")  # which is made once, with --dist loadgroup
-
 ROOT = Path(__file__).parents[1]
 COUNT = 40  # images: some are left alone, some adapted, some guarded
 

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytestmark = pytest.mark.xdist_group("gpu bench")  # whose stages run once, with --dist loadgroup
-
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "bench"
 

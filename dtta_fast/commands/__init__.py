@@ -1,1 +1,1 @@
-"""The subcommands of `dtta`, one a file."""
+"""The subcommands of `dtta`, one per file."""

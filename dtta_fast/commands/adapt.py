@@ -21,43 +21,43 @@ from dtta_fast.runs.models import class_names, load_pair
 from dtta_fast.runs.writing import check_name
 from dtta_fast.tasks import Classification, Task
 
-SHOWN = 10  # classes of an image in its table
+SHOWN = 10  # classes listed in each image's table
 
 
 @dataclass(frozen=True)
 class Adapt:
-    """Adapt a classifier to images one by one, and print the classes' probabilities before and after.
+    """Adapt a classifier to images one by one, and print the class probabilities before and after.
 
-    A timm classifier by a DiT of the same classes; with --classes a CLIP by a Stable Diffusion, to these names. By default the models of
-    handwritten digits that ship with the package.
+    Adapts a timm classifier with a DiT for the same classes or, with --classes, a CLIP model with Stable Diffusion for those class names.
+    By default it uses the handwritten-digit models that ship with the package.
 
     Example: dtta adapt photo.jpg --model resnet50.a1_in1k --denoiser facebook/DiT-XL-2-256 --preset PAPER
     """
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)")]
-    """Files of images."""
+    """Image files."""
     classes: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help_behavior_hint="(default: those of the classifier)")] = None
-    """What a CLIP tells apart: names separated by commas, such as "a cat, a dog, a car". Left out, the model is a timm classifier."""
+    """Class names for CLIP, separated by commas, such as "a cat, a dog, a car". If omitted, the model is a timm classifier."""
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "zoo"
-    """A classifier: timm's name, hf-hub:ID, or a folder in timm's format; with --classes a CLIP's folder or hub id. zoo: the digits'."""
+    """Classifier: a timm name, hf-hub:ID, or a folder in timm's format; with --classes, a CLIP folder or hub id. zoo: the digits model."""
     denoiser: Annotated[str, tyro.conf.arg(metavar="DENOISER")] = "zoo"
-    """A DiT's folder, or its id on the hub, of the model's classes; with --classes a Stable Diffusion's. zoo: the digits'."""
+    """DiT for the model's classes: a folder or a hub id; with --classes, a Stable Diffusion model. zoo: the digits model."""
     calibration: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the denoiser's own)")] = None
-    """What `dtta calibrate` wrote of the denoiser; calibration.json in its folder where it is left out."""
+    """Calibration of the denoiser, as written by `dtta calibrate`; defaults to calibration.json in the denoiser's folder."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where both models run."""
+    """Device on which both models run."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the denoiser's weights."""
+    """Data type of the denoiser's weights."""
     json: OutFile = None
-    """Write the result to this file too."""
+    """Also write the result to this file."""
     preset: str = "FAST"
-    """FAST, PAPER, ONLINE or DUSA: what the settings below start from. FAST and ONLINE take a calibration; ONLINE and DUSA go on
-    from file to file."""
+    """FAST, PAPER, ONLINE or DUSA: the starting point of the settings below. FAST and ONLINE need a calibration; ONLINE and DUSA keep
+    adapting from one file to the next."""
     config: Settings = presets.FAST
-    """Settings of the adaptation; their defaults are the preset's."""
+    """Adaptation settings; their defaults come from the preset."""
 
     def run(self) -> None:
-        """Raises ValueError for bad names, an unknown preset, a model or an image that cannot be read, or a bad path."""
+        """Raises ValueError for bad names, an unknown preset, an unreadable model or image, or a bad path."""
         quiet()
         check_path("json", self.json, holds("images", "config"))
         for name, place in (("model", self.model), ("denoiser", self.denoiser), ("calibration", self.calibration)):
@@ -73,7 +73,7 @@ class Adapt:
                 denoiser.calibration = Calibration.load(self.calibration, denoiser)
             adapter = Adapter(model.to(device), denoiser.to(device), self.config, task)
         rows: list[dict[str, Any]] = []
-        for number, (path, image) in enumerate(zip(self.images, images, strict=True)):  # one by one: sizes differ
+        for number, (path, image) in enumerate(zip(self.images, images, strict=True)):  # one by one, because sizes differ
             found = adapter.adapt(image[None].to(device), image_ids=torch.tensor([number], dtype=torch.int64, device=device))
             before, after = (outputs[0].float().softmax(0).tolist() for outputs in (found.outputs_before, found.outputs))
             names = class_names(model, len(after)) if self.classes is None else names_of(self.classes)
@@ -107,7 +107,7 @@ class Adapt:
 
 
 def _print_probabilities(row: dict[str, Any]) -> None:
-    """The likeliest classes of an image."""
+    """Prints the most likely classes of an image."""
     table = Table(title=f"{shown(row['path'])}: {row['evaluations']} evaluations, {row['seconds']:.2f} s")
     for head in ("class", "before %", "after %"):
         table.add_column(head, justify="left" if head == "class" else "right")

@@ -30,36 +30,36 @@ from dtta_fast.commands.subjects import EVERY_IMAGE, load_subject
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure an adaptation here: latency, throughput, memory, cold start, and the accuracy it gives.
+    """Benchmark adaptation on this machine: latency, throughput, memory, cold start and accuracy.
 
-    The share of the machine's peak is told too. By default the digits zoo on digits-C, the corruptions in turn. precheck is off where no
-    flag sets it, whatever the preset says: every image is adapted and pays for it. With --precheck answer the images that are left alone
-    are counted in.
+    Also reports the fraction of the machine's peak performance. By default it runs the digits zoo on digits-C, cycling through the
+    corruptions. Regardless of the preset, precheck is off unless a flag sets it, so that every image is adapted and its full cost is
+    measured. With --precheck answer, the images that are not adapted are included in the measurements.
 
     Example: dtta bench --calls 20 --batches 1 4 --json bench.json
     """
 
     model: Name = None
-    """A classifier: timm's name, hf-hub:ID, or a folder in timm's format; with --denoiser."""
+    """Classifier: a timm name, hf-hub:ID, or a folder in timm's format; requires --denoiser."""
     denoiser: Name = None
-    """A DiT's folder, or its id on the hub, of the same classes; with --model."""
+    """DiT for the same classes: a folder or a hub id; requires --model."""
     images: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: digits-C, or random pixels)")] = None
-    """A folder of images for them, without labels; random pixels where it is left out, on which a guard has more to compare."""
+    """Folder of unlabeled images for these models; random pixels if omitted, which give a guard more candidates to compare."""
     calls: int = 200
-    """Calls of one image, for the percentiles, 20 and more; a batch takes a 20th of them."""
+    """Single-image calls for the percentiles, at least 20; each batch size runs a 20th of that number."""
     batches: tuple[int, ...] = (1, 4, 16)
-    """Numbers of images in a call, for throughput and memory: 1 4 16."""
+    """Batch sizes for throughput and memory: 1 4 16."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where both models run."""
+    """Device on which both models run."""
     json: OutFile = None
-    """Write the result to this file too, with the seconds of every call."""
+    """Also write the result, with the duration of every call in seconds, to this file."""
     preset: str = "FAST"
-    """FAST, PAPER, ONLINE or DUSA: what the settings below start from. FAST and ONLINE take a calibration."""
+    """FAST, PAPER, ONLINE or DUSA: the starting point of the settings below. FAST and ONLINE need a calibration."""
     config: Settings = EVERY_IMAGE
-    """Settings of the adaptation; their defaults are the preset's."""
+    """Adaptation settings; their defaults come from the preset."""
 
     def run(self) -> None:
-        """Raises ValueError for bad arguments, models or images, all of it before anything is measured."""
+        """Raises ValueError for bad arguments, models or images, before measuring anything."""
         check_path("json", self.json, holds("benchmark", "environment"))
         benchmark.check_calls(self.calls)
         benchmark.check_batches(self.batches)

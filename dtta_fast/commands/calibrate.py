@@ -29,31 +29,31 @@ from dtta_fast.runs.writing import check_name, write_whole
 
 @dataclass(frozen=True)
 class Calibrate:
-    """Measure a denoiser on clean images, without labels: what adaptation matches corrupted images to, and which timesteps it draws.
+    """Measure a denoiser on clean, unlabeled images: the statistics for matching corrupted images and the timesteps to sample.
 
-    The timesteps take 1,600 forwards of the denoiser and 20 more a class for each of the first 64 images (21,600 for ImageNet's classes):
-    a large denoiser wants a GPU, or fewer images by --most.
+    For each of the first 64 images, the timesteps take 1,600 denoiser forwards plus 20 per class (21,600 for the ImageNet classes). For a
+    large denoiser, use a GPU or reduce the number of images with --most.
 
     Example: dtta calibrate models/dit clean_images --out calibration.json
     """
 
     denoiser: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DENOISER", help_behavior_hint="(required)")]
-    """A DiT's or a Stable Diffusion's folder, or its id on the hub; a Stable Diffusion takes --classes."""
+    """DiT or Stable Diffusion model: a folder or a hub id; Stable Diffusion requires --classes."""
     images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(required)")]
-    """A folder of clean images, 8 and more, like those that the denoiser was trained on; subfolders are searched too."""
+    """Folder of at least 8 clean images similar to the denoiser's training data; subfolders are searched too."""
     classes: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help_behavior_hint="(default: none)")] = None
-    """What the images show, for a Stable Diffusion: names separated by commas, two and more, such as "cat, car"."""
+    """What the images show, for Stable Diffusion: at least two names separated by commas, such as "cat, car"."""
     most: int = 256
-    """Images to read at most, 1 and more, in the order of their names."""
+    """Maximum number of images to read, in order of their names; at least 1."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the denoiser runs."""
+    """Device on which the denoiser runs."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: calibration.json in DENOISER)")] = None
-    """Where to write; calibration.json in the denoiser's folder where it is left out."""
+    """Output file; defaults to calibration.json in the denoiser's folder."""
     json: OutFile = None
-    """Write the result to this file too."""
+    """Also write the result to this file."""
 
     def run(self) -> None:
-        """Raises ValueError for a bad device, classes or images, and where the denoiser has no folder and out is left out."""
+        """Raises ValueError for a bad device, classes or images, or if the denoiser is not a local folder and out is omitted."""
         check_name("denoiser", self.denoiser)
         folder = Path(self.denoiser)
         if self.out is None and not folder.is_dir():
@@ -61,7 +61,7 @@ class Calibrate:
         path = self.out or folder / "calibration.json"
         if self.out is None and path.is_symlink():
             raise ValueError(f"{shown(path)} is a link, which may lead anywhere; remove it, or say where to write by --out FILE")
-        # what is in the denoiser's own folder under that name is replaced, damaged or not
+        # an existing file of that name in the denoiser's folder is replaced, even if it is damaged
         check_path("out", path, (lambda path: True) if self.out is None else holds("power", "mean", "deviation"))
         check_path("json", self.json, holds("denoiser", "calibration"))
         check_apart(out=path, json=self.json)

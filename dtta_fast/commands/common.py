@@ -1,4 +1,4 @@
-"""What several subcommands do."""
+"""Helpers shared by several subcommands."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.runs.folder import CONFIG, OF_LEFTOVER, OF_LOCK, OF_RUN
 from dtta_fast.runs.writing import check_name, write_whole
 
-Settings = Annotated[AdaptConfig, tyro.conf.arg(name="")]  # each a flag of its own; under a name tyro boxes what it refuses
+Settings = Annotated[AdaptConfig, tyro.conf.arg(name="")]  # one flag per setting; with a name, tyro boxes what it rejects
 OutFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: not written)")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the digits zoo)")]
 
-MOST_RESULT = 2**28  # bytes of a JSON result: a Chrome trace is the largest
+MOST_RESULT = 2**28  # maximum size of a JSON result in bytes; a Chrome trace is the largest
 
 
 def check_path(name: str, path: Path | None, ours: Callable[[Path], bool] = lambda path: False) -> None:
-    """Raises ValueError, naming the argument, where a result may not be written to: before the work, not after it.
+    """Raises ValueError, naming the argument, if a result must not be written to this path. Call it before the work starts.
 
     Args:
-        ours: whether a file is an earlier result of the same kind, which a new one may replace; no other file that holds anything is.
+        ours: tells whether a file is an earlier result of the same kind, which may be replaced; any other non-empty file is kept.
     """
     if path is None:
         return
     check_name(name, path)
     place = Path(os.path.realpath(path))
-    if path.is_dir() or place.is_symlink() or not place.parent.is_dir():  # a link still: one that leads to itself
+    if path.is_dir() or place.is_symlink() or not place.parent.is_dir():  # still a link after realpath: it points to itself
         raise ValueError(f"{name} is {str(path)!r}, where the result cannot be written: give a file in a folder that exists")
     plain = path.is_file() or not path.exists()
     if not os.access(place.parent if plain else path, os.W_OK):
@@ -50,7 +50,7 @@ def check_path(name: str, path: Path | None, ours: Callable[[Path], bool] = lamb
 
 
 def check_apart(**paths: Path | None) -> None:
-    """Raises ValueError where two results would be written to one file."""
+    """Raises ValueError if two results would be written to the same file."""
     seen: dict[str, str] = {}
     for name, path in paths.items():
         if path is not None and (other := seen.setdefault(os.path.realpath(path), name)) != name:
@@ -58,7 +58,7 @@ def check_apart(**paths: Path | None) -> None:
 
 
 def holds(*keys: str) -> Callable[[Path], bool]:
-    """Whether a file is a JSON object with these keys."""
+    """Returns a function that checks whether a file is a JSON object with these keys."""
 
     def check(path: Path) -> bool:
         if path.stat().st_size > MOST_RESULT:
@@ -73,30 +73,30 @@ def holds(*keys: str) -> Callable[[Path], bool]:
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page of `dtta report` or `dtta profile`, by its title."""
+    """Checks by its title whether a file is a page written by `dtta report` or `dtta profile`."""
     with path.open("rb") as file:
         head = re.match(rb"\s*<!doctype html>.*?<title>([^<]*)</title>", file.read(2**20), re.DOTALL)
     return head is not None and re.search(rb"\xe2\x80\x93 dtta (report|profile)$", head[1].strip()) is not None
 
 
 def write_json(path: Path | None, result: Any) -> None:
-    """Writes a result whole, or not at all; nothing where there is no path."""
+    """Writes a result atomically: the whole file or nothing. Does nothing if `path` is None."""
     if path is not None:
         write_whole(path, json.dumps(result, indent=2) + "\n")
 
 
 def shown(value: object) -> str:
-    """Text from outside for a terminal: a line of printable characters, the others as escapes."""
+    """Makes external text safe for a terminal: one line of printable characters, with all others escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
 
 
 def terminal(*, stderr: bool = False) -> Console:
-    """For text that may come from outside, put through shown(): a [name] is no markup, and :name: no emoji."""
+    """Returns a console for external text that was passed through shown(): it does not parse [name] as markup or :name: as an emoji."""
     return Console(stderr=stderr, markup=False, emoji=False)
 
 
 def option(arguments: Sequence[str], flag: str) -> str | None:
-    """The value of a flag, wherever it stands; of one that stands several times the last, which is the one that counts."""
+    """Returns the value of a flag at any position; if the flag is repeated, the last value, which takes precedence."""
     found, rest = None, iter(arguments)
     for argument in rest:
         if argument.startswith(f"{flag}="):
@@ -107,13 +107,13 @@ def option(arguments: Sequence[str], flag: str) -> str | None:
 
 
 def names_of(classes: str) -> list[str]:
-    """Of a list separated by commas."""
+    """Splits a comma-separated list of names."""
     return [name.strip() for name in classes.split(",")]
 
 
 def quiet() -> None:
-    """Switches off the libraries' own bars and reports: what a command prints is for scripts too, and a report shows names of a file as
-    they are."""
+    """Disables the progress bars and reports of the libraries: scripts read a command's output too, and such a report prints names from
+    a file unescaped."""
     from diffusers.utils.logging import disable_progress_bar as quiet_diffusers
     from transformers.utils import logging as transformers_logging
     from transformers.utils.logging import disable_progress_bar as quiet_transformers
@@ -124,17 +124,17 @@ def quiet() -> None:
 
 
 def progress_bar() -> Progress:
-    """On standard error, where that is a terminal; it goes when the work is done."""
+    """Returns a progress bar on standard error, shown only if that is a terminal; it disappears when the work is done."""
     console = terminal(stderr=True)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def checked_device(name: str) -> torch.device:
-    """Raises ValueError where there is no such device."""
+    """Returns the device; raises ValueError if it is not available."""
     try:
         device = torch.device(name)
         torch.empty(0, dtype=torch.float32, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: a torch built without CUDA
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch was built without CUDA
         raise ValueError(f"device is {name!r}, which is not here: {str(error).splitlines()[0]}") from error
     return device

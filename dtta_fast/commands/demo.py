@@ -18,33 +18,33 @@ from dtta_fast.data.corruptions import DIGITS_C
 from dtta_fast.report.measures import number, scale_of
 from dtta_fast.runs.writing import write_whole
 
-SIGNED = ("Software", "dtta demo")  # in a picture
+SIGNED = ("Software", "dtta demo")  # PNG text entry that marks our pictures
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Adapt a model to corrupted images, one by one, and show what it gains: handwritten digits, or generated scenes for maps.
+    """Adapt a model to corrupted images one by one and show the gain, on handwritten digits or, for dense maps, generated scenes.
 
     Example: dtta demo --task segmentation --images 8 --picture maps.png
     """
 
     task: Literal["classification", "segmentation", "depth"] = "classification"
-    """What the model does."""
+    """Task of the model."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: as task wants)")] = None
-    """FAST, PAPER, ONLINE, DUSA or DENSE; DENSE for segmentation and depth, else FAST, where none is given."""
+    """FAST, PAPER, ONLINE, DUSA or DENSE; defaults to DENSE for segmentation and depth, otherwise to FAST."""
     images: int = 40
-    """Test images for each corruption, at most 500 digits; the default is a sample that fits about a minute on 2 cores."""
+    """Test images per corruption, at most 500 for digits; the default is a sample that takes about a minute on 2 cores."""
     picture: OutFile = None
-    """Write a PNG to this file, of segmentation or depth: inputs, maps before and after, ground truth and what changed."""
+    """Write a PNG to this file, for segmentation or depth: inputs, maps before and after, ground truth and changes."""
     open_vocabulary: bool = False
-    """Adapt by CLIP and Stable Diffusion, given the digits' names, instead of a classifier and a DiT."""
+    """Use CLIP and Stable Diffusion with the names of the digits instead of a classifier and a DiT."""
     seed: int = 0
-    """Seed of timesteps and noise, 0 to 2^63 - 1."""
+    """Seed for timesteps and noise, 0 to 2^63 - 1."""
     json: OutFile = None
-    """Write the result to this file too."""
+    """Also write the result to this file."""
 
     def run(self) -> None:
-        """Raises ValueError for an unknown preset, a number of images that the split does not have, or a bad path."""
+        """Raises ValueError for an unknown preset, a number of images that the split cannot provide, or a bad path."""
         dense = None if self.task == "classification" else self.task
         preset = self.preset or ("DENSE" if dense else "FAST")
         config = presets.get(preset).replace(seed=self.seed)
@@ -89,7 +89,7 @@ class Demo:
 
 
 def _is_picture(path: Path) -> bool:
-    """Whether a file is a picture of this command."""
+    """Checks whether a file is a picture written by this command."""
     with path.open("rb") as file:
         return "\0".join(SIGNED).encode() in file.read(4096)
 
@@ -115,12 +115,12 @@ def _print_demo(result: dict[str, Any]) -> None:
     console = terminal()
     console.print(table)
     if size < 500:
-        error = 100 * (0.25 / size) ** 0.5  # a proportion's standard error, at most
+        error = 100 * (0.25 / size) ** 0.5  # upper bound on the standard error of a proportion
         console.print(f"A sample of {size} of the 500 test images: a row is good to about {error:.0f} points. --images 500 runs all.")
 
 
 def _print_dense(result: dict[str, Any]) -> None:
-    """The scores before and after, a row a corruption."""
+    """Prints the scores before and after, one row per corruption."""
     models = {"segmentation": "SegFormer", "depth": "GLPN"}[result["task"]]
     names = {"segmentation": ("mean_iou", "mean_class_accuracy"), "depth": ("abs_rel", "ssim")}[result["task"]]
     table = Table(title=f"{result['images']} scenes a row, {models} and a UNet that sees its map, preset {result['preset']}")

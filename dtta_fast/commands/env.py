@@ -12,18 +12,18 @@ from dtta_fast.commands.common import OutFile, check_path, holds, quiet, shown, 
 
 @dataclass(frozen=True)
 class Env:
-    """Show versions, devices and which backend serves the ops here.
+    """Show versions, devices and the backend that runs the ops on this machine.
 
     Example: dtta env --check --json env.json
     """
 
     check: bool = False
-    """Adapt to one image on the CPU and on every GPU, and print a line for each: whether it works, how long it took, which backend ran."""
+    """Adapt to one image on the CPU and on every GPU; print for each whether it works, how long it took and which backend ran."""
     json: OutFile = None
-    """Write the result to this file too."""
+    """Also write the result to this file."""
 
     def run(self) -> None:
-        """Exits with status 1 where the check fails on a device."""
+        """Exits with status 1 if the check fails on any device."""
         check_path("json", self.json, holds("python", "torch"))
         result: dict[str, Any] = dict(environment.describe())
         lines = [f"{key:16} {shown(value)}" for key, value in result.items()]
@@ -34,7 +34,7 @@ class Env:
             quiet()
             try:
                 found = device_check.check()
-            except FileNotFoundError as error:  # the models are missing; the versions are shown all the same
+            except FileNotFoundError as error:  # the models are missing, but still show the versions
                 found, missing = [], error
             lines += [shown(device) for device in found]
             result["check"] = [asdict(device) for device in found]

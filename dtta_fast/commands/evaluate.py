@@ -43,37 +43,37 @@ def _preset_hint(value: str) -> str:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Adapt a model to a data set, image by image, and record each one; a run that was stopped goes on by the same command.
+    """Adapt a model to a dataset image by image and record each result; the same command resumes an interrupted run.
 
-    Settings come from a preset, then a YAML file of the same names (the reference implementation's dotted names are taken too, there and as
-    NAME=VALUE), then flags.
+    Settings come from a preset, then from a YAML file with the same names, then from flags. The dotted names of the reference
+    implementation are accepted too, in the YAML file and as NAME=VALUE arguments.
 
     Example: dtta evaluate runs/digits --per-class 5 --preset FAST --steps 5
     """
 
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help_behavior_hint="(required)")]
-    """The run's folder; made where it is missing."""
+    """Folder of the run; created if missing."""
     settings: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
-    """A YAML file of settings, such as another run's config.json."""
+    """YAML file with settings, such as the config.json of another run."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_preset_hint)] = None
-    """What the settings of the adaptation start from; FAST, ONLINE or DENSE, as protocol and task want, where it is left out."""
+    """Starting point of the adaptation settings; if omitted, FAST, ONLINE or DENSE, depending on protocol and task."""
     scale: Literal["none", "ray"] = "none"
-    """How work is shared: none; or ray, by Ray Data, a worker for each GPU or CPU core. Processes of torchrun share it without ray."""
+    """Work distribution: none, or ray (Ray Data, one worker per GPU or CPU core). Processes of torchrun share the work without ray."""
     overwrite: bool = False
-    """Begin again in OUT: replace the run that is there, or begin beside files that are no run's, which stay."""
+    """Start over in OUT: replace the existing run there, or start next to files that belong to no run, which are kept."""
     track: Annotated[Tracked | None, tyro.conf.arg(metavar="{tensorboard,trackio,wandb}", help_behavior_hint="(default: nowhere)")] = None
-    """Where running accuracy and cost are sent too (an extra of that name)."""
+    """Tracker that also receives the running accuracy and cost (needs the extra of that name)."""
     json: OutFile = None
-    """Write the summary to this file too."""
+    """Also write the summary to this file."""
     run_config: Annotated[RunConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=RunConfig)
-    """What is run: data, models and protocol."""
+    """What to run: data, models and protocol."""
 
     @classmethod
     def start(cls, arguments: Sequence[str]) -> tuple[Evaluate, list[str]]:
-        """What flags change: a preset's and a YAML file's settings; and the arguments that are flags.
+        """Returns the settings of the preset and the YAML file, which the flags then override, and the arguments that are flags.
 
         Raises:
-            ValueError: an unknown preset or setting, or a file that cannot be read.
+            ValueError: a preset or setting is unknown, or a file cannot be read.
         """
         dotted: dict[str, Any] = {}
         flags = []
@@ -88,7 +88,7 @@ class Evaluate:
                 flags.append(argument)
         path = option(flags, "--settings")
         in_path = flattened(read_yaml(Path(path))) if path else {}
-        for name, value in in_path.items():  # the help shows them as defaults, on the terminal
+        for name, value in in_path.items():  # the help prints them to the terminal as defaults
             texts = [text for text in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(text, str)]
             if any(not text.isprintable() for text in texts):
                 raise ValueError(f"{shown(path)} has {shown(name)} {shown(texts)}, with characters that are not printable: take them out")
@@ -99,7 +99,7 @@ class Evaluate:
             given = option(flags, f"--{name}")
             if given is not None:
                 settings[name] = given
-                if name == "protocol":  # it decides the mode, also over a file's
+                if name == "protocol":  # it determines the mode and overrides a mode from a file
                     settings = {field: value for field, value in settings.items() if field not in ("mode", "adapt.mode")}
         settings = {"preset": named or _usual_preset(settings), **settings}
         run, mode = with_settings(RunConfig(), settings), option(flags, "--mode")
@@ -109,7 +109,7 @@ class Evaluate:
         return cls(out=tyro.MISSING, preset=named, run_config=run), flags
 
     def run(self) -> None:
-        """Raises ValueError for bad settings, data or models, a folder that is in use or holds another run; OSError where it is full."""
+        """Raises ValueError for bad settings, data or models, or a folder in use or with another run, and OSError if the disk is full."""
         quiet()
         check_path("json", self.json, holds("groups", "environment", "wall_seconds"))
         check_apart(out=self.out, json=self.json)
@@ -122,7 +122,7 @@ class Evaluate:
         run = self.run_config
 
         def sent() -> Tracker | None:
-            """Begun with the first records: by then the folder is this run's, and the settings are sound."""
+            """Starts the tracker with the first records: by then the folder belongs to this run and the settings are known to be valid."""
             first = os.environ.get("RANK", "0") == "0"
             return tracker(self.track, self.out, run.described()) if self.track and first else None
 
@@ -139,13 +139,13 @@ class Evaluate:
             finally:
                 running.close()
         if not found:
-            return  # a process beside the first one
+            return  # not the first process
         write_json(self.json, found)
         _print_summary(found, self.out)
 
 
 class Running:
-    """Means over the images so far; what a progress bar says, and what goes to a tracker."""
+    """Running means over the images so far, for the progress bar and the tracker."""
 
     def __init__(self, start: Callable[[], Tracker | None]) -> None:
         self._start, self._images = start, 0
@@ -154,7 +154,7 @@ class Running:
         self._counts: dict[str, int] = {}
 
     def add(self, records: list[dict[str, Any]]) -> None:
-        """Takes in a batch's records, and sends the means so far."""
+        """Adds the records of a batch and sends the current means."""
         if not self._images:
             self._sent = self._start()
         self._images += len(records)
@@ -184,7 +184,7 @@ class Running:
 
 
 def _values(record: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a record that a mean is taken of."""
+    """Returns the values of a record that are averaged."""
     if "error" in record:
         return {}
     found = {"seconds": record["seconds"], "evaluations": float(record["evaluations"])}

@@ -19,34 +19,34 @@ from dtta_fast.commands.subjects import load_subject
 class Export:
     """Compile an adaptation ahead of time into a package that Python and C++ hosts load in milliseconds.
 
-    They need no compiler and no models. By default of the digits zoo. The package takes images of the size that the model looks at, and
-    --batch of them in a call. How far its outputs may be from those of the engine is measured here, and stands in its manifest. Takes
-    minutes, and a C++ compiler.
+    The hosts need neither a compiler nor the models. By default the package contains the digits zoo. It takes images of the model's input
+    size, --batch of them per call. The export measures how far its outputs may deviate from those of the engine and records this tolerance
+    in the manifest. It takes minutes and requires a C++ compiler.
 
     Example: dtta export digits.pt2 --batch 4
     """
 
     package: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PACKAGE", help_behavior_hint="(required)")]
-    """The file to write, such as digits.pt2."""
+    """Output file, such as digits.pt2."""
     model: Name = None
-    """A classifier: timm's name, hf-hub:ID, or a folder in timm's format; with --denoiser."""
+    """Classifier: a timm name, hf-hub:ID, or a folder in timm's format; requires --denoiser."""
     denoiser: Name = None
-    """A DiT's folder, or its id on the hub, of the same classes; with --model."""
+    """DiT for the same classes: a folder or a hub id; requires --model."""
     images: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: digits-C, or random pixels)")] = None
-    """A folder of images like those to come, to measure the tolerance on; digits-C's for the zoo, random pixels for other models."""
+    """Folder of images similar to future inputs, for measuring the tolerance; digits-C for the zoo, random pixels for other models."""
     batch: int = 1
-    """Images in a call, 1 and more: the package takes no other number."""
+    """Images per call, at least 1; the package accepts no other batch size."""
     measured: int = 32
-    """Images to measure the tolerance on, in batches."""
+    """Number of images, processed in batches, on which the tolerance is measured."""
     json: OutFile = None
-    """Write the manifest to this file too."""
+    """Also write the manifest to this file."""
     preset: str = "FAST"
-    """FAST, PAPER, ONLINE or DUSA: what the settings below start from. FAST and ONLINE take a calibration."""
+    """FAST, PAPER, ONLINE or DUSA: the starting point of the settings below. FAST and ONLINE need a calibration."""
     config: Settings = presets.FAST
-    """Settings of the adaptation; their defaults are the preset's."""
+    """Adaptation settings; their defaults come from the preset."""
 
     def run(self) -> None:
-        """Raises ValueError for what cannot be exported, for bad models, images or paths: before anything is compiled."""
+        """Raises ValueError for settings that cannot be exported and for bad models, images or paths, before compiling anything."""
         from dtta_fast.embed.exporting import check_exportable, check_target, export
 
         check_path("package", self.package, _is_package)
@@ -62,7 +62,7 @@ class Export:
             manifest = export(
                 subject.model,
                 subject.denoiser,
-                subject.images.unique(dim=0),  # a folder with fewer is repeated
+                subject.images.unique(dim=0),  # the images of a smaller folder are repeated
                 self.package,
                 config=self.config,
                 batch=self.batch,
@@ -81,7 +81,7 @@ class Export:
 
 
 def _is_package(path: Path) -> bool:
-    """Whether a file is a package of compiled functions, by the names in it."""
+    """Checks by its entry names whether a file is a package of compiled functions."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any("/aotinductor/" in name for name in archive.namelist())

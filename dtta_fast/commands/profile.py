@@ -31,42 +31,42 @@ from dtta_fast.commands.common import (
 from dtta_fast.commands.subjects import EVERY_IMAGE, load_subject
 from dtta_fast.runs.writing import write_whole
 
-WIDE = 110  # columns of a terminal that have room for all of an operator's figures
+WIDE = 110  # terminal columns needed to show all figures of an operator
 
 
 @dataclass(frozen=True)
 class Profile:
     """Show where the time of one adaptation goes, by phase and by operator, and what bounds it.
 
-    Of each the work, the share of the machine's peak and the memory are told. By default the digits zoo on digits-C, the corruptions in
-    turn. precheck is off where no flag sets it, whatever the preset says: every image is adapted.
+    Reports the work, the fraction of the machine's peak performance and the memory of each. By default it runs the digits zoo on digits-C,
+    cycling through the corruptions. Regardless of the preset, precheck is off unless a flag sets it, so that every image is adapted.
 
     Example: dtta profile --images 16 --html profile.html
     """
 
     model: Name = None
-    """A classifier: timm's name, hf-hub:ID, or a folder in timm's format; with --denoiser. It is given random pixels."""
+    """Classifier: a timm name, hf-hub:ID, or a folder in timm's format; requires --denoiser. Its inputs are random pixels."""
     denoiser: Name = None
-    """A DiT's folder, or its id on the hub, of the same classes; with --model."""
+    """DiT for the same classes: a folder or a hub id; requires --model."""
     images: int = 16
-    """Images in the call, 1 and more, each with an adaptation of its own in episodic mode."""
+    """Images in the call, at least 1; in episodic mode each is adapted independently."""
     trace: OutFile = None
-    """Write a Chrome trace to this file, with the phases in it, for ui.perfetto.dev or chrome://tracing."""
+    """Write a Chrome trace that includes the phases to this file, for ui.perfetto.dev or chrome://tracing."""
     html: OutFile = None
-    """Write a page with tables and the memory's timeline to this file: it loads nothing."""
+    """Write a page with tables and the memory timeline to this file; it loads no external resources."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where both models run."""
+    """Device on which both models run."""
     json: OutFile = None
-    """Write the result to this file too."""
+    """Also write the result to this file."""
     preset: str = "FAST"
-    """FAST, PAPER, ONLINE or DUSA: what the settings below start from. FAST and ONLINE take a calibration."""
+    """FAST, PAPER, ONLINE or DUSA: the starting point of the settings below. FAST and ONLINE need a calibration."""
     config: Settings = EVERY_IMAGE
-    """Settings of the adaptation; their defaults are the preset's."""
+    """Adaptation settings; their defaults come from the preset."""
 
     def run(self) -> None:
-        """Raises ValueError for bad arguments or models, before anything is measured."""
-        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler's own log goes to standard error
-        # here: the profiler takes long to import
+        """Raises ValueError for bad arguments or models, before measuring anything."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler logs to standard error
+        # imported here because importing the profiler is slow
         from dtta_fast.profiling import profile
         from dtta_fast.report import profile as page
 

@@ -18,27 +18,27 @@ from dtta_fast.runs.content import digest, mismatch
 from dtta_fast.runs.records import Data, check
 from dtta_fast.runs.writing import check_name, write_whole
 
-THUMBNAIL = 96  # pixels that images of maps are read at
+THUMBNAIL = 96  # image size in pixels at which map images are read
 
 
 @dataclass(frozen=True)
 class Report:
     """Write one HTML page about runs of `dtta evaluate`: accuracy, gain, calibration, cost, and the images that changed most.
 
-    A run may come from anybody: nothing that its files name is read or downloaded. Thumbnails are read from --root.
+    Runs may come from untrusted sources, so nothing that their files refer to is read or downloaded. Thumbnails are read from --root.
 
     Example: dtta report runs/digits runs/other --out report.html
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]
-    """Their folders; a run that is still going is shown as far as it is."""
+    """Folders of the runs; an unfinished run is shown as far as it has got."""
     root: Annotated[Path | None, tyro.conf.arg(metavar="PLACE", help_behavior_hint="(default: no thumbnails, but of the digits)")] = None
-    """Where the runs' data set lies, as `dtta evaluate` had it, for thumbnails."""
+    """Location of the runs' dataset for thumbnails, as given to `dtta evaluate`."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("report.html")
-    """The page: one file that loads nothing, for any browser."""
+    """Output page for any browser: a single file that loads no external resources."""
 
     def run(self) -> None:
-        """Raises ValueError for no run, a folder without records, a damaged file, runs of several tasks, or a bad path."""
+        """Raises ValueError if no run is given, or for a folder without records, a damaged file, runs of different tasks, or a bad path."""
         check_path("out", self.out, is_page)
         if self.root is not None:
             check_name("root", self.root)
@@ -48,14 +48,14 @@ class Report:
 
 
 class Pictures:
-    """Reads images of runs from the data set at a place, which is opened once; the digits, which are made, from anywhere."""
+    """Reads the images of runs from the dataset at `root`, opened once per run; the digits are generated and need no root."""
 
     def __init__(self, root: Path | None = None) -> None:
         self._root = root
         self._opened: dict[Path, Images | Maps] = {}
 
     def __call__(self, run: Run, image_id: int) -> Image.Image:
-        """Raises ValueError, ImportError or OSError where the data set cannot be read, or is not the one that the run was on."""
+        """Raises ValueError, ImportError or OSError if the dataset cannot be read or is not the one that the run used."""
         if run.folder not in self._opened:
             self._opened[run.folder] = _data_of(run, self._root)
         item = self._opened[run.folder][image_id]

@@ -1,4 +1,4 @@
-"""What `dtta bench`, `dtta profile` and `dtta export` run on: the digits zoo, or models of the user's own."""
+"""Models and images for `dtta bench`, `dtta profile` and `dtta export`: the digits zoo, or models given by the user."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dtta_fast.data.folder import read_images
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runs.models import load_pair
 
-EVERY_IMAGE = presets.FAST.replace(precheck="off")  # an image that is left alone takes no time to measure
+EVERY_IMAGE = presets.FAST.replace(precheck="off")  # an image that is not adapted gives no time to measure
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Models and images for them.
+    """Models and images to run them on.
 
     Attributes:
-        model, denoiser: in eval mode, on one device. images: [N, 3, H, W] in [0, 1], there too. labels: [N], or None where none are
-            known. name: for people.
+        model, denoiser: in eval mode, on the same device. images: [N, 3, H, W] in [0, 1], also on that device. labels: [N], or None if
+            unknown. name: human-readable name.
     """
 
     model: nn.Module
@@ -33,14 +33,15 @@ class Subject:
 
 
 def load_subject(model: str | None, denoiser: str | None, images: Path | None, count: int, device: torch.device) -> Subject:
-    """Loads a classifier, a denoiser and `count` images of the size that the classifier looks at.
+    """Loads a classifier, a denoiser and `count` images of the classifier's input size.
 
     Args:
-        model, denoiser: as load_pair takes them. images: a folder of images. None means digits-C's test split with its labels, the
-            corruptions in turn, for the zoo, and random pixels for other models. Fewer images than `count` are repeated.
+        model, denoiser: as for load_pair. images: a folder of images. None means, for the zoo, the test split of digits-C with its
+            labels, cycling through the corruptions, and random pixels for other models. If there are fewer images than `count`, they
+            are repeated.
 
     Raises:
-        ValueError, OSError: one of the two models is given without the other, or something cannot be read.
+        ValueError, OSError: only one of the two models is given, or something cannot be read.
         ImportError: the zoo's images need the extra `demo`.
     """
     classifier, diffusion = load_pair(model, denoiser)
@@ -59,7 +60,7 @@ def load_subject(model: str | None, denoiser: str | None, images: Path | None, c
 
 
 def _image_size(model: nn.Module) -> int:
-    """Pixels of a side of what a timm model looks at."""
+    """Returns the side length in pixels of a timm model's input."""
     from timm.data import resolve_model_data_config
 
     size: int = resolve_model_data_config(model)["input_size"][-1]
@@ -67,7 +68,7 @@ def _image_size(model: nn.Module) -> int:
 
 
 def _digits_c(count: int) -> tuple[Tensor, Tensor]:
-    """Image i is digits-C's own image i under corruption i, modulo their number: some that the model errs on, and labels."""
+    """Returns labeled images of digits-C, image i under corruption i modulo their number, so that the model errs on some of them."""
     from dtta_fast.data.corruptions import DIGITS_C, corrupt
 
     clean, labels = zoo.example("digits")

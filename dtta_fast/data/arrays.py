@@ -1,4 +1,4 @@
-"""Images that lie in arrays or tables: CIFAR-C's .npy files, torchvision's sets, the digits, Hugging Face's `datasets`."""
+"""Images stored in arrays or tables: CIFAR-C's .npy files, torchvision's data sets, the digits, and Hugging Face's `datasets`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CIFAR100 = tuple(
     turtle,wardrobe,whale,willow tree,wolf,woman,worm""".replace("\n    ", "").split(",")
 )
 CIFAR_C = {"cifar10-c": ("CIFAR-10-C", CIFAR10), "cifar100-c": ("CIFAR-100-C", CIFAR100)}
-# name -> its splits, the default first
+# name -> splits, with the default first
 TORCHVISION = {
     "cifar10": ("test", "train"),
     "cifar100": ("test", "train"),
@@ -47,10 +47,10 @@ TORCHVISION = {
 
 
 class CifarC(Images):
-    """CIFAR-10-C or CIFAR-100-C: CORRUPTION.npy, uint8 [5 n, H, W, 3], severity 1 first, with labels.npy; in root or root/CIFAR-10-C.
+    """CIFAR-10-C or CIFAR-100-C: CORRUPTION.npy, uint8 [5 n, H, W, 3] from severity 1 up, and labels.npy, in root or root/CIFAR-10-C.
 
     Raises:
-        ValueError: a file, corruption or severity is missing, or an array has another form; the message names the file.
+        ValueError: a file, corruption or severity is missing, or an array has the wrong dtype or shape; the message names the file.
     """
 
     def __init__(self, name: str, root: Path, corruptions: Sequence[str] = (), severities: Sequence[int] = ()) -> None:
@@ -93,20 +93,20 @@ class CifarC(Images):
         return torch.from_numpy(np.array(self._array(corruption)[row])).permute(2, 0, 1).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_arrays": {}}  # a mapped array would be pickled whole
+        return self.__dict__ | {"_arrays": {}}  # a memory-mapped array would be pickled in full
 
 
 def _load_array(path: Path) -> NDArray[Any]:
     try:
         open_plain(path, sys.maxsize).close()
         found: Any = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(found, np.ndarray):  # an archive, whatever its name
+        if not isinstance(found, np.ndarray):  # an archive, despite its name
             raise ValueError("it is an archive of arrays")
         if not found.ndim:
             raise ValueError("it is a single number")
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: give the folder of CORRUPTION.npy files and labels.npy") from error
-    # numpy reads the header as a literal of Python's, and an archive by zipfile, and lets their errors through
+    # numpy parses the header as a Python literal and archives with zipfile, and does not catch their errors
     except (OSError, ValueError, TypeError, EOFError, OverflowError, tokenize.TokenError, zipfile.BadZipFile, RecursionError) as error:
         raise ValueError(f"{path} is no array that can be read: {error}") from error
     return found
@@ -126,7 +126,7 @@ class ImageArray(Images):
 
 
 def open_digits(split: str) -> ImageArray:
-    """scikit-learn's digits at 32x32.
+    """Opens scikit-learn's digits at 32x32.
 
     Raises:
         ImportError: scikit-learn is missing (extra `demo`).
@@ -137,10 +137,10 @@ def open_digits(split: str) -> ImageArray:
 
 
 class DigitsC(Images):
-    """The digits under corruptions, each made when it is read; by default those of DIGITS_C, at its severities.
+    """The corrupted digits, generated when read. By default, the corruptions and severities of DIGITS_C.
 
     Raises:
-        ValueError: an unknown corruption or severity. ImportError: scikit-learn or imagecorruptions-imaug is missing (extra `demo`).
+        ValueError: a corruption or severity is unknown. ImportError: scikit-learn or imagecorruptions-imaug is missing (extra `demo`).
     """
 
     classes = DIGITS
@@ -153,7 +153,7 @@ class DigitsC(Images):
             raise ValueError(f"corruptions has {unset[0]!r}, for which no severity is set: give severities, or choose of {known}")
         self._pairs = [(name, severity) for name in corruptions or DIGITS_C for severity in severities or [DIGITS_C[name]]]
         for name, severity in self._pairs:
-            corrupt(self._clean[:1], name, severity)  # refuses what there is not
+            corrupt(self._clean[:1], name, severity)  # raises for unknown ones
         digits = range(len(self._clean))
         self.names = [f"{name}/{severity}#{i}" for name, severity in self._pairs for i in digits]
         self.groups = [f"{name}{severity}" for name, severity in self._pairs for _ in digits]
@@ -165,7 +165,7 @@ class DigitsC(Images):
 
 
 def open_torchvision(name: str, root: Path, split: str) -> Images:
-    """One of torchvision's sets, as it unpacks them below root; nothing is downloaded.
+    """Opens one of torchvision's data sets, in the layout that torchvision unpacks below root. Nothing is downloaded.
 
     Raises:
         ValueError: a file is missing or damaged; the message names it. ImportError: scipy is missing (extra `data`).
@@ -198,7 +198,7 @@ def open_torchvision(name: str, root: Path, split: str) -> Images:
             found = kind(root, train=split == "train", download=False) if arrays else kind(root, split=split, download=False)
     except ModuleNotFoundError as error:
         raise ImportError(f"{name} needs scipy: pip install 'dtta-fast[data]'") from error
-    except Exception as error:  # torchvision's parsers raise what damaged files make them
+    except Exception as error:  # torchvision's parsers raise many types for damaged files
         raise ValueError(f"{root / files[0]} and what is beside it cannot be read: {type(error).__name__}: {error}") from error
     classes = tuple(str(word).replace("_", " ") for word in found.classes)
     if arrays:
@@ -206,9 +206,9 @@ def open_torchvision(name: str, root: Path, split: str) -> Images:
         images = pixels[:, None].repeat(1, 3, 1, 1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
         names = [f"{split}#{i}" for i in range(len(images))]
         return ImageArray(images, names, [name] * len(names), np.asarray(found.targets).tolist(), classes)
-    # the paths and labels themselves, which torchvision has no public name for: its items are decoded already, by a reader of its own
+    # torchvision has no public attributes for the paths and labels: its items are already decoded by its own reader
     paths = found._images if name == "pets" else found._image_files
-    outside = [path for path in map(str, paths) if not _within(path, root)]  # lists of names could name any file of this machine
+    outside = [path for path in map(str, paths) if not _within(path, root)]  # the lists could name any file on this machine
     if outside:
         raise ValueError(f"{root / files[0]} names {outside[0]}, which lies outside of {root}: get the set again")
     names = [Path(path).relative_to(root).as_posix() for path in paths]
@@ -216,16 +216,16 @@ def open_torchvision(name: str, root: Path, split: str) -> Images:
 
 
 def _within(path: str, folder: str | Path) -> bool:
-    """By name: a link in the folder is its owner's."""
+    """Whether a path is inside a folder, judged by name alone: links in the folder are up to its owner."""
     place, above = os.path.abspath(path), os.path.abspath(folder)
     return os.path.commonpath([place, above]) == above
 
 
 class HuggingFace(Images):
-    """A split of Hugging Face's `datasets`: its first column of images, and its first column of class labels where there is one.
+    """A split from Hugging Face's `datasets`: its first image column, and its first class-label column if there is one.
 
     Raises:
-        ValueError: no column of images, no row, or labels beside the classes.
+        ValueError: there is no image column or no row, or a label is out of the classes' range.
     """
 
     def __init__(self, data: Any, split: str, image: str, label: str | None, root: str) -> None:
@@ -240,7 +240,7 @@ class HuggingFace(Images):
         if label is not None:
             self.classes, labels = tuple(data.features[label].names), list(data[label])
             wrong = [value for value in labels if value is None or not 0 <= value < len(self.classes)]
-            if wrong and (len(wrong) < len(labels) or set(wrong) - {None, -1}):  # all -1: a test split whose labels are kept back
+            if wrong and (len(wrong) < len(labels) or set(wrong) - {None, -1}):  # all -1: a test split whose labels are withheld
                 raise ValueError(f"the column {label!r} of {split} has {wrong[0]}; its classes are 0 .. {len(self.classes) - 1}")
             self.labels = None if wrong else labels
 
@@ -249,17 +249,17 @@ class HuggingFace(Images):
         if row is None or (row["bytes"] is None and row["path"] is None):
             raise ValueError(f"{name} has no image in the column {self._image!r}")
         if row["bytes"] is None:
-            if not any(_within(row["path"], folder) for folder in self._folders):  # a table could name any file of this machine
+            if not any(_within(row["path"], folder) for folder in self._folders):  # a table could name any file on this machine
                 raise ValueError(f"{name} names {row['path']}, which lies outside of {self._folders[0]} and the hub's cache: move it there")
             return read_pixels(Path(row["path"]), f"{name}, {row['path']}")
         return read_pixels(io.BytesIO(row["bytes"]), name)
 
 
 def _from_disk(folder: Path) -> Any:
-    """What save_to_disk wrote, read from its own folder alone.
+    """Loads a data set written by save_to_disk, reading only from its own folder.
 
     Raises:
-        ValueError: a list of files or of splits names another folder; many kinds by the library.
+        ValueError: a list of files or splits names another folder. The library raises many other types.
     """
     from datasets import load_from_disk
 
@@ -279,10 +279,10 @@ def _plain_name(name: Any, listed: Path) -> str:
 
 
 def _built(root: str) -> Any:
-    """A folder of files or a data set of the hub, read from there alone: a README's data_files could name any file of this machine.
+    """Loads a folder of files or a Hub data set, reading only from there: a README's data_files could name any file on this machine.
 
     Raises:
-        ValueError: it names others; many kinds by the library.
+        ValueError: data_files names files elsewhere. The library raises many other types.
     """
     from datasets import load_dataset_builder
 
@@ -297,10 +297,13 @@ def _built(root: str) -> Any:
 
 
 def open_hugging_face(root: str, split: str) -> HuggingFace:
-    """A folder that save_to_disk wrote or of images, or an id of the hub; by default the split test, else validation, else the only one.
+    """Opens a folder written by save_to_disk, a folder of images, or a Hub id.
+
+    The default split is test, or else validation, or else the only split.
 
     Raises:
-        ValueError: it cannot be opened, the split is missing, or as `HuggingFace`. ImportError: `datasets` is missing (extra `datasets`).
+        ValueError: the data set cannot be opened, the split is missing, or as for `HuggingFace`. ImportError: `datasets` is missing (extra
+            `datasets`).
     """
     try:
         import datasets
@@ -310,7 +313,7 @@ def open_hugging_face(root: str, split: str) -> HuggingFace:
     try:
         saved = any(os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json"))
         found = _from_disk(folder) if saved else _built(root)
-    except Exception as error:  # the hub, the network, scripts of others
+    except Exception as error:  # errors of the Hub, the network, or third-party scripts
         raise ValueError(f"{root!r} is no data set that can be opened: {error}; give an id of the hub or a folder") from error
     if isinstance(found, datasets.Dataset):
         found = datasets.DatasetDict({str(found.split or "data"): found})

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits (Alpaydin & Kaynak 1998), rendered at 32x32 and split once."""
+"""scikit-learn's handwritten digits (Alpaydin & Kaynak 1998), rendered at 32x32 with fixed splits."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # the classes' names
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")  # class names
 Split = Literal["train", "validation", "test"]
-# 1,797 images in all. One seeded permutation, never changed: the zoo's weights depend on it.
+# 1,797 images in total, in one seeded permutation. Never change it: the zoo's weights depend on it.
 SPLITS: dict[str, slice] = {"test": slice(0, 500), "validation": slice(500, 800), "train": slice(800, 1797)}
 
 
 def load_digits(split: Split) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, 32, 32], float32 in [0, 1] (grey in three channels), and labels [N], int64.
+    """Loads images [N, 3, 32, 32], float32 in [0, 1] (grey repeated in three channels), and labels [N], int64.
 
     Args:
         split: "train" (997 images), "validation" (300) or "test" (500).
 
     Raises:
-        ValueError: split is another word. ImportError: scikit-learn is missing (extra `demo`).
+        ValueError: split is anything else. ImportError: scikit-learn is missing (extra `demo`).
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")
@@ -38,6 +38,6 @@ def load_digits(split: Split) -> tuple[Tensor, Tensor]:
 
 
 def _render(digit: np.ndarray) -> np.ndarray:
-    """An 8x8 digit with values 0..16 as a 32x32 uint8 image."""
+    """Renders an 8x8 digit with values 0..16 as a 32x32 uint8 image."""
     small = Image.fromarray(np.round(digit * (255 / 16)).astype(np.uint8))
     return np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC))

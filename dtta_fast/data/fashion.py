@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) at 32x32, by torchvision's reader."""
+"""Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) at 32x32, loaded by torchvision's reader."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torchvision.datasets.utils import extract_archive
 from dtta_fast.data.digits import Split
 from dtta_fast.defaults import float32_on_cpu
 
-DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist installs it
 SPLITS = {"train": (True, slice(0, 59_000)), "validation": (True, slice(59_000, 60_000)), "test": (False, slice(0, 10_000))}
 
 
 def load_fashion(split: Split, folder: str | Path | None = None) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, 32, 32], float32 in [0, 1] (grey in three channels, two pixels of border), and labels [N], int64.
+    """Loads images [N, 3, 32, 32], float32 in [0, 1] (grey repeated in three channels, two pixels of border), and labels [N], int64.
 
     Args:
         split: "train" (59,000 images), "validation" (1,000 of torchvision's training images) or "test" (10,000).
-        folder: torchvision's root, to which the files are downloaded where they are missing, or a folder with the four .gz files; None
-            is Debian's package dataset-fashion-mnist.
+        folder: torchvision's root, to which missing files are downloaded, or a folder with the four .gz files. None uses Debian's package
+            dataset-fashion-mnist.
 
     Raises:
-        ValueError: split is another word. FileNotFoundError: Debian's package is not installed.
+        ValueError: split is anything else. FileNotFoundError: Debian's package is not installed.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; choose one of {', '.join(SPLITS)}")

@@ -1,4 +1,4 @@
-"""Images of a folder."""
+"""Reads images from a folder."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from torchvision.transforms import functional as T
 from dtta_fast.data.images import Images
 from dtta_fast.files import open_plain, read_text
 
-# what PIL opens here whatever a file's suffix says: it hands EPS, which it also knows, to Ghostscript, an interpreter
+# the only formats that PIL may open here, whatever a file's suffix: for EPS, PIL would run Ghostscript, an interpreter
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-MOST_BYTES = 2**29  # of an image's file: as many pixels as PIL takes, uncompressed with 8 bits a channel, are 340 MiB
-MOST_PROPORTION = 64  # of the longer side to the shorter one, which a resize brings to a model's size
+MOST_BYTES = 2**29  # the largest image file; PIL's maximum number of pixels, uncompressed at 8 bits per channel, is 340 MiB
+MOST_PROPORTION = 64  # the largest ratio of the longer to the shorter side; a resize scales the shorter one to a model's size
 
 
 def read_images(folder: str | Path, size: int, most: int) -> Tensor:
-    """The first `most` images of a folder and its subfolders, by name, as [N, 3, size, size] in [0, 1]: short side resized, centre cropped.
+    """Reads the first `most` images of a folder and its subfolders, by name, as [N, 3, size, size] in [0, 1].
+
+    The shorter side is resized to `size` and the centre is cropped.
 
     Raises:
-        ValueError: no folder, a folder without images, a file that is no image, which the message names, or `most` below 1.
+        ValueError: the folder does not exist or has no images, a file is not an image (the message names it), or `most` is below 1.
     """
     if most < 1:
         raise ValueError(f"most is {most}; give 1 and more")
@@ -43,47 +45,48 @@ def read_images(folder: str | Path, size: int, most: int) -> Tensor:
 
 
 def read_image(path: str | Path) -> Tensor:
-    """A file as [3, H, W] in [0, 1], of its own size.
+    """Reads an image file as [3, H, W] in [0, 1], in its own size.
 
     Raises:
-        ValueError: it is no image; the message names it.
+        ValueError: the file is not an image; the message names it.
     """
     return read_pixels(Path(path), str(path)).float() / 255
 
 
 def read_pixels(source: Path | BinaryIO, name: str) -> Tensor:
-    """A file as uint8 [3, H, W], of its own size.
+    """Reads an image file as uint8 [3, H, W], in its own size.
 
     Raises:
-        ValueError: as `decode`.
+        ValueError: as for `decode`.
     """
     return _to_tensor(decode(source, name))
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    """[3, H, W], uint8. torchvision's conversions follow torch's default dtype and device."""
+    """Converts to uint8 [3, H, W]. Not done by torchvision, whose conversions depend on torch's default dtype and device."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def decode(source: Path | BinaryIO, name: str) -> Image.Image:
-    """A file in RGB, turned as its EXIF says.
+    """Decodes an image file to RGB, rotated according to its EXIF.
 
     Raises:
-        ValueError: it is missing, truncated, no image, no plain file, or too large (see open_image()); the message has `name`.
+        ValueError: the file is missing, truncated, not an image, not a regular file, or too large (see open_image()); the message contains
+            `name`.
     """
     try:
         with open_image(source) as image:
             return _rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # a damaged file makes PIL's decoders raise many kinds
+    except Exception as error:  # PIL's decoders raise many types for damaged files
         raise ValueError(f"{name} is no image that can be read: {error}") from error
 
 
 @contextmanager
 def open_image(source: Path | BinaryIO) -> Iterator[Image.Image]:
-    """An image by PIL, whose pixels are not decoded yet.
+    """Opens an image with PIL, without decoding its pixels yet.
 
     Raises:
-        ValueError: no plain file, one of more than 2^29 bytes, or as check_size(); PIL raises many kinds.
+        ValueError: the file is not a regular file or has more than 2^29 bytes, or as for check_size(). PIL raises many other types.
     """
     with open_plain(source, MOST_BYTES) if isinstance(source, Path) else source as file, Image.open(file, formats=FORMATS) as image:
         check_size(image.width, image.height)
@@ -91,11 +94,11 @@ def open_image(source: Path | BinaryIO) -> Iterator[Image.Image]:
 
 
 def check_size(width: int, height: int, what: str = "it ") -> None:
-    """Checks an image's size before memory is taken for it; `what` begins the error.
+    """Checks an image's size before memory is allocated for it. The error message begins with `what`.
 
     Raises:
-        ValueError: more pixels than PIL's limit (PIL itself only warns up to its double), or one side more than 64 times the other, since
-            resizing the shorter one to a model's size multiplies both.
+        ValueError: the image has more pixels than PIL's limit (PIL itself only warns, up to twice the limit), or one side is more than 64
+            times the other. Resizing the shorter side to a model's size scales both.
     """
     most = Image.MAX_IMAGE_PIXELS
     if most is not None and width * height > most:
@@ -105,10 +108,10 @@ def check_size(width: int, height: int, what: str = "it ") -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """A list's lines, as they are.
+    """Reads the lines of a list file, unmodified.
 
     Raises:
-        ValueError: the file is missing or no text; the message names it.
+        ValueError: the file is missing or is not text; the message names it.
     """
     try:
         return read_text(path).splitlines()
@@ -119,15 +122,15 @@ def read_lines(path: Path) -> list[str]:
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("its pixels are floats, of no known range; save it with 8 bits a channel")
-    if image.mode.startswith("I"):  # 16 bits, which PIL would cut off at 255
+    if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if "transparency" in image.info and image.mode == "P":
-        image = image.convert("RGBA")  # PIL warns of the direct way
+        image = image.convert("RGBA")  # PIL warns about converting directly
     return image.convert("RGB")
 
 
 class ImageFiles(Images):
-    """Image files below a root; names are their paths from it. `border` pixels are cut off on each side."""
+    """Image files below a root; their names are paths relative to it. `border` pixels are cut off on each side."""
 
     def __init__(
         self,
@@ -154,25 +157,25 @@ class ImageFiles(Images):
 
 
 def _leads_up(place: str) -> bool:
-    """Whether it is a link to a folder above it: following that has no end."""
+    """Whether `place` is a link to one of its parent folders, which could be followed forever."""
     return os.path.islink(place) and os.path.realpath(place) in set(map(os.path.realpath, map(str, Path(place).parents)))
 
 
 def image_files(folder: Path) -> list[str]:
-    """Paths, from the folder and with slashes, of its images and its subfolders', by name. Hidden files and folders are left out."""
+    """Lists the images of a folder and its subfolders by name, as relative paths with slashes. Hidden files and folders are skipped."""
     found = []
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not _leads_up(os.path.join(place, name)))
         inner = Path(place).relative_to(folder).as_posix()
         prefix = "" if inner == "." else f"{inner}/"
-        for name in sorted(files):  # macOS leaves ._NAME.jpg files that hold no image
+        for name in sorted(files):  # macOS creates ._NAME.jpg files that are not images
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
                 found.append(prefix + name)
     return found
 
 
 def subfolders(folder: Path) -> list[str]:
-    """Their names, in order, without hidden ones.
+    """Returns the sorted names of the subfolders, without hidden ones.
 
     Raises:
         ValueError: the folder is missing.
@@ -183,13 +186,13 @@ def subfolders(folder: Path) -> list[str]:
 
 
 def class_files(root: Path, folders: Iterable[tuple[str, int]]) -> tuple[list[str], list[int]]:
-    """Names, from the root, and labels of the images in class folders.
+    """Returns the names, relative to the root, and the labels of the images in class folders.
 
     Args:
-        folders: (path from the root, label) pairs.
+        folders: (path relative to the root, label) pairs.
 
     Raises:
-        ValueError: a folder without an image.
+        ValueError: a folder has no image.
     """
     names: list[str] = []
     labels: list[int] = []
@@ -203,10 +206,10 @@ def class_files(root: Path, folders: Iterable[tuple[str, int]]) -> tuple[list[st
 
 
 def open_folder(root: Path) -> ImageFiles:
-    """Any folder: subfolders are classes, numbered in the order of their names as strings; without them the images have no labels.
+    """Opens any folder of images. Subfolders are classes, numbered in string order; without subfolders, the images have no labels.
 
     Raises:
-        ValueError: no folder, no image, an empty class, or images beside class folders.
+        ValueError: the folder does not exist, has no image or an empty class, or has images next to class folders.
     """
     classes = subfolders(root)
     beside = [path.name for path in root.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file() and path.name[0] != "."]

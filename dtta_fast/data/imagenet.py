@@ -1,4 +1,4 @@
-"""ImageNet and its family: folders of images by class, numbered as a 1000-class model's outputs."""
+"""ImageNet and its variants: folders of images by class, numbered like the outputs of a 1000-class model."""
 
 from __future__ import annotations
 
@@ -16,45 +16,45 @@ from dtta_fast.data.folder import ImageFiles, class_files, read_lines, subfolder
 from dtta_fast.data.images import chosen_corruptions
 from dtta_fast.files import read_text
 
-# name -> timm's list of its wnids; None: all 1000
+# name -> timm's file that lists its wnids; None means all 1000
 FOLDERS = {
     "imagenet-a": "imagenet_a_synsets.txt",
     "imagenet-r": "imagenet_r_synsets.txt",
     "imagenet-sketch": None,
     "imagenet-stylized": None,
 }
-# the first names that two classes share, which a list of prompts may not hold twice
+# replacements for first names that two classes share, because prompts must be distinct
 OWN_NAMES = {"n02012849": "crane bird", "n03126707": "construction crane", "n03710637": "maillot", "n03710721": "tank suit"}
 
 
 @cache
 def _wnids() -> dict[str, int]:
-    """wnid -> output."""
+    """Maps each wnid to its output index."""
     return {wnid: output for output, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
 
 
 @cache
 def imagenet_classes() -> tuple[str, ...]:
-    """The 1000 names, in the order of a model's outputs: each class's first, no two alike."""
+    """Returns the 1000 class names in the order of a model's outputs: the first name of each class, all distinct."""
     found = ImageNetInfo("imagenet-1k")
     return tuple(OWN_NAMES.get(wnid, found.label_name_to_description(wnid).split(",")[0]) for wnid in found.label_names())
 
 
 def open_imagenet(root: Path) -> ImageFiles:
-    """The validation images in wnid folders, in root or root/val.
+    """Opens the validation images, in wnid folders in root or root/val.
 
     Raises:
-        ValueError: no class folder, one that is empty or whose name is no wnid of the 1000.
+        ValueError: there is no class folder, or one is empty or its name is not one of the 1000 wnids.
     """
     root = root / "val" if os.path.isdir(root / "val") else root
     return open_wnid_folders(root, "imagenet")
 
 
 def open_wnid_folders(root: Path, name: str) -> ImageFiles:
-    """Class folders named by wnid: ImageNet, -Sketch, -Stylized, and -A and -R, whose classes are 200 of the 1000.
+    """Opens class folders named by wnid: ImageNet, -Sketch and -Stylized, and -A and -R, which have 200 of the 1000 classes.
 
     Raises:
-        ValueError: as `open_imagenet`.
+        ValueError: as for `open_imagenet`.
     """
     listed = FOLDERS.get(name)
     if listed is None:
@@ -68,10 +68,10 @@ def open_wnid_folders(root: Path, name: str) -> ImageFiles:
 
 
 def open_imagenet_v2(root: Path) -> ImageFiles:
-    """Class folders 0 .. 999, which are outputs, of one of its three variants.
+    """Opens one of ImageNet-V2's three variants: class folders 0 .. 999, named by output index.
 
     Raises:
-        ValueError: no class folder, one that is empty or whose name is no number of 0 .. 999.
+        ValueError: there is no class folder, or one is empty or its name is not a number in 0 .. 999.
     """
     folders = subfolders(root)
     wrong = [folder for folder in folders if not (folder.isascii() and folder.isdigit() and int(folder) < 1000)]
@@ -83,10 +83,10 @@ def open_imagenet_v2(root: Path) -> ImageFiles:
 
 
 def open_imagenet_c(root: Path, corruptions: Sequence[str] = (), severities: Sequence[int] = ()) -> ImageFiles:
-    """CORRUPTION/SEVERITY/wnid in root, or in the folders of its archives: noise, blur, weather, digital, extra.
+    """Opens ImageNet-C: CORRUPTION/SEVERITY/wnid in root, or in the folders of its archives (noise, blur, weather, digital, extra).
 
     Raises:
-        ValueError: as `open_imagenet`, or a corruption or severity that is not there; the message lists what is.
+        ValueError: as for `open_imagenet`, or a corruption or severity is missing; the message lists those that exist.
     """
     places: dict[str, str] = {}
     there: dict[str, set[int]] = {}
@@ -112,9 +112,10 @@ def open_imagenet_c(root: Path, corruptions: Sequence[str] = (), severities: Seq
 
 
 def open_objectnet(root: Path) -> ImageFiles:
-    """The 113 of its classes that ImageNet has too, in root or root/images, with mappings/ beside; without the images' red border.
+    """Opens the 113 ObjectNet classes shared with ImageNet, in root or root/images, with mappings/ alongside.
 
-    A class that ImageNet divides has its first output in `outputs` and the others in `further`.
+    The images' red border is cut off. If a class corresponds to several ImageNet classes, the first output is in `outputs` and the others
+    are in `further`.
 
     Raises:
         ValueError: a mapping or a class folder is missing, or a folder is not in the mappings.
@@ -163,7 +164,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _numbered(root: Path, folders: Sequence[str], numbers: dict[str, int], name: str) -> list[tuple[str, int]]:
-    """(folder, label) pairs of wnid folders."""
+    """Returns (folder, label) pairs for wnid folders."""
     if not folders:
         raise ValueError(f"{root} has no class folders; {name} is folders of images named by wnid, such as {next(iter(numbers))}")
     wrong = [folder for folder in folders if folder not in numbers]

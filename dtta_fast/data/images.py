@@ -1,4 +1,4 @@
-"""Sets of images for `dtta evaluate`: what a reader gives, and how one is opened by its name."""
+"""Image data sets for `dtta evaluate`: the interface of a reader, and how to open a data set by name."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ if TYPE_CHECKING:
 
 
 class Images(Dataset[Tensor], ABC):
-    """Items are images, uint8 [3, H, W], each of its own size.
+    """A data set whose items are images, uint8 [3, H, W], each in its own size.
 
-    names: of each image, unique: its path relative to the root, with slashes, or file#number, or shard/key.
-    groups: of each image: corruption and severity, such as "gaussian_noise5", else one name for all.
-    labels: class number of each image, an index into `classes` where there are names; None where the images are not labelled.
-    classes: names for people; () where there are none.
-    outputs: for sets of fewer classes than the 1000 of ImageNet: which of a model's 1000 outputs each class is. None: class k is output k.
-    further: (output, class) pairs, the outputs beside `outputs` that mean a class too: ObjectNet's bicycle is two classes of ImageNet.
+    Readers can be pickled without open files, for DataLoader workers.
 
-    Readers pickle without open files, for the workers of a DataLoader.
+    Attributes:
+        names: unique name of each image: its path relative to the root, with slashes, or file#number, or shard/key.
+        groups: group of each image: corruption and severity, such as "gaussian_noise5", or else one name for all.
+        labels: class index of each image, an index into `classes` if there are names; None if the images have no labels.
+        classes: human-readable class names; () if there are none.
+        outputs: for data sets with fewer classes than ImageNet's 1000, the index of each class among a model's 1000 outputs. None means
+            that class k is output k.
+        further: (output, class) pairs for additional outputs that also stand for a class. For example, ObjectNet's bicycle corresponds
+            to two ImageNet classes.
     """
 
     names: Sequence[str]
@@ -39,10 +42,10 @@ class Images(Dataset[Tensor], ABC):
 
     @abstractmethod
     def read(self, index: int) -> Tensor:
-        """Image `index` as uint8 [3, H, W]: turned as its EXIF says; grey, palette and CMYK as RGB, alpha dropped.
+        """Reads image `index` as uint8 [3, H, W], rotated according to its EXIF. Grey, palette and CMYK become RGB; alpha is dropped.
 
         Raises:
-            ValueError: the file is missing, truncated, no image, or has too many pixels; the message names it.
+            ValueError: the file is missing, truncated, not an image, or has too many pixels; the message names it.
         """
 
     def __getitem__(self, index: int) -> Tensor:
@@ -54,7 +57,7 @@ class Images(Dataset[Tensor], ABC):
 
 @dataclass(frozen=True)
 class _Asked:
-    """The arguments of `open_images`, checked for the set they are for."""
+    """The arguments of `open_images`, validated for the data set."""
 
     name: str
     root: Path
@@ -66,12 +69,12 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Reader:
-    """How a set is opened, and which arguments it takes."""
+    """How to open a data set, and which arguments it takes."""
 
     open: Callable[[_Asked], Images | Maps]
     needs: str = "the folder that holds it"
     corrupted: bool = False
-    splits: tuple[str, ...] = ()  # the first is the default; "": the set says itself what there is
+    splits: tuple[str, ...] = ()  # the first is the default; "": the data set itself defines its splits
     maps: bool = False
 
 
@@ -119,18 +122,19 @@ def open_images(
     split: str | None = None,
     size: int | None = None,
 ) -> Images | Maps:
-    """The data set of this name.
+    """Opens a data set by name.
 
     Args:
-        name: of the set or of its layout, such as "imagenet-c" or "folder"; a wrong one lists them all.
-        root: where it lies: a folder, for "webdataset" also a tar file or a pattern, for "hf" also an id of the hub; None for the digits.
-        corruptions, severities: of a corrupted set; all that are there where they are left out, for "digits-c" its own.
-        split: for the sets that have splits; the test split, else the validation split, where it is left out.
-        size: of sets of maps alone, which need it: pixels of the square that images and maps are resized and cropped to.
+        name: name of the data set or of its layout, such as "imagenet-c" or "folder"; an unknown name raises an error that lists all names.
+        root: location of the data: a folder; for "webdataset" also a tar file or a pattern; for "hf" also a Hub id; None for the digits.
+        corruptions, severities: selection for a corrupted data set. By default all that are present; for "digits-c", its own defaults.
+        split: for data sets with splits; by default the test split, or else the validation split.
+        size: for data sets with maps, which require it: side length in pixels of the square that images and maps are resized and cropped
+            to.
 
     Raises:
-        ValueError: an unknown name, an argument that the set lacks or does not take, or files that are not as the set's are; the message
-            says what is there. ImportError: a library is missing; the message names the extra to install.
+        ValueError: the name is unknown, an argument is missing or does not apply, or the files do not match the data set's layout; the
+            message says what is there. ImportError: a library is missing; the message names the extra to install.
     """
     readers, reader = _readers(), _reader(name)
     if root is None and reader.needs:
@@ -156,10 +160,10 @@ def open_images(
 
 
 def holds_maps(name: str) -> bool:
-    """Whether the set of this name holds images with maps, and not with classes.
+    """Returns whether the data set of this name holds images with maps rather than classes.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: the name is unknown.
     """
     return _reader(name).maps
 
@@ -172,12 +176,13 @@ def _reader(name: str) -> _Reader:
 
 
 def subsample(data: Images | Maps, per_class: int, seed: int) -> list[int]:
-    """Indices, in order, of `per_class` images of each class and group, or of each group where there are no labels; all where it has fewer.
+    """Selects `per_class` images of each class and group, or of each group if there are no labels, and returns their sorted indices.
 
-    An image is chosen by its name without corruption and severity, so that every corruption has the same images.
+    If there are fewer images, all are selected. The selection depends on the images' names without corruption and severity, so every
+    corruption gets the same images.
 
     Raises:
-        ValueError: per_class below 1.
+        ValueError: per_class is below 1.
     """
     if per_class < 1:
         raise ValueError(f"per_class is {per_class}; give 1 and more")
@@ -191,7 +196,10 @@ def subsample(data: Images | Maps, per_class: int, seed: int) -> list[int]:
 
 
 def _uncorrupted(name: str, group: str) -> str:
-    """gaussian_noise/5/n01440764/1.JPEG of the group gaussian_noise5, also within noise/, as n01440764/1.JPEG."""
+    """Strips corruption and severity from a name.
+
+    In the group gaussian_noise5, gaussian_noise/5/n01440764/1.JPEG becomes n01440764/1.JPEG, also within noise/.
+    """
     prefix = f"/{group[:-1]}/{group[-1:]}"
     for mark in "/#":
         _, found, rest = f"/{name}".partition(prefix + mark)
@@ -203,10 +211,10 @@ def _uncorrupted(name: str, group: str) -> str:
 def chosen_corruptions(
     there: dict[str, set[int]], corruptions: Sequence[str], severities: Sequence[int], where: Path
 ) -> list[tuple[str, int]]:
-    """Pairs of a corruption and a severity that are asked for, by what is there; all where nothing is asked for.
+    """Returns the requested (corruption, severity) pairs, checked against those in `there`; all of them if none are requested.
 
     Raises:
-        ValueError: nothing is there, or less than is asked for.
+        ValueError: there are no corruptions, or a requested one is missing.
     """
     if not there:
         raise ValueError(f"{where} holds no corruption, such as gaussian_noise; give the folder that does")

@@ -24,10 +24,11 @@ ADE20K_CLASSES = 150
 
 
 class Maps(Dataset[tuple[Tensor, Tensor]], ABC):
-    """Items are (image [3, size, size] in [0, 1], map [size, size]): int64 labels, 255 where there is none, or depth in metres.
+    """A data set whose items are (image [3, size, size] in [0, 1], map [size, size]).
 
-    Short sides are resized to `size` (images bicubic, maps by the nearest pixel) and the centre is cropped. An item whose map does not
-    fit raises ValueError, which names the file and what is wrong. names, groups and classes are as those of `Images`.
+    The map holds int64 labels, 255 for unlabelled pixels, or depth in metres. The shorter side is resized to `size` (bicubic for images,
+    nearest neighbour for maps) and the centre is cropped. An item with an invalid map raises a ValueError that names the file and the
+    problem. names, groups and classes are the same as for `Images`.
     """
 
     size: int
@@ -37,7 +38,7 @@ class Maps(Dataset[tuple[Tensor, Tensor]], ABC):
 
     @abstractmethod
     def pair(self, index: int) -> tuple[Tensor, Tensor, str]:
-        """Image [3, H, W], map [H, W] and the name of where they come from."""
+        """Returns the image [3, H, W], the map [H, W] and the name of their source."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -54,10 +55,10 @@ class Maps(Dataset[tuple[Tensor, Tensor]], ABC):
 
 
 def checked_labels(labels: Tensor, classes: int, name: str) -> Tensor:
-    """Labels as int64.
+    """Converts labels to int64 and checks their range.
 
     Raises:
-        ValueError: labels beside 0 .. classes - 1 and 255.
+        ValueError: a label is neither in 0 .. classes - 1 nor 255.
     """
     labels = labels.long()
     wrong = labels[(labels != NO_LABEL) & ((labels < 0) | (labels >= classes))].unique().tolist()
@@ -67,10 +68,10 @@ def checked_labels(labels: Tensor, classes: int, name: str) -> Tensor:
 
 
 def checked_depth(depth: Tensor, name: str) -> Tensor:
-    """Depth in metres as float32.
+    """Converts depth in metres to float32 and checks it.
 
     Raises:
-        ValueError: NaN, infinity, or nothing above 0.
+        ValueError: a value is NaN or infinite, or none is above 0.
     """
     depth = depth.float()
     if not bool(depth.isfinite().all()):
@@ -81,12 +82,12 @@ def checked_depth(depth: Tensor, name: str) -> Tensor:
 
 
 class Ade20k(Maps):
-    """The 150 classes of ADEChallengeData2016: images/SPLIT/*.jpg beside annotations/SPLIT/*.png, whose 0 is no label.
+    """ADEChallengeData2016 with 150 classes: images/SPLIT/*.jpg and annotations/SPLIT/*.png, in which 0 means no label.
 
-    classes are the first names of objectInfo150.txt, where it lies in the folder. split is "training" or "validation".
+    `classes` are the first names in objectInfo150.txt, if the folder has that file. `split` is "training" or "validation".
 
     Raises:
-        ValueError: a folder, or the annotation of an image, is missing.
+        ValueError: a folder or the annotation of an image is missing.
     """
 
     def __init__(self, folder: str | Path, split: str, size: int) -> None:
@@ -106,10 +107,10 @@ class Ade20k(Maps):
 
 
 class Ade20kC(Ade20k):
-    """ADE20K's validation images corrupted, CORRUPTION/SEVERITY/*.jpg, with ADE20K's annotations/validation/*.png beside.
+    """ADE20K's corrupted validation images, CORRUPTION/SEVERITY/*.jpg, next to ADE20K's annotations/validation/*.png.
 
     Raises:
-        ValueError: as `Ade20k`, or a corruption or severity that is not there; the message lists what is.
+        ValueError: as for `Ade20k`, or a corruption or severity is missing; the message lists those that exist.
     """
 
     def __init__(self, folder: str | Path, corruptions: Sequence[str], severities: Sequence[int], size: int) -> None:
@@ -127,14 +128,14 @@ class Ade20kC(Ade20k):
 
 
 class NyuV2(Maps):
-    """nyu_depth_v2_labeled.mat, 1,449 images with their filled depth; splits.mat beside it holds the official train and test numbers.
+    """NYUv2: nyu_depth_v2_labeled.mat with 1,449 images and their filled-in depth, and splits.mat with the official train and test indices.
 
     Args:
-        file: the first one, or the folder that holds both.
+        file: path of nyu_depth_v2_labeled.mat, with splits.mat in the same folder, or of the folder that holds both.
         split: "train" or "test".
 
     Raises:
-        ValueError: a file is missing, or holds something else. ImportError: h5py or scipy is missing (extra `data`).
+        ValueError: a file is missing or has unexpected contents. ImportError: h5py or scipy is missing (extra `data`).
     """
 
     def __init__(self, file: str | Path, split: str, size: int) -> None:
@@ -157,14 +158,14 @@ class NyuV2(Maps):
             if not 0 <= sizes[f"{split}Ndxs"] <= count:
                 raise ValueError(f"{split}Ndxs has {sizes[f'{split}Ndxs']} numbers for {count} images")
             self._rows = _numbers(splits, f"{split}Ndxs")
-        except Exception as error:  # scipy's and HDF5's readers raise what damaged files make them
+        except Exception as error:  # scipy's and HDF5's readers raise many types for damaged files
             raise ValueError(f"{file} with {splits.name} is no NYUv2: {error}") from error
         if len(self._rows) == 0 or self._rows.min() < 0 or self._rows.max() >= count:
             raise ValueError(f"{splits} names images that {file} does not have: it has 1 .. {count}")
         self.names, self.groups = [f"{file.name}#{row + 1}" for row in self._rows], ["nyuv2"] * len(self._rows)
 
     def _opened(self) -> Any:
-        """The file, opened once a process: a forked one may not share it."""
+        """Returns the file, opened once per process, because a forked process must not share it."""
         if self._data is None or self._process != os.getpid():
             import h5py
 
@@ -180,7 +181,7 @@ class NyuV2(Maps):
     def pair(self, index: int) -> tuple[Tensor, Tensor, str]:
         row, name = int(self._rows[index]), f"{self._file}, image {int(self._rows[index]) + 1}"
         try:
-            image = torch.from_numpy(np.asarray(self._opened()["images"][row])).mT  # MATLAB's columns come first
+            image = torch.from_numpy(np.asarray(self._opened()["images"][row])).mT  # MATLAB is column-major
             depth = torch.from_numpy(np.asarray(self._opened()["depths"][row])).mT
         except OSError as error:
             raise ValueError(f"{name} cannot be read: {error}; get the file again") from error
@@ -188,10 +189,10 @@ class NyuV2(Maps):
 
 
 def _checked_arrays(data: Any) -> int:
-    """How many images an opened NYUv2 has.
+    """Checks the arrays of an open NYUv2 file and returns the number of images.
 
     Raises:
-        ValueError: it has other arrays, or arrays that lie in other files: HDF5's links could name any file of this machine.
+        ValueError: the arrays are not NYUv2's, or are stored in other files. HDF5 links could point to any file on this machine.
     """
     import h5py
 
@@ -205,7 +206,7 @@ def _checked_arrays(data: Any) -> int:
         if array.ndim != axes or array.dtype.kind not in "uif" or (axes == 4 and (array.shape[1] != 3 or array.dtype != np.uint8)):
             raise ValueError(f"{name} is {array.dtype} of shape {list(array.shape)}")
         check_size(array.shape[-2], array.shape[-1], f"{name} ")
-        if array.chunks and math.prod(array.chunks) * array.dtype.itemsize > MOST_BYTES:  # one is read whole, for an image of it too
+        if array.chunks and math.prod(array.chunks) * array.dtype.itemsize > MOST_BYTES:  # reading one image reads its whole chunk
             raise ValueError(f"{name} has chunks of {list(array.chunks)}, more than {MOST_BYTES} bytes")
     if len(found["images"]) != len(found["depths"]):
         raise ValueError(f"it has {len(found['images'])} images and {len(found['depths'])} depths")
@@ -213,17 +214,19 @@ def _checked_arrays(data: Any) -> int:
 
 
 def _numbers(splits: Path, name: str) -> Any:
-    """A split's rows; MATLAB counts from 1."""
+    """Reads a split's row indices; MATLAB counts from 1."""
     from scipy.io import loadmat
 
     return loadmat(splits, variable_names=[name])[name].ravel().astype(int) - 1
 
 
 class MapFolder(Maps):
-    """Pairs of equal names in images/ and maps/: 8-bit PNG labels where `classes` is given, else depth, 16-bit PNG in millimetres.
+    """Pairs of files with equal names in images/ and maps/.
+
+    Maps are 8-bit PNG labels if `classes` is given, otherwise depth as 16-bit PNG in millimetres.
 
     Raises:
-        ValueError: a folder, or an image's map, is missing.
+        ValueError: a folder or the map of an image is missing.
     """
 
     def __init__(self, folder: str | Path, size: int, classes: int | None = None) -> None:
@@ -242,10 +245,10 @@ class MapFolder(Maps):
 
 
 def open_map_folder(folder: Path, size: int) -> MapFolder:
-    """Labels where the folder has a classes.txt, which names one class a line, else depth.
+    """Opens a map folder: with labels if it has a classes.txt (one class name per line), otherwise with depth.
 
     Raises:
-        ValueError: as `MapFolder`, or a classes.txt without a name.
+        ValueError: as for `MapFolder`, or classes.txt has no names.
     """
     listed = folder / "classes.txt"
     if not os.path.isfile(listed):
@@ -259,7 +262,7 @@ def open_map_folder(folder: Path, size: int) -> MapFolder:
 
 
 def _ade20k_names(folder: Path) -> tuple[str, ...]:
-    """The first names in objectInfo150.txt, a table with tabs whose column is called Name; () where it is not there."""
+    """Reads the first names from the column Name of objectInfo150.txt, a tab-separated table; returns () if there is no such file."""
     listed = folder / "objectInfo150.txt"
     if not os.path.isfile(listed):
         return ()
@@ -291,7 +294,7 @@ def _read_map(path: Path) -> Tensor:
     try:
         with open_image(path) as image:
             values = np.asarray(image)
-    except Exception as error:  # a damaged file makes PIL's decoders raise many kinds
+    except Exception as error:  # PIL's decoders raise many types for damaged files
         raise ValueError(f"{path} is no map that can be read: {error}") from error
     if values.ndim != 2:
         raise ValueError(f"{path} has {values.ndim} dimensions; a map is one channel of 8 or 16 bits")

@@ -1,7 +1,7 @@
-"""Generated scenes with exact ground truth: solids on a textured floor before a wall, ray-cast under perspective.
+"""Generated scenes with exact ground truth: solids on a textured floor in front of a wall, ray-cast with perspective.
 
-A class is a shape, whatever its colour, and depth follows from geometry alone, so neither can be read off a colour. Floor and wall bear
-photographs of brick, grass and gravel (scikit-image's) or patterns; a sun and its shadows fall from anywhere.
+A class is a shape of any colour, and depth depends only on geometry, so neither can be inferred from colour. Floor and wall are textured
+with photographs of brick, grass and gravel (from scikit-image) or with patterns. Sunlight and shadows come from a random direction.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 CLASSES = ("floor", "wall", "sphere", "box", "cylinder", "cone")
-SIZE = 64  # pixels of a side
-NEAREST, FARTHEST = 1.0, 12.0  # of depth, in metres: all scenes lie between
-SAMPLES = 2  # rays a pixel and axis
+SIZE = 64  # side length in pixels
+NEAREST, FARTHEST = 1.0, 12.0  # range of depth in metres, over all scenes
+SAMPLES = 2  # rays per pixel along each axis
 Array = NDArray[np.float32]
 
 
@@ -31,10 +31,10 @@ class Scenes(NamedTuple):
 
 
 def scenes(split: str, count: int, first_id: int = 0) -> Scenes:
-    """Scenes first_id .. first_id + count - 1 of a split; each is drawn from (split, its number) alone.
+    """Generates scenes first_id .. first_id + count - 1 of a split; each one is determined by its split and number alone.
 
     Raises:
-        ValueError: an unknown split, or no scenes. ImportError: scikit-image is missing (extra `demo`).
+        ValueError: the split is unknown, or count is below 1. ImportError: scikit-image is missing (extra `demo`).
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split is {split!r}; choose train, validation or test")
@@ -88,14 +88,14 @@ def _render(random: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.
 
 
 class _Plane(NamedTuple):
-    """Points p with normal · p = offset."""
+    """The plane of points p with normal · p = offset."""
 
     normal: NDArray[np.float64]
     offset: float
     label: int
 
     def meet(self, origins: Array, rays: Array) -> tuple[Array, Array]:
-        """Distances [..] along the rays, inf where they miss, and normals [.., 3]."""
+        """Returns distances [..] along the rays, inf where they miss, and normals [.., 3]."""
         with np.errstate(divide="ignore", invalid="ignore"):
             far = (self.offset - origins @ self.normal) / (rays @ self.normal)
         return np.where(far > 1e-3, far, np.inf).astype(np.float32), np.broadcast_to(self.normal, rays.shape)
@@ -105,7 +105,10 @@ class _Plane(NamedTuple):
 
 
 class _Body(NamedTuple):
-    """A solid on the floor: radius, or half a side; height, or a sphere's diameter; turned about its axis."""
+    """A solid on the floor.
+
+    radius is half the side for a box, height is not used for a sphere, and turn is the rotation about the vertical axis.
+    """
 
     label: int
     centre: NDArray[np.float64]
@@ -114,7 +117,7 @@ class _Body(NamedTuple):
     turn: float
 
     def meet(self, origins: Array, rays: Array) -> tuple[Array, Array]:
-        """As _Plane's, in the frame in which the solid stands unturned at the origin."""
+        """Returns the same as _Plane.meet; computed in the frame where the solid stands at the origin without rotation."""
         cos, sin = np.cos(self.turn), np.sin(self.turn)
         turning = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], np.float32)
         o, d = (origins - self.centre.astype(np.float32)) @ turning.T, rays @ turning.T
@@ -141,7 +144,10 @@ class _Body(NamedTuple):
         return far, -np.sign(d) * (np.arange(3) == axis[..., None])
 
     def _round(self, o: Array, d: Array) -> tuple[Array, Array]:
-        """A cylinder, or a cone with its tip above: x² + z² = (radius - slope · y)² between floor and height, and the cylinder's lid."""
+        """Intersects rays with a cylinder, or with a cone whose tip is up.
+
+        The side is x² + z² = (radius - slope · y)² between floor and height; a cylinder also has a lid.
+        """
         slope = self.radius / self.height if CLASSES[self.label] == "cone" else 0.0
         wide = self.radius - slope * o[..., 1]
         a = d[..., 0] ** 2 + d[..., 2] ** 2 - (slope * d[..., 1]) ** 2
@@ -167,7 +173,7 @@ class _Body(NamedTuple):
 
 
 def _surface(random: np.random.Generator, where: Array, plane: bool) -> Array:
-    """Colours [N, 3] at surface coordinates [N, 2], in metres: a photograph's grey or a pattern, between two colours."""
+    """Returns colours [N, 3] at surface coordinates [N, 2] in metres: a pattern or a photograph's grey values, blending two colours."""
     kind = random.integers(0, 6 if plane else 4)
     turn, scale = random.uniform(0, np.pi), random.uniform(0.15, 0.6)
     u, v = (where @ np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])).T / scale

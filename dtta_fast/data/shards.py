@@ -1,4 +1,4 @@
-"""webdataset shards: tar files whose members of one name make a sample."""
+"""webdataset shards: tar files in which members with the same name form a sample."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from dtta_fast.data.folder import MOST_BYTES, SUFFIXES, read_lines, read_pixels
 from dtta_fast.data.images import Images
 from dtta_fast.files import open_plain
 
-# webdataset's own rule: a sample's key goes up to the first dot of the file's name
-MOST_SHARDS = 100_000  # names that a pattern may stand for
-MOST_LABEL = 512  # bytes of a .cls
+# webdataset's own rule: a sample's key is everything before the first dot of the file's name
+MOST_SHARDS = 100_000  # the most names that a pattern may expand to
+MOST_LABEL = 512  # the most bytes to read of a .cls file
 _MEMBER = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 
 
 class Shards(Images):
-    """Samples of tar files, indexed once and read by seeking: image by extension, label by .cls.
+    """Samples from tar files, indexed once and read by seeking. The image is found by its extension, the label in .cls.
 
-    classes are the lines of classnames.txt, in the shards' folder or the one above, where there is one.
+    `classes` are the lines of classnames.txt, if that file is in the shards' folder or its parent.
 
     Args:
-        paths: tar files, not compressed.
+        paths: uncompressed tar files.
 
     Raises:
-        ValueError: no tar file, or a cut one; a sample without an image, or twice; a label that is no number, is lacking while others have
-            one, or is beside the classes.
+        ValueError: a file is not a tar file or is truncated; a sample has no image or occurs twice; a label is not a number, is missing
+            although other samples have one, or is out of the classes' range.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -70,12 +70,14 @@ class Shards(Images):
 
 
 def open_webdataset(root: Path) -> Shards:
-    """A tar file, a folder of tar files, or a pattern: {000..009} and {a,b} name files that must be there, * and ? those that are.
+    """Opens a tar file, a folder of tar files, or a pattern.
+
+    In a pattern, {000..009} and {a,b} expand to files that must exist; * and ? match existing files.
 
     Raises:
-        ValueError: no file, or as `Shards`.
+        ValueError: there is no file, or as for `Shards`.
     """
-    if os.path.isdir(root):  # of a name that is too long pathlib raises
+    if os.path.isdir(root):  # pathlib raises if the name is too long
         paths = sorted(path for path in root.iterdir() if path.suffix.lower() == ".tar" and not path.name.startswith("."))
         if not paths:
             raise ValueError(f"{root} holds no .tar file; give the folder that does, or a pattern")
@@ -90,7 +92,7 @@ def open_webdataset(root: Path) -> Shards:
 
 
 def _braces(pattern: str) -> list[str]:
-    """shard-{08..10}.tar as three names, {a,b} as two."""
+    """Expands braces: shard-{08..10}.tar to three names, {a,b} to two."""
     found = [pattern]
     while match := re.search(r"\{([^{}]*)\}", found[0]):
         middle: Sequence[str] = match[1].split(",")
@@ -110,17 +112,17 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _samples(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """key -> extension -> (offset, bytes), in the order of the file."""
+    """Indexes a tar file: key -> extension -> (offset, size in bytes), in file order."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with _opened(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             whole = os.fstat(file.fileno()).st_size
             for member in archive:
-                # a negative size turns tarfile's reading back, for ever; one beyond the end makes a read take that memory
+                # a negative size makes tarfile go back and loop forever; a size past the end makes a read allocate that much memory
                 if member.size < 0 or member.offset_data + member.size > whole or member.issparse():
                     raise tarfile.ReadError(f"its member {member.name!r} has {member.size} bytes, which are not there")
                 match = _MEMBER.fullmatch(member.name.removeprefix("./"))
-                if not member.isreg() or match is None or member.name.startswith("__"):  # __ marks what is about the shard
+                if not member.isreg() or match is None or member.name.startswith("__"):  # __ marks metadata of the shard
                     continue
                 key, extension = match[1], match[2].lower()
                 if extension in samples.setdefault(key, {}):

@@ -1,4 +1,4 @@
-"""Diffusion models whose condition can be differentiated."""
+"""Diffusion models that are differentiable with respect to their condition."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dtta_fast.denoisers.stable_diffusion import StableDiffusion
 
 __all__ = ["ConcatUNet", "ControlNet", "Denoiser", "DiT", "StableDiffusion"]
-# whose libraries take seconds to import
+# imported on first access, because their libraries take seconds to import
 LATE = {"ConcatUNet": "concat_unet", "ControlNet": "controlnet", "StableDiffusion": "stable_diffusion"}
 
 

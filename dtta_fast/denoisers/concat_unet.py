@@ -1,4 +1,4 @@
-"""A UNet that sees a map beside the noisy image: the dense tasks' denoiser."""
+"""A UNet that takes a map alongside the noisy image: the denoiser for dense tasks."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ KIND = "ConcatUNet"
 
 
 class ConcatUNet(UNetDenoiser):
-    """A diffusers UNet2DModel whose input is the noisy latent and, behind it, the channels of a map.
+    """A diffusers UNet2DModel whose input is the noisy latent concatenated with the channels of a map.
 
-    The map is of class embeddings (segmentation: `classes`) or of depth, one channel: the logarithm of metres, -1 at the nearest and 1
-    at the farthest (`depth_range`), or, where neither is given, any map at mean 0 and deviation 1 an image (relative depth).
+    The map holds class embeddings (segmentation, with `classes`) or depth in one channel. Metric depth (`depth_range`) is the logarithm
+    of metres, scaled to -1 at the nearest and 1 at the farthest. If neither argument is given, the map is relative depth, normalised to
+    mean 0 and standard deviation 1 per image.
 
     Args:
-        unet: a UNet2DModel; in_channels are the latent's and the map's.
+        unet: a UNet2DModel; in_channels is the sum of the latent's and the map's channels.
         process: its noise process.
         vae: an AutoencoderKL, or None.
-        classes: how many have embeddings, each of as many channels as the map has.
+        classes: number of class embeddings; each has as many channels as the map.
         depth_range: (nearest, farthest), in metres.
 
     Raises:
-        ValueError: both classes and depth_range, a UNet without room for a map, an empty depth range.
+        ValueError: both classes and depth_range are given, the UNet has no channels for a map, or the depth range is empty.
     """
 
     takes_maps = True
-    keep_in_float32 = ("embeddings",)  # conditions are their mixtures, and gradients to them add up over chunks
+    keep_in_float32 = ("embeddings",)  # conditions are mixtures of them, and their gradients accumulate over chunks
 
     def __init__(
         self,
@@ -77,17 +78,17 @@ class ConcatUNet(UNetDenoiser):
         return [*super().adaptable(), *(() if self.embeddings is None else ("embeddings",))]
 
     def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """[K, E].
+        """Returns the class embeddings [K, E].
 
         Raises:
-            ValueError: the denoiser's maps are of depth.
+            ValueError: the denoiser takes depth maps.
         """
         if self.embeddings is None:
             raise ValueError("denoiser takes maps of depth and has no classes; give task=Depth()")
         return parameters.get("embeddings", self.embeddings.detach()).to(self.embeddings.dtype)
 
     def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """None was trained.
+        """Not available: no null embedding was trained.
 
         Raises:
             ValueError: always.
@@ -95,10 +96,10 @@ class ConcatUNet(UNetDenoiser):
         raise ValueError("denoiser was trained with a map for every image: null_condition needs one that was trained without too")
 
     def depth_map(self, depth: Tensor) -> Tensor:
-        """Depth [B, 1, h, w] to the map's values, differentiable; metric depth is taken in metres.
+        """Converts depth [B, 1, h, w] to the map's values; differentiable. Metric depth is in metres.
 
         Raises:
-            ValueError: the denoiser's maps are of classes.
+            ValueError: the denoiser takes class maps.
         """
         if self.embeddings is not None:
             raise ValueError(f"denoiser takes maps of {self.classes} classes; give task=Segmentation()")
@@ -109,7 +110,7 @@ class ConcatUNet(UNetDenoiser):
         return (2 * depth.clamp(min=self.depth_range[0] / 4).log() - near - far) / (far - near)
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """Condition: maps [B, E, h, w] of the latent's size."""
+        """Predicts under conditions that are maps [B, E, h, w] of the latent's size."""
         rows = condition.to(x_t.dtype).repeat_interleave(len(x_t) // len(condition), dim=0)
         prediction: Tensor = self.unet(torch.cat([x_t, rows], dim=1), self.process.model_time[timesteps], return_dict=False)[0]
         return prediction
@@ -117,10 +118,10 @@ class ConcatUNet(UNetDenoiser):
     @classmethod
     @float32_on_cpu()
     def from_pretrained(cls, path: str | Path, *, calibration: bool = True) -> ConcatUNet:
-        """Reads what save_pretrained() wrote, or downloads the hub's model of that id.
+        """Loads a folder written by save_pretrained(), or downloads the model with that id from the Hugging Face Hub.
 
         Args:
-            calibration: False leaves the folder's calibration.json unread.
+            calibration: False skips the folder's calibration.json.
 
         Raises:
             FileNotFoundError, ValueError: a part is missing or damaged; the message names it.
@@ -148,7 +149,7 @@ class ConcatUNet(UNetDenoiser):
                 classes=classes,
                 depth_range=None if span is None else (float(span[0]), float(span[1])),
             )
-        except (TypeError, LookupError, ValueError, RuntimeError, OverflowError) as error:  # RuntimeError: sizes that no memory holds
+        except (TypeError, LookupError, ValueError, RuntimeError, OverflowError) as error:  # RuntimeError: sizes that do not fit in memory
             raise ValueError(f"{folder / 'config.json'} describes no {KIND}: {error}") from error
         if denoiser.embeddings is not None:
             file = folder / "embeddings.safetensors"
@@ -166,8 +167,8 @@ class ConcatUNet(UNetDenoiser):
         return denoiser.eval()
 
     def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
-        """Writes config.json, unet/, vae/ where there is one, scheduler/ (the diffusers scheduler trained with), the embeddings, and
-        calibration.json where the denoiser has one."""
+        """Writes config.json, unet/ and scheduler/ (the diffusers scheduler used in training), and, if the denoiser has them, vae/, the
+        embeddings and calibration.json."""
         from safetensors.torch import save_file
 
         folder = Path(folder)

@@ -1,4 +1,4 @@
-"""Stable Diffusion with a ControlNet as a denoiser: segmentation without a diffusion model trained for it."""
+"""Stable Diffusion with a ControlNet as a denoiser: segmentation without training a diffusion model for it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from dtta_fast.process import NoiseProcess
 
 
 class ControlNet(StableDiffusion):
-    """Predictions under class prompts and a control image of zeros, mixed at every pixel by the task (DUSA, NeurIPS 2024).
+    """Predicts from class prompts and an all-zero control image; the task mixes the predictions at every pixel (DUSA, NeurIPS 2024).
 
-    Segmentation with objective "noise_mix"; every class is a forward, so choose few by top_k (the paper: 20).
+    Used for segmentation with objective "noise_mix". Every class costs one forward pass, so keep top_k small (the paper uses 20).
 
     Args:
-        controlnet: a diffusers ControlNetModel, such as one trained on segmentation maps; the others are StableDiffusion's.
+        controlnet: a diffusers ControlNetModel, such as one trained on segmentation maps. The other arguments are those of
+            StableDiffusion.
     """
 
     controlnet: Any
@@ -40,7 +41,7 @@ class ControlNet(StableDiffusion):
         return {**super().networks(), "controlnet": self.controlnet}
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """Condition: prompts' hidden states [B, tokens, d]; the control image is zeros."""
+        """Predicts under conditions that are prompts' hidden states [B, tokens, d]; the control image is all zeros."""
         time, prompts = self.process.model_time[timesteps], condition.to(x_t.dtype)
         zeros = x_t.new_zeros(1, self.controlnet.config.conditioning_channels, self.image_size, self.image_size)  # one for all rows
         down, middle = self.controlnet(x_t, time, prompts, zeros, return_dict=False)
@@ -59,13 +60,13 @@ class ControlNet(StableDiffusion):
         dtype: torch.dtype = torch.float32,
         **keywords: Any,
     ) -> ControlNet:
-        """Reads a Stable Diffusion as its from_pretrained() does, and a ControlNet's folder, or the hub's of that id.
+        """Loads a Stable Diffusion model as StableDiffusion.from_pretrained() does, and a ControlNet from a folder or a Hub model id.
 
         Args:
-            dtype: of both. keywords: of StableDiffusion.from_pretrained().
+            dtype: dtype of both models. keywords: passed to StableDiffusion.from_pretrained().
 
         Raises:
-            FileNotFoundError, ValueError: a part is missing or damaged, or they do not fit; the message names it.
+            FileNotFoundError, ValueError: a part is missing or damaged, or the parts do not match; the message names it.
         """
         from diffusers import ControlNetModel
 

@@ -1,4 +1,4 @@
-"""DiT as a denoiser: soft class conditions, and weights in the original's, diffusers' and our own format."""
+"""DiT as a denoiser: soft class conditions, and loading of weights in the original, diffusers and our own formats."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ LABEL_TABLE = "network.y_embedder.embedding_table.weight"
 
 
 class DiT(Denoiser):
-    """A class-conditional diffusion transformer, in pixels or in the latents of an autoencoder.
+    """A class-conditional diffusion transformer in pixel space or in the latent space of an autoencoder.
 
     Args:
         network: the transformer.
-        process: its noise process, as long as its training's.
-        vae: a diffusers AutoencoderKL for latent models; None for pixel models. It never adapts.
+        process: its noise process, with as many timesteps as in training.
+        vae: a diffusers AutoencoderKL for latent models; None for pixel models. It is never adapted.
     """
 
     can_checkpoint = True
-    keep_in_float32 = (LABEL_TABLE,)  # conditions are its mixtures, and gradients to them add up over chunks
+    keep_in_float32 = (LABEL_TABLE,)  # conditions are mixtures of its rows, and their gradients accumulate over chunks
 
     def __init__(self, network: DiTNetwork, process: NoiseProcess, vae: nn.Module | None = None) -> None:
         super().__init__()
@@ -58,10 +58,10 @@ class DiT(Denoiser):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] to x0: pixels in [-1, 1], or the posterior mean times the scaling factor.
+        """Encodes images [B, 3, H, W] in [0, 1] to x0: pixels in [-1, 1], or the posterior mean times the scaling factor.
 
         Raises:
-            ValueError: images of other channels than a pixel model's.
+            ValueError: the images' channel count differs from a pixel model's.
         """
         dtype = torch.promote_types(self.dtype, torch.float32)
         if self.vae is None:
@@ -73,7 +73,7 @@ class DiT(Denoiser):
 
     @property
     def image_size(self) -> int:
-        """Pixels of a side of the images that it works on."""
+        """The side length, in pixels, of the images that the denoiser works on."""
         return self.network.input_size if self.vae is None else image_size(self.vae, self.network.input_size)
 
     def network_to_adapt(self) -> nn.Module:
@@ -87,12 +87,12 @@ class DiT(Denoiser):
         return self.network.in_channels, self.network.input_size, self.network.input_size
 
     def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """[K, D], or [B, K, D] where `parameters` hold a table for each image; without the null class."""
+        """Returns [K, D], or [B, K, D] if `parameters` holds one table per image; the null class is excluded."""
         own = self.network.y_embedder.embedding_table.weight
         return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., : self.network.num_classes, :]
 
     def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """[D], or [B, D]: the last row of the label table."""
+        """Returns the last row of the label table: [D], or [B, D] if `parameters` holds one table per image."""
         own = self.network.y_embedder.embedding_table.weight
         return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., self.network.num_classes, :]
 
@@ -100,7 +100,7 @@ class DiT(Denoiser):
         return [name for name, _ in self.named_parameters() if name.startswith("network.")]
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """Condition: mixtures of class embeddings [B, D]."""
+        """Predicts under conditions [B, D], which are mixtures of class embeddings."""
         rows = condition.repeat_interleave(len(x_t) // len(condition), dim=0)
         return self.network(x_t, self.process.model_time[timesteps], rows, self.checkpointing)
 
@@ -114,22 +114,22 @@ class DiT(Denoiser):
         process: NoiseProcess | None = None,
         vae: nn.Module | None = None,
     ) -> DiT:
-        """Reads a checkpoint of the original DiT repository (`DiT-XL-2-256x256.pt`: 16 heads) of any size.
+        """Loads a checkpoint of the original DiT repository (`DiT-XL-2-256x256.pt`: 16 heads) of any size.
 
-        All sizes but the heads are read off the weights. A file is read with weights_only.
+        All sizes except the number of heads are inferred from the weights. A file is loaded with weights_only.
 
         Args:
-            num_heads: of the attention, which the weights do not tell.
-            vae: as DiT takes it.
-            process: None means the original's: 1,000 linear betas from 1e-4 to 2e-2, predicting the noise.
+            num_heads: number of attention heads, which cannot be inferred from the weights.
+            vae: same as for DiT.
+            process: None uses the original's: 1,000 linear betas from 1e-4 to 2e-2, predicting the noise.
 
         Raises:
-            FileNotFoundError, ValueError: no such file, or weights that are no DiT's.
+            FileNotFoundError, ValueError: the file does not exist, or the weights are not a DiT's.
         """
         given = path_or_state_dict
         state: Mapping[str, Any] = given if isinstance(given, Mapping) else _read_torch_file(Path(given))
         source = "path_or_state_dict" if isinstance(given, Mapping) else str(given)
-        weights = state.get("ema", state)  # a training checkpoint keeps both, and samples with ema
+        weights = state.get("ema", state)  # a training checkpoint has raw and EMA weights; sampling uses EMA
         network = _network_from_original(weights, num_heads, source)
         if process is None:
             from diffusers import DDPMScheduler
@@ -140,13 +140,13 @@ class DiT(Denoiser):
     @classmethod
     @float32_on_cpu()
     def from_pretrained(cls, path: str | Path, *, vae: nn.Module | None = None, calibration: bool = True) -> DiT:
-        """Reads a folder: our own (`save_pretrained`), a diffusers DiTTransformer2DModel, or a DiT pipeline.
+        """Loads a folder: one in our own format (`save_pretrained`), a diffusers DiTTransformer2DModel, or a DiT pipeline.
 
-        Anything that is no folder is taken for a model id of the hub.
+        If path is not a folder, it is treated as a Hugging Face Hub model id.
 
         Args:
             vae: overrides the pipeline's own.
-            calibration: False leaves the folder's calibration.json unread.
+            calibration: False skips the folder's calibration.json.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or damaged; the message names it.
@@ -165,7 +165,7 @@ class DiT(Denoiser):
 
     @classmethod
     def _from_one_model(cls, folder: Path, vae: nn.Module | None) -> DiT:
-        """Of a folder of our own, or of a diffusers DiTTransformer2DModel."""
+        """Loads a folder in our own format, or a diffusers DiTTransformer2DModel."""
         config = read_json(folder / "config.json")
         if config.get("_class_name") == "DiTTransformer2DModel":
             return cls(_network_from_diffusers(folder), read_process(folder if (folder / "scheduler").is_dir() else folder.parent), vae)
@@ -180,7 +180,7 @@ class DiT(Denoiser):
         return cls(network, read_process(folder), _read_vae(folder) if vae is None and (folder / "vae").is_dir() else vae)
 
     def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
-        """Writes config.json, model.safetensors, scheduler/scheduler_config.json (of the diffusers scheduler trained with), and, where the
+        """Writes config.json, model.safetensors, scheduler/scheduler_config.json (of the diffusers scheduler used in training), and, if the
         denoiser has them, vae/ and calibration.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -201,10 +201,10 @@ def _read_vae(folder: Path) -> nn.Module:
 
 
 def _sized(sizes: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiTNetwork:
-    """A network of these sizes, made only where the weights are as large: a line of text could ask for any memory.
+    """Builds a network with these sizes, but only if the weights are about as large: a config could otherwise request any amount of memory.
 
     Raises:
-        ValueError: they are not, or a size is none. TypeError: an unknown size, or one is missing.
+        ValueError: the weights are too few, or a size is not valid. TypeError: a size is unknown or missing.
     """
     for name, value in sizes.items():
         if not isinstance(value, (int, float)) or not 0 <= value < 2**24:
@@ -331,12 +331,12 @@ def _read_torch_file(path: Path) -> Mapping[str, Tensor]:
         raise FileNotFoundError(f"{path} is missing")
     try:
         with open(path, "rb") as file:
-            zipped = file.read(4) == LOCAL  # by which torch tells, too
+            zipped = file.read(4) == LOCAL  # torch uses the same check
         if zipped:
             check_archive(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints keep their arguments, plain data
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints store their arguments: plain data
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises pickle, zip and runtime errors alike here
+    except Exception as error:  # torch may raise pickle, zip or runtime errors here
         raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {error}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")

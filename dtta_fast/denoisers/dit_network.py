@@ -1,6 +1,6 @@
 """The DiT network (Peebles & Xie 2023, arXiv 2212.09748) with a soft class condition.
 
-Parameter names are those of the original checkpoints, so their state dicts load as they are.
+Parameter names match the original checkpoints, so their state dicts load unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dtta_fast.runtime.compiling import is_tracing
 
 
 def timestep_embedding(time: Tensor, dim: int = 256) -> Tensor:
-    """Sinusoids of the time: [N] -> [N, dim], cosines first.
+    """Sinusoidal time embedding: [N] -> [N, dim], cosines first.
 
     Frequencies are 10000^(-i / (dim/2)), as in the original DiT; diffusers' port divides by (dim/2 - 1).
     """
@@ -27,7 +27,7 @@ def timestep_embedding(time: Tensor, dim: int = 256) -> Tensor:
 
 
 def position_embedding(size: int, dim: int, device: torch.device) -> Tensor:
-    """Fixed 2-D sinusoids of a size x size grid: [size², dim]; the column's half comes first, as in the original."""
+    """Fixed 2-D sinusoidal embedding of a size x size grid: [size², dim]; the half for the columns comes first, as in the original."""
     frequencies = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim / 4))
     angles = torch.arange(size, dtype=torch.float64, device=device)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # [size, dim/2]
@@ -41,7 +41,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
-    """F.gelu(x, approximate="tanh"); compiled, by a sigmoid, since the tanh that is generated for a CPU takes twice its time."""
+    """F.gelu(x, approximate="tanh"). Compiled CPU code uses a sigmoid instead, because the generated tanh takes twice as long."""
     if is_tracing() and x.device.type == "cpu":
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
     return F.gelu(x, approximate="tanh")
@@ -57,7 +57,7 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # [N, tokens, D]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if x.device.type == "cpu" and x.dtype.itemsize == 2 and torch.is_grad_enabled():
-            # torch's fused CPU kernel has a backward at a tenth of the matrix products' rate in bfloat16
+            # in bfloat16, the backward of torch's fused CPU kernel runs at a tenth of the speed of matrix products
             attended = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
         else:
             attended = F.scaled_dot_product_attention(q, k, v)
@@ -123,7 +123,7 @@ class _PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # or every sum and normalisation after it strides
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # otherwise every later sum and normalisation is strided
 
 
 class DiTNetwork(nn.Module):
@@ -131,15 +131,15 @@ class DiTNetwork(nn.Module):
 
     Args:
         input_size: height and width of x_t, in latent or pixel cells.
-        patch_size: cells a token covers on each side; it divides input_size.
+        patch_size: number of cells that a token covers along each side; must divide input_size.
         in_channels: channels of x_t.
         hidden_size, depth, num_heads, mlp_ratio: the transformer's sizes.
-        num_classes: rows of the label table.
-        null_class: one more row, the unconditional one, comes last.
-        learn_sigma: the output has 2·in_channels channels; the second half is the learned variance.
+        num_classes: number of classes in the label table.
+        null_class: whether the table has one more row at the end, for the unconditional case.
+        learn_sigma: whether the output has 2·in_channels channels, with the learned variance in the second half.
 
     Raises:
-        ValueError: sizes that do not go together.
+        ValueError: the sizes are inconsistent.
     """
 
     pos_embed: Tensor
@@ -207,12 +207,12 @@ class DiTNetwork(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, x: Tensor, time: Tensor, label: Tensor, checkpointing: bool = False) -> Tensor:
-        """x [N, C, H, W], time [N], label embedding [N, D] -> [N, out_channels, H, W].
+        """Maps x [N, C, H, W], time [N] and label embedding [N, D] to [N, out_channels, H, W].
 
-        checkpointing: the blocks' activations are not kept, but made again in the backward.
+        With checkpointing, the blocks' activations are not stored but recomputed in the backward pass.
         """
         tokens = self.x_embedder(x) + self.pos_embed.to(x.dtype)
-        condition = self.t_embedder(time) + label.to(x.dtype)  # once a forward; every block reads it
+        condition = self.t_embedder(time) + label.to(x.dtype)  # computed once per forward; every block reads it
         for block in self.blocks:
             tokens = checkpoint(block, tokens, condition, use_reentrant=False) if checkpointing else block(tokens, condition)
         tokens = self.final_layer(tokens, condition)

@@ -1,4 +1,4 @@
-"""Reads what folders of the ecosystem's formats have in common: JSON, a scheduler, and where a hub id lies once it is here."""
+"""Readers shared by the supported folder formats: JSON files, schedulers, models, and downloads from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dtta_fast.files import read_text
 from dtta_fast.process import NoiseProcess
 
 CALIBRATION = "calibration.json"
-# what the libraries' constructors make of a config's values of other kinds; a RuntimeError is also torch's for sizes beyond memory
+# what the libraries' constructors raise for invalid config values; torch also raises RuntimeError for sizes that do not fit in memory
 OF_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, ImportError, RuntimeError, MemoryError)
-MOST_TIMESTEPS = 100_000  # of a schedule: a table has a row for each
-WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what a network's weights are stored as
+MOST_TIMESTEPS = 100_000  # the most timesteps of a schedule; its table has one row for each
+WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # allowed dtypes of stored weights
 
 
 def read_process(folder: Path) -> NoiseProcess:
-    """The schedule of folder/scheduler, by whichever diffusers class its config names."""
+    """Reads the noise schedule from folder/scheduler, using the diffusers class that its config names."""
     import diffusers
 
     path = folder / "scheduler" / "scheduler_config.json"
@@ -43,19 +43,19 @@ def read_process(folder: Path) -> NoiseProcess:
 
 
 def read_calibration(folder: Path, denoiser: nn.Module) -> Calibration | None:
-    """A folder's calibration.json; None where it has none.
+    """Reads a folder's calibration.json; returns None if there is none.
 
     Raises:
-        ValueError: it is damaged, or of another denoiser.
+        ValueError: the file is damaged, or belongs to another denoiser.
     """
     return Calibration.load(folder / CALIBRATION, denoiser) if os.path.isfile(folder / CALIBRATION) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object of a file.
+    """Reads a JSON object from a file.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it holds no JSON, or no object.
+        FileNotFoundError: the file does not exist. ValueError: the file is not JSON, or not a JSON object.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing")
@@ -69,10 +69,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_model(kind: Any, folder: str | Path, **keywords: Any) -> Any:
-    """A diffusers or transformers model of a folder, whole.
+    """Loads a complete diffusers or transformers model from a folder.
 
     Raises:
-        ValueError: it cannot be read, or weights are missing, which the libraries would draw at random.
+        ValueError: the model cannot be read, or weights are missing, which the libraries would initialise randomly.
     """
     try:
         model, found = kind.from_pretrained(folder, output_loading_info=True, **keywords)
@@ -87,11 +87,11 @@ def read_model(kind: Any, folder: str | Path, **keywords: Any) -> Any:
 
 
 def check_weights(state: Mapping[Any, Any], source: str | Path) -> None:
-    """Checks that a state dict holds plain weights, each with memory of its own: then a network of their sizes is no larger than they are.
+    """Checks that a state dict holds plain weights that do not share memory, so a network of their sizes is no larger than the weights.
 
     Raises:
-        ValueError: a name that is no string, or a value that is no dense tensor of floating-point numbers, empty, without values, or
-            expanded; tensors that share their memory. The message names the source and the tensor.
+        ValueError: a name is not a string; a value is not a dense floating-point tensor, or is empty, on the meta device, or expanded; or
+            tensors share memory. The message names the source, and the tensor if one is at fault.
     """
     needed, there = 0, {}
     for name, value in state.items():
@@ -106,7 +106,7 @@ def check_weights(state: Mapping[Any, Any], source: str | Path) -> None:
 
 
 def _misfit(value: Any) -> str:
-    """Why a value is no weight, in words; empty where it is one."""
+    """Explains why a value is not a plain weight; returns an empty string if it is one."""
     if type(value) not in (Tensor, nn.Parameter):
         return f"it is a {type(value).__name__}, and no plain tensor"
     if value.is_nested or value.layout != torch.strided:
@@ -122,17 +122,19 @@ def _misfit(value: Any) -> str:
 
 
 def download(model_id: str, patterns: list[str], without: list[str] | None = None, argument: str = "path") -> Path:
-    """The folder of a model of the hub, with the files that match and are not among `without`; `argument` gave the id.
+    """Downloads a model from the Hugging Face Hub and returns its folder.
+
+    Only files that match `patterns` and not `without` are downloaded. `argument` is the name of the argument that held the id, for errors.
 
     Raises:
-        FileNotFoundError: the hub has no such model, or is out of reach. ValueError: it can be no id of the hub.
+        FileNotFoundError: the Hub has no such model, or cannot be reached. ValueError: the id is not a valid Hub id.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(model_id, allow_patterns=patterns, ignore_patterns=without))
-        if not any(folder.rglob("*.safetensors")):  # an older model: diffusers reads its .bin by weights_only
+        if not any(folder.rglob("*.safetensors")):  # an older model; diffusers loads its .bin files with weights_only
             folder = Path(snapshot_download(model_id, allow_patterns=[*patterns, "*.bin"], ignore_patterns=without))
         return folder
     except HFValidationError as error:

@@ -1,4 +1,4 @@
-"""Stable Diffusion as a denoiser: conditions are mixtures of prompts' hidden states."""
+"""Stable Diffusion as a denoiser: conditions are mixtures of the prompts' hidden states."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from dtta_fast.process import NoiseProcess
 
 
 class SharedCondition(AttnProcessor2_0):  # type: ignore[misc]
-    """Attention of N = B · P rows to B conditions, without P copies of their keys and values.
+    """Cross-attention from N = B · P rows to B conditions, without P copies of the keys and values.
 
-    A query's result depends on no other query, so the P rows of an image go in as one row of P times the length.
+    A query's result does not depend on the other queries, so the P rows of an image are joined into one row that is P times as long.
     """
 
     def __call__(
@@ -41,7 +41,7 @@ def share_condition(network: Any, what: str) -> None:
     """Sets the cross-attention of a diffusers network to SharedCondition.
 
     Raises:
-        ValueError: it has an attention of its own kind.
+        ValueError: the network has a non-standard cross-attention processor.
     """
     processors = network.attn_processors
     for name, processor in processors.items():
@@ -53,28 +53,28 @@ def share_condition(network: Any, what: str) -> None:
 
 
 class StableDiffusion(UNetDenoiser):
-    """A latent diffusion model under prompts (Stable Diffusion 1.x, 2.x), its UNet the network that may adapt.
+    """A latent diffusion model conditioned on prompts (Stable Diffusion 1.x, 2.x). Its UNet is the network that can be adapted.
 
-    Its classes are named by with_classes(), or by the task: see ZeroShot. The UNet's cross-attention is set to run once an image over all
-    of its pairs, with results equal to diffusers' own.
+    Its classes are set by with_classes() or by the task (see ZeroShot). The UNet's cross-attention is replaced so that it runs once per
+    image over all of the image's pairs; the results are equal to those of diffusers.
 
     Args:
         unet: a UNet2DConditionModel.
         process: its noise process.
         vae: an AutoencoderKL.
-        text_encoder, tokenizer: a CLIPTextModel and its CLIPTokenizer. They move along with the module, and are no part of its weights.
+        text_encoder, tokenizer: a CLIPTextModel and its CLIPTokenizer. They move with the module but are not part of its weights.
 
     Raises:
-        ValueError: the UNet needs a condition beside prompts, or has an attention of its own kind.
+        ValueError: the UNet needs a condition other than prompts, or has non-standard attention.
     """
 
-    keep_in_float32 = ("prompts", "no_prompt")  # conditions are their mixtures, and gradients to them add up over chunks
+    keep_in_float32 = ("prompts", "no_prompt")  # conditions are mixtures of them, and their gradients accumulate over chunks
     prompts: Tensor | None
     no_prompt: Tensor | None
 
     def __init__(self, unet: Any, process: NoiseProcess, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
         super().__init__(unet, process, vae)
-        self._text: tuple[Any, Any] | None = (text_encoder, tokenizer)  # in a tuple: not a submodule, which precision and copies would take
+        self._text: tuple[Any, Any] | None = (text_encoder, tokenizer)  # a tuple, so not a submodule that precision and copies affect
         self.register_buffer("prompts", None, persistent=False)
         self.register_buffer("no_prompt", None, persistent=False)
         config = self.unet.config
@@ -104,10 +104,10 @@ class StableDiffusion(UNetDenoiser):
         return [part for part in parts if isinstance(part, (BasicTransformerBlock, ResnetBlock2D))]
 
     def text(self) -> tuple[Any, Any]:
-        """Text encoder and tokenizer.
+        """Returns the text encoder and the tokenizer.
 
         Raises:
-            ValueError: this one's classes are set.
+            ValueError: the classes of this denoiser are already set.
         """
         if self._text is None:
             raise ValueError("prompts were set already by with_classes(); call it on the denoiser that from_pretrained() gave")
@@ -115,10 +115,11 @@ class StableDiffusion(UNetDenoiser):
 
     @torch.no_grad()
     def with_classes(self, prompts: Sequence[str]) -> StableDiffusion:
-        """The same weights with a class for each prompt, in their order; this one stays as it is.
+        """Returns a denoiser that shares these weights and has one class per prompt, in order; the original is unchanged.
 
         Raises:
-            ValueError: no prompts, an empty or a repeated one, one over the tokenizer's limit, or classes are set already.
+            ValueError: there are no prompts, a prompt is empty, repeated or over the text encoder's token limit, or the classes are
+                already set.
         """
         text_encoder, tokenizer = self.text()
         check_names("prompts", prompts)
@@ -132,7 +133,7 @@ class StableDiffusion(UNetDenoiser):
         return view
 
     def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """[K, tokens, d].
+        """Returns the prompts' hidden states [K, tokens, d].
 
         Raises:
             ValueError: no classes are set.
@@ -142,7 +143,7 @@ class StableDiffusion(UNetDenoiser):
         return self.prompts
 
     def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The hidden states [tokens, d] of an empty prompt.
+        """Returns the hidden states [tokens, d] of an empty prompt.
 
         Raises:
             ValueError: no classes are set.
@@ -152,7 +153,7 @@ class StableDiffusion(UNetDenoiser):
         return self.no_prompt
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        """Condition: mixtures of prompts' hidden states [B, tokens, d]."""
+        """Predicts under conditions [B, tokens, d], which are mixtures of the prompts' hidden states."""
         prediction: Tensor = self.unet(x_t, self.process.model_time[timesteps], condition.to(x_t.dtype), return_dict=False)[0]
         return prediction
 
@@ -167,22 +168,22 @@ class StableDiffusion(UNetDenoiser):
         quantization_config: Any = None,
         calibration: bool = True,
     ) -> StableDiffusion:
-        """Reads a pipeline's folder, or downloads the hub's model of that id: unet, vae, text_encoder, tokenizer, scheduler.
+        """Loads a pipeline's folder, or downloads a Hugging Face Hub model id: unet, vae, text_encoder, tokenizer and scheduler.
 
         Args:
-            dtype: of the weights.
-            variant: of the files, such as "fp16".
-            quantization_config: diffusers' BitsAndBytesConfig for the UNet.
-            calibration: False leaves the folder's calibration.json unread.
+            dtype: dtype of the weights.
+            variant: variant of the weight files, such as "fp16".
+            quantization_config: a diffusers BitsAndBytesConfig for the UNet.
+            calibration: False skips the folder's calibration.json.
 
         Raises:
-            FileNotFoundError, ValueError: a part is missing or damaged, or quantisation does not run here; the message names it.
+            FileNotFoundError, ValueError: a part is missing or damaged, or quantisation is not supported here; the message names it.
         """
         folder = Path(path)
         if not os.path.isdir(folder):
             kept = "*" if variant is None else f"*.{variant}"
             weights = [f"{part}/{kept}.safetensors" for part in ("unet", "vae", "text_encoder")]
-            others = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"] if variant is None else None  # gigabytes that nobody would read
+            others = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"] if variant is None else None  # gigabytes that would not be used
             folder = download(str(path), ["*.json", "*.txt", *weights], others)
         read_json(folder / "model_index.json")
         from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -196,13 +197,13 @@ class StableDiffusion(UNetDenoiser):
             if name == "tokenizer":
                 try:
                     parts[name] = kind.from_pretrained(folder / name)
-                except Exception as error:  # the Rust tokenizers raise it bare
+                except Exception as error:  # the Rust tokenizers raise a plain Exception
                     raise ValueError(f"{folder / name} cannot be read as a {kind.__name__}: {error}") from error
                 continue
             quantised = {"quantization_config": quantization_config} if name == "unet" and quantization_config is not None else {}
             parts[name] = read_model(kind, folder / name, variant=variant, use_safetensors=True, dtype=dtype, **quantised)
         if quantization_config is None:
-            parts["unet"].to(memory_format=torch.channels_last)  # convolutions run in it, and need not turn their weights round
+            parts["unet"].to(memory_format=torch.channels_last)  # convolutions run in this format and need no weight conversion
         denoiser = cls(parts["unet"], read_process(folder), parts["vae"], parts["text_encoder"].eval(), parts["tokenizer"])
         if calibration:
             denoiser.calibration = read_calibration(folder, denoiser)
@@ -210,10 +211,10 @@ class StableDiffusion(UNetDenoiser):
 
 
 def prompt_tokens(tokenizer: Any, prompts: Sequence[str], limit: int) -> Tensor:
-    """Token ids [N, limit] of a CLIPTokenizer, padded.
+    """Returns a CLIPTokenizer's token ids [N, limit], padded.
 
     Raises:
-        ValueError: a prompt has more tokens than `limit`, its two marks counted, or two are the same to the tokenizer.
+        ValueError: a prompt has more tokens than `limit`, including the start and end tokens, or two prompts have the same tokens.
     """
     for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
         if len(ids) > limit:
@@ -224,7 +225,7 @@ def prompt_tokens(tokenizer: Any, prompts: Sequence[str], limit: int) -> Tensor:
 
 
 def check_different(prompts: Sequence[str], ids: Tensor) -> None:
-    """Raises ValueError where two prompts have the same token ids [N, limit]."""
+    """Raises ValueError if two prompts have the same token ids [N, limit]."""
     first: dict[tuple[int, ...], str] = {}
     for prompt, row in zip(prompts, ids.tolist(), strict=True):
         if first.setdefault(tuple(row), prompt) != prompt:
@@ -235,7 +236,7 @@ def check_different(prompts: Sequence[str], ids: Tensor) -> None:
 
 
 def check_names(argument: str, names: Sequence[str]) -> None:
-    """Raises ValueError where these are no sequence of different, non-empty words."""
+    """Raises ValueError unless `names` is a non-empty sequence of distinct, non-empty strings."""
     if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{argument} is {names!r}; give a sequence of one string and more")
     stripped = [name.strip() for name in names]

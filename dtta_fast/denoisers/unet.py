@@ -1,4 +1,4 @@
-"""What denoisers that are a diffusers UNet have in common."""
+"""The common base of denoisers that wrap a diffusers UNet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dtta_fast.process import NoiseProcess
 
 
 class UNetDenoiser(Denoiser):
-    """A UNet that may adapt, in pixels or in the latents of an AutoencoderKL, which never adapts."""
+    """A UNet that can be adapted, in pixel space or in the latent space of an AutoencoderKL, which is never adapted."""
 
     can_checkpoint = True
     unet: Any
@@ -31,7 +31,7 @@ class UNetDenoiser(Denoiser):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] to x0: pixels in [-1, 1], or the posterior mean times the scaling factor."""
+        """Encodes images [B, 3, H, W] in [0, 1] to x0: pixels in [-1, 1], or the posterior mean times the scaling factor."""
         dtype = torch.promote_types(self.dtype, torch.float32)
         if self.vae is None:
             return to_model_range(images, self.image_size).to(dtype)
@@ -39,7 +39,7 @@ class UNetDenoiser(Denoiser):
 
     @property
     def image_size(self) -> int:
-        """Pixels of a side of the images that it works on."""
+        """The side length, in pixels, of the images that the denoiser works on."""
         side: int = self.unet.config.sample_size
         return side if self.vae is None else image_size(self.vae, side)
 
@@ -50,11 +50,11 @@ class UNetDenoiser(Denoiser):
 
     @property
     def dtype(self) -> torch.dtype:
-        found: torch.dtype = self.unet.dtype  # diffusers' own answer leaves out quantised weights
+        found: torch.dtype = self.unet.dtype  # diffusers ignores quantised weights here
         return found
 
     def networks(self) -> dict[str, Any]:
-        """The diffusers networks that make a prediction, by the names of their submodules."""
+        """Returns the diffusers networks that make a prediction, keyed by their submodule names."""
         return {"unet": self.unet}
 
     @property

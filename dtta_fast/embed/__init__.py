@@ -1,4 +1,4 @@
-"""Adaptation as an artifact: the whole of it compiled ahead of time into a package, which Python and C++ hosts load."""
+"""Adaptation as an artifact: the entire adaptation is compiled ahead of time into a package that Python and C++ hosts load."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a C++ host is built with: torch's folder, the kernels' library and the folder of their headers, as a list for CMake."""
+"""Prints the build inputs of a C++ host as a CMake list: torch's folder, the kernel library and the folder of its headers."""
 
 import importlib.util
 import sys
@@ -8,7 +8,7 @@ from dtta_fast.kernels import native
 
 
 def main() -> None:
-    """Prints them; without a library of the kernels it ends with exit status 1."""
+    """Prints the list, or exits with status 1 if the kernel library or torch is missing."""
     torch = importlib.util.find_spec("torch")
     library = native.path()
     if library is None or torch is None or torch.origin is None:

@@ -1,4 +1,4 @@
-"""Compiling an adaptation ahead of time: make_fx, torch.export, AOTInductor, and a manifest."""
+"""Compiles an adaptation ahead of time with make_fx, torch.export and AOTInductor, and adds a manifest."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from dtta_fast.inputs import Checks, checked_images
 from dtta_fast.runtime import compiling
 from dtta_fast.tasks.base import Task
 
-MARGIN = 4.0  # the tolerance is that many times what was measured on a few images
-LEAST = 1e-5  # and at least that, relative to the largest output
-MOST_NAME = 255  # bytes of a file's name
-WRONG = 0.25  # of the largest output: no package is that far from the engine by rounding
+MARGIN = 4.0  # the tolerance is this multiple of the difference measured on a few images
+LEAST = 1e-5  # minimum tolerance, relative to the largest output
+MOST_NAME = 255  # maximum length of a file name in bytes
+WRONG = 0.25  # relative to the largest output: rounding alone never causes a difference this large
 
 
 def export(
@@ -41,29 +41,29 @@ def export(
     batch: int = 1,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Manifest:
-    """Compiles the whole adaptation of `batch` images under `config` into the package `path`, and measures it against the engine.
+    """Compiles the entire adaptation of `batch` images under `config` into the package `path` and compares it with the engine.
 
-    The package takes images [batch, 3, H, W] at the size that model and denoiser look at (Adapter.crop), holds the weights and needs
-    neither models nor config again: load() runs it in Python, dtta_embed.h in C++. It takes a C++ compiler here, not where it runs.
+    The package takes images [batch, 3, H, W] at the input size of model and denoiser (Adapter.crop). It contains the weights and needs
+    neither the models nor the config: load() runs it in Python, dtta_embed.h in C++. Exporting requires a C++ compiler; running does not.
 
     Args:
-        images: [N, 3, H, W] like those to come, N of `batch` and more: the tolerance is measured on them.
-        path: ends in .pt2.
-        progress: told the name of each function before it is compiled.
+        images: [N, 3, H, W] with N >= `batch`, similar to future inputs; the tolerance is measured on them.
+        path: must end in .pt2.
+        progress: called with the name of each function before it is compiled.
 
     Returns:
-        The manifest, as the package holds it.
+        The manifest stored in the package.
 
     Raises:
-        TypeError: model, denoiser, config or task of another kind.
-        ValueError: something cannot be exported, or `images` or `path` is no good; the message says what, and nothing is written.
+        TypeError: model, denoiser, config or task has the wrong type.
+        ValueError: something cannot be exported, or `images` or `path` is invalid; the message names the problem, and nothing is written.
     """
     path = Path(path)
     check_target(path, batch)
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) < batch:
         raise ValueError(f"images has shape {tuple(getattr(images, 'shape', ()))}; give [N, 3, H, W] with N of batch = {batch} and more")
     check_exportable(config)
-    images = checked_images(images, images.device, Checks()).float()  # as hosts give them
+    images = checked_images(images, images.device, Checks()).float()  # as hosts pass them
     adapter = Adapter(model, denoiser, config.replace(compile="off"), task)
     engine = adapter.engine
     device = anchor(engine.model).device
@@ -71,7 +71,7 @@ def export(
         raise ValueError(f"model is on {device}, and packages are made for the CPU; move model and denoiser there")
     ids = torch.arange(batch, dtype=torch.int64, device="cpu")
     crop = adapter.crop(images[:batch])
-    adapter.adapt(crop, image_ids=ids)  # refuses what does not fit
+    adapter.adapt(crop, image_ids=ids)  # raises if the inputs do not fit
     made = functions(engine, crop, ids)
     manifest = _manifest(engine, crop, made)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +79,7 @@ def export(
         files = {name: _compiled(name, function, manifest if name == KEEPER else None, progress) for name, function in made.items()}
         _write(draft, files)
         manifest = _measured(manifest, adapter, draft, images, batch)
-        # the tolerance is known now: the function that keeps the manifest is compiled again, from the cache
+        # the tolerance is now known, so recompile the function that stores the manifest, from the cache
         files[KEEPER] = _compiled(KEEPER, made[KEEPER], manifest, progress)
         written = _draft(path)
         try:
@@ -91,7 +91,7 @@ def export(
 
 
 def check_target(path: Path, batch: int) -> None:
-    """Raises ValueError where a package cannot be written to path, or for a batch that is none."""
+    """Raises ValueError if a package cannot be written to `path` or if `batch` is invalid."""
     if path.suffix != ".pt2" or os.path.isdir(path) or not os.path.isdir(path.parent):
         raise ValueError(f"path is {str(path)!r}; give a file ending in .pt2 in a folder that exists")
     if len(os.fsencode(_draft(path).name)) > MOST_NAME:
@@ -101,12 +101,12 @@ def check_target(path: Path, batch: int) -> None:
 
 
 def _draft(path: Path) -> Path:
-    """Where a package is written before it takes its name."""
+    """Returns the temporary path to which a package is written before it is renamed."""
     return path.with_name(f".{path.stem}.{os.getpid()}.pt2")
 
 
 def check_exportable(config: AdaptConfig) -> None:
-    """Raises ValueError where a package cannot hold this config."""
+    """Raises ValueError if a package does not support this config."""
     reasons = {
         "method": ("adapt", "the diffusion classifier leaves classes out as it goes, which no fixed graph does"),
         "parameters": ("all, norm, head or lora", "free logits start anew from each image's"),
@@ -119,7 +119,7 @@ def check_exportable(config: AdaptConfig) -> None:
 
 
 def _compiled(name: str, function: Function, manifest: Manifest | None, progress: Callable[[str], None]) -> list[Any]:
-    """The files of one function."""
+    """Compiles one function and returns its files."""
     progress(name)
     from torch._inductor import aot_compile
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -127,16 +127,16 @@ def _compiled(name: str, function: Function, manifest: Manifest | None, progress
     options = {
         "aot_inductor.package": True,
         "aot_inductor.metadata": {} if manifest is None else manifest.to_metadata(),
-        "cpp.dynamic_threads": True,  # as many as the host's torch has
+        "cpp.dynamic_threads": True,  # use as many threads as the host's torch
     }
     compiling.keep_cache()
-    example = tuple(tensor.clone() for tensor in function.example)  # of one tensor given twice, a trace would make one argument
+    example = tuple(tensor.clone() for tensor in function.example)  # tracing would merge a tensor that is passed twice into one argument
     try:
         graph = make_fx(function.call, tracing_mode="real", _allow_non_fake_inputs=True)(*example)
         with torch.no_grad():
             program = torch.export.export(graph, example)
             files: Any = aot_compile(program.module(), example, options=options)
-    except Exception as error:  # each of the three stages has kinds of its own
+    except Exception as error:  # each of the three stages raises its own exception types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{name!r}, one of the adaptation's functions, cannot be exported: {type(error).__name__}: {reason}") from error
     return list(files)
@@ -173,7 +173,7 @@ def _manifest(engine: Engine, crop: Tensor, made: dict[str, Function]) -> Manife
 
 
 def _measured(manifest: Manifest, adapter: Adapter, draft: str, images: Tensor, batch: int) -> Manifest:
-    """With the tolerance: the largest difference of outputs and losses from the engine's."""
+    """Adds the tolerance to the manifest, from the largest difference of outputs and losses from the engine's."""
     package, farthest, largest, parts = load(draft), 0.0, 0.0, [part for part in images.split(batch) if len(part) == batch]
     for number, part in enumerate(parts):
         adapter.reset()
@@ -181,7 +181,7 @@ def _measured(manifest: Manifest, adapter: Adapter, draft: str, images: Tensor, 
         crop, ids = adapter.crop(part), torch.arange(batch, dtype=torch.int64, device="cpu") + number * batch
         expected, found = adapter.adapt(crop, image_ids=ids), package.adapt(crop, image_ids=ids)
         for theirs, ours in ((found.outputs, expected.outputs), (found.loss, expected.loss)):
-            if theirs.shape != ours.shape or not torch.equal(theirs.isfinite(), ours.isfinite()):  # an image left alone has no loss
+            if theirs.shape != ours.shape or not torch.equal(theirs.isfinite(), ours.isfinite()):  # an unadapted image has no loss
                 raise ValueError("the package's outputs or losses are not finite where the engine's are: AOTInductor compiled it wrongly")
             both = ours.isfinite()
             farthest = max(farthest, float((theirs - ours)[both].abs().max()) if bool(both.any()) else 0.0)

@@ -1,4 +1,4 @@
-"""An adaptation cut into functions of tensors alone: what a package holds, and what a host calls in their order."""
+"""Splits an adaptation into pure tensor functions, which a package contains and a host calls in order."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ Tensors = list[Tensor]
 
 
 class Function(NamedTuple):
-    """A function from tensors to a list of them, and tensors of the shapes that it is made for."""
+    """A function from tensors to a list of tensors, and example tensors of the shapes for which it is compiled."""
 
     call: Callable[..., Tensors]
     example: Tensors
 
 
 def functions(engine: Engine, crop: Tensor, image_ids: Tensor) -> dict[str, Function]:
-    """The functions of an adaptation of crops [B, 3, H, W], by name. `state` stands for a state's tensors in a row.
+    """Builds the functions for adapting crops [B, 3, H, W], by name. `state` stands for the flat sequence of state tensors.
 
-    state() -> state                                            where every image, or the stream, starts
-    start(crop, state) -> inputs, x0, before, first, asked      the model's inputs, the latents; outputs for the crop, and for the inputs;
-                                                                which images [B] are to be adapted
-    step(state, inputs, x0, image_ids) -> loss                  the update itself, in the state's own storage; loss [B]
+    state() -> state                                            initial state of every image, or of the stream
+    start(crop, state) -> inputs, x0, before, first, asked      model inputs; latents; outputs for the crop and for the inputs; mask [B] of
+                                                                the images to adapt
+    step(state, inputs, x0, image_ids) -> loss                  one update, in place in the state; loss [B]
     finish(state, inputs, before, first, asked) -> after, standing, accepted, fresh
-                                                                outputs; what stands without a guard; whose answers [2, B], after and first,
-                                                                are to be held against the one from before
-    losses(outputs, x0, image_ids, step) -> losses [B, guard]   under the answer of the outputs, held out; where there is a guard
+                                                                outputs; the result without a guard; mask [2, B] of the answers `after` and
+                                                                `first` to compare with the answer before
+    losses(outputs, x0, image_ids, step) -> losses [B, guard]   held-out losses under the answer of the outputs; only with a guard
     decide(before, after, first, standing, accepted, fresh, losses, losses_after, losses_first)
         -> outputs, accepted, predictions, predictions_before
 
-    A host that runs them as Package.adapt does gives what Adapter.adapt gives.
+    A host that calls them in the same way as Package.adapt gets the same results as Adapter.adapt.
     """
     config, task, online = engine.config, engine.task, engine.config.mode == "online"
     size, dtype = (crop.shape[-2], crop.shape[-1]), anchor(engine.model).dtype
-    example = task.normalise(engine.problem.model, crop).to(dtype)  # of which only the shape counts
+    example = task.normalise(engine.problem.model, crop).to(dtype)  # only its shape matters
     together = engine.plan(example, engine.problem.denoiser.encode(crop), config.pairs)
     if together < len(crop):
         raise ValueError(f"batch is {len(crop)}, and memory_budget has room for {together} at once")
@@ -73,7 +73,7 @@ def functions(engine: Engine, crop: Tensor, image_ids: Tensor) -> dict[str, Func
             asked = calibration.distance(crop) > calibration.limit
         elif config.precheck == "answer":
             asked = (task.decision(before, denoiser) != task.decision(first, denoiser)).flatten(1).any(1)
-        return [inputs.clone(), denoiser.encode(matched), before.clone(), first.clone(), asked]  # no output is another's memory
+        return [inputs.clone(), denoiser.encode(matched), before.clone(), first.clone(), asked]  # outputs must not share memory
 
     def update(*given: Tensor) -> Tensors:
         with torch.enable_grad():
@@ -84,7 +84,7 @@ def functions(engine: Engine, crop: Tensor, image_ids: Tensor) -> dict[str, Func
         inputs, before, first, asked = given[count:]
         after = step.forward(problem, restored(given).theta, inputs)
         standing, accepted, fresh, _ = step.compared(problem, before, [after, first])
-        if not config.guard:  # one answer stands or falls by being finite
+        if not config.guard:  # the only check on a single answer is that it is finite
             fresh = [torch.zeros_like(asked)] * 2
         wide = asked.view(-1, *(1,) * (after.ndim - 1))
         return [after.clone(), torch.where(wide, standing, before), accepted & asked, torch.stack(fresh) & asked]

@@ -1,4 +1,4 @@
-"""What a package says of itself, and whether it fits a machine and an adapter."""
+"""Describes a package and checks whether it fits a machine and an adapter."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ import torch
 from dtta_fast.config import AdaptConfig
 from dtta_fast.engine import Engine
 
-FORMAT = 1  # of the functions in a package and of its manifest; session.cpp reads the same
-CAPABILITIES = ("DEFAULT", "NO AVX", "AVX2", "AVX512")  # of processors, each with what those before it have
+FORMAT = 1  # format of the functions in a package and of its manifest; session.cpp reads the same format
+CAPABILITIES = ("DEFAULT", "NO AVX", "AVX2", "AVX512")  # of processors; each includes all the previous ones
 EXTENSIONS = ("avx", "amx", "bmi", "f16c", "fma", "gfni", "sha", "sse", "vaes", "vpclmul", "adx", "popcnt", "movbe")
-KEEPER = "decide"  # the function whose metadata the manifest is
-MOST_VALUES = 2**30  # of a batch of images, and of outputs
+KEEPER = "decide"  # the function whose metadata stores the manifest
+MOST_VALUES = 2**30  # maximum number of values in a batch of images and in outputs
 UNUSED = ("compile", "memory_budget", "chunk")  # settings that do not change what a package computes
 
 
 @dataclass(frozen=True)
 class Manifest:
     """Attributes:
-    format: of the package. torch: the version that compiled it. device: "cpu". capability: what torch calls the processor's vector
-        instructions; instructions: those that its code may take, as Linux names them, separated by spaces.
-    weights: fingerprint of model, denoiser, noise process and calibration. config: the settings, as JSON. task: its class, and a
-        fingerprint of how it normalises and what it makes of outputs.
-    batch, height, width: of the images [batch, 3, height, width] that it takes. outputs: shape of the model's, its sides separated by
-        spaces.
-    steps, guard: as in the config. evaluations: of a step, an image. online: whether the state goes on from call to call.
-    state: dtypes and shapes of the state's tensors, as JSON.
-    tolerance: how far outputs may be from the engine's, in the unit of the outputs; measured: how far they were at the export, at most,
-        over measured_images images.
+    format: package format. torch: version that compiled the package. device: "cpu". capability: torch's name for the processor's vector
+        instructions. instructions: those that the code may use, by their Linux names, separated by spaces.
+    weights: fingerprint of model, denoiser, noise process and calibration. config: the settings, as JSON. task: class of the task, and a
+        fingerprint of its normalisation and of how it interprets outputs.
+    batch, height, width: shape of the input images [batch, 3, height, width]. outputs: shape of the model's outputs, as sizes separated
+        by spaces.
+    steps, guard: as in the config. evaluations: per step and image. online: whether the state persists between calls.
+    state: dtypes and shapes of the state tensors, as JSON.
+    tolerance: maximum allowed difference of outputs from the engine's, in the unit of the outputs. measured: the largest difference
+        measured at export, over measured_images images.
     """
 
     format: int
@@ -62,15 +62,15 @@ class Manifest:
     measured_images: int = 0
 
     def to_metadata(self) -> dict[str, str]:
-        """As AOTInductor keeps it beside a function."""
+        """Returns the manifest in the form in which AOTInductor stores the metadata of a function."""
         return {field.name: json.dumps(value) if not isinstance(value := getattr(self, field.name), str) else value for field in FIELDS}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path: str | Path) -> Manifest:
-        """What to_metadata() gave.
+        """Restores a manifest from the result of to_metadata().
 
         Raises:
-            ValueError: it is no manifest of this format.
+            ValueError: the metadata is not a manifest of this format.
         """
         found = {field.name: metadata.get(field.name) for field in FIELDS}
         if found["format"] != str(FORMAT):
@@ -85,7 +85,7 @@ class Manifest:
         return cls(**values)
 
     def misfits(self) -> list[str]:
-        """Why this machine cannot run the package, in words; empty where it can."""
+        """Returns the reasons why this machine cannot run the package; empty if it can."""
         found = []
         here = torch_version()
         if self.torch != here:
@@ -101,7 +101,7 @@ class Manifest:
         return found
 
     def differences(self, engine: Engine) -> list[str]:
-        """What is other in an adapter's engine, in words; empty where it computes the same."""
+        """Describes how an adapter's engine differs from the package; empty if both compute the same."""
         found = []
         theirs, ours = json.loads(self.config), comparable(engine.config)
         for name in sorted({*theirs, *ours}):
@@ -120,7 +120,7 @@ FIELDS = dataclasses.fields(Manifest)
 
 
 def _check(values: Mapping[str, Any]) -> None:
-    """Raises ValueError where a value is of another kind, or sizes are beyond what any memory holds."""
+    """Raises ValueError if a value has the wrong type or range, or if sizes are larger than any memory."""
     for field in FIELDS:
         value = values[field.name]
         if field.type == "int" and not (type(value) is int and 0 <= value < 2**31):
@@ -144,18 +144,18 @@ def _check(values: Mapping[str, Any]) -> None:
 
 
 def rank(capability: str) -> int:
-    """Of a processor's vector instructions: what is not known takes what nobody has."""
+    """Returns the rank of a vector instruction level; an unknown level ranks above all known ones."""
     return CAPABILITIES.index(capability) if capability in CAPABILITIES else len(CAPABILITIES)
 
 
 def torch_version() -> str:
-    """major.minor.patch: what C++ knows of it."""
+    """Returns major.minor.patch, the part of the version that C++ knows."""
     found = re.match(r"\d+\.\d+\.\d+", torch.__version__)
     return found[0] if found else torch.__version__
 
 
 def instructions() -> set[str]:
-    """This processor's extensions that compilers use, as Linux names them; none where it does not tell."""
+    """Returns the extensions of this processor that compilers use, by their Linux names; empty if the system does not list them."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.is_file() else []
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
@@ -164,7 +164,7 @@ def instructions() -> set[str]:
 
 @torch.no_grad()
 def task_of(engine: Engine, crop: list[int], outputs: list[int]) -> str:
-    """A task's class, and eight digits of what it makes of a crop and of outputs of these shapes: transforms, classes, sizes."""
+    """Returns a task's class and eight hex digits of its results for a crop and outputs of these shapes: transforms, classes, sizes."""
     task, found = engine.task, hashlib.sha256()
     images, given = (
         (torch.arange(math.prod(shape), dtype=torch.float32, device="cpu") * 0.37).sin().reshape(shape) / 2 + 0.5
@@ -176,7 +176,7 @@ def task_of(engine: Engine, crop: list[int], outputs: list[int]) -> str:
 
 
 def comparable(config: AdaptConfig) -> dict[str, Any]:
-    """The settings that change what a package computes, as JSON has them."""
+    """Returns the settings that change what a package computes, as JSON values."""
     kept = {name: value for name, value in dataclasses.asdict(config).items() if name not in UNUSED}
     found: dict[str, Any] = json.loads(json.dumps(kept))
     return found
@@ -184,7 +184,7 @@ def comparable(config: AdaptConfig) -> dict[str, Any]:
 
 @torch.no_grad()
 def weights_digest(engine: Engine) -> str:
-    """Sixteen hexadecimal digits of all weights and buffers of model and denoiser, bit for bit, the noise process and the calibration."""
+    """Hashes all weights and buffers of model and denoiser bitwise, the noise process and the calibration to sixteen hex digits."""
     found = hashlib.sha256()
     for module in (engine.model, engine.denoiser):
         for name, tensor in sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items()):

@@ -1,4 +1,4 @@
-"""A package at work in Python: the same calls as an Adapter's."""
+"""Runs a package in Python, with the same calls as an Adapter."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dtta_fast.runtime.clock import Clock, Pace
 
 
 def load(path: str | Path, adapter: Adapter | None = None) -> Package:
-    """Opens what export() wrote. Its code runs in this process: load packages of people you trust.
+    """Opens a package written by export(). Its code runs in this process, so load packages only from people you trust.
 
     Args:
-        adapter: where it is given, the package has to hold its weights and compute what its config says.
+        adapter: if given, the package must contain the adapter's weights and match its config.
 
     Raises:
-        FileNotFoundError, ValueError: there is no package there, or it does not fit this machine, this torch or the adapter; the message
-            lists what differs, and nothing of the package has run.
+        FileNotFoundError, ValueError: the package is missing, or it does not fit this machine, this torch version or the adapter; the
+            message lists the differences, and no code of the package has run.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -54,10 +54,10 @@ def load(path: str | Path, adapter: Adapter | None = None) -> Package:
 
 
 class Package:
-    """An adaptation that was compiled ahead: adapt() as an Adapter's, for images of one size and number. Threads take turns.
+    """An adaptation compiled ahead of time. adapt() works like that of an Adapter, for one batch shape. Concurrent calls are serialised.
 
     Attributes:
-        manifest: what it was made of.
+        manifest: describes what the package was built from.
     """
 
     def __init__(self, manifest: Manifest, functions: dict[str, Any]) -> None:
@@ -65,7 +65,7 @@ class Package:
         self._functions = functions
         self._lock = threading.Lock()
         self._pace = Pace()
-        with torch.inference_mode(False):  # steps write to them, in whatever mode
+        with torch.inference_mode(False):  # steps write to these tensors in any mode
             self._initial = [tensor.clone() for tensor in self._run("state")]
             self._state = [tensor.clone() for tensor in self._initial]
 
@@ -74,10 +74,10 @@ class Package:
         return found
 
     def adapt(self, images: Tensor, *, image_ids: Tensor | None = None, deadline_ms: float | None = None) -> AdaptResult:
-        """Adapts to a batch and predicts: Adapter.adapt, for images [batch, 3, height, width] of the manifest's size.
+        """Adapts to a batch and predicts like Adapter.adapt, for images [batch, 3, height, width] with the sizes in the manifest.
 
         Raises:
-            ValueError: bad input; nothing has changed.
+            ValueError: the input is invalid; the state is unchanged.
         """
         start, images, image_ids = time.perf_counter(), *self._checked(images, image_ids)
         deadline = None if deadline_ms is None else start + checked_deadline(deadline_ms) / 1000
@@ -94,14 +94,14 @@ class Package:
 
     @torch.no_grad()
     def _adapt(self, images: Tensor, image_ids: Tensor, deadline: float | None, warming: bool) -> AdaptResult:
-        """warming: every function is run and timed, whether an image asks for it or not, and an online state stays as it was."""
+        """With `warming`, runs and times every function, whether or not an image needs it, and leaves an online state unchanged."""
         kept = [tensor.clone() for tensor in self._state] if self.manifest.online else []
         stays = False
         try:
             result = self._attempted(images, image_ids, deadline, warming)
             stays = not warming and all(bool(tensor.isfinite().all()) for tensor in (self._state if kept else []))
         finally:
-            if kept and not stays:  # a call that fails, or after which the weights are not finite, leaves no trace
+            if kept and not stays:  # undo a call that fails or leaves non-finite weights
                 torch._foreach_copy_(self._state, kept)
         return result
 
@@ -123,7 +123,7 @@ class Package:
                 with pace.end.timed(clock, wanted=True):
                     after, standing, accepted, fresh = self._run("finish", *state, inputs, before, first, asked)
         begun = clock.now()
-        if deadline is not None and begun + pace.guard.expected > deadline:  # no changed answer stands without a comparison
+        if deadline is not None and begun + pace.guard.expected > deadline:  # a changed answer is never accepted without a comparison
             fresh = torch.zeros_like(fresh)
         with clock.phase("guard"):
             known = [x0.new_zeros(len(x0), max(1, manifest.guard)) for _ in range(3)]
@@ -142,13 +142,13 @@ class Package:
         return AdaptResult(outputs, before, predictions, predictions_before, loss, accepted, len(losses), spent.to(torch.int64), clock)
 
     def warmup(self, images: Tensor) -> dict[str, float]:
-        """Runs and times all that adapt() may run, three times; nothing of it stays in an online state.
+        """Runs and times everything that adapt() may run, three times, without changing an online state.
 
         Returns:
-            Seconds of the first run, `cold`, and of the last, `warm`.
+            Seconds of the first run as `cold` and of the last as `warm`.
 
         Raises:
-            ValueError: images that adapt() refuses; nothing has run.
+            ValueError: adapt() would reject the images; nothing has run.
         """
         images, image_ids = self._checked(images, None)
         seconds = []
@@ -160,20 +160,20 @@ class Package:
         return {"cold": seconds[0], "warm": seconds[-1]}
 
     def reset(self) -> None:
-        """Back to the weights of the export and an empty optimizer."""
+        """Restores the exported weights and an empty optimizer state."""
         with self._lock, torch.no_grad():
             torch._foreach_copy_(self._state, self._initial)
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the online state, for a package of the same weights and config: their fingerprint, and the state's tensors."""
+        """Returns a copy of the online state for a package with the same weights and config: their fingerprint and the state tensors."""
         with self._lock, torch.inference_mode(False):
             return {"weights": self.manifest.weights, "config": self.manifest.config, "state": [tensor.clone() for tensor in self._state]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what state_dict() gave.
+        """Restores a state returned by state_dict().
 
         Raises:
-            ValueError: the package is episodic, or the state is of another package; nothing has changed.
+            ValueError: the package is episodic, or the state belongs to another package; the current state is unchanged.
         """
         manifest = self.manifest
         if not manifest.online:
@@ -191,6 +191,6 @@ class Package:
 
 
 def _form(value: Any) -> Any:
-    """What has to be alike for one tensor to be copied into another."""
+    """Returns the properties that must match for one tensor to be copied into another."""
     plain = isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
     return (value.shape, value.dtype, value.device) if plain else type(value)

@@ -1,4 +1,4 @@
-"""The HTML report of evaluation runs: one page that needs nothing beside itself."""
+"""The HTML report of evaluation runs: a single self-contained page."""
 
 from dtta_fast.report.page import make_page
 from dtta_fast.report.reading import Run, read_runs

@@ -16,16 +16,16 @@ from dtta_fast.report.reading import Run
 from dtta_fast.report.svg import Plot
 from dtta_fast.runs.records import Record
 
-MOST = 12  # cards of a kind, of a run
-SIDE = 96  # pixels of a thumbnail at most
-CLASSES = 4  # of a card
-SMALL = 0.005  # a probability that is not told of, unless it is of an answer or of the true class
+MOST = 12  # maximum number of cards per kind and run
+SIDE = 96  # maximum side length of a thumbnail in pixels
+CLASSES = 4  # maximum number of classes per card
+SMALL = 0.005  # probabilities below it are omitted, except for answers and the true class
 ReadImage: TypeAlias = Callable[[Run, int], Image.Image | None]
 
 
 @dataclass(frozen=True)
 class Card:
-    """An image. kind: improved, harmed, or changed, where there are no labels; run: its number; change: as measures.changes says."""
+    """An image. kind: improved, harmed, or (without labels) changed; run: number of the run; change: as in measures.changes."""
 
     kind: str
     run: int
@@ -40,12 +40,12 @@ class Card:
 
 
 def no_image(run: Run, image_id: int) -> Image.Image | None:
-    """No thumbnails."""
+    """Returns no image, so that the page has no thumbnails."""
     return None
 
 
 def cards_of(run: Run, number_of_run: int, measure: Measure | None, read_image: ReadImage) -> tuple[list[Card], str | None]:
-    """The cards of a run, and why thumbnails are missing, where they could not be read."""
+    """Returns the cards of a run and, if thumbnails could not be read, the reason."""
     found = changes(run, measure)
     better = sorted((change for change in found if change[0] > 0), key=lambda change: -change[0])[:MOST]
     worse = sorted((change for change in found if change[0] < 0), key=lambda change: change[0])[:MOST]
@@ -70,7 +70,7 @@ def _card(
         truth = "" if record["label"] is None else run.class_name(record["label"])
         shown = "" if measure is None else f"{number(100 * change, 0, sign=True)} points"
     else:
-        assert measure is not None  # only answers come without one
+        assert measure is not None  # only classification runs can lack a measure
         pairs, confidence, truth = _score_pairs(record), 0.0, ""
         shown = measure.scale.shown(change, sign=True)
     plot = pairs_plot(key, f"{record['path']}, before and after", pairs, number_of_run)
@@ -79,7 +79,7 @@ def _card(
 
 
 def _class_pairs(run: Run, record: Record) -> list[Pair]:
-    """The likeliest classes after and before, and the true one, by their probability after."""
+    """Returns the most likely classes after and before and the true class, sorted by probability after."""
     answers = [k for k in (record["label"], record["prediction"], record["prediction_before"]) if k is not None]
     listed = [int(k) for pair in zip(record["top"], record["top_before"], strict=False) for k, p in pair if p >= SMALL]
     chosen = list(dict.fromkeys([*answers, *listed]))[:CLASSES]
@@ -92,7 +92,7 @@ def _class_pairs(run: Run, record: Record) -> list[Pair]:
 
 
 def _score_pairs(record: Record) -> list[Pair]:
-    """Each score, its bars as long as the larger of the two asks where it passes 1."""
+    """Returns each score, with bars scaled by the larger of the two values if it exceeds 1."""
     pairs = []
     for name, after in record["score"].items():
         before = record["score_before"].get(name)
@@ -103,7 +103,7 @@ def _score_pairs(record: Record) -> list[Pair]:
 
 
 def _embedded(picture: Image.Image) -> str:
-    """As a data address of at most SIDE pixels; a small one without loss."""
+    """Encodes an image as a data URL of at most SIDE pixels; small images are stored losslessly."""
     picture = picture.convert("RGB")
     small = max(picture.size) <= SIDE
     if not small:

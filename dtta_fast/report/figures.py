@@ -1,4 +1,4 @@
-"""The report's figures, each a plot with its figures in words."""
+"""The figures of the report, each a plot with a text description of its values."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import NamedTuple
 from dtta_fast.report.measures import Bin, Estimate, LossStep, Scale, number
 from dtta_fast.report.svg import Axis, Plot, axis, tick_label
 
-NAME_LENGTH = 20  # characters of a name beside a bar
-COLOURS = 8  # of runs; the ninth has the first one's again
+NAME_LENGTH = 20  # maximum length of a name next to a bar
+COLOURS = 8  # run colours; the ninth run reuses the first one
 
 
 def colour(run: int) -> str:
-    """The class of a run's colour."""
+    """Returns the CSS class for the colour of a run."""
     return f"run{run % COLOURS}"
 
 
 class BarRow(NamedTuple):
-    """A name and a value of each run, with its interval where it has one; None where a run has none."""
+    """A name and one value per run, with its interval if available; None if a run has no value."""
 
     name: str
     values: Sequence[Estimate | float | None]
 
 
 def bars(key: str, title: str, rows: Sequence[BarRow], runs: Sequence[str], scale: Scale, *, sign: bool = True, unit: str = "") -> Plot:
-    """Bars from left to right, a row a name, the runs beneath each other in it; sign: of changes, which have one."""
+    """Plots horizontal bars with one row per name and the runs stacked within it. sign: show signs, because the values are changes."""
     factor = 100 if scale.percent else 1
     ends = [0.0]
     for row in rows:
@@ -73,12 +73,12 @@ def _told(value: Estimate | float | None, scale: Scale, sign: bool, name: str = 
 
 
 def short(name: str, length: int = NAME_LENGTH) -> str:
-    """A name that fits beside a bar: its end is kept, which tells a severity."""
+    """Shortens a name to fit next to a bar, keeping its end, which contains the severity."""
     return name if len(name) <= length else f"{name[: length - 5]}…{name[-4:]}"
 
 
 def reliability_plot(key: str, run: str, number_of_run: int, before: Sequence[Bin], after: Sequence[Bin]) -> Plot:
-    """Accuracy against confidence, bin by bin; a dot's area is the share of images in its bin."""
+    """Plots accuracy against confidence per bin; the area of a dot grows with the share of images in its bin."""
     unit = axis(0, 100)
     words = []
     for name, found in (("before", before), ("after", after)):
@@ -99,7 +99,7 @@ def reliability_plot(key: str, run: str, number_of_run: int, before: Sequence[Bi
 
 
 class CostPoint(NamedTuple):
-    """A run, its number, its mean evaluations an image and its leading figure before and after."""
+    """The name and number of a run, its mean evaluations per image and its main measure before and after."""
 
     name: str
     run: int
@@ -109,7 +109,7 @@ class CostPoint(NamedTuple):
 
 
 def cost_plot(key: str, points: Sequence[CostPoint], scale: Scale) -> Plot:
-    """The leading figure against evaluations an image: hollow before, filled after, with its interval."""
+    """Plots the main measure against evaluations per image: hollow before, filled with its interval after."""
     factor = 100 if scale.percent else 1
     across = axis(0, max(point.evaluations for point in points))
     values = [factor * value for point in points for value in (point.before, *point.after)]
@@ -133,7 +133,7 @@ def cost_plot(key: str, points: Sequence[CostPoint], scale: Scale) -> Plot:
 
 
 def cumulative_plot(key: str, evaluations: Sequence[int]) -> Plot:
-    """The share of images that took at most so many evaluations, as steps."""
+    """Plots the cumulative share of images over the number of evaluations, as steps."""
     ordered = sorted(evaluations)
     counts: dict[int, int] = {}
     for i, value in enumerate(ordered, 1):
@@ -154,7 +154,7 @@ def cumulative_plot(key: str, evaluations: Sequence[int]) -> Plot:
 
 
 def loss_plot(key: str, curves: Sequence[tuple[str, int, Sequence[LossStep]]]) -> Plot:
-    """Of each run (name, its number, steps) the mean loss and the quartiles around it."""
+    """Plots the mean loss and its quartiles for each run (name, number, steps)."""
     longest = max(len(steps) for _, _, steps in curves)
     ends = [value for _, _, steps in curves for step in steps for value in step]
     up = axis(min(ends), max(ends))
@@ -179,7 +179,7 @@ def loss_plot(key: str, curves: Sequence[tuple[str, int, Sequence[LossStep]]]) -
         points = [(across.share(k), plot.y(up, step.mean)) for k, step in enumerate(steps, 1)]
         plot.curve(points, f"curve {colour(i)}")
         for k, (step, (x, y)) in enumerate(zip(steps, points, strict=True), 1):
-            if len(steps) == 1:  # no band: the quartiles as a line
+            if len(steps) == 1:  # no band; show the quartiles as a line
                 plot.line(x, plot.y(up, step.low), x, plot.y(up, step.high), f"curve {colour(i)}")
             if len(steps) <= 20:
                 plot.dot(x, y, 3, f"solid {colour(i)}", f"{name}, step {k}: {step.mean:.4g}")
@@ -187,7 +187,7 @@ def loss_plot(key: str, curves: Sequence[tuple[str, int, Sequence[LossStep]]]) -
 
 
 class Pair(NamedTuple):
-    """A class's probability, or a score, before and after, as texts and as shares of the longest bar; truth: the true class."""
+    """A class probability or a score before and after, as text and as shares of the longest bar. truth: this is the true class."""
 
     name: str
     before: float
@@ -197,7 +197,7 @@ class Pair(NamedTuple):
 
 
 def pairs_plot(key: str, title: str, pairs: Sequence[Pair], run: int) -> Plot:
-    """Two thin bars a row, before and after, and their figures."""
+    """Plots two thin bars per row, before and after, with their values."""
     words = "; ".join(f"{pair.name}{' (true class)' if pair.truth else ''} {pair.shown}" for pair in pairs)
     right = 16 + 7 * max(len(pair.shown) for pair in pairs)
     plot = Plot(key, title, f"Before → after: {words}.", 24 * len(pairs), left=112, right=right, top=2, bottom=2)

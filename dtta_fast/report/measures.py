@@ -1,4 +1,4 @@
-"""What a report says of a run's images: answers or scores before and after, by group and by class, and what they cost."""
+"""Measures that a report shows for the images of a run: answers or scores before and after, by group and by class, and their cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dtta_fast.runs.records import Record
 
 
 class Scale(NamedTuple):
-    """How a measure is named and printed; less: the smaller, the better; metres: its unit."""
+    """How a measure is named and printed. less: smaller is better; metres: its unit is metres."""
 
     label: str
     percent: bool = True
@@ -27,7 +27,7 @@ class Scale(NamedTuple):
         return "%" if self.percent else "m" if self.metres else ""
 
     def shown(self, value: float, sign: bool = False) -> str:
-        """As text: percent to a tenth, other values to four places."""
+        """Formats a value: percentages with one decimal place, other values with four."""
         return number(100 * value, 1, sign) if self.percent else number(value, 4, sign)
 
 
@@ -45,7 +45,7 @@ SCALES = {
 
 
 def scale_of(name: str) -> Scale:
-    """Of a measure by its name in records and results."""
+    """Returns the scale of a measure by its name in records and results."""
     return ACCURACY if name == "accuracy" else SCALES.get(name, Scale(name, percent=False))
 
 
@@ -59,7 +59,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of each of N images before and after: 0 or 1 for answers, a score for maps. before, after: float64 [N]."""
+    """Per-image values of N images before and after: 0 or 1 for answers, a score for maps. before, after: float64 [N]."""
 
     scale: Scale
     records: Sequence[Record]
@@ -68,12 +68,12 @@ class Measure:
 
     @property
     def gain(self) -> Tensor:
-        """[N], above 0 where the image became better."""
+        """Gain per image, [N]; positive if the image improved."""
         return self.before - self.after if self.scale.less else self.after - self.before
 
 
 def number(value: float, digits: int = 1, sign: bool = False) -> str:
-    """As text, with a minus sign instead of a hyphen; a sign that rounds away is left out."""
+    """Formats a number with a minus sign instead of a hyphen; a value that rounds to zero has no sign."""
     text = f"{value:+,.{digits}f}" if sign else f"{value:,.{digits}f}"
     if not any(digit in text for digit in "123456789"):
         text = text.lstrip("+-")
@@ -81,7 +81,7 @@ def number(value: float, digits: int = 1, sign: bool = False) -> str:
 
 
 def measures(run: Run) -> list[Measure]:
-    """Accuracy over the labelled images, or every score of maps, the leading one first; none where no image has any."""
+    """Returns the accuracy over the labelled images, or every score of maps with the main one first; empty if no image has any."""
     if run.task == "classification":
         known = [record for record in run.records if record["label"] is not None]
         answers = ([float(record[key] == record["label"]) for record in known] for key in ("prediction_before", "prediction"))
@@ -98,12 +98,12 @@ def measures(run: Run) -> list[Measure]:
 
 
 def estimate(values: Tensor) -> Estimate:
-    """Of values [N], one an image."""
+    """Estimates the mean of values [N], one per image."""
     return Estimate(float(values.mean()), *bootstrap_interval(values))
 
 
 def gains_by(measure: Measure, key: Callable[[Record], Hashable]) -> dict[Any, Tensor]:
-    """Gains [n] of the images of each group, class or whatever key gives, in the order in which they come."""
+    """Returns the gains [n] of the images for each value of `key`, such as a group or class, in order of first appearance."""
     rows: dict[Hashable, list[int]] = {}
     for i, record in enumerate(measure.records):
         rows.setdefault(key(record), []).append(i)
@@ -120,7 +120,7 @@ class Bin(NamedTuple):
 
 
 def reliability(confidence: Tensor, right: Tensor, bins: int = 15) -> list[Bin]:
-    """The bins that have images, of confidence [N] in answers that are right or not [N]; those of metrics.calibration_error."""
+    """Returns the non-empty bins for confidence [N] and correctness [N] of answers; the bins match metrics.calibration_error."""
     where = (confidence * bins).long().clamp(max=bins - 1)
     masks = [where == k for k in range(bins)]
     return [
@@ -137,7 +137,7 @@ class LossStep(NamedTuple):
 
 
 def loss_steps(records: Sequence[Record]) -> list[LossStep]:
-    """Of each step that any image took."""
+    """Returns the loss of each step that any image took."""
     found = []
     for step in range(max((len(record["loss"]) for record in records), default=0)):
         taken = [record["loss"][step] for record in records if step < len(record["loss"]) and record["loss"][step] is not None]
@@ -150,10 +150,10 @@ def loss_steps(records: Sequence[Record]) -> list[LossStep]:
 
 
 def changes(run: Run, measure: Measure | None) -> list[tuple[float, Record]]:
-    """Each image's change: of the true class's probability, or of the leading score, above 0 where it became better.
+    """Returns the change of each image: in the probability of the true class, or in the main score; positive for an improvement.
 
-    A class outside the listed ones counts as 0, so that an answer that turns right counts by its confidence. Images without labels have
-    no change for the better or the worse: those whose answer changed count by the confidence in the new one.
+    A class that is not listed has probability 0, so an answer that becomes correct counts by its confidence. Images without labels cannot
+    improve or get worse; those whose answer changed count by the confidence in the new answer.
     """
     if measure is None:
         return [(record["confidence"], record) for record in run.records if record.get("prediction") != record.get("prediction_before")]
@@ -166,5 +166,5 @@ def changes(run: Run, measure: Measure | None) -> list[tuple[float, Record]]:
 
 
 def probability(top: Sequence[Sequence[float]], label: int) -> float:
-    """Of a class, by the list of the likeliest ones."""
+    """Looks up the probability of a class in the list of the most likely ones; 0 if it is not listed."""
     return next((float(p) for k, p in top if k == label), 0.0)

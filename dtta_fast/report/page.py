@@ -1,4 +1,4 @@
-"""The page: what each section shows, and the template that it is put into."""
+"""Builds the report page: the content of each section, rendered with a template."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 ENVIRONMENT = Environment(
     loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-GROUPS, CLASSES, FAILURES = 100, 30, 200  # at most so many are shown
+GROUPS, CLASSES, FAILURES = 100, 30, 200  # maximum numbers shown
 SECONDS = Scale("Seconds", percent=False)
 
 
 class Cell(NamedTuple):
-    """A figure in a table; sort: what its column is sorted by; note: in smaller type; good: whether it is for the better."""
+    """A table cell. sort: sort key of its column; note: shown in smaller type; good: whether the value is an improvement."""
 
     text: str
     sort: float | str = ""
@@ -43,7 +43,7 @@ NONE = Cell("–")
 
 
 class Row(NamedTuple):
-    """A line of a table; unit: of its figures, after its name; mark: it stands out."""
+    """A table row. unit: unit of its values, shown after its name; mark: whether the row is highlighted."""
 
     name: str
     cells: Sequence[Cell]
@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Figure:
-    """Plots, the table of their figures, and a line about them."""
+    """Plots, a table of their values and a note about them."""
 
     plots: Sequence[Plot]
     note: str = ""
@@ -63,7 +63,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Answers:
-    """A run with its measures, which several sections need."""
+    """A run and its measures, which several sections need."""
 
     run: Run
     measures: Sequence[Measure]
@@ -74,10 +74,13 @@ class Answers:
 
 
 def make_page(runs: Sequence[Run], read_image: ReadImage = no_image) -> str:
-    """One page about runs of one task, as reading.read_runs gives them. It loads nothing: figures, styles and images are in it.
+    """Renders one page about runs of one task, as returned by reading.read_runs.
+
+    The page embeds its figures, styles and images, so it loads no external resources.
 
     Args:
-        read_image: the image of (run, image_id) for a thumbnail, or None. Its ValueError, ImportError or OSError is told of on the page.
+        read_image: returns the thumbnail image for (run, image_id), or None. If it raises ValueError, ImportError or OSError, the page
+            shows the error.
     """
     names = [run.name for run in runs]
     found = [Answers(run, measures(run)) for run in runs]
@@ -119,7 +122,7 @@ def make_page(runs: Sequence[Run], read_image: ReadImage = no_image) -> str:
 
 
 def _summary(found: Sequence[Answers]) -> list[Row]:
-    """The figures of each run, a column each; lines that no run has are left out."""
+    """Builds the summary table with one column per run; rows without a value in any run are omitted."""
     rows: dict[str, tuple[str, list[Cell]]] = {}
 
     def put(i: int, name: str, unit: str, cell: Cell) -> None:
@@ -162,7 +165,7 @@ def _summary(found: Sequence[Answers]) -> list[Row]:
 
 
 def _estimated(value: Estimate, scale: Scale, sign: bool = False) -> Cell:
-    """With its interval; green or red where a change's interval leaves 0 out."""
+    """Formats a value with its interval; a change is green or red if its interval excludes 0."""
     sure = sign and (value.low > 0 or value.high < 0)
     note = f"{scale.shown(value.low, sign)} to {scale.shown(value.high, sign)}"
     return Cell(scale.shown(value.value, sign), value.value, note, value.value > 0 if sure else None)
@@ -179,7 +182,7 @@ def _gain_unit(scale: Scale) -> str:
 
 
 def _groups(found: Sequence[Answers]) -> Figure | None:
-    """Gain by group, in the order of the data set."""
+    """Shows the gain by group, in dataset order."""
     leading = [answers.leading for answers in found if answers.leading is not None]
     if not leading:
         return None
@@ -193,7 +196,7 @@ def _groups(found: Sequence[Answers]) -> Figure | None:
 
 
 def _classes(found: Sequence[Answers]) -> Figure | None:
-    """Gain of the classes with the largest changes, the largest gain first."""
+    """Shows the gain of the classes with the largest changes, sorted by decreasing gain."""
     leading = [answers.leading for answers in found if answers.leading is not None]
     if not leading or leading[0].scale is not ACCURACY:
         return None
@@ -210,7 +213,7 @@ def _classes(found: Sequence[Answers]) -> Figure | None:
 
 
 def _most(parts: Sequence[Mapping[Any, torch.Tensor]], key: Any) -> torch.Tensor:
-    """Of the run with the most images of a group or class: one that is still going has fewer."""
+    """Returns the values of the run with the most images of a group or class, because an unfinished run has fewer."""
     return max((part[key] for part in parts if key in part), key=len)
 
 
@@ -241,7 +244,7 @@ def _gain_cell(value: Estimate | float | None, scale: Scale) -> Cell:
 
 
 def _reliability(found: Sequence[Answers]) -> Figure | None:
-    """A plot a run."""
+    """Shows one reliability plot per run."""
     plots = []
     for i, answers in enumerate(found):
         if answers.leading is not None and answers.leading.scale is ACCURACY:
@@ -253,7 +256,7 @@ def _reliability(found: Sequence[Answers]) -> Figure | None:
 
 
 def _cost(found: Sequence[Answers]) -> Figure | None:
-    """Runs as points, and of one run the spread of its evaluations."""
+    """Shows the runs as points and, for a single run, the distribution of its evaluations."""
     plots, points, note = [], [], ""
     for i, answers in enumerate(found):
         if answers.leading is not None:
@@ -277,7 +280,7 @@ def _loss(found: Sequence[Answers]) -> Figure | None:
 
 
 def _phases(runs: Sequence[Run]) -> Figure | None:
-    """Seconds by phase, the longest first, and of the whole run."""
+    """Shows the seconds of each phase, the longest first, and of the whole run."""
     phases = list(dict.fromkeys(name for run in runs for name in run.seconds))
     if not phases:
         return None
@@ -293,7 +296,7 @@ def _phases(runs: Sequence[Run]) -> Figure | None:
 
 
 def _compared(parts: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The values of each run by name; those that differ between runs that have any are marked."""
+    """Lists the values of each run by name and marks those that differ between runs that have any."""
     rows = []
     for name in dict.fromkeys(name for part in parts for name in part):
         texts = [None if not part else _plain(part[name]) if name in part else "–" for part in parts]

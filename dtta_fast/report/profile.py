@@ -1,4 +1,4 @@
-"""A profile as a page, and its figures as text."""
+"""Renders a profile as a page and its figures as text."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dtta_fast.report.svg import Plot, axis
 from dtta_fast.runtime.phases import OTHER
 
 HEADS = ("ms", "%", "calls", "GFLOP", "MB", "GFLOP/s", "GB/s", "% peak")
-KERNELS = 15  # rows of operators that are shown
-BAND = 14  # pixels of the band of phases under a timeline
+KERNELS = 15  # number of operators shown
+BAND = 14  # height in pixels of the band of phases below a timeline
 
 
 def cells(row: Row) -> list[str]:
-    """A row's figures, in the order of HEADS."""
+    """Formats the figures of a row, in the order of HEADS."""
     return [
         figure(1e3 * row.seconds),
         number(100 * row.share),
@@ -33,36 +33,36 @@ def cells(row: Row) -> list[str]:
 
 
 def figure(value: float) -> str:
-    """With three digits or so."""
+    """Formats a value with about three digits."""
     if 0 < value < 0.0005:
         return "<0.001"
     return number(value, next((digits for digits, least in enumerate((100, 10, 1)) if value >= least), 3)) if value else "0"
 
 
 def heading(found: Profile) -> str:
-    """What was measured."""
+    """Describes what was measured."""
     milliseconds = f"{figure(1e3 * found.seconds)} ms, {figure(1e3 * found.seconds / found.images)} an image"
     return f"{found.images} image{'s' if found.images > 1 else ''} on {found.device}: {milliseconds}; {found.evaluations:,} evaluations"
 
 
 def peak_line(found: Profile) -> str:
-    """What the shares are of."""
+    """States the peaks to which the shares refer."""
     product, copy = figure(found.peak.flops / 1e9), figure(found.peak.bytes / 1e9)
     return f"Measured peak: {product} GFLOP/s ({found.peak.dtype} matrix product), {copy} GB/s (copy). A share is that of the nearer one."
 
 
 def memory_line(memory: Memory) -> str:
-    """The peak, and where it lies."""
+    """States the peak memory and the phase in which it occurs."""
     return f"Peak memory: {figure(memory.peak / 1e6)} MB above the start, in {memory.peak_phase}."
 
 
 def kernels_line(found: Profile) -> str:
-    """What the operators' times are of."""
+    """States to which run the operator times refer."""
     return f"Times are those of a run under the profiler, which took {figure(1e3 * found.profiled_seconds)} ms."
 
 
 def make_profile_page(found: Profile, subject: str) -> str:
-    """A page that loads nothing. subject: what was profiled."""
+    """Renders a page that loads no external resources. subject: what was profiled."""
     longest = sorted((row for row in found.phases if row.name != OTHER), key=lambda row: -row.seconds)[:COLOURS]
     colours = {row.name: colour(i) for i, row in enumerate(longest)}
     return ENVIRONMENT.get_template("profile.html").render(
@@ -83,7 +83,7 @@ def make_profile_page(found: Profile, subject: str) -> str:
 
 
 def _bar(phases: Sequence[Row], colours: Mapping[str, str]) -> Plot:
-    """The whole time as one bar, in parts."""
+    """Plots the total time as one bar split into phases."""
     words = ", ".join(f"{row.name} {number(100 * row.share)} %" for row in phases)
     plot, start = Plot("time", "Time by phase", f"{words}.", 26, left=0, right=0, top=2, bottom=2), 0.0
     for row in phases:
@@ -94,7 +94,7 @@ def _bar(phases: Sequence[Row], colours: Mapping[str, str]) -> Plot:
 
 
 def _timeline(memory: Memory, colours: Mapping[str, str], whole: float) -> Plot:
-    """Bytes over time, above a band of the phases."""
+    """Plots memory over time above a band of the phases."""
     across, up = axis(0, 1e3 * whole), axis(0, memory.peak / 1e6, most=5)
     plot = Plot("memory", "Memory over time", memory_line(memory), 220, left=56, top=26, bottom=42)
     plot.x_axis(across, label="ms")
@@ -102,7 +102,7 @@ def _timeline(memory: Memory, colours: Mapping[str, str], whole: float) -> Plot:
     steps: list[tuple[float, float]] = []
     for seconds, held in memory.points:
         x, y = across.share(1e3 * seconds), plot.y(up, held / 1e6)
-        steps += [(x, steps[-1][1] if steps else y), (x, y)]  # what was held until then, and from then on
+        steps += [(x, steps[-1][1] if steps else y), (x, y)]  # the memory held before and after this point
     steps.append((across.share(1e3 * whole), steps[-1][1]))
     plot.area([(0.0, plot.height), *steps, (steps[-1][0], plot.height)], "band run0")
     plot.curve(steps, "curve run0")

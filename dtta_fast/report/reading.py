@@ -1,4 +1,4 @@
-"""The folders of evaluation runs, as the report needs them."""
+"""Reads the folders of evaluation runs for the report."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Run:
     """An evaluation run.
 
     Attributes:
-        name: its folder's, with as many parents as tell it from the other runs'.
-        task: classification (also of zero-shot runs), segmentation or depth.
-        records: of the images that were adapted to; failed: of those that could not be. Both in the order of the data set.
+        name: the folder name, with as many parents as needed to distinguish it from the other runs.
+        task: classification (including zero-shot runs), segmentation or depth.
+        records: of the images that were adapted; failed: of those that could not be adapted. Both are in dataset order.
         config: the resolved config, nested. classes: names, may be empty. environment: versions and machine.
-        seconds: by phase. wall_seconds: of the whole run. Both are empty, or None, until the run has ended.
-        unfinished: why the figures are not those of a whole run; "" where they are.
+        seconds: by phase. wall_seconds: of the whole run. They are empty and None until the run has ended.
+        unfinished: why the figures do not cover a complete run; "" if they do.
     """
 
     name: str
@@ -39,17 +39,17 @@ class Run:
     unfinished: str
 
     def class_name(self, number: int | None) -> str:
-        """A class's name, or its number; None is a class of the model's that the data set does not have."""
+        """Returns the name of a class, or its number if it has none; None stands for a model class that the dataset does not have."""
         if number is None:
             return "none of the classes"
         return str(self.classes[number]) if 0 <= number < len(self.classes) else f"class {number}"
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders, finished or still going.
+    """Reads the runs in these folders, whether finished or still in progress.
 
     Raises:
-        ValueError: no folder, one that is named twice or holds no records, a file in it that is damaged, or runs of several tasks.
+        ValueError: no folder is given, a folder is given twice, has no records or contains a damaged file, or the tasks of the runs differ.
     """
     if not folders:
         raise ValueError("runs are missing: give one folder of `dtta evaluate` and more")
@@ -70,12 +70,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def _classes_of_another(run: Run, runs: Sequence[Run]) -> Sequence[str]:
-    """Of a finished run on the same data set: one that is still going has not written them yet."""
+    """Returns the classes of a finished run on the same dataset, because a run in progress has not written its own yet."""
     return next((other.classes for other in runs if other.classes and other.config.get("data") == run.config.get("data")), ())
 
 
 def _names(places: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ."""
+    """Returns the shortest path suffixes that are all different."""
     for parts in range(1, max(len(place.parts) for place in places)):
         names = ["/".join(place.parts[-parts:]) for place in places]
         if len(set(names)) == len(names):
@@ -88,7 +88,7 @@ def _read(folder: Path, name: str) -> Run:
     config = read_object(folder / CONFIG, Config) if (folder / CONFIG).exists() else summary.get("config", {})
     files = named(folder, OF_RECORDS)
     records: dict[int, Record] = {}
-    for path in files:  # the processes of torchrun write a file each until the run has ended
+    for path in files:  # each torchrun process writes its own file until the run has ended
         lines: dict[int, int] = {}
         for line, record in enumerate(read_records(path, config.get("task")), 1):
             first = lines.setdefault(record["image_id"], line)
@@ -115,7 +115,7 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _unfinished(summary: Mapping[str, Any], config: Mapping[str, Any], images: int, files: Sequence[Path]) -> str:
-    """Why the records are not those of a whole run; "" where they are."""
+    """Explains why the records are not those of a complete run; returns "" if they are."""
     if not summary:
         return f"{images:,} images so far"
     if summary["images"] != images or [path.name for path in files] != [RECORDS]:

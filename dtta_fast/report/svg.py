@@ -1,4 +1,4 @@
-"""An SVG plot of fluid width: x in shares of the plot's width, y and text in pixels, so that text keeps its size on every screen."""
+"""An SVG plot of fluid width. x is a share of the plot's width; y and text are in pixels, so text has the same size on all screens."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from markupsafe import Markup
 
 
 class Axis(NamedTuple):
-    """A range of values and the round numbers in it that bear a label."""
+    """A range of values and the round numbers in it that are labelled."""
 
     low: float
     high: float
     ticks: tuple[float, ...]
 
     def share(self, value: float) -> float:
-        """Where a value lies: 0 at low, 1 at high."""
+        """Returns the relative position of a value: 0 at low, 1 at high."""
         return (value - self.low) / (self.high - self.low)
 
 
-SMALLEST = 1e-290  # of a span: steps of a smaller one would be no numbers
+SMALLEST = 1e-290  # minimum span; the steps of a smaller one could not be represented
 
 
 def axis(low: float, high: float, most: int = 6) -> Axis:
-    """From low to high in at most `most` steps of 1, 2 or 5 times a power of ten, widened to whole steps."""
+    """Creates an axis from low to high, widened to whole steps: at most `most` steps of 1, 2 or 5 times a power of ten."""
     if not high - low > SMALLEST:
         high = low + (abs(low) if abs(low) > SMALLEST else 1.0)
     step = 10.0 ** math.floor(math.log10((high - low) / most))
@@ -38,7 +38,7 @@ def axis(low: float, high: float, most: int = 6) -> Axis:
 
 
 def tick_label(value: float, of: Axis, sign: bool = False) -> str:
-    """A label with as many digits as the axis's step needs."""
+    """Formats a label with as many digits as the step of the axis needs."""
     step = of.ticks[1] - of.ticks[0]
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     text = f"{value:+,.{digits}f}" if sign and abs(value) > step / 2 else f"{abs(value) if abs(value) < step / 2 else value:,.{digits}f}"
@@ -46,11 +46,11 @@ def tick_label(value: float, of: Axis, sign: bool = False) -> str:
 
 
 class Plot:
-    """Marks on a plot, in the order in which they are added.
+    """A plot whose marks are drawn in the order in which they are added.
 
     Args:
-        key: an id of the page's own. title, description: its text alternative; the description states the figures. height: pixels of the
-            plot itself; left, right, top, bottom: pixels around it, for labels.
+        key: an id that is unique on the page. title, description: text alternative; the description states the values. height: height of
+            the plot area in pixels. left, right, top, bottom: margins for labels in pixels.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Plot:
     ) -> None:
         self.key, self.title, self.description, self.height = key, title, description, height
         self.left = left
-        # the plot is the SVG's content box: percentages are of its width, and labels lie in the padding
+        # the plot area is the SVG's content box: percentages refer to its width, and labels are in the padding
         self.box = f"padding:{top:g}px {right:g}px {bottom:g}px {left:g}px;height:{height + top + bottom:g}px"
         self._marks: list[Markup] = []
 
@@ -68,7 +68,7 @@ class Plot:
         )
 
     def bar(self, x1: float, x2: float, y: float, height: float, css: str, hint: str = "") -> None:
-        """Between two shares of the width; hint: what a pointer is told."""
+        """Adds a bar between two shares of the width. hint: tooltip text."""
         low, high = sorted((x1, x2))
         self._marks.append(
             Markup('<rect x="{}" y="{}" width="{}" height="{}" rx="1.5" class="{}">{}</rect>').format(
@@ -82,7 +82,7 @@ class Plot:
         )
 
     def text(self, x: float, y: float, text: str, css: str = "", *, dx: float = 0, anchor: str = "start") -> None:
-        """Its middle is at y; dx: pixels to the right of x."""
+        """Adds text that is vertically centred at y. dx: offset in pixels to the right of x."""
         self._marks.append(
             Markup('<text x="{}" y="{}" dx="{}" dy=".35em" text-anchor="{}" class="{}">{}</text>').format(
                 _percent(x), _pixel(y), _pixel(dx), anchor, css, text
@@ -90,15 +90,15 @@ class Plot:
         )
 
     def curve(self, points: Sequence[tuple[float, float]], css: str) -> None:
-        """Through points (share, pixel)."""
+        """Adds a line through points (share, pixel)."""
         self._stretched("polyline", points, css)
 
     def area(self, points: Sequence[tuple[float, float]], css: str) -> None:
-        """Within points (share, pixel)."""
+        """Adds a filled polygon with corners (share, pixel)."""
         self._stretched("polygon", points, css)
 
     def _stretched(self, shape: str, points: Sequence[tuple[float, float]], css: str) -> None:
-        # points know no percentages: an SVG of their own is stretched over the width, and CSS keeps the stroke as wide as it is
+        # points do not support percentages, so a nested SVG is stretched over the width, and CSS keeps the stroke width constant
         shown = " ".join(f"{1000 * x:.1f},{y:.1f}" for x, y in points)
         self._marks.append(
             Markup(
@@ -107,7 +107,7 @@ class Plot:
         )
 
     def x_axis(self, of: Axis, sign: bool = False, label: str = "") -> None:
-        """Lines from top to bottom with labels under them; the line of 0 is stronger."""
+        """Adds vertical grid lines with labels below them; the line at 0 is stronger."""
         for tick in of.ticks:
             self.line(of.share(tick), 0, of.share(tick), self.height, "zero" if tick == 0 else "grid")
             self.text(of.share(tick), self.height + 13, tick_label(tick, of, sign), anchor="middle")
@@ -115,7 +115,7 @@ class Plot:
             self.text(0.5, self.height + 31, label, "axis", anchor="middle")
 
     def y_axis(self, of: Axis, label: str = "") -> None:
-        """Lines from left to right with labels beside them; the axis's own name above."""
+        """Adds horizontal grid lines with labels next to them, and the axis label above."""
         for tick in of.ticks:
             y = self.y(of, tick)
             self.line(0, y, 1, y, "zero" if tick == of.low else "grid")
@@ -124,7 +124,7 @@ class Plot:
             self.text(0, -15, label, "axis", dx=-self.left)
 
     def y(self, of: Axis, value: float) -> float:
-        """Pixels from the top."""
+        """Returns the position of a value in pixels from the top."""
         return self.height * (1 - of.share(value))
 
     def __html__(self) -> Markup:

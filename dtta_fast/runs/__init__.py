@@ -1,1 +1,1 @@
-"""Runs over data sets: what is run, the folder that it is recorded in, and what its records add up to."""
+"""Runs over data sets: their configuration, the folder that records them, and the summary of their records."""

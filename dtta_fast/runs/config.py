@@ -1,4 +1,4 @@
-"""What a run over a data set is: data, models, protocol and settings; from flags and YAML."""
+"""The configuration of a run over a data set: data, models, protocol and settings, read from flags and YAML."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ TaskName = Literal["classification", "zero_shot", "segmentation", "depth"]
 Protocol = Literal["episodic", "online", "continual"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DATA_FIELDS = ("root", "corruptions", "severities", "split", "per_class")
-DESCRIBED = {"data.name": "data"} | {f"data.{name}": name for name in DATA_FIELDS}  # as described() nests them
+DESCRIBED = {"data.name": "data"} | {f"data.{name}": name for name in DATA_FIELDS}  # nested as in described()
 UNSET = ("root", "split", "calibration")  # may be None
 PLACES = ("root", "model", "denoiser", "calibration")  # may be files or folders
-MOST_YAML = 1_000_000  # characters: settings are a page
+MOST_YAML = 1_000_000  # characters; real settings fit on a page
 
 
 def _all_by_default(value: str) -> str:
@@ -38,29 +38,29 @@ def _usual_by_default(value: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run; a wrong value raises ValueError naming the field, the value and what is allowed.
+    """The configuration of a run. An invalid value raises ValueError with the field, the value and the allowed values.
 
     Attributes:
-        data: name of the data set, such as imagenet-c, folder or digits-c; a wrong one lists them all.
-        root: where the data set lies: its folder, for some sets its file or its id on the hub; left out for those that are made here.
-        corruptions: which corruptions of the data set, by name; all that it has where they are left out.
-        severities: which severities of each corruption, 1 to 5; all that it has where they are left out.
-        split: which split of the data set; its test split, else its validation split, where it is left out.
-        per_class: images of each class and corruption, 1 and more, drawn by the seed; all where it is left out.
-        task: what the model does: classification; zero_shot, by a CLIP; segmentation; or depth.
-        model: name, id on the hub or folder of the model, a timm classifier, a CLIP, or a transformers model of maps, as task says; zoo is
-            the small one of the task that ships with the package.
-        denoiser: folder or id on the hub of the diffusion model; zoo is the small one of the task that ships with the package.
-        classes: names of the classes, for zero_shot and for a Stable Diffusion, each an argument of its own and without a comma; those of
-            the data set where they are left out.
-        calibration: file that dtta calibrate wrote of the denoiser; calibration.json in its folder where it is left out.
-        protocol: what an image starts from: episodic, every one from the source; online, one state goes on through a corruption's
-            images; continual, through all.
-        batch: images that are adapted in one call, 1 and more.
-        workers: threads that read images ahead, 1 and more.
-        device: where both models run, such as cpu or cuda; a GPU where there is one and it is left out.
-        dtype: type of the denoiser's weights.
-        adapt: settings of the adaptation; their defaults are those of the preset.
+        data: name of the data set, such as imagenet-c, folder or digits-c; an unknown name raises an error that lists them all.
+        root: location of the data set: its folder or, for some data sets, its file or its hub id; omit it for generated data sets.
+        corruptions: names of the corruptions to use; all corruptions of the data set by default.
+        severities: severities of each corruption to use, 1 to 5; all severities of the data set by default.
+        split: split of the data set; by default its test split or, if it has none, its validation split.
+        per_class: number of images per class and corruption, at least 1, sampled with the seed; all images by default.
+        task: task of the model: classification; zero_shot (with a CLIP model); segmentation; or depth.
+        model: name, hub id or folder of the model: a timm classifier, a CLIP model, or a transformers model for segmentation or depth,
+            depending on task; zoo selects the small model for the task that ships with the package.
+        denoiser: folder or hub id of the diffusion model; zoo selects the small one for the task that ships with the package.
+        classes: class names for zero_shot and for Stable Diffusion, each given as a separate argument and without commas; by default
+            those of the data set.
+        calibration: file that dtta calibrate wrote for the denoiser; by default calibration.json in the denoiser's folder.
+        protocol: state that each image starts from: episodic resets to the source model for every image; online carries one state
+            through the images of a corruption; continual carries it through all images.
+        batch: number of images adapted in one call, at least 1.
+        workers: number of threads that prefetch images, at least 1.
+        device: device of both models, such as cpu or cuda; by default a GPU if available.
+        dtype: data type of the denoiser's weights.
+        adapt: settings of the adaptation; their defaults come from the preset.
     """
 
     data: Annotated[str, tyro.conf.arg(metavar="NAME")] = "digits-c"
@@ -120,7 +120,7 @@ class RunConfig:
             )
 
     def described(self) -> dict[str, Any]:
-        """Of plain values, nested, as the run's config.json holds it; without what cannot change a result."""
+        """Returns the config as nested plain values, as stored in the run's config.json, without fields that cannot change a result."""
         found = dataclasses.asdict(self)
         data = {"name": found.pop("data"), **{name: found.pop(name) for name in DATA_FIELDS}}
         found.pop("workers")
@@ -129,10 +129,10 @@ class RunConfig:
 
     @classmethod
     def from_description(cls, described: Mapping[str, Any]) -> RunConfig:
-        """What described() gave, as a config again.
+        """Rebuilds a config from the output of described().
 
         Raises:
-            ValueError: it is no description of a run.
+            ValueError: the mapping does not describe a run.
         """
         try:
             found = {name: value for name, value in described.items() if name not in ("data", "adapt")}
@@ -143,14 +143,14 @@ class RunConfig:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
+    """Converts a value to the form in which JSON would return it."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """What two descriptions differ in, a line each: name: value / other value."""
+    """Yields one line per difference between two descriptions: name: value / other value."""
     for name in sorted({*first, *second}):
         here, there = first.get(name), second.get(name)
         if isinstance(here, Mapping) and isinstance(there, Mapping):
@@ -160,12 +160,13 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str
 
 
 def with_settings(start: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
-    """A config with some settings changed, by names of its own fields, of AdaptConfig's (adapt.steps, or steps), or the reference's.
+    """Returns a config with some settings changed.
 
-    Names are those of described() too (data.name, data.root): a run's config.json holds settings.
+    A name may be a field of RunConfig, a field of AdaptConfig (adapt.steps or steps), or a name from the reference implementation. Names
+    from described() (data.name, data.root) work too, so a run's config.json can serve as settings.
 
     Raises:
-        ValueError: an unknown name, or a value that is not allowed.
+        ValueError: a name is unknown, or a value is not allowed.
     """
     from dtta_fast.runs.reference_names import translated
 
@@ -198,14 +199,14 @@ def _mode_of(protocol: str) -> str:
 
 
 def _protocol_of(mode: str, protocol: Protocol) -> Protocol:
-    """The protocol that a mode runs under: the one asked for where it fits."""
+    """Returns the protocol for a mode: the requested one if it is compatible with the mode."""
     if mode == "episodic":
         return "episodic"
     return "online" if protocol == "episodic" else protocol
 
 
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
+    """Flattens nested settings: {"a": {"b": 1}} becomes {"a.b": 1}."""
     found: dict[str, Any] = {}
     for name, value in settings.items():
         found |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -213,16 +214,16 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def yaml_value(text: str) -> Any:
-    """YAML, where 5e-3 is a number, as YAML 1.2 and people have it; PyYAML's 1.1 wants 5.0e-3.
+    """Parses YAML and reads 5e-3 as a number, as YAML 1.2 and users expect; PyYAML implements YAML 1.1, which requires 5.0e-3.
 
     Raises:
-        ValueError: it is no YAML.
+        ValueError: the text is not valid YAML.
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # which has no types here
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML is untyped here
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):  # aliases of aliases are more values than any memory holds
+            if self.check_event(yaml.AliasEvent):  # nested aliases can expand to more values than fit in memory
                 raise yaml.YAMLError(f"*{self.peek_event().anchor} is an alias: write its value out")
             return super().compose_node(parent, index)
 
@@ -231,20 +232,20 @@ def yaml_value(text: str) -> Any:
         raise ValueError(f"it has {len(text)} characters; settings take at most {MOST_YAML}")
     try:
         return yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of dates such as 2001-99-99
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: from dates such as 2001-99-99
         raise ValueError(f"it cannot be read as YAML: {error}") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings of a YAML file.
+    """Reads the settings from a YAML file.
 
     Raises:
-        ValueError: it is missing, no YAML, or no mapping of names to values.
+        ValueError: the file is missing, is not valid YAML, or does not hold a mapping of names to values.
     """
     try:
         text = read_text(path)
         try:
-            found = json.loads(text)  # a run's config.json: YAML reads its surrogate pairs as two characters
+            found = json.loads(text)  # for a run's config.json: YAML reads each surrogate pair as two characters
         except (ValueError, RecursionError):
             found = yaml_value(text)
     except (OSError, ValueError) as error:

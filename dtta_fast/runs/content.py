@@ -1,4 +1,4 @@
-"""What a run has read, by its content: records belong to pixels, labels and groups, not to paths alone."""
+"""Checks the content that a run has read: records belong to pixels, labels and groups, not only to paths."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 from torch import Tensor
 
 Item = Tensor | tuple[Tensor, Tensor]
-MOST_READ = 500  # images of a run that goes on are read again; of more, so many spread over all
+MOST_READ = 500  # images that a resumed run reads again; with more records, this many spread evenly over them
 
 
 class Listing(Protocol):
-    """What a data set says of its images without reading them: an Images or a Maps, which has no labels."""
+    """What a data set knows about its images without reading them: an Images, or a Maps, which has no labels."""
 
     names: Sequence[str]
     groups: Sequence[str]
 
 
 def digest(item: Item) -> str:
-    """Of an image [3, H, W], or of an image and its map: 16 hexadecimal digits of their pixels.
+    """Hashes the pixels of an image [3, H, W], or of an image and its map, to 16 hexadecimal digits.
 
-    Pixels of floats count by their 8 bits: their last digits may come from the processor.
+    Float pixels are quantised to 8 bits first, since their last digits may depend on the processor.
     """
     found = hashlib.blake2b(digest_size=8)
     for part in (item,) if isinstance(item, Tensor) else item:
@@ -36,7 +36,7 @@ def digest(item: Item) -> str:
 
 
 def mismatch(record: Mapping[str, Any], data: Listing) -> str | None:
-    """How a record differs from what the data set says of its image now; None where it does not."""
+    """Describes how a record differs from the data set's current entry for its image; None if it does not."""
     i, labels = record["image_id"], getattr(data, "labels", None)
     label = None if labels is None else int(labels[i])
     for field, now in (("path", data.names[i]), ("group", data.groups[i]), ("label", label)):
@@ -46,19 +46,19 @@ def mismatch(record: Mapping[str, Any], data: Listing) -> str | None:
 
 
 def shortened(value: object, most: int = 200) -> str:
-    """A value as it is shown in an error: its beginning, where it is long."""
+    """Formats a value for an error message and truncates it if it is long."""
     text = repr(value[: most + 1] if isinstance(value, str | list) else value)
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def read_again(records: Iterable[Mapping[str, Any]], data: Any, workers: int) -> None:
-    """Compares the images of some records, MOST_READ at most, with what they were when they were adapted to.
+    """Compares the images of at most MOST_READ records with the digests taken when they were adapted to.
 
     Args:
-        data: an Images or a Maps. workers: threads that read.
+        data: an Images or a Maps. workers: number of reading threads.
 
     Raises:
-        ValueError: an image has other pixels now; the message names it.
+        ValueError: an image's pixels have changed or it cannot be read; the message names the image.
     """
     known = [record for record in records if record.get("digest")]
     some = known[:: -(-len(known) // MOST_READ)] if known else []

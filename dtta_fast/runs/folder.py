@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, its config, a JSON line an image, the state of an online run. Any of its writes may be the last one."""
+"""The folder of a run: its lock, config, records (one JSON line per image) and online state. The process may be killed after any write."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ from dtta_fast.runs.writing import check_name, check_plain, draft, open_plain_ow
 
 RECORDS, CONFIG, SUMMARY = "records.jsonl", "config.json", "summary.json"
 STATE = "state-{:08d}.safetensors"
-FIRST = b'{"image_id": '  # how a line of records begins
+FIRST = b'{"image_id": '  # start of every line of records
 OF_RECORDS, OF_STATE, OF_LOCK = r"records(-[0-9]+)?\.jsonl", r"state-[0-9]{8}\.safetensors", r"lock(-[0-9]+)?"
-OF_LEFTOVER = rf"({OF_RECORDS}|{OF_STATE}|config\.json|summary\.json)\.[0-9]+\.new"  # of a write that a kill cut short
+OF_LEFTOVER = rf"({OF_RECORDS}|{OF_STATE}|config\.json|summary\.json)\.[0-9]+\.new"  # left over from a write that was killed
 OF_RUN = rf"{OF_RECORDS}|{OF_STATE}|config\.json|summary\.json|{OF_LOCK}"
 
 
 class RunFolder:
-    """A run's folder, locked; a context manager.
+    """Locks and manages a run's folder; a context manager.
 
-    Work is in batches, numbered from 0; a batch's lines are written at once, after its work is done. A batch of which only some lines
-    arrived is not there, and is done again: so the records of a run that was killed and goes on are those of one that was not.
+    Work is split into batches, numbered from 0. The lines of a batch are written together after the batch is done. A batch with only some
+    of its lines on disk counts as missing and is run again, so a run that was killed and resumed has the same records as an uninterrupted
+    one.
 
-    Only files of the names above are ever removed or overwritten, and only in a folder whose config.json is a run's; a link or a pipe of
-    such a name is refused. Opening a folder changes no file of the run; until the first batch is on the disk, a run that was there before
-    stays.
+    Only files with the names above are ever removed or overwritten, and only in a folder whose config.json belongs to a run. A link or a
+    pipe with such a name is refused. Opening a folder changes no file of the run. With overwrite, the existing run stays until the first
+    new batch is on disk.
 
     Args:
-        folder: made where it is missing. config: of the run, as RunConfig.described() gives it. batches: the image ids
-            of each. data: the data set. part: "" for a run of one process; the records and the lock of one of
-            several bear its name. overwrite: begin again, in place of the run that is there, and beside files of others.
+        folder: created if missing. config: config of the run, as returned by RunConfig.described(). batches: image ids of each batch.
+            data: the data set. part: "" for a run with one process; with several processes, the part name that goes into the file
+            names of this process's records and lock. overwrite: start over in place of an existing run, and allow unrelated files.
 
     Raises:
-        ValueError: another run writes to it, it holds the records of another config or data set, or files of others; or a file in it is
-        damaged, or its records are not those of its summary. OSError: it cannot be written to.
+        ValueError: another run is writing to the folder; the folder holds records of another config or data set, or unrelated files; a
+        file in it is damaged; or its records do not match its summary. OSError: the folder cannot be written to.
     """
 
     def __init__(
@@ -62,8 +63,8 @@ class RunFolder:
         self.folder, self.batches, self._data, self._config, self._overwrite = folder, batches, data, config, overwrite
         self._records = folder / (f"records-{part}.jsonl" if part else RECORDS)
         self._part, self._open, self._file = part, list[int](), -1
-        self._cut: str | None = None  # what is to stay of our own records
-        self._state: tuple[Path, bytes] | None = None  # that waits for the first batch of a run in place of another
+        self._cut: str | None = None  # the part of our own records to keep
+        self._state: tuple[Path, bytes] | None = None  # held back until the first batch of a run that replaces another
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
@@ -96,15 +97,15 @@ class RunFolder:
         self._open = []
 
     def _named(self, pattern: str) -> list[Path]:
-        """The folder's own plain files of these names, in their order."""
+        """Returns the folder's plain files whose names match the pattern, sorted by name."""
         return named(self.folder, pattern)
 
     def _refuse_files_of_others(self) -> None:
-        """Raises ValueError for a folder that is neither empty nor a run's; nothing was written to it yet."""
+        """Raises ValueError if the folder is neither empty nor a run's folder. Called before anything is written to it."""
         names = sorted(os.listdir(self.folder))
         if CONFIG in names and self._is_a_run_s():
             return
-        ours = rf"{OF_LOCK}|{OF_LEFTOVER}" if "lock" in names else OF_LOCK  # a kill may have cut the config's writing short
+        ours = rf"{OF_LOCK}|{OF_LEFTOVER}" if "lock" in names else OF_LOCK  # the process may have been killed while writing the config
         of_others = [name for name in names if not re.fullmatch(ours, name) or not (".new" in name or _is_empty(self.folder / name))]
         taken = [name for name in of_others if re.fullmatch(f"{OF_RUN}|{OF_LEFTOVER}", name)]
         if CONFIG in taken:
@@ -129,7 +130,7 @@ class RunFolder:
         return True
 
     def _lock(self, name: str, kind: LockFlags) -> None:
-        """Held until this process ends, however it ends."""
+        """Takes a lock. The system releases it when the process ends, even if it crashes."""
         self._open.append(open_plain_own(self.folder / name, os.O_RDWR))
         try:
             portalocker.lock(self._open[-1], kind | LockFlags.NON_BLOCKING)
@@ -137,7 +138,7 @@ class RunFolder:
             raise ValueError(f"{self.folder} is being written to by another run: wait for it, or name another folder") from error
 
     def _check_config(self) -> None:
-        """Raises ValueError where records of another config are there, and are not to be overwritten."""
+        """Raises ValueError if the folder holds records of another config and overwrite is off."""
         path = self.folder / CONFIG
         if self._overwrite or not path.is_file():
             return
@@ -154,7 +155,7 @@ class RunFolder:
         return read_object(path, Summary) if path.exists() else None
 
     def _check_summary(self) -> None:
-        """Raises ValueError where there is a summary of other records: what was edited is not added up anew, nor gone on from."""
+        """Raises ValueError if the summary was made from other records: edited records are neither summarised again nor resumed from."""
         told = None if self.summary is None else self.summary.get("records")
         if told not in (None, digest_of(self.folder / RECORDS)):
             raise ValueError(
@@ -162,20 +163,20 @@ class RunFolder:
             )
 
     def _read_all(self) -> dict[int, list[Record]]:
-        """The whole batches that this process and others have written."""
+        """Reads the complete batches that this and other processes have written."""
         return {number: records for path in self._named(OF_RECORDS) for number, records in self._read(path).items()}
 
     def _read(self, path: Path) -> dict[int, list[Record]]:
-        """The whole batches of a file; what is left of others is cut off a file of our own before the first write."""
+        """Reads the complete batches of a file. If the file is our own, incomplete batches are cut off before the first write."""
         with open_plain(path, MOST_BYTES) as file:
-            head = file.read(len(FIRST)).rstrip(b"\0")  # zeros: of a machine that lost its power
+            head = file.read(len(FIRST)).rstrip(b"\0")  # zeros: left by a power failure
         if not FIRST.startswith(head) and next(read_records(path), None) is None:
             raise ValueError(f"{path} holds no record, and would be overwritten: move it elsewhere, or name another folder")
         by_batch: dict[int, list[Record]] = {}
         for line, record in enumerate(read_records(path, self._config.get("task")), 1):
             ids = [*(other["image_id"] for other in by_batch.setdefault(record["batch"], [])), record["image_id"]]
             wanted = list(self.batches[record["batch"]]) if record["batch"] < len(self.batches) else []
-            if ids != wanted[: len(ids)]:  # not the beginning of it, as a killed run leaves it
+            if ids != wanted[: len(ids)]:  # not a prefix of the batch, which is what a killed run leaves
                 why = f"holds image {ids[-1]} in batch {record['batch']}, where the data set has {shortened(wanted)}"
                 raise ValueError(f"{path}, line {line}, {why}: has it changed? Restore it, or name another folder")
             why = mismatch(record, self._data) or ""
@@ -189,15 +190,15 @@ class RunFolder:
         return whole
 
     def remaining(self) -> list[int]:
-        """Numbers of the batches that are to do."""
+        """Returns the numbers of the batches that still have to be run."""
         return [number for number in range(len(self.batches)) if number not in self.done]
 
     def _begin(self) -> None:
-        """Before the first write to a run that goes on: its config is put here, and what is left of a killed one is cut off."""
+        """Prepares a resumed run before its first write: writes the config if needed and cuts off incomplete batches of a killed run."""
         if self._file >= 0:
             return
         self._check_config()  # again: another process may have written it meanwhile
-        if self.summary is not None:  # of fewer images than there are now
+        if self.summary is not None:  # it covers fewer images than there are now
             (self.folder / SUMMARY).unlink(missing_ok=True)
         path = self.folder / CONFIG
         if not self._holds_config():
@@ -207,7 +208,7 @@ class RunFolder:
         self._open_records()
 
     def _begin_again(self, text: bytes) -> None:
-        """Puts a run's first batch in place of the run that is there, which stays until all that the new one needs is on the disk."""
+        """Replaces the existing run with the first batch of a new one. The old run stays until everything the new one needs is on disk."""
         try:
             drafts = {self._records: draft(self._records, text)}
             try:
@@ -223,7 +224,7 @@ class RunFolder:
             raise OSError(f"{self._records} cannot be written: {error.strerror}; the run that was there is kept") from error
         records, states = self._named(OF_RECORDS), [*filter(is_state, self._named(OF_STATE))]
         (self.folder / SUMMARY).unlink(missing_ok=True)
-        if self.folder / CONFIG in drafts:  # records are never beside a config that is not theirs
+        if self.folder / CONFIG in drafts:  # records must never lie beside another run's config
             for path in records:
                 path.unlink()
             put(drafts.pop(self.folder / CONFIG), self.folder / CONFIG)
@@ -249,10 +250,10 @@ class RunFolder:
         self._open.append(self._file)
 
     def append(self, number: int, records: list[Record]) -> None:
-        """Writes a batch's lines, and waits until the disk has them.
+        """Writes the lines of a batch and waits until they are on disk.
 
         Raises:
-            OSError: they cannot be written, for want of room; the file is what it was.
+            OSError: they cannot be written, for example because the disk is full; the file is left unchanged.
         """
         text = "".join(map(line_of, records)).encode()
         if self._overwrite and self._file < 0:
@@ -273,19 +274,19 @@ class RunFolder:
         self.done[number] = records
 
     def finish(self) -> tuple[list[Record], str]:
-        """All records, other processes' too, in the order of the data set, as one file; and the file's digest.
+        """Merges the records of all processes into one file, in data set order; returns the records and the file's digest.
 
-        The last two states of an online run stay: images that are added later go on from them.
+        The last two states of an online run are kept, so that images added later can continue from them.
 
         Raises:
-            ValueError: records are missing, or not those that the summary was made of.
+            ValueError: records are missing, or are not the ones that the summary was made from.
         """
         if self._file < 0:
             self._check_summary()  # again: they may have changed since the folder was opened
         self.done = self._read_all()
         if self.remaining():
             raise ValueError(f"{self.folder} lacks {len(self.remaining())} batches: do all processes write to this folder, on one disk?")
-        if self._file in self._open:  # Windows replaces no file that is open
+        if self._file in self._open:  # Windows cannot replace an open file
             self._open.remove(self._file)
             os.close(self._file)
         records = [record for number in sorted(self.done) for record in self.done[number]]
@@ -304,36 +305,36 @@ class RunFolder:
         write_whole(self.folder / SUMMARY, json.dumps(found, indent=2) + "\n", follow=False)
 
     def save_state(self, number: int, state: dict[str, Any]) -> None:
-        """Of an online run after a batch; to be called before the batch's records are appended.
+        """Saves the state of an online run after a batch. Call it before appending the batch's records.
 
-        The one before is kept, which counts where the records do not arrive.
+        The previous state is kept as well: it is the valid one if the batch's records are never written.
 
         Raises:
-            ValueError: a file of others has its name. OSError: it cannot be written.
+            ValueError: an unrelated file has the same name. OSError: the state cannot be written.
         """
         path = self.state_path(number)
         if path.exists() and not is_state(path):
             raise ValueError(f"{path} is no state of a run, and would be overwritten: move it elsewhere, or name another folder")
         held = state_bytes(state, number, self._config)
         if self._overwrite and self._file < 0:
-            self._state = path, held  # the run that is there stays until the first batch is done
+            self._state = path, held  # the existing run stays until the first batch is done
             return
         self._begin()
         write_whole(path, held, follow=False)
         self._drop_states(number)
 
     def _drop_states(self, last: int) -> None:
-        """All but those of a batch and of the one before it."""
+        """Removes all states except those of batch `last` and of the batch before it."""
         kept = STATE.format(last), STATE.format(last - 1)
         for path in self._named(OF_STATE):
             if path.name not in kept and is_state(path):
                 path.unlink()
 
     def load_state(self, number: int, device: str) -> dict[str, Any]:
-        """Of an online run after a batch, on a device.
+        """Loads the state of an online run after a batch onto a device.
 
         Raises:
-            ValueError: it is missing or damaged.
+            ValueError: the state is missing or damaged.
         """
         return read_state(self.state_path(number), number, self._config, device)
 
@@ -341,10 +342,10 @@ class RunFolder:
         return self.folder / STATE.format(number)
 
     def last_in_order(self) -> int:
-        """The last batch that is done, of a run that goes on from each to the next; -1 where none is.
+        """Returns the number of the last finished batch of an online run, whose batches depend on each other; -1 if none is finished.
 
         Raises:
-            ValueError: one before it is missing.
+            ValueError: an earlier batch is missing.
         """
         if sorted(self.done) != list(range(len(self.done))):
             raise ValueError(f"{self._records} lacks batch {self.remaining()[0]} and holds later ones of an online run; {REMEDY}")
@@ -352,13 +353,13 @@ class RunFolder:
 
 
 def named(folder: Path, pattern: str) -> list[Path]:
-    """A folder's plain files whose whole names fit a pattern, in their order."""
+    """Returns a folder's plain files whose full names match a pattern, sorted by name."""
     found = [folder / name for name in sorted(os.listdir(folder)) if re.fullmatch(pattern, name)]
     return [path for path in found if path.is_file() and not path.is_symlink()]
 
 
 def digest_of(records: Path) -> str:
-    """Of a records file, for its summary; of none where there is none."""
+    """Hashes a records file for its summary; a missing file is hashed as an empty one."""
     return hashlib.blake2b(records.read_bytes() if records.is_file() else b"", digest_size=16).hexdigest()
 
 

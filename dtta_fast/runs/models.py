@@ -1,4 +1,4 @@
-"""Models by their names: of a run, of a command; from the zoo, timm, folders or hub ids."""
+"""Loads the models of runs and commands by name: from the zoo, timm, folders or hub ids."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Models(NamedTuple):
 
 
 def load_models(run: RunConfig, classes: Sequence[str] = (), outputs: Sequence[int] | None = None) -> Models:
-    """Model, denoiser and task on the run's device, in eval mode.
+    """Loads the model, denoiser and task onto the run's device, in eval mode.
 
     Args:
-        classes: the data set's names, for zero_shot and for a Stable Diffusion. outputs: the model's classes that the data set covers.
+        classes: the data set's class names, for zero_shot and Stable Diffusion. outputs: the model's classes that the data set covers.
 
     Raises:
-        ValueError, FileNotFoundError: a model cannot be read, or the task lacks names.
+        ValueError, FileNotFoundError: a model cannot be read, or the task lacks class names.
     """
     names = list(run.classes or classes)
     model, task = _model(run, names, outputs)
@@ -50,13 +50,13 @@ def load_models(run: RunConfig, classes: Sequence[str] = (), outputs: Sequence[i
 
 
 def load_classifier(name: str) -> nn.Module:
-    """A timm classifier on the CPU, in eval mode.
+    """Loads a timm classifier on the CPU, in eval mode.
 
     Args:
-        name: timm's name, hf-hub:ID, local-dir:FOLDER, or the folder alone, which holds config.json and weights in timm's format.
+        name: a timm model name, hf-hub:ID, local-dir:FOLDER, or just the folder, which must hold config.json and weights in timm's format.
 
     Raises:
-        ValueError: it cannot be loaded; the message says why.
+        ValueError: the classifier cannot be loaded; the message gives the reason.
     """
     import timm
 
@@ -68,21 +68,21 @@ def load_classifier(name: str) -> nn.Module:
         )
     try:
         model: nn.Module = timm.create_model(f"local-dir:{name}" if os.path.isdir(name) else name, pretrained=True)
-    except Exception as error:  # timm and safetensors raise many kinds for unknown names and damaged files
+    except Exception as error:  # timm and safetensors raise many exception types for unknown names and damaged files
         remedy = "give a folder in timm's format, or a name of timm.list_models(pretrained=True)"
         raise ValueError(f"model is {name!r}, which timm cannot load ({type(error).__name__}: {error}); {remedy}") from error
     return model.eval()
 
 
 def load_pair(model: str | None, denoiser: str | None, *, calibration: bool = True) -> tuple[nn.Module, Denoiser]:
-    """A classifier and a denoiser on the CPU, in eval mode.
+    """Loads a classifier and a denoiser on the CPU, in eval mode.
 
     Args:
-        model: as load_classifier takes it. denoiser: a DiT's folder, or its id on the hub. Neither of them means the digits zoo.
-            calibration: False leaves the denoiser's calibration.json unread.
+        model: a name as for load_classifier. denoiser: folder or hub id of a DiT. Without both, the digits zoo is loaded.
+            calibration: if False, the denoiser's calibration.json is not read.
 
     Raises:
-        ValueError, OSError: one of the two is given without the other, or cannot be read.
+        ValueError, OSError: only one of the two is given, or one cannot be read.
     """
     if model is None and denoiser is None:
         return zoo.load_model("digits"), DiT.from_pretrained(zoo.folder("digits") / "denoiser", calibration=calibration).eval()
@@ -96,14 +96,14 @@ def load_pair(model: str | None, denoiser: str | None, *, calibration: bool = Tr
 
 
 def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = True) -> DiT | StableDiffusion:
-    """A DiT, or a Stable Diffusion with a prompt for each name, as the files say, on the CPU.
+    """Loads a DiT, or a Stable Diffusion with one prompt per name, on the CPU; the model's files decide which.
 
     Args:
-        place: a folder, or an id on the hub. names: of the classes, which a Stable Diffusion needs. calibration: False leaves
-            calibration.json unread.
+        place: a folder or a hub id. names: class names, which Stable Diffusion requires. calibration: if False, calibration.json is
+            not read.
 
     Raises:
-        ValueError, FileNotFoundError: it cannot be read, or lacks names.
+        ValueError, FileNotFoundError: the denoiser cannot be read, or class names are missing.
     """
     if not takes_prompts(place):
         return DiT.from_pretrained(place, calibration=calibration)
@@ -117,10 +117,11 @@ def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = 
 
 
 def takes_prompts(place: str) -> bool:
-    """Whether a folder or a hub id is a Stable Diffusion's, by its model_index.json.
+    """Returns whether a folder or hub id holds a Stable Diffusion, according to its model_index.json.
 
     Raises:
-        FileNotFoundError: it is no folder, and the hub has no such model. ValueError: the file is damaged, or no file has such a name.
+        FileNotFoundError: `place` is not a folder, and the hub has no such model. ValueError: the file is damaged, or `place` cannot be
+        a file name.
     """
     check_name("denoiser", place)
     folder = Path(place)
@@ -131,9 +132,9 @@ def takes_prompts(place: str) -> bool:
 
 
 def class_names(model: nn.Module, classes: int) -> list[str]:
-    """Names for people of a timm model's classes: its config's own, ImageNet's where it has as many classes, else numbers.
+    """Returns readable class names for a timm model: those of its config, else ImageNet's if the number of classes matches, else numbers.
 
-    No two are the same: a name of several classes bears the number of each.
+    All names are unique: if several classes share a name, each gets its class number appended.
     """
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
@@ -152,7 +153,7 @@ def class_names(model: nn.Module, classes: int) -> list[str]:
 
 
 def image_size(task: str, model: str) -> int | None:
-    """Pixels of a side of what a model of maps looks at; None for others, whose task crops."""
+    """Returns the input side length in pixels of a segmentation or depth model; None for other tasks, which crop the image themselves."""
     if task not in ("segmentation", "depth"):
         return None
     processor = _processor(task, model)
@@ -191,7 +192,7 @@ def _processor(task: str, model: str) -> Any:
         return zoo.load_processor(ZOO[task])
     from transformers import AutoImageProcessor
 
-    try:  # left out, trust_remote_code makes transformers ask at the terminal
+    try:  # without trust_remote_code, transformers would prompt at the terminal
         return AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
     except (OSError, *OF_VALUES) as error:
         raise ValueError(f"model is {model!r}, whose image processor cannot be read: {error}") from error

@@ -1,4 +1,4 @@
-"""What the files of a run may hold: the schema of a record, a JSON line an image, and of the summary and the config beside them."""
+"""Schemas of a run's files: the records (one JSON line per image), the summary and the config."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from msgspec import Meta
 from dtta_fast.files import open_plain, read_text
 
 Record = dict[str, Any]
-DEEPEST = 8  # levels of an object in a file
-LARGEST = 1e30  # of a loss or a score: float32 has room for sums of 10^8 of them
+DEEPEST = 8  # nesting levels of an object in a file
+LARGEST = 1e30  # of a loss or a score: the sum of 10^8 such values still fits float32
 OF_MAPS = ("segmentation", "depth")  # tasks
-MOST_BYTES = 2**36  # of a records file: 10^8 images
+MOST_BYTES = 2**36  # of a records file; enough for 10^8 images
 REMEDY = "restore it, or begin again in another folder"
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -32,7 +32,7 @@ Values: TypeAlias = Plain | list[Plain]
 
 
 class OfImage(msgspec.Struct, kw_only=True):
-    """What every record has. digest: of the pixels that were read, runs.content.digest()'s; runs of older versions have none."""
+    """Fields common to all records. digest: runs.content.digest() of the pixels that were read; absent in runs of older versions."""
 
     image_id: Count
     batch: Count
@@ -43,13 +43,13 @@ class OfImage(msgspec.Struct, kw_only=True):
 
 
 class OfFailure(OfImage, kw_only=True):
-    """Of an image that could not be adapted to."""
+    """Record of an image that could not be adapted to."""
 
     error: str
 
 
 class OfAnswer(OfImage, kw_only=True):
-    """Of an image that was adapted to."""
+    """Record of an image that was adapted to."""
 
     loss: list[Real | None]
     accepted: bool
@@ -58,7 +58,7 @@ class OfAnswer(OfImage, kw_only=True):
 
 
 class OfClasses(OfAnswer, kw_only=True):
-    """Of an image with an answer: probabilities before and after."""
+    """Record of a classified image: predictions and probabilities before and after adaptation."""
 
     prediction_before: ClassNumber
     prediction: ClassNumber
@@ -69,7 +69,7 @@ class OfClasses(OfAnswer, kw_only=True):
 
 
 class OfMaps(OfAnswer, kw_only=True):
-    """Of an image with a map: scores before and after, of the same names."""
+    """Record of an image with a map: scores before and after adaptation, with the same names."""
 
     score_before: dict[ScoreName, Real | None]
     score: dict[ScoreName, Real | None]
@@ -86,7 +86,7 @@ class Data(msgspec.Struct, kw_only=True):
 
 
 class Config(msgspec.Struct, kw_only=True):
-    """config.json, as far as every version writes it."""
+    """The fields of config.json that every version writes."""
 
     data: Data
     task: str
@@ -95,7 +95,7 @@ class Config(msgspec.Struct, kw_only=True):
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """summary.json. records: digest of the records.jsonl that it sums up; summaries of older versions have none."""
+    """The contents of summary.json. records: digest of the records.jsonl that it summarises; absent in summaries of older versions."""
 
     images: Count
     errors: Count
@@ -109,13 +109,13 @@ class Summary(msgspec.Struct, kw_only=True):
 
 
 def read_records(path: Path, task: str | None = None) -> Iterator[Record]:
-    """The lines of a records file, the first to the last; a last one without its end, of a run that was killed, is left out.
+    """Yields the records of a file in order. An incomplete last line, left by a killed run, is skipped.
 
     Args:
-        task: the run's, which the records have to be of; where it is left out, that of the first answer.
+        task: task of the run, which all records must match; if omitted, they must match the first record that is not a failure.
 
     Raises:
-        ValueError: a whole line is no record, or one of another task; the message names file, line and field.
+        ValueError: a complete line is not a valid record or belongs to another task; the message names the file, line and field.
     """
     expected: type[OfImage] | None = None if task is None else OfMaps if task in OF_MAPS else OfClasses
     with open_plain(path, MOST_BYTES) as file:
@@ -133,10 +133,10 @@ def read_records(path: Path, task: str | None = None) -> Iterator[Record]:
 
 
 def check_record(record: Any) -> type[OfImage]:
-    """The kind of a record.
+    """Returns the type of a record.
 
     Raises:
-        ValueError: it is none; the message names the field and its value.
+        ValueError: it is not a valid record; the message names the field and its value.
     """
     kind: type[OfImage] = OfClasses
     if isinstance(record, dict):
@@ -148,10 +148,10 @@ def check_record(record: Any) -> type[OfImage]:
 
 
 def check(value: Any, kind: type[msgspec.Struct]) -> Any:
-    """JSON as a struct of this kind.
+    """Converts decoded JSON to a struct of this type.
 
     Raises:
-        ValueError: it is none; the message names the field and its value.
+        ValueError: the value does not fit the type; the message names the field and its value.
     """
     try:
         return msgspec.convert(value, kind)
@@ -163,10 +163,10 @@ def check(value: Any, kind: type[msgspec.Struct]) -> Any:
 
 
 def read_object(path: Path, kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """The JSON object of a run's file, which fits the schema.
+    """Reads the JSON object in a run's file and checks it against a schema.
 
     Raises:
-        ValueError: it does not; the message names the file, the field and its value.
+        ValueError: the file cannot be read or does not fit the schema; the message names the file, the field and its value.
     """
     try:
         found = json.loads(read_text(path))
@@ -185,12 +185,12 @@ def _check_depth(value: Any, left: int) -> None:
 
 
 def rounded(value: float) -> float | None:
-    """To 6 digits, which is what float32 holds for sure; None, which JSON has for it, where it is no number or beyond LARGEST."""
+    """Rounds to 6 significant digits, which float32 always holds; None (null in JSON) for NaN and for magnitudes above LARGEST."""
     return float(f"{value:.6g}") if abs(value) <= LARGEST else None
 
 
 def line_of(record: Record) -> str:
-    """A record as its line."""
+    """Formats a record as a line of JSON."""
     return json.dumps(record, allow_nan=False) + "\n"
 
 
@@ -199,7 +199,7 @@ def _refuse(constant: str) -> None:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys each stand once: of two, every reader would take another."""
+    """Builds an object and rejects duplicate keys, which different JSON readers resolve differently."""
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]

@@ -1,4 +1,4 @@
-"""The dotted names of the reference implementation's config (github.com/mihirp1998/Diffusion-TTA), as names of ours."""
+"""Translates the dotted config names of the reference implementation (github.com/mihirp1998/Diffusion-TTA) into ours."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DATA_SETS = {
     "CIFAR10Dataset": "cifar10",
     "CIFAR100Dataset": "cifar100",
 }
-# timm's weights of these shapes, which are not torchvision's for all of them
+# timm weights of the same architectures; not all of them equal torchvision's
 MODELS = {
     "resnet18": "resnet18.tv_in1k",
     "resnet50": "resnet50.tv_in1k",
@@ -39,7 +39,7 @@ RENAMED = {
     "tta.gradient_descent.optimizer_momentum": "momentum",
     "input.root_path": "root",
 }
-# the model's own config decides on these, or nothing here depends on them
+# these follow from the model's own config, or have no counterpart here
 WITHOUT_EFFECT = (
     "use_cuda",
     "log_freq",
@@ -66,12 +66,12 @@ def is_reference(name: str) -> bool:
 
 
 def translated(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat settings with the reference's names replaced; others stay.
+    """Replaces the reference's names in flat settings and keeps all other names.
 
-    The reference's batch is of pairs: accum_iter batches of batch_size add up to an update's.
+    The reference's batches consist of pairs: one update uses accum_iter batches of batch_size pairs.
 
     Raises:
-        ValueError: a name under input, model, tta or wandb that the reference does not have, or a value of it that nothing here stands for.
+        ValueError: a name under input, model, tta or wandb does not exist in the reference, or its value has no equivalent here.
     """
     found: dict[str, Any] = {}
     theirs = {name: value for name, value in settings.items() if is_reference(name)}

@@ -1,4 +1,4 @@
-"""The state of an online run as a file: tensors by name, bound by a checksum to their bytes, their batch and their run."""
+"""Stores the state of an online run in a file: named tensors with a checksum over their bytes, the batch and the run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dtta_fast.files import open_plain
 
 FORMAT = "dtta_fast online state 1"
 MOST_BYTES = 2**40  # of a file
-MOST_SLOTS = 8  # of an optimizer: Adam has 2
+MOST_SLOTS = 8  # per optimizer; Adam has 2
 
 
 def state_bytes(state: Mapping[str, Any], batch: int, config: Mapping[str, Any]) -> bytes:
-    """The file of an adapter's state_dict() after a batch of a run of this config."""
+    """Serialises an adapter's state_dict() after a batch of a run with this config."""
     from safetensors.torch import save
 
     tensors = _flat(state)
@@ -27,34 +27,34 @@ def state_bytes(state: Mapping[str, Any], batch: int, config: Mapping[str, Any])
 
 
 def read_state(path: Path, batch: int, config: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """What state_bytes() was given, on a device.
+    """Reads the state that state_bytes() wrote and moves it to a device.
 
     Raises:
-        ValueError: the file is missing or damaged, or of another batch or run; the message names it.
+        ValueError: the file is missing, damaged, or from another batch or run; the message names the file.
     """
     from safetensors import safe_open
 
     try:
-        open_plain(path, MOST_BYTES).close()  # a pipe would be waited for
+        open_plain(path, MOST_BYTES).close()  # opening a pipe would block
         with safe_open(path, "pt") as file:
             found = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # the file is not a mapping
         if found.get("checksum") != _checksum(tensors, batch, config):
             raise ValueError("its checksum is not that of its weights, of this batch and of this run")
         return _nested({name: tensor.to(device) for name, tensor in tensors.items()})
-    except Exception as error:  # safetensors raises its own
+    except Exception as error:  # safetensors raises its own exceptions
         raise ValueError(f"{path}, the state after batch {batch}, cannot be read: {error}; begin again in another folder") from error
 
 
 def is_state(path: Path) -> bool:
-    """Whether state_bytes() wrote the file."""
+    """Returns whether state_bytes() wrote the file."""
     from safetensors import safe_open
 
     try:
         open_plain(path, MOST_BYTES).close()
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
-    except Exception:  # safetensors raises its own
+    except Exception:  # safetensors raises its own exceptions
         return False
 
 
@@ -68,8 +68,8 @@ def _checksum(tensors: Mapping[str, Tensor], batch: int, config: Mapping[str, An
 
 
 def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """An adapter's state as tensors by name: weights in their order, the optimizer's memory by slot and number, the step."""
-    if not state:  # nothing was adapted yet
+    """Flattens an adapter's state into named tensors: weights in order, optimizer state by slot and index, and the step."""
+    if not state:  # nothing has been adapted yet
         return {"empty": torch.zeros(0, dtype=torch.float32, device="cpu")}
     found: dict[str, Tensor] = {"step": state["step"]}
     for kind in ("theta", "phi"):
@@ -81,10 +81,10 @@ def _flat(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What _flat() was given.
+    """Rebuilds the state that _flat() flattened.
 
     Raises:
-        ValueError: these are no tensors of it; the checksum is no secret, and a file of others may have it.
+        ValueError: the tensors do not form a state. The checksum uses no secret key, so a foreign file can carry a valid one.
     """
     if "empty" in tensors:
         return {}

@@ -1,4 +1,4 @@
-"""What the records of a run add up to."""
+"""Summarises the records of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Record = Mapping[str, Any]
 
 
 def by_group(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """Records by corruption and severity, or by whatever the data set calls its parts, in the order in which they come."""
+    """Groups records by corruption and severity, or by the data set's own groups, in order of first appearance."""
     found: dict[str, list[Record]] = {}
     for record in records:
         found.setdefault(record["group"], []).append(record)
@@ -21,7 +21,7 @@ def by_group(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def summary(records: Sequence[Record]) -> dict[str, Any]:
-    """Of all records, and of each group: counts, accuracy or scores before and after with 95 % intervals over images, cost."""
+    """Summarises all records and each group: counts, cost, and accuracy or scores before and after with 95 % intervals over images."""
     return {**_figures(records), "groups": {name: _figures(part) for name, part in by_group(records).items()}}
 
 
@@ -36,7 +36,7 @@ def _figures(records: Sequence[Record]) -> dict[str, Any]:
     if "score" in sound[0]:
         for name in dict.fromkeys(name for record in sound for name in record["score"]):
             pairs = [(record, record["score_before"].get(name), record["score"].get(name)) for record in sound]
-            told = [record for record, *scores in pairs if None not in scores]  # a map without labels has none
+            told = [record for record, *scores in pairs if None not in scores]  # a map without labels has no scores
             if not told:
                 continue
             scores = ([record[key][name] for record in told] for key in ("score_before", "score"))
@@ -75,10 +75,10 @@ def _figures(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _number(prediction: int | None) -> int:
-    """A prediction that is no class of the data set is as wrong as any."""
+    """Maps a prediction outside the data set's classes to -1, which counts as wrong."""
     return -1 if prediction is None else prediction
 
 
 def error_lines(found: Mapping[str, Any]) -> list[str]:
-    """A line a group, as this family of tools prints it: error % [gaussian_noise5]: 43.56%."""
+    """Returns one line per group in the format common to such tools: error % [gaussian_noise5]: 43.56%."""
     return [f"error % [{name}]: {100 * (1 - group['accuracy']):.2f}%" for name, group in found["groups"].items() if "accuracy" in group]

@@ -1,4 +1,4 @@
-"""Writes files whole: what was there before stays until the new one is on the disk."""
+"""Writes files atomically: the old file stays until the new one is on disk."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import secrets
 import stat
 from pathlib import Path
 
-MOST_NAME = 255  # bytes of a name on the usual file systems
+MOST_NAME = 255  # bytes of a file name on common file systems
 MOST_PATH = 4095
-# Windows has none of them: it makes no links without a privilege, and does not wait for pipes
+# Windows has none of these flags: creating links there requires a privilege, and opening a pipe does not block
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-_BYTES = getattr(os, "O_BINARY", 0)  # on Windows line ends would be changed otherwise
+_BYTES = getattr(os, "O_BINARY", 0)  # otherwise Windows would convert line endings
 
 
 def write_whole(path: Path, content: str | bytes, *, follow: bool = True) -> None:
-    """Writes a file so that it is the old one or the new one, whatever happens in between; a device or a pipe is written to directly.
+    """Writes a file atomically: after a failure it holds either the old or the new content. A device or a pipe is written to directly.
 
     Args:
-        follow: a link stays one, and the file that it leads to is written; without, only a plain file is replaced.
+        follow: if True, a link stays a link and its target is written; if False, only a plain file is replaced.
 
     Raises:
-        OSError: it cannot be written; what was there is kept. ValueError: it is no plain file, and links are not followed.
+        OSError: the file cannot be written; the old content is kept. ValueError: `follow` is False and the path is not a plain file.
     """
     data = _bytes(content)
     try:
         if not follow:
             check_plain(path)
-        elif path.exists() and not path.is_file():  # before the links are followed: a pipe's own name is none that can be opened
+        elif path.exists() and not path.is_file():  # before links are resolved: a pipe's resolved name cannot be opened
             path.write_bytes(data)
             return
         place = Path(os.path.realpath(path)) if follow else path
@@ -40,10 +40,10 @@ def write_whole(path: Path, content: str | bytes, *, follow: bool = True) -> Non
 
 
 def draft(path: Path, content: str | bytes) -> Path:
-    """A new file beside another, of a name that nobody can foresee, with what that one is to hold; it is on the disk.
+    """Writes the new content of a file to a file beside it with an unpredictable name, and waits until it is on disk.
 
     Raises:
-        OSError: it cannot be written; nothing of it is left.
+        OSError: the draft cannot be written; no part of it is left behind.
     """
     data, stem = _bytes(content), os.fsdecode(os.fsencode(path.name)[:200])
     new = path.with_name(f"{stem}.{secrets.randbelow(10**18)}.new")
@@ -61,10 +61,10 @@ def draft(path: Path, content: str | bytes) -> Path:
 
 
 def put(new: Path, path: Path) -> None:
-    """Gives a draft its name, for good.
+    """Renames a draft to its final path and makes the rename durable.
 
     Raises:
-        OSError: it cannot be renamed; the draft is gone.
+        OSError: the draft cannot be renamed; it has been deleted.
     """
     try:
         os.replace(new, path)
@@ -75,22 +75,22 @@ def put(new: Path, path: Path) -> None:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """Writes all of it to an open file."""
+    """Writes all of the data to an open file."""
     written = 0
     while written < len(data):
         written += os.write(descriptor, data[written:])
 
 
 def open_plain_own(path: Path, flags: int) -> int:
-    """Opens a file of a run's own, which is made where it is missing; a link is not followed, and a pipe not waited for.
+    """Opens one of a run's own files and creates it if missing. Does not follow links or block on pipes.
 
     Raises:
-        ValueError: it is no plain file. OSError: it cannot be opened.
+        ValueError: the path is not a plain file. OSError: the file cannot be opened.
     """
     check_plain(path)
     descriptor = os.open(path, flags | os.O_CREAT | _NO_LINK | _BYTES, 0o644)
     try:
-        _check_mode(path, os.fstat(descriptor).st_mode)  # of what was opened, whatever lies there by now
+        _check_mode(path, os.fstat(descriptor).st_mode)  # checks what was opened, since the path may have been replaced meanwhile
     except ValueError:
         os.close(descriptor)
         raise
@@ -98,7 +98,7 @@ def open_plain_own(path: Path, flags: int) -> int:
 
 
 def check_plain(path: Path) -> None:
-    """Raises ValueError where a name of a run's own files is a link, a folder, a pipe or a device; it may be missing."""
+    """Raises ValueError if the path of one of a run's own files is a link, folder, pipe, socket or device; it may be missing."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -114,13 +114,13 @@ def _check_mode(path: Path, mode: int) -> None:
 
 
 def _bytes(content: str | bytes) -> bytes:
-    return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content  # names may hold bytes that are no text
+    return content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content  # names may hold bytes that are not text
 
 
 def _sync(folder: Path) -> None:
-    """Waits until the disk has the folder's names: what is written next must not outlive what was renamed before."""
+    """Waits until the folder's entries are on disk, so that no later write can survive a crash that loses an earlier rename."""
     if os.name == "nt":
-        return  # Windows opens no folder, and its file system keeps a journal of names
+        return  # Windows cannot open folders this way, and its file system journals names
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -129,7 +129,7 @@ def _sync(folder: Path) -> None:
 
 
 def check_name(argument: str, value: str | os.PathLike[str]) -> None:
-    """Raises ValueError, naming the argument, where no file can have such a name."""
+    """Raises ValueError, naming the argument, if the value cannot be a file name."""
     try:
         name = os.fsencode(value)
     except UnicodeEncodeError as error:

@@ -1,1 +1,1 @@
-"""How a step runs here: private copies of the modules, precision, compilation, memory."""
+"""The runtime of an adaptation step: private copies of the modules, precision, compilation and memory."""

@@ -1,4 +1,4 @@
-"""Attention under torch.vmap, whose own rules lose the gradient or run image by image."""
+"""Attention under torch.vmap, whose built-in rules lose the gradient or run one image at a time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dtta_fast.runtime.compiling import is_tracing
 
 
 def vmappable_attention() -> AbstractContextManager[Any]:
-    """Makes attention differentiable under vmap, in this thread, for as long as the block lasts."""
-    if torch.compiler.is_compiling():  # it takes no inference kernel, and cannot trace a mode of ours
+    """Makes attention differentiable under vmap in this thread for the duration of the block."""
+    if torch.compiler.is_compiling():  # the compiler uses no inference kernel and cannot trace our mode
         return sdpa_kernel(SDPBackend.MATH)  # pragma: no cover (traced, not run)
     return _VmappableAttention()
 
 
 class _VmappableAttention(TorchFunctionMode):
-    """Replaces attention by a form that vmap can batch and differentiate.
+    """Replaces attention with a form that vmap can batch and differentiate.
 
-    It works for this thread alone, where torch's own switches are the process's. Where a mode is on, nn.MultiheadAttention leaves its
-    inference kernel, which has no derivative, aside.
+    It affects only this thread, whereas torch's own switches affect the whole process. While a mode is active, nn.MultiheadAttention does
+    not use its inference kernel, which has no derivative.
     """
 
     def __torch_function__(
@@ -41,7 +41,7 @@ class _VmappableAttention(TorchFunctionMode):
                 return torch._scaled_dot_product_attention_math(*args, **kwargs)[0]
             with math_attention:
                 return function(*args, **kwargs)
-        if function is F.multi_head_attention_forward:  # it calls attention where no mode sees it
+        if function is F.multi_head_attention_forward:  # it calls attention internally, hidden from modes
             with math_attention:
                 return function(*args, **kwargs)
         return function(*args, **kwargs)
@@ -57,7 +57,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """F.scaled_dot_product_attention, [..., heads, L, d] each, for tensors that vmap may have batched."""
+    """Computes F.scaled_dot_product_attention for tensors [..., heads, L, d] that vmap may have batched."""
     keywords: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     tensors = [query, key, value, attn_mask]
     if not any(tensor is not None and torch._C._functorch.is_batchedtensor(tensor) for tensor in tensors):
@@ -67,10 +67,10 @@ def _attention(
 
 
 class _Unbatched(torch.autograd.Function):
-    """Attention of B batched calls as one call with a longer batch.
+    """Runs the attention of B batched calls as one call with a larger batch.
 
-    Inside vmap no tensor requires a gradient, so torch would choose a kernel that keeps nothing for the backward. Here the tensors are
-    unwrapped first. Autograd records the plain call, and backward() below is never asked.
+    Inside vmap no tensor requires a gradient, so torch would choose a kernel that saves nothing for the backward. Here the tensors are
+    unwrapped first, so autograd records the plain call, and backward() below is never called.
     """
 
     @staticmethod
@@ -79,7 +79,7 @@ class _Unbatched(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps nothing."""
+        """Saves nothing."""
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -89,7 +89,7 @@ class _Unbatched(torch.autograd.Function):
     def vmap(
         info: Any, in_dims: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, keywords: dict[str, Any]
     ) -> tuple[Tensor, int]:
-        """Moves the batched dimension into the batch, and back out of the result."""
+        """Folds the vmap dimension into the batch dimension and unfolds it from the result."""
 
         batched = [int(dim is not None) for dim in in_dims[:4]]
         given: list[Any] = [query, key, value, mask]
@@ -108,7 +108,7 @@ class _Unbatched(torch.autograd.Function):
         q, k, v = (joined(tensor, own) for tensor, own in zip(tensors[:3], batched, strict=False))
         mask = tensors[3]
         if mask is not None:
-            # it may leave out leading dimensions, and have 1 where it is the same for all
+            # the mask may omit leading dimensions, and have size 1 where it broadcasts
             own, sizes = mask.shape[: batched[3]], mask.shape[batched[3] :]
             mask = mask.reshape(*own, *(1,) * (len(leading) + 3 - len(sizes)), *sizes)
             mask = joined(mask.expand(*own, *leading, *mask.shape[-3:]), batched[3])
@@ -117,7 +117,7 @@ class _Unbatched(torch.autograd.Function):
 
 
 class MathAttention:
-    """torch's switch to attention by plain operators, which is the process's: on while any thread is within, then as it was."""
+    """Turns on torch's process-wide switch to attention with plain operators while any thread is inside, then restores it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -134,7 +134,7 @@ class MathAttention:
         self.leave()
 
     def leave(self) -> None:
-        """Takes this thread out. An interrupt may have come before the block could do so itself."""
+        """Removes this thread. Also called separately, since an interrupt may keep the block from doing so itself."""
         with self._lock:
             self._within.discard(threading.get_ident())
             if not self._within:

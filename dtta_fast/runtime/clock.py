@@ -1,4 +1,4 @@
-"""Wall time by phase, and how long a step is expected to take."""
+"""Wall time per phase and the expected duration of a step."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from dtta_fast.runtime import phases
 
 
 class Clock:
-    """Seconds by phase. On CUDA they are those of the device's own timeline: nothing waits for it before `seconds` is read."""
+    """Measures seconds per phase. On CUDA it uses the device's own timeline, and the host does not wait until `seconds` is read."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._spans: list[tuple[str, Any, Any]] = []
 
     def now(self) -> float:
-        """Gives time.perf_counter() once the device has finished this thread's work."""
+        """Returns time.perf_counter() after the device has finished this thread's work."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         return time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the block's time to the phase, and marks it for a profile."""
-        with self.span(name), nullcontext() if name == "adapt" else phases.phase(name):  # the parts of "adapt" have marks of their own
+        """Adds the block's time to the phase and marks the block for a profile."""
+        with self.span(name), nullcontext() if name == "adapt" else phases.phase(name):  # the parts of "adapt" have their own marks
             yield
 
     @contextmanager
@@ -45,14 +45,14 @@ class Clock:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase, once the device has finished."""
+        """Returns the seconds per phase after the device has finished."""
         found: dict[str, float] = {}
         for name, start, end in self._spans:
             found[name] = found.get(name, 0.0) + self._between(start, end)
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        # events belong to their process: a copy holds seconds
+        # CUDA events belong to their process, so a copy stores seconds
         return {"_device": torch.device("cpu"), "_spans": [(name, 0.0, seconds) for name, seconds in self.seconds.items()]}
 
     def _mark(self) -> Any:
@@ -70,7 +70,7 @@ class Clock:
 
 
 class Durations:
-    """Seconds of the last runs. The very first, which may compile, is left out."""
+    """Stores the durations of the last runs in seconds. The very first run, which may compile, is left out."""
 
     def __init__(self) -> None:
         self._first = True
@@ -78,12 +78,12 @@ class Durations:
 
     @property
     def expected(self) -> float:
-        """The upper quartile in seconds, which one slow run does not move; 0 where nothing is known."""
+        """Returns the upper quartile in seconds, which is robust to a single slow run; 0 without any measurement."""
         return sorted(self._last)[3 * len(self._last) // 4] if self._last else 0.0
 
     @contextmanager
     def timed(self, clock: Clock, wanted: bool) -> Iterator[None]:
-        """Notes the block's time if it is wanted: it takes a wait for the device."""
+        """Records the block's time if `wanted`; this requires waiting for the device."""
         start = clock.now() if wanted else 0.0
         yield
         if wanted:
@@ -91,7 +91,7 @@ class Durations:
         self._first = False
 
     def note(self, seconds: float) -> None:
-        """Adds a run."""
+        """Adds the duration of a run."""
         if not self._first:
             self._last.append(seconds)
         self._first = False
@@ -99,7 +99,7 @@ class Durations:
 
 @dataclass
 class Pace:
-    """How long a batch takes: its steps, the forward after the last one, and the guard, where it has something to compare."""
+    """Durations of the parts of a batch: its steps, the forward after the last step, and the guard when it has something to compare."""
 
     step: Durations = field(default_factory=Durations)
     end: Durations = field(default_factory=Durations)
@@ -107,18 +107,18 @@ class Pace:
 
 
 class Paces:
-    """A session's paces: one for each number of images at once, and of pairs where they are given."""
+    """Stores a session's paces: one per number of simultaneous images and, if given, number of pairs."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, int | None], Pace] = {}
 
     def of(self, images: int, pairs: int | None) -> Pace:
-        """The pace of so many images; at first that of the next larger number, since a pre-check lets any number through."""
+        """Returns the pace for a number of images. A new one starts as that of the next larger number: a pre-check can pass any number."""
         if (images, pairs) not in self._known:
             larger = sorted(count for count, given in self._known if count > images and given == pairs)
             self._known[images, pairs] = copy.deepcopy(self._known[larger[0], pairs]) if larger else Pace()
         return self._known[images, pairs]
 
     def clear(self) -> None:
-        """Forgets all of them."""
+        """Forgets all paces."""
         self._known.clear()

@@ -17,7 +17,7 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def is_tracing() -> bool:
-    """Whether operators become a graph, by torch.compile or by an export, and do not run."""
+    """Returns whether operators are being traced into a graph, by torch.compile or an export, instead of being run."""
     if torch.compiler.is_compiling():
         return True
     from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -30,9 +30,9 @@ TRACES_REQUIRES_GRAD = tuple(int(part) for part in torch.__version__.split(".")[
 
 
 def leaf(tensor: Tensor) -> Tensor:
-    """The tensor cut off from what it was computed by, requiring a gradient. torch.autograd.grad() ends at it, so it changes nothing else.
+    """Detaches the tensor from its graph and makes it require a gradient. torch.autograd.grad() stops at it, so nothing else is affected.
 
-    torch.compile of torch 2.11 does not trace requires_grad_(). There, a sum with a zero that requires a gradient does the same.
+    torch.compile in torch 2.11 cannot trace requires_grad_(). There, adding a zero that requires a gradient has the same effect.
     """
     if torch.compiler.is_compiling() and not TRACES_REQUIRES_GRAD:
         return tensor.detach() + ANCHOR
@@ -40,37 +40,37 @@ def leaf(tensor: Tensor) -> Tensor:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether torch.compile could not trace or build; Inductor's errors included."""
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # here, since its import takes seconds
+    """Returns whether the error means that torch.compile failed to trace or build, including Inductor's errors."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # imported here, since the import takes seconds
 
     return isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit))
 
 
 def keep_cache() -> None:
-    """Compiled kernels go to the user's cache folder, unless TORCHINDUCTOR_CACHE_DIR names one: torch's default is the temporary folder."""
+    """Stores compiled kernels in the user's cache folder unless TORCHINDUCTOR_CACHE_DIR is set; torch's default is the temporary folder."""
     if CACHE not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
         os.environ[CACHE] = str(Path(home) / "dtta_fast" / "inductor")
 
 
 def compiled(function: F) -> F:
-    """The function as one graph, a graph a shape; to be called under tracing()."""
+    """Compiles the function into a single graph, with one graph per input shape. Call the result under tracing()."""
     keep_cache()
     return cast(F, torch.compile(function, fullgraph=True, dynamic=False))
 
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """Gradients inside a compiled function are traced, and a process may hold many sessions.
+    """Enables tracing of gradients inside a compiled function, and allows many sessions per process.
 
-    Torch counts compilations by function, not by session, and with its limit of 8 the ninth model would not compile.
+    Torch counts compilations per function, not per session, so with its default limit of 8 a ninth model would not compile.
     """
     with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=COMPILATIONS, accumulated_recompile_limit=COMPILATIONS):
         yield
 
 
 def compile_regions(regions: list[nn.Module]) -> None:
-    """Compiles each module in place: equal ones share a compilation."""
+    """Compiles each module in place; identical modules share a compilation."""
     keep_cache()
     for region in regions:
         region.compile(fullgraph=True, dynamic=False)

@@ -1,4 +1,4 @@
-"""Constant tensors that are made once for a device: moving one there in every call would make the host wait each time."""
+"""Constant tensors that are created once per device: moving them there in every call would make the host wait each time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def kept(make: Callable[P, T]) -> Callable[P, T]:
-    """Keeps what `make` returned for the last arguments, which have to be hashable. Tensors that a trace makes belong to it alone."""
+    """Caches the results of `make` for the latest arguments, which must be hashable. Tensors made during a trace are not cached."""
     remembered = functools.lru_cache(maxsize=32)(torch.inference_mode(False)(make))
 
     @functools.wraps(make)
@@ -31,5 +31,5 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
 
 @kept
 def numbers(values: tuple[float, ...] | tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor [N] of these values."""
+    """Returns a tensor [N] with these values."""
     return torch.tensor(values, dtype=dtype, device=device)

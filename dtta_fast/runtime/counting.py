@@ -1,4 +1,4 @@
-"""Counts what operators compute and move, phase by phase."""
+"""Counts the FLOPs and the memory traffic of operators per phase."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dtta_fast.runtime.phases import Listener
 
 aten = torch.ops.aten
 ALLOCATIONS = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.resize_}
-OVERWRITES = {aten.copy_, aten.fill_, aten.zero_, aten._foreach_copy_, aten._foreach_zero_}  # what they write to is not read
-# of their first tensor they touch what indices point to: as much as they return, or are given to put there
+OVERWRITES = {aten.copy_, aten.fill_, aten.zero_, aten._foreach_copy_, aten._foreach_zero_}  # their target is written, not read
+# of their first tensor these touch only the indexed elements: as many as they return or are given to write
 INDEXED = {
     *(aten.index, aten.index_select, aten.gather, aten.embedding),
     *(aten.index_put_, aten._index_put_impl_, aten.index_copy_, aten.index_add_, aten.scatter_, aten.scatter_add_),
@@ -27,7 +27,7 @@ INDEXED = {
 
 @dataclass
 class Count:
-    """Of some calls of operators: FLOPs, two for a multiplication with its addition, and bytes."""
+    """Totals over operator calls: FLOPs (a multiply-add counts as two) and bytes."""
 
     calls: int = 0
     flops: int = 0
@@ -40,10 +40,10 @@ class Count:
 
 
 class Counter(TorchDispatchMode, Listener):
-    """Counts all that runs within it, by (phase, operator), in `counts`.
+    """Counts everything that runs inside it by (phase, operator), in `counts`.
 
-    FLOPs are those of matrix products, convolutions and attention, by torch's formulas; other operators count none. Bytes are those of an
-    operator's inputs and outputs, each once: what a kernel reads twice, or keeps aside for itself, is not seen. Views move nothing.
+    FLOPs cover matrix products, convolutions and attention, using torch's formulas; other operators count as zero. Bytes cover each input
+    and output of an operator once; repeated reads and a kernel's internal buffers are not seen. Views move no bytes.
     """
 
     def __init__(self) -> None:
@@ -62,14 +62,14 @@ class Counter(TorchDispatchMode, Listener):
 
 
 def flops_of(packet: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
-    """FLOPs of one call."""
+    """Returns the FLOPs of one call."""
     if packet in OWN_FORMULAS:
         return OWN_FORMULAS[packet](*args)
     return int(flop_registry[packet](*args, **kwargs, out_val=out)) if packet in flop_registry else 0
 
 
 def bytes_moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int | None:
-    """Bytes that one call reads and writes, at least; None of a view or an allocation, which does no work."""
+    """Returns the minimum number of bytes that one call reads and writes; None for a view or an allocation, which does no work."""
     packet = func.overloadpacket
     given = [*zip(func._schema.arguments, args, strict=False)]
     given += [(argument, kwargs[argument.name]) for argument in func._schema.arguments if argument.name in kwargs]
@@ -89,17 +89,17 @@ def bytes_moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
 
 
 def touched(tensor: Tensor) -> int:
-    """Bytes of memory that its elements lie in: a dimension that was expanded counts once."""
+    """Returns the bytes of memory that the tensor's elements occupy; an expanded dimension counts once."""
     return math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride) * tensor.itemsize
 
 
 def _written(argument: Any) -> bool:
-    # a fused optimizer's schema lets it unscale the gradients; ours come without a scale
+    # a fused optimizer's schema allows it to unscale the gradients in place; ours have no scale
     return argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *others: Any) -> int:
-    """To input and weight, a convolution's FLOPs each; torch's own formula takes no heed of groups."""
+    """Counts a convolution's FLOPs for each wanted gradient (input, weight); torch's own formula ignores groups."""
     transposed, wanted = others[4], others[7]
     forward = conv_flop_count(list(x.shape), list(weight.shape), list(gradient.shape), transposed)
     return int(wanted[0] + wanted[1]) * forward

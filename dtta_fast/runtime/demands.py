@@ -1,17 +1,17 @@
-"""Demands of torch's CUDA kernels on their arguments, where its CPU kernels take anything.
+"""Requirements of torch's CUDA kernels on their arguments; torch's CPU kernels accept anything.
 
-| kernel | demand | read in torch 2.11 |
+| kernel | requirement | source in torch 2.11 |
 |---|---|---|
 | fused SGD, Adam, AdamW | lr is a float32 tensor of one element on the device | native/cuda/FusedAdamKernel.cu, FusedSgdKernel.cu |
 | fused Adam, AdamW | steps are float32 tensors of one element on the device | native/cuda/fused_adam_utils.cuh |
 | fused SGD, Adam, AdamW | a parameter, its gradient and its slots share dtype, device and strides, and are dense | can_use_fast_route |
 | attention (flash, efficient, cuDNN) | the last dimension of queries, keys and values is contiguous | transformers/cuda/sdp_utils_cpp.h |
-| attention (flash, efficient, cuDNN) | a head has 256 numbers at most, or plain operators take over | transformers/cuda/sdp_utils.cpp |
-| efficient attention | its backward needs the logsumexp, left out where no input requires a gradient | transformers/cuda/attention.cu |
+| attention (flash, efficient, cuDNN) | a head has at most 256 elements, else plain operators run | transformers/cuda/sdp_utils.cpp |
+| efficient attention | its backward needs the logsumexp, omitted if no input requires a gradient | transformers/cuda/attention.cu |
 
-The first three are asserted where the kernels are called, on CUDA and with DTTA_FAST_STRICT=1. Where attention's inputs do not fit, torch
-takes plain operators. The last row is why attention under vmap has a rule of its own (runtime/attention.py): inside vmap no tensor requires
-a gradient.
+The first three are asserted where the kernels are called, on CUDA and with DTTA_FAST_STRICT=1. If attention's inputs do not meet the
+requirements, torch uses plain operators. The last row is why attention under vmap has its own rule (runtime/attention.py): inside vmap no
+tensor requires a gradient.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _demand(met: bool, message: str) -> None:
 def fused_optimizer(
     parameters: Sequence[Tensor], gradients: Sequence[Tensor], slots: Sequence[Sequence[Tensor]], steps: Sequence[Tensor], lr: Tensor
 ) -> None:
-    """Asserts what the fused optimizers demand."""
+    """Asserts the requirements of the fused optimizers."""
     if parameters[0].device.type != "cuda":
         return
     for name, values in (("lr", [lr]), ("step", steps)):
@@ -51,7 +51,7 @@ def fused_optimizer(
 
 
 def attention(*tensors: Tensor) -> None:
-    """Asserts what CUDA's attention kernels demand of queries, keys and values."""
+    """Asserts the requirements of CUDA's attention kernels on queries, keys and values."""
     if tensors[0].device.type != "cuda":
         return
     for tensor in tensors:
@@ -60,7 +60,7 @@ def attention(*tensors: Tensor) -> None:
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Tells whether the tensor's elements fill their memory without gaps or overlaps."""
+    """Returns whether the tensor's elements fill their memory without gaps or overlaps."""
     expected = 1
     for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda dimension: dimension[1]):
         if size != 1 and stride != expected:

@@ -1,4 +1,4 @@
-"""Float32 products on CUDA: in full precision, or in TF32 on the tensor cores. torch's switches for this belong to the process."""
+"""Float32 products on CUDA, in full precision or in TF32 on the tensor cores. torch's switches for this are process-wide."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ mkldnn: Any = torch.backends.mkldnn
 
 
 class Switches(NamedTuple):
-    """The values of torch's switches. None stands for one that torch refuses to read, since old and new switches contradict each other."""
+    """The values of torch's switches. None means that torch refuses to read a switch because old and new switches contradict each other."""
 
     products: str | None
     cuda: str
@@ -38,7 +38,7 @@ class Switches(NamedTuple):
         return cls(products, matmul.fp32_precision, cpu, convolutions, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
 
     def restore(self) -> None:
-        """Sets what differs from them: a switch that is set no longer follows the switch above it."""
+        """Sets only the switches that differ, because a switch that was set explicitly no longer follows its parent switch."""
         # the old switches set the new ones too, so they come first
         now = Switches.now()
         if now.products != self.products:
@@ -54,25 +54,25 @@ def _set(tf32: bool) -> None:
     now, wanted = Switches.now(), "tf32" if tf32 else "ieee"
     if now.products is not None and now.cuda == now.conv == wanted and now.convolutions == tf32:
         return
-    # through the old switches, with which torch.compile's guards have to agree
+    # set through the old switches, which must agree with torch.compile's guards
     matmul.allow_tf32 = cudnn.allow_tf32 = tf32
     matmul.fp32_precision = cudnn.conv.fp32_precision = wanted
 
 
 class Float32Products:
-    """Sets the switches while any thread is within, and puts them back when the last one leaves.
+    """Sets the switches while any thread is inside and restores them when the last one leaves.
 
-    Where threads ask for different products, full precision wins.
+    If threads request different precisions, full precision wins.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._asked: dict[int, bool] = {}  # TF32 or not, by thread
+        self._asked: dict[int, bool] = {}  # whether each thread wants TF32
         self._before: Switches | None = None
 
     @contextmanager
     def within(self, device: torch.device, tf32: bool) -> Iterator[None]:
-        """Products on this device are in TF32, or in full precision; on a CPU nothing changes."""
+        """Computes float32 products on this device in TF32 or in full precision; has no effect on a CPU."""
         if device.type != "cuda":
             yield
             return
@@ -86,7 +86,7 @@ class Float32Products:
             self.leave()
 
     def leave(self) -> None:
-        """Takes this thread out. An interrupt may have come before the block could do so itself."""
+        """Removes this thread. Also called separately, since an interrupt may keep the block from doing so itself."""
         with self._lock:
             if self._asked.pop(threading.get_ident(), None) is None or self._before is None:
                 return

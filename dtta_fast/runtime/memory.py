@@ -1,4 +1,4 @@
-"""How many pairs run at once: what a row of the denoiser keeps for its backward, measured, against a budget."""
+"""Decides how many pairs run at once: measures the memory that a denoiser row keeps for its backward and compares it with a budget."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils._pytree import tree_leaves
 
 from dtta_fast.denoisers.base import Denoiser
 
-ROWS_AT_ONCE = 64  # rows of a denoiser's forward where no budget says otherwise; more did not run faster
+ROWS_AT_ONCE = 64  # rows per denoiser forward without a budget; more did not run faster
 GUARD_ROWS = {"cpu": ROWS_AT_ONCE, "cuda": 256}  # the same for a forward without gradient, by device
-TRANSIENT = 3  # tensors of the largest size that live beside the saved ones while an operator runs, forward or backward
+TRANSIENT = 3  # tensors of the largest size that are alive in addition to the saved ones while an operator runs, forward or backward
 
 
 class Plan(NamedTuple):
-    """rows: rows of the denoiser at once. images: images at once. checkpoint: whether activations are made again in the backward."""
+    """rows: simultaneous denoiser rows. images: simultaneous images. checkpoint: whether activations are recomputed in the backward."""
 
     rows: int
     images: int
@@ -28,10 +28,10 @@ class Plan(NamedTuple):
 
 
 class Limit:
-    """A bound on the rows that run at once, set when memory ran out.
+    """Limits the rows that run at once after memory has run out.
 
-    It doubles after some calls that succeed, since whatever took the memory may be gone. Each time memory runs out again, it waits for
-    twice as many calls.
+    The limit doubles after a number of successful calls, since the memory may have been freed. Each time memory runs out again, it waits
+    for twice as many calls.
     """
 
     def __init__(self) -> None:
@@ -39,12 +39,12 @@ class Limit:
         self._wanted, self._successes, self._patience = 0, 0, 8
 
     def of(self, rows: int) -> int:
-        """The rows to run, of the `rows` that the plan wants."""
+        """Returns how many of the `rows` in the plan may run at once."""
         self._wanted = rows
         return rows if self._rows is None else min(rows, self._rows)
 
     def lower(self, rows: int) -> None:
-        """Goes down to `rows`, since more of them did not fit."""
+        """Lowers the limit to `rows` because more rows did not fit."""
         self._rows, self._successes = rows if self._rows is None else min(rows, self._rows), 0
         self._patience = min(2 * self._patience, 1024)
 
@@ -60,15 +60,15 @@ class Limit:
 
 
 def row_bytes(denoiser: Denoiser, x0: Tensor, condition: Tensor, moving: Collection[str], checkpointing: bool) -> int:
-    """Bytes that one more row takes: its saved activations, measured on one and two rows, and the largest of them TRANSIENT times.
+    """Measures the bytes needed for one more row: its saved activations, from runs with one and two rows, plus TRANSIENT times the largest.
 
-    x0 [1, C, h, w], condition [1, ...]. moving: names of the denoiser's weights that adapt, whose gradient takes activations too.
+    x0 [1, C, h, w], condition [1, ...]. moving: names of the denoiser weights that adapt; their gradients need activations too.
     """
     kept = {}
     for whether in {False, checkpointing}:
         (total, largest), (total2, largest2) = (_saved(denoiser, x0, condition, moving, rows, whether) for rows in (1, 2))
         kept[whether] = total2 - total + TRANSIENT * (largest2 - largest)
-    # of a checkpointed denoiser one region's activations are there again while its backward runs
+    # a checkpointed denoiser holds one region's activations again while that region's backward runs
     again = kept[False] // len(denoiser.regions()) if checkpointing else 0
     # x_t, the prediction and its gradient
     return max(1, kept[checkpointing] + again + 4 * x0[0].numel() * x0.dtype.itemsize)
@@ -86,17 +86,17 @@ def _saved(denoiser: Denoiser, x0: Tensor, condition: Tensor, moving: Collection
 
 
 def saved_bytes(module: nn.Module, moving: Collection[str], *inputs: Tensor) -> tuple[int, int]:
-    """Bytes of the activations that module(*inputs) keeps for a backward to its weights `moving`, and of the largest of them."""
+    """Returns the bytes of all activations that module(*inputs) saves for a backward to its weights `moving`, and of the largest one."""
     constants = {p.untyped_storage()._cdata for p in (*module.parameters(), *module.buffers())}
     sizes: dict[int, int] = {}
-    alive: list[Tensor] = []  # as long as autograd would hold them, or an address would be counted once for two
+    alive: list[Tensor] = []  # held as long as autograd would hold them; otherwise two tensors at one address would count once
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in constants:
             sizes[storage._cdata] = storage.nbytes()
             alive.append(tensor.detach())
-        return tensor.detach()  # an output that its own node holds would keep the graph alive for ever
+        return tensor.detach()  # an output held by its own node would keep the graph alive forever
 
     own = dict(module.named_parameters())
     weights = {name: own[name].detach().requires_grad_() for name in moving}
@@ -106,7 +106,7 @@ def saved_bytes(module: nn.Module, moving: Collection[str], *inputs: Tensor) -> 
 
 
 def forward_bytes(denoiser: Denoiser, x0: Tensor, condition: Tensor) -> int:
-    """Bytes that one more row takes in a forward without gradient, at its highest; measured on one and two rows.
+    """Measures the peak bytes needed for one more row in a forward without gradient, from runs with one and two rows.
 
     x0 [1, C, h, w], condition [1, ...].
     """
@@ -117,11 +117,11 @@ def forward_bytes(denoiser: Denoiser, x0: Tensor, condition: Tensor) -> int:
         with torch.no_grad(), _LiveBytes() as alive:
             denoiser(x_t, timesteps, condition.expand(rows, *condition.shape[1:]))
         peaks.append(alive.peak)
-    return max(1, peaks[1] - peaks[0] + 2 * x0[0].numel() * x0.dtype.itemsize)  # x_t and the draws beside it
+    return max(1, peaks[1] - peaks[0] + 2 * x0[0].numel() * x0.dtype.itemsize)  # x_t and its noise
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Adds up the memory that operators hand out, for as long as somebody holds it. What a kernel takes for itself is not seen."""
+    """Tracks the memory of operator outputs for as long as they are referenced. Memory that a kernel uses internally is not seen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,13 +146,13 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def plan(budget: int, images: int, pairs: int, row: int, image: int, checkpointed_row: int | None) -> Plan:
-    """What fits `budget` bytes: as many images as leave room for a row each, then rows.
+    """Plans what fits into `budget` bytes: first as many images as have room for one row each, then as many rows as possible.
 
-    row: bytes a row. image: bytes of an image's own weights, gradients and optimizer memory. checkpointed_row: bytes a row where
-    activations are made again; None where the denoiser cannot.
+    row: bytes per row. image: bytes of an image's own weights, gradients and optimizer state. checkpointed_row: bytes per row if
+    activations are recomputed; None if the denoiser does not support that.
 
     Raises:
-        ValueError: not one row of one image fits.
+        ValueError: not even one row of one image fits.
     """
     for size, checkpoint in ((row, False), (checkpointed_row, True)):
         if size is not None and image + size <= budget:
@@ -164,16 +164,16 @@ def plan(budget: int, images: int, pairs: int, row: int, image: int, checkpointe
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU (where torch raises a plain RuntimeError)."""
+    """Returns whether an allocation failed, on a GPU or on the CPU (where torch raises a plain RuntimeError)."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
-    # the CPU's on Windows and Linux, the C++ library's, and those of CUDA's libraries, which take memory past torch's cache
+    # messages of the CPU allocator on Windows and Linux, of the C++ library, and of CUDA's libraries, which bypass torch's cache
     said = ("not enough memory", "can't allocate memory", "std::bad_alloc", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def default_budget(device: torch.device) -> int | None:
-    """Four fifths of what a GPU has free, torch's cache included; None on the CPU, where free memory is other processes' too."""
+    """Returns four fifths of a GPU's free memory, including torch's cache; None on the CPU, where other processes share the free memory."""
     if device.type != "cuda":
         return None
     free: Any = torch.cuda.mem_get_info(device)[0]

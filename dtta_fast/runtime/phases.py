@@ -1,4 +1,4 @@
-"""Marks that say which part of an adaptation is under way: for a profile, and nothing where none is made."""
+"""Marks the current phase of an adaptation for a profile; without a profile, the marks do nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-# in the order of an adaptation; compiled, a step is one piece whose parts no mark can tell apart
+# in the order of an adaptation; a compiled step is a single unit whose parts cannot be marked separately
 PHASES = (
     "encode",
     "restore",
@@ -25,7 +25,7 @@ OTHER = "other"
 
 
 class Listener:
-    """What is told of the phases of the thread that it listens to; within a phase no other one begins."""
+    """Receives the phases of the thread that it listens to. Phases do not nest: inside a phase, no other one begins."""
 
     def __init__(self) -> None:
         self.current = OTHER
@@ -43,7 +43,7 @@ class Listener:
             self.current = OTHER
 
     def during(self, name: str) -> AbstractContextManager[object]:
-        """What surrounds a phase."""
+        """Returns the context that surrounds a phase."""
         return nullcontext()
 
 
@@ -55,7 +55,7 @@ _thread = _Thread()
 
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """Marks a block as one of PHASES. Without a listener in this thread, and in code that torch.compile traces, it does nothing."""
+    """Marks a block as one of PHASES. Does nothing without a listener in this thread or in code traced by torch.compile."""
     if torch.compiler.is_compiling() or _thread.listener is None:
         return nullcontext()
     return _thread.listener.phase(name)
@@ -63,7 +63,7 @@ def phase(name: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def listening(listener: Listener) -> Iterator[None]:
-    """Tells `listener` of this thread's phases."""
+    """Sends this thread's phases to `listener`."""
     before, _thread.listener = _thread.listener, listener
     try:
         yield

@@ -1,4 +1,4 @@
-"""Mixed precision: which of the denoiser's tensors are held in half precision, and how a gradient is kept from underflowing in float16."""
+"""Mixed precision: which denoiser tensors are stored in half precision, and how gradients are kept from underflowing in float16."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 
 
 def denoiser_dtype(precision: Precision, own: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that a denoiser of dtype `own` runs in on this device.
+    """Returns the dtype in which a denoiser of dtype `own` runs on this device.
 
-    "auto" turns float32 into bfloat16 on a GPU, or into float16 on one without bfloat16, and leaves everything else as it is.
+    "auto" turns float32 into bfloat16 on a GPU, or into float16 on a GPU without bfloat16, and leaves everything else unchanged.
     """
     if precision != "auto":
         return DTYPES[precision]
@@ -28,20 +28,20 @@ def denoiser_dtype(precision: Precision, own: torch.dtype, device: torch.device)
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Tells whether the GPU multiplies bfloat16 in hardware."""
+    """Returns whether the GPU supports bfloat16 in hardware."""
     with torch.cuda.device(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def products(precision: Precision, device: torch.device) -> AbstractContextManager[None]:
-    """Sets how CUDA computes float32 products during a call: in full precision for "fp32", in TF32 otherwise. A CPU has no such choice."""
+    """Sets how CUDA computes float32 products during a call: in full precision for "fp32", in TF32 otherwise. No effect on a CPU."""
     return float32_products.within(device, tf32=precision != "fp32")
 
 
 def private_denoiser(denoiser: Denoiser, precision: Precision, device: torch.device) -> PrivateCopy:
-    """A private copy with all floating-point tensors in the precision, but those that the denoiser keeps in float32.
+    """Makes a private copy with all floating-point tensors in the given precision, except those that the denoiser keeps in float32.
 
-    Not by torch.autocast, which casts frozen weights anew in every forward.
+    torch.autocast is not used, since it casts frozen weights again in every forward.
     """
     dtype = denoiser_dtype(precision, denoiser.dtype, device)
     if precision == "auto" and dtype == denoiser.dtype:
@@ -52,9 +52,9 @@ def private_denoiser(denoiser: Denoiser, precision: Precision, device: torch.dev
 
 
 def gradient_scale(dtype: torch.dtype, elements: int, divisor: int) -> float:
-    """The loss scale of float16: a power of two near 1 / (weight of one element in the loss), so that gradients are of the residual's
-    size, far from float16's 6e-8 and 65504; 1 for other dtypes.
+    """Returns the loss scale for float16: a power of two near 1 / (weight of one element in the loss), or 1 for other dtypes.
 
-    The loss is a mean over `elements` of a latent and `divisor` pairs.
+    It brings gradients to the magnitude of the residual, far from float16's limits 6e-8 and 65504. The loss is a mean over the `elements`
+    of a latent and `divisor` pairs.
     """
     return 2.0 ** round(math.log2(elements * divisor)) if dtype == torch.float16 else 1.0

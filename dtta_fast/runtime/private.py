@@ -1,4 +1,4 @@
-"""The engine's own copies of the caller's modules: whatever is swapped, converted or compiled never shows in the originals."""
+"""The engine's own copies of the caller's modules: swapping, converting or compiling them never affects the originals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dtta_fast.runtime.rebinding import rebind
 
-_OPTIMIZER_STEPS = [0]  # of all of torch's optimizers in this process
+_OPTIMIZER_STEPS = [0]  # steps of all torch optimizers in this process
 
 
 def _count_step(*_: Any) -> None:
@@ -23,26 +23,26 @@ register_optimizer_step_post_hook(_count_step)
 
 
 class PrivateCopy:
-    """A module's structure in eval mode, its weights constants that share the original's memory.
+    """Copies a module's structure in eval mode; its weights are constants that share the original's memory.
 
-    Where `dtype` is given, the tensors named in `converted` are held in it. Converted tensors and buffers are the copy's own;
-    refresh() brings them up to date. Functions that were patched into the module reach the copy. Gradient checkpointing is off, since it
-    would run parts of the forward again in the backward, when adapted weights are no longer in place.
+    If `dtype` is given, the tensors named in `converted` are stored in that dtype. Converted tensors and buffers belong to the copy;
+    refresh() brings them up to date. Functions that were patched into the module refer to the copy. Gradient checkpointing is off, since
+    it would run parts of the forward again in the backward, when the adapted weights are no longer in place.
 
     Raises:
-        TypeError: the module cannot be copied, or holds something that reaches the module past its copy.
+        TypeError: the module cannot be copied, or contains something that still refers to the original module.
     """
 
     def __init__(self, source: nn.Module, dtype: torch.dtype | None = None, converted: Collection[str] = ()) -> None:
         self._source = source
         self._identity = _identity(source)
-        # pairs of a source's tensor and the copy's own, where the two share no memory
+        # pairs of source tensor and copied tensor that do not share memory
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._converted: list[tuple[Tensor, Tensor]] = []
         memo: dict[int, Any] = {}
         for name, p in source.named_parameters():
             constant = p.detach()
-            if p.is_inference():  # autograd refuses to save it
+            if p.is_inference():  # autograd refuses to save inference tensors
                 constant = constant.clone()
                 self._converted.append((p, constant))
             if dtype is not None and name in converted and p.dtype != dtype:
@@ -55,7 +55,7 @@ class PrivateCopy:
             self._buffers.append((buffer, own))
         try:
             self.module: nn.Module = copy.deepcopy(source, memo)
-        except OSError:  # a TimeoutError is the caller's
+        except OSError:  # includes TimeoutError, which is the caller's
             raise
         except Exception as error:  # whatever a module's own __deepcopy__ raises
             raise TypeError(f"{type(source).__name__} cannot be copied ({error}); give a module that copy.deepcopy accepts") from error
@@ -70,11 +70,11 @@ class PrivateCopy:
         self._written = _writes(source)
 
     def refresh(self) -> bool:
-        """Takes over what was written into the source's tensors; False where tensors were replaced, and a new copy is due.
+        """Takes over writes to the source's tensors; returns False if tensors were replaced and a new copy is needed.
 
-        Buffers are copied every time. Converted weights are cast again only where torch has counted a write, or where an optimizer of this
-        process has made a step, since torch does not count the writes of fused ones: casting all of them would take longer than a step of a
-        small batch. Writes through `.data` are not seen: see recast().
+        Buffers are copied every time. Casting all converted weights would take longer than a step of a small batch. A weight is therefore
+        cast again only if torch has counted a write to it; all of them are if an optimizer in this process has made a step, since torch
+        does not count the writes of fused optimizers. Writes through `.data` are not seen: see recast().
         """
         if _identity(self._source) != self._identity:
             return False
@@ -90,19 +90,19 @@ class PrivateCopy:
         return True
 
     def seal(self) -> None:
-        """Notes the tensors that the copy holds between calls, and those that several of its modules share."""
+        """Records the tensors that the copy holds between calls and those that several of its modules share."""
         vars(self.module)[TIED] = tied_names(self.module)
         self._held = _held(self.module)
 
     def is_intact(self) -> bool:
-        """Tells whether the copy holds the tensors that it held at seal()."""
+        """Returns whether the copy still holds the tensors that it held at seal()."""
         return _held(self.module) == self._held
 
     def check_source(self) -> None:
-        """Undoes what was written into the source's buffers since refresh().
+        """Undoes writes to the source's buffers since refresh().
 
         Raises:
-            RuntimeError: something was, or weights of the source were written to, which cannot be undone.
+            RuntimeError: buffers were written to (and restored), or weights of the source were, which cannot be undone.
         """
         written = [name for name, count in _writes(self._source).items() if count != self._written.get(name, count)]
         if not written:
@@ -121,20 +121,20 @@ class PrivateCopy:
         )
 
     def recast(self) -> None:
-        """Casts all converted weights anew at the next refresh()."""
+        """Makes the next refresh() cast all converted weights again."""
         self._versions = [None] * len(self._converted)
 
     def _counted(self) -> list[int | None]:
-        """Counts the writes to each converted weight; None for one made under torch.inference_mode(), where torch does not count."""
+        """Returns the write count of each converted weight; None for weights made under torch.inference_mode(), which have no count."""
         return [None if p.is_inference() else p._version for p, _ in self._converted]
 
 
-TIED = "_dtta_tied_names"  # an attribute of a private copy: what tied_names() gives
+TIED = "_dtta_tied_names"  # attribute of a private copy that stores the result of tied_names()
 CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing", "use_checkpoint", "with_cp", "memory_efficient")  # timm, transformers, ...
 
 
 def without_checkpointing(module: nn.Module) -> nn.Module:
-    """The module, with the switches off by which common libraries run parts of a forward again in the backward."""
+    """Turns off the gradient-checkpointing switches of common libraries in the module and returns it."""
     for part in module.modules():
         for name in CHECKPOINTING:
             if vars(part).get(name) is True:
@@ -143,25 +143,27 @@ def without_checkpointing(module: nn.Module) -> nn.Module:
 
 
 def is_plain(parameter: nn.Parameter) -> bool:
-    """Tells a plain parameter from one of a class of its own, such as a quantised weight, which is shared as it is."""
+    """Returns whether a parameter is plain, and not of a special class such as a quantised weight, which is shared unchanged."""
     return type(parameter) is nn.Parameter
 
 
 def evaluating(module: nn.Module) -> nn.Module:
-    """The module, in eval mode but for bitsandbytes' 4-bit layers: there they repack their weights, the caller's, for a CPU without
-    gradients."""
+    """Puts the module into eval mode and returns it. bitsandbytes' 4-bit layers stay in training mode.
+
+    In eval mode these layers would repack their weights, which are the caller's, for a CPU without gradients.
+    """
     for part in module.modules():
         part.training = any(kind.__name__ == "Linear4bit" for kind in type(part).__mro__)
     return module
 
 
 def _writes(module: nn.Module) -> dict[str, int]:
-    """Counts torch's writes to each weight and buffer; tensors of inference mode, whose writes it does not count, are left out."""
+    """Returns torch's write count of each weight and buffer. Inference tensors are left out, since torch does not count their writes."""
     return {name: p._version for name, p in (*module.named_parameters(), *module.named_buffers()) if not p.is_inference()}
 
 
 def tied_names(module: nn.Module) -> dict[str, list[str]]:
-    """For each tensor that several modules hold, its other names by its first one."""
+    """Maps the first name of each tensor that several modules hold to its other names."""
     places: dict[int, dict[tuple[int, str], str]] = {}
     for prefix, part in module.named_modules():
         for own in (part._parameters, part._buffers):
@@ -173,18 +175,18 @@ def tied_names(module: nn.Module) -> dict[str, list[str]]:
 
 
 def _held(module: nn.Module) -> list[int]:
-    """The ids of all weights and buffers, under all their names."""
+    """Returns the ids of all weights and buffers, under all of their names."""
     return [id(tensor) for part in module.modules() for own in (part._parameters, part._buffers) for tensor in own.values()]
 
 
 def _identity(module: nn.Module) -> list[tuple[Any, ...]]:
-    """Names the tensors and the memory that they lie in."""
+    """Lists the name, id and memory location of each tensor."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return [(name, id(tensor), *_place(tensor)) for name, tensor in tensors]
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor's numbers lie; nothing for one that is sparse or quantised in a way of its own."""
+    """Returns where a tensor's elements lie in memory; empty for layouts that are not strided, such as sparse ones."""
     if tensor.layout != torch.strided:
         return ()
     memory = tensor.untyped_storage()._cdata, tensor.storage_offset()

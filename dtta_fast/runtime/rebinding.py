@@ -1,7 +1,7 @@
-"""Functions of a copied module that still reach the module it was copied from.
+"""Rebinds functions of a copied module that still refer to the original module.
 
-copy.deepcopy() copies modules, bound methods and partials, and shares plain functions and weak references. A forward that was patched by a
-closure, a hook or a tool would therefore call the original, whose weights do not move and whose buffers are the caller's.
+copy.deepcopy() copies modules, bound methods and partials, but shares plain functions and weak references. A forward that was patched with
+a closure, a hook or a tool would therefore call the original, whose weights are not adapted and whose buffers belong to the caller.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-DEPTH = 8  # of references that are followed
+DEPTH = 8  # maximum length of a chain of references to follow
 LIBRARIES = {"torch", "torchvision", "timm", "transformers", "diffusers", "open_clip", "peft", "accelerate", "bitsandbytes", "dtta_fast"}
 SKIPPED = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}  # deepcopy() copies these
 
 
 def rebind(module: nn.Module, source: nn.Module, memo: dict[int, Any]) -> None:
-    """Makes the functions and weak references that `module`, a deep copy of `source`, holds reach the copy in place of the source.
+    """Makes the functions and weak references in `module`, a deep copy of `source`, refer to the copy instead of the source.
 
-    memo: that of the deepcopy() call.
+    memo: the memo of the deepcopy() call.
 
     Raises:
-        TypeError: something reaches the source all the same, such as a function that names it as a global variable.
+        TypeError: something still refers to the source, such as a function that accesses it as a global variable.
     """
     originals = {id(part) for part in (*source.modules(), *source.parameters(), *source.buffers())}
-    # weights of a class of their own are shared, and belong to both
+    # weights of special classes are shared and belong to both modules
     originals -= {id(part) for part in (*module.modules(), *module.parameters(), *module.buffers())}
     classes: dict[type, bool] = {}
     for name, part in module.named_modules():
@@ -58,7 +58,7 @@ def _refusal(source: nn.Module, where: str, value: Any) -> str:
 
 
 def _reaches(value: Any, originals: set[int], seen: set[int], depth: int = DEPTH) -> bool:
-    """Tells whether following `value` leads to one of the objects whose ids are given."""
+    """Returns whether following the references of `value` leads to an object whose id is in `originals`."""
     if id(value) in originals:
         return True
     if id(value) in seen or not depth:
@@ -68,7 +68,7 @@ def _reaches(value: Any, originals: set[int], seen: set[int], depth: int = DEPTH
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """The objects that a value refers to."""
+    """Yields the objects that a value refers to."""
     if isinstance(value, (str, bytes, int, float, complex, type(None), type, types.ModuleType, Tensor)):
         return
     if isinstance(value, types.FunctionType):
@@ -96,7 +96,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _global_names(code: types.CodeType) -> frozenset[str]:
-    """The global variables that a function's code reads, those of functions inside it too."""
+    """Returns the names of the global variables that a function's code reads, including those of nested functions."""
     own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
     return frozenset(own.union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, types.CodeType))))
 
@@ -110,11 +110,11 @@ def _is_filled(cell: Any) -> bool:
 
 
 class _Rebinding:
-    """Makes functions, partials, bound methods, weak references and containers anew, with copies where they reached originals."""
+    """Recreates functions, partials, bound methods, weak references and containers so that they refer to copies instead of originals."""
 
     def __init__(self, originals: set[int], memo: dict[int, Any]) -> None:
         self._originals, self._memo = originals, memo
-        self._made: dict[int, Any] = {}  # a closure may hold itself
+        self._made: dict[int, Any] = {}  # a closure may contain itself
 
     def of(self, value: Any) -> Any:
         if not _reaches(value, self._originals, set()):

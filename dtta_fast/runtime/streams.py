@@ -1,4 +1,4 @@
-"""CUDA streams: work that a call leaves queued, and the call after it."""
+"""CUDA streams: orders the work that a call leaves queued before that of the next call."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 
 class StreamOrder:
-    """Makes calls on several streams of a GPU run one after the other, without a wait of the host."""
+    """Makes calls on several streams of a GPU run one after the other without blocking the host."""
 
     def __init__(self) -> None:
-        self._stream: torch.cuda.Stream | None = None  # that of the last call
-        self._done: torch.cuda.Event | None = None  # recorded at its end
+        self._stream: torch.cuda.Stream | None = None  # stream of the last call
+        self._done: torch.cuda.Event | None = None  # recorded at the end of the last call
 
     @contextmanager
     def within(self, device: torch.device) -> Iterator[bool]:
-        """Runs a call after the one before it; gives whether that one ran on another stream."""
+        """Runs a call after the previous one; yields whether the previous call ran on another stream."""
         if device.type != "cuda" or not torch.cuda.is_initialized():
             yield False
             return

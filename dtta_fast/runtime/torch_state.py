@@ -1,4 +1,4 @@
-"""torch's process-wide state that an adaptation changes for a while, and that an interrupt may leave changed."""
+"""torch state that an adaptation changes temporarily and that an interrupt may leave changed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 class TorchState(NamedTuple):
-    """Whether gradients are recorded in this thread, and how many vmaps and function modes are on.
+    """Whether gradients are recorded in this thread, and how many vmaps and function modes are active.
 
-    Ctrl-C between the lines of a context manager, torch's own too, leaves them changed, and what the process does next would fail.
+    Ctrl-C inside a context manager, including torch's own, can leave them changed, and later work in the process would then fail.
     """
 
     grad: bool
@@ -23,7 +23,7 @@ class TorchState(NamedTuple):
         return cls(torch.is_grad_enabled(), depth, torch._C._len_torch_function_stack())
 
     def restore(self) -> None:
-        # as torch._dynamo does after a frame: a vmap entered and not left would transform everything that comes after
+        # as torch._dynamo does after a frame: a vmap that was entered but not left would transform everything that follows
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(self.transforms)
         while torch._C._len_torch_function_stack() > self.modes:
             torch._C._pop_torch_function_stack()

@@ -1,4 +1,4 @@
-"""What a session finds out about a model the first time that it runs it."""
+"""Checks that a session makes when it runs a model for the first time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 @contextmanager
 def refusing_recomputation(module: nn.Module) -> Iterator[None]:
-    """Raises ValueError where a part of the module runs again in a backward, by which time adapted weights are no longer in place."""
+    """Raises ValueError if a part of the module runs again in a backward, when the adapted weights are no longer in place."""
 
     def check(part: nn.Module, _: Any) -> None:
-        if torch._C._current_graph_task_id() != -1:  # inside of a backward, as torch.utils.checkpoint asks
+        if torch._C._current_graph_task_id() != -1:  # inside a backward; torch.utils.checkpoint uses the same test
             raise ValueError(
                 f"model's {type(part).__name__} runs again in the backward, by gradient checkpointing, where its weights are "
                 "not the adapted ones; switch checkpointing off in the model"
@@ -32,7 +32,7 @@ def refusing_recomputation(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def warning_of_random_numbers(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Warns where the module draws from torch's generators in eval mode."""
+    """Warns if the module draws from torch's random generators in eval mode."""
     on_gpu = device.type == "cuda" and torch.cuda.is_initialized()
 
     def states() -> list[bytes]:
@@ -51,8 +51,10 @@ def warning_of_random_numbers(module: nn.Module, device: torch.device) -> Iterat
 
 @contextmanager
 def refusing_kept_tensors(module: nn.Module) -> Iterator[None]:
-    """Raises RuntimeError where a forward under vmap leaves tensors in attributes of the module. They are of no use outside of the vmap,
-    and are taken out."""
+    """Raises RuntimeError if a forward under vmap leaves tensors in attributes of the module or in its hooks.
+
+    Such tensors are unusable outside the vmap and are removed.
+    """
     places = [(part, vars(part)) for part in module.modules()]
     places += [(part, held) for part in module.modules() for hook in _hooks(part) for held in _reached(hook)]
     before = [dict(held) for _, held in places]
@@ -73,7 +75,7 @@ def _hooks(part: nn.Module) -> list[Any]:
 
 
 def _reached(hook: Any) -> list[dict[str, Any]]:
-    """What a hook may keep tensors in: its closure's variables, and the attributes of the object that it belongs to."""
+    """Returns where a hook may keep tensors: the variables of its closure and the attributes of the object that it is bound to."""
     function = getattr(hook, "__func__", hook)
     names, cells = getattr(getattr(function, "__code__", None), "co_freevars", ()), getattr(function, "__closure__", None) or ()
     found = {name: cell.cell_contents for name, cell in zip(names, cells, strict=False) if isinstance(cell.cell_contents, (list, dict))}
@@ -82,10 +84,10 @@ def _reached(hook: Any) -> list[dict[str, Any]]:
 
 
 def warn_of_weights_elsewhere(module: nn.Module) -> None:
-    """Warns of weights that a module keeps in a list or dictionary too: a forward that reads them there sees them as they were."""
+    """Warns about weights that a module also keeps in a list or dictionary: a forward that reads them there gets the old values."""
     weights = {id(p) for p in module.parameters()}
     for name, part in module.named_modules():
-        if isinstance(part, nn.RNNBase):  # it makes its list anew for each forward
+        if isinstance(part, nn.RNNBase):  # it rebuilds its list for each forward
             continue
         for attribute, value in vars(part).items():
             parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
@@ -111,7 +113,7 @@ def _take_out(now: dict[str, Any], before: dict[str, Any], name: str, value: Any
 
 
 def _holds_wrapped(value: Any) -> bool:
-    """Tells whether it is, or directly holds, a tensor that belongs to a vmap."""
+    """Returns whether a value is, or directly contains, a tensor that belongs to a vmap."""
     if isinstance(value, (list, tuple, dict)):
         return any(_holds_wrapped(part) for part in (value.values() if isinstance(value, dict) else value))
     return isinstance(value, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value)

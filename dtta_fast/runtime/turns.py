@@ -1,4 +1,4 @@
-"""Threads that take turns on one object."""
+"""Lets threads take turns on one object."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 
 class Turns:
-    """Gives one thread at a time its turn, and refuses a turn within a turn.
+    """Gives one thread at a time its turn, and refuses nested turns.
 
-    A process that was forked while a thread had its turn starts without: that thread does not exist there. A copy starts without, too.
+    A process forked during a thread's turn starts with no turn taken, since that thread does not exist there. A copy starts the same way.
     """
 
     def __init__(self) -> None:
@@ -29,10 +29,10 @@ class Turns:
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
-        """Takes a turn: gives whether the one before was broken off by a fork.
+        """Takes a turn; yields whether the previous turn was cut off by a fork.
 
         Raises:
-            RuntimeError: this thread has its turn already, as where a signal handler makes a call.
+            RuntimeError: this thread already has its turn, for example because a signal handler makes a call.
         """
         with self.several():
             self._busy = True
@@ -44,7 +44,7 @@ class Turns:
 
     @contextmanager
     def several(self) -> Iterator[None]:
-        """Keeps other threads away from several turns of this one. Raises as alone() does."""
+        """Blocks other threads during several turns of this one. Raises the same error as alone()."""
         lock = self._lock
         with lock:
             if self._busy:
@@ -56,7 +56,7 @@ class Turns:
         self._start()
 
 
-_ALL: weakref.WeakSet[Turns] = weakref.WeakSet()  # of this process, for its children
+_ALL: weakref.WeakSet[Turns] = weakref.WeakSet()  # all instances in this process, reset in forked children
 
 
 def _after_fork() -> None:

@@ -1,4 +1,4 @@
-"""The way from a model's outputs to a condition."""
+"""Tasks: how a model's outputs become a condition."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ __all__ = ["Classification", "Depth", "Segmentation", "Task", "ZeroShot"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ZeroShot":  # whose denoiser's library takes seconds to import
+    if name == "ZeroShot":  # its denoiser's library takes seconds to import
         from dtta_fast.tasks.zero_shot import ZeroShot
 
         return ZeroShot

@@ -19,19 +19,19 @@ from dtta_fast.tasks.transforms import Transform, timm_transforms
 
 
 class Classification(Task):
-    """For any module that maps images to logits [B, K].
+    """Classification with any module that maps images to logits [B, K].
 
-    Size, crop and normalisation come from the model's own timm config. A module without one gets the images as they are,
-    in [0, 1], unless transforms are given.
+    Size, crop and normalisation come from the model's timm config. A module without a timm config gets the images unchanged, in [0, 1],
+    unless transforms are given.
 
     Args:
-        crop: images [B, 3, H, W] in [0, 1] to what model and denoiser look at.
-        normalise: a crop to the model's input.
-        subset: the numbers of the model's and the denoiser's classes that an image can be of, where that is known to be fewer than all, as
-            of ImageNet-R's 200; the others take no part, and predictions are of these. None is all.
+        crop: maps images [B, 3, H, W] in [0, 1] to the crop that the model and the denoiser see.
+        normalise: maps a crop to the model's input.
+        subset: indices of the possible classes, for data known to have only some of the model's and the denoiser's classes, such as
+            ImageNet-R with 200. The other classes are ignored and never predicted. None means all classes.
 
     Raises:
-        ValueError: subset is empty, or names a class twice or below 0.
+        ValueError: subset is empty, or has a repeated or negative index.
     """
 
     def __init__(self, *, crop: Transform | None = None, normalise: Transform | None = None, subset: Sequence[int] | None = None) -> None:
@@ -53,7 +53,7 @@ class Classification(Task):
         return (self._normalise or timm_transforms(model)[1])(crop)
 
     def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig, checks: Checks) -> None:
-        """Raises ValueError where outputs are no logits [B, K], or K or top_k does not fit the denoiser's table."""
+        """Raises ValueError if outputs are not logits [B, K], or if K or top_k does not fit the denoiser's table."""
         classes = len(denoiser.class_embeddings({}))
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             raise ValueError(f"model returns a {type(outputs).__name__}; a classifier returns floating-point logits [B, K]")
@@ -83,7 +83,7 @@ class Classification(Task):
         best = outputs.topk(config.top_k, dim=1).indices
         if not config.drawn_classes:
             return best
-        # the largest of log p + Gumbel noise are a draw without replacement from p (Kool et al. 2019, arXiv 1903.06059)
+        # the top entries of log p + Gumbel noise are a sample without replacement from p (Kool et al. 2019, arXiv 1903.06059)
         uniforms = class_uniforms(outputs.shape[1], image_ids, config.seed, step)
         scores = outputs.double().log_softmax(1) - (-uniforms.log()).log()
         drawn = scores.scatter(1, best, -torch.inf).topk(config.drawn_classes, dim=1).indices
@@ -110,7 +110,7 @@ class Classification(Task):
         return scaled(outputs, config.logit_scale).gather(1, chosen).softmax(1), _gathered(table, chosen, per_image)
 
     def _table(self, denoiser: Denoiser, moving: Mapping[str, Tensor]) -> tuple[Tensor, bool]:
-        """The embeddings of the classes that take part, and whether each image has its own: where the denoiser adapts to each."""
+        """Returns the embeddings of the allowed classes, and whether there is one table per image (the denoiser adapts per image)."""
         table = denoiser.class_embeddings(moving)
         per_image = table.ndim > denoiser.class_embeddings({}).ndim
         if self._subset is not None:
@@ -118,11 +118,11 @@ class Classification(Task):
         return table, per_image
 
     def _allowed(self, outputs: Tensor) -> Tensor:
-        """Logits [B, K] of the classes that take part."""
+        """Returns the logits of the allowed classes: [B, K], K the number of allowed classes."""
         return outputs if self._subset is None else outputs[:, _rows(self._subset, outputs.device)]
 
     def possible(self, outputs: Tensor) -> Tensor:
-        """Which classes [B, K] take part, as a mask."""
+        """Returns a mask [B, K] of the allowed classes."""
         if self._subset is None:
             return torch.ones_like(outputs, dtype=torch.bool)
         return torch.zeros_like(outputs, dtype=torch.bool).index_fill(1, _rows(self._subset, outputs.device), True)
@@ -136,12 +136,12 @@ class Classification(Task):
 
 
 def scaled(outputs: Tensor, logit_scale: float | None) -> Tensor:
-    """As mix_condition scales logits [B, K], or those of every pixel [B, K, h, w]."""
+    """Scales logits [B, K], or per-pixel logits [B, K, h, w], in the same way as mix_condition."""
     return outputs if logit_scale is None else logit_scale * F.normalize(outputs, dim=1)
 
 
 def _gathered(table: Tensor, chosen: Tensor, per_image: bool) -> Tensor:
-    """Rows [B, M, ...] of a table [K, ...], or of one for each image."""
+    """Gathers rows [B, M, ...] from one table [K, ...] or from a table per image."""
     return table[torch.arange(len(chosen), dtype=torch.int64, device=chosen.device)[:, None], chosen] if per_image else table[chosen]
 
 

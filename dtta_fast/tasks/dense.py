@@ -1,4 +1,4 @@
-"""What segmentation and depth have in common: a model that answers with a map."""
+"""Code shared by segmentation and depth, whose models return a map."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dtta_fast.tasks.transforms import Transform, processor_transforms, unchange
 
 
 class MapModel(nn.Module):
-    """A model whose answer is one tensor [B, K, h, w], whatever its library wraps it in."""
+    """Wraps a model so that it returns a single tensor [B, K, h, w], whatever output type its library uses."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -26,10 +26,10 @@ class MapModel(nn.Module):
 
 
 def as_map(answer: Any) -> Tensor:
-    """transformers' outputs (logits, predicted_depth), torchvision's dictionaries ("out") and plain tensors, as [B, K, h, w].
+    """Converts transformers outputs (logits, predicted_depth), torchvision dictionaries ("out") and plain tensors to [B, K, h, w].
 
     Raises:
-        ValueError: there is no map in it.
+        ValueError: the output contains no map.
     """
     for name in ("logits", "predicted_depth", "out"):
         if isinstance(answer, Mapping) and name in answer:
@@ -45,15 +45,15 @@ def as_map(answer: Any) -> Tensor:
 
 
 class DenseTask(Task):
-    """The input's way to a model of maps.
+    """Prepares the input of a model that returns maps.
 
-    Size, crop and normalisation come from the model's image processor. Without one a model gets the images as they are, in [0, 1], unless
-    transforms are given.
+    Size, crop and normalisation come from the model's image processor. Without a processor, the model gets the images unchanged, in
+    [0, 1], unless transforms are given.
 
     Args:
         processor: a transformers image processor.
-        crop: images [B, 3, H, W] in [0, 1] to what model and denoiser look at;
-        normalise: a crop to the model's input; either takes the place of the processor's.
+        crop: maps images [B, 3, H, W] in [0, 1] to the crop that the model and the denoiser see; overrides the processor's.
+        normalise: maps a crop to the model's input; overrides the processor's.
     """
 
     def __init__(self, processor: Any = None, *, crop: Transform | None = None, normalise: Transform | None = None) -> None:
@@ -71,7 +71,10 @@ class DenseTask(Task):
 
 
 def check_maps(task: str, config: AdaptConfig, unsupported: Mapping[str, Any]) -> None:
-    """Raises ValueError where the config asks for what a task of maps does not have; unsupported: fields with the values that it has."""
+    """Raises ValueError if the config uses a setting that does not apply to a map task.
+
+    `unsupported` holds the task's own fields of this kind, each with the only value allowed.
+    """
     if config.precheck == "answer":
         raise ValueError("precheck is 'answer', and hardly two maps are the same: use 'statistics', or 'off'")
     for field, allowed in {"method": "adapt", "drawn_classes": 0, "null_condition": False, **unsupported}.items():
@@ -81,5 +84,5 @@ def check_maps(task: str, config: AdaptConfig, unsupported: Mapping[str, Any]) -
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps [B, K, h, w] at an image's size, as the models' own libraries resize theirs: bilinear."""
+    """Resizes maps [B, K, h, w] to an image's size bilinearly, as the models' own libraries do."""
     return maps if tuple(maps.shape[-2:]) == tuple(size) else F.interpolate(maps, size, mode="bilinear", align_corners=False)

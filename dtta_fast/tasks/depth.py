@@ -14,14 +14,14 @@ from dtta_fast.tasks.dense import DenseTask, check_maps, resized
 
 
 class Depth(DenseTask):
-    """For modules that map images to depth, [B, h, w] or [B, 1, h, w]: transformers' depth estimators, or a Unet with one output channel.
+    """Depth with modules that return [B, h, w] or [B, 1, h, w]: transformers' depth estimators, or a Unet with one output channel.
 
-    The map is normalised as the denoiser was trained: metres to their logarithm, or, for relative depth, each image's map to mean 0 and
-    deviation 1. predictions are depth [B, H, W] at the size that the model looks at, in the model's unit.
+    The map is normalised as in the denoiser's training: the logarithm of metres, or, for relative depth, mean 0 and standard deviation 1
+    per image. Predictions are depth [B, H, W] at the crop's size, in the model's unit.
     """
 
     def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig, checks: Checks) -> None:
-        """Raises ValueError where outputs are no depth, or not finite, or the config asks for what maps do not have."""
+        """Raises ValueError if outputs are not depth or not finite, or if the config uses a setting that does not apply to depth."""
         if outputs.ndim != 4 or outputs.shape[1] != 1:
             raise ValueError(f"model returns shape {tuple(outputs.shape)}; a depth model returns [B, h, w] or [B, 1, h, w]")
         check_maps("depth", config, {"objective": "embedding_mix", "top_k": None, "logit_scale": None})

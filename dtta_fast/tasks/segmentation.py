@@ -1,4 +1,4 @@
-"""Semantic segmentation: at every pixel softmax(logits) mixes the denoiser's class embeddings."""
+"""Semantic segmentation: at every pixel, softmax(logits) mixes the denoiser's class embeddings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from dtta_fast.tasks.dense import DenseTask, check_maps, resized
 
 
 class Segmentation(DenseTask):
-    """For modules that map images to logits [B, K, h, w] of any size: transformers' SegFormer, segmentation_models_pytorch, torchvision.
+    """Segmentation with modules that return logits [B, K, h, w] of any size, as in transformers (SegFormer), segmentation_models_pytorch
+    and torchvision.
 
-    A denoiser of maps (ConcatUNet) is conditioned on the map of the classes' mixed embeddings. A denoiser under prompts
-    (ControlNet) predicts once a class, and the predictions are mixed at every pixel: objective "noise_mix", top_k classes of an image.
-    predictions are labels [B, H, W] at the size that the model looks at.
+    A denoiser that takes maps (ConcatUNet) is conditioned on the map of mixed class embeddings. A denoiser that takes prompts (ControlNet)
+    predicts once per class, and the predictions are mixed at every pixel: objective "noise_mix", with top_k classes per image.
+    Predictions are labels [B, H, W] at the crop's size.
     """
 
     def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig, checks: Checks) -> None:
-        """Raises ValueError where outputs are no logits of the denoiser's classes, or the config asks for what maps do not have."""
+        """Raises ValueError if outputs are not logits of the denoiser's classes, or if the config uses a setting that does not apply."""
         classes = len(denoiser.class_embeddings({}))
         if outputs.ndim != 4 or outputs.shape[1] != classes:
             raise ValueError(
@@ -40,7 +41,7 @@ class Segmentation(DenseTask):
             raise ValueError(f"top_k is {config.top_k}; a map's embedding costs the same for all classes: leave it out")
 
     def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:
-        """The classes that cover most of an image."""
+        """Returns the top_k classes that cover the most of each image."""
         if config.top_k is None:
             return None
         return outputs.detach().softmax(1).mean((2, 3)).topk(config.top_k, dim=1).indices
@@ -51,14 +52,14 @@ class Segmentation(DenseTask):
     def condition(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None = None
     ) -> Tensor:
-        if not denoiser.takes_maps:  # a prompt's is as large as any: what the memory plan asks for
+        if not denoiser.takes_maps:  # for the memory plan; all prompts' conditions have the same size
             return denoiser.class_embeddings(moving)[outputs.mean((2, 3)).argmax(1)]
         return _mixed(scaled(outputs, config.logit_scale).softmax(1), denoiser, denoiser.class_embeddings(moving))
 
     def class_conditions(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Probabilities [B, M, h, w] at the latent's size."""
+        """Returns probabilities [B, M, h, w] at the latent's size, and the classes' conditions."""
         table = denoiser.class_embeddings(moving)
         if chosen is None:
             chosen = torch.arange(outputs.shape[1], dtype=torch.int64, device=outputs.device).expand(len(outputs), -1)
@@ -76,6 +77,6 @@ class Segmentation(DenseTask):
 
 
 def _mixed(shares: Tensor, denoiser: Denoiser, table: Tensor) -> Tensor:
-    """[B, E, h, w] at the latent's size, of shares [B, K, h, w] and a table [K, E], or [B, K, E] of one for each image."""
+    """Mixes a table [K, E], or one table per image [B, K, E], by shares [B, K, h, w] to a map [B, E, h, w] at the latent's size."""
     maps = torch.einsum("bkhw,bke->behw" if table.ndim == 3 else "bkhw,ke->behw", shares.to(table.dtype), table)
     return at_latent_size(maps, denoiser)

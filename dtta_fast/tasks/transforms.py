@@ -1,4 +1,4 @@
-"""Preprocessing from the models' own configs, cut in two: geometry, and normalisation."""
+"""Preprocessing from the models' own configs, split into geometry and normalisation."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ def unchanged(images: Tensor) -> Tensor:
 
 
 def normalising(mean: Any, std: Any) -> Transform:
-    """(images - mean) / std, a number a channel each; torchvision's asks for the values of std, which no export can."""
-    # the numbers, which may be a list, an array or a tensor
+    """Returns a transform (images - mean) / std with one number per channel.
+
+    torchvision's version reads the values of std, which fails in an export.
+    """
+    # mean and std may be lists, arrays or tensors
     channels = [tuple(float(value) for value in np.asarray(values).ravel()) for values in (mean, std)]
 
     def normalise(images: Tensor) -> Tensor:
@@ -31,7 +34,7 @@ def normalising(mean: Any, std: Any) -> Transform:
 
 
 def timm_transforms(model: nn.Module) -> tuple[Transform, Transform]:
-    """timm's own evaluation transform for the model; images as they are where it has none."""
+    """Returns timm's evaluation transform for the model, or the identity if the model has no timm config."""
     if not getattr(model, "pretrained_cfg", None):
         return unchanged, unchanged
     from timm.data import resolve_model_data_config
@@ -48,7 +51,7 @@ def _timm_transforms(settings: tuple[tuple[str, Any], ...]) -> tuple[Transform, 
     *geometry, _to_tensor, normalise = create_transform(**config, is_training=False).transforms
 
     def crop(images: Tensor) -> Tensor:
-        if images.shape[-2:] == tuple(config["input_size"][1:]):  # ImageNet-C is cropped already: resizing it again costs accuracy
+        if images.shape[-2:] == tuple(config["input_size"][1:]):  # ImageNet-C is already cropped; resizing costs accuracy
             return images
         for transform in geometry:
             images = transform(images)
@@ -58,7 +61,7 @@ def _timm_transforms(settings: tuple[tuple[str, Any], ...]) -> tuple[Transform, 
 
 
 def processor_transforms(processor: Any) -> tuple[Transform, Transform]:
-    """Of a transformers image processor; images as they are where it does not normalise."""
+    """Returns the transforms of a transformers image processor; if it does not normalise, the second is the identity."""
 
     def crop(images: Tensor) -> Tensor:
         found: Tensor = processor(images=images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
@@ -70,7 +73,7 @@ def processor_transforms(processor: Any) -> tuple[Transform, Transform]:
 
 
 def open_clip_transforms(clip: Any) -> tuple[Transform, Transform]:
-    """open_clip's own evaluation transform for the model."""
+    """Returns open_clip's evaluation transform for the model."""
     from open_clip import get_model_preprocess_cfg, image_transform
     from torchvision import transforms
 

@@ -1,4 +1,4 @@
-"""Zero-shot classification: CLIP's image features against the text features of class names, any list of them."""
+"""Zero-shot classification: compares CLIP's image features with the text features of any list of class names."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ PHOTO = "a photo of a {}."
 
 
 class ZeroShot(Classification):
-    """For a transformers CLIPModel or an open_clip CLIP, with Stable Diffusion; the classes are named here, by words.
+    """Classification with a transformers CLIPModel or an open_clip CLIP, and Stable Diffusion. The classes are given as words.
 
-    Logits are CLIP's: its own scale times the cosine of image and text features; their mean over the classes is taken off, which leaves
-    their softmax as it is and makes their length (AdaptConfig.logit_scale) one of differences.
+    Logits are CLIP's: its logit scale times the cosine similarity of image and text features. Their mean over the classes is subtracted,
+    which does not change the softmax, so that their norm (see AdaptConfig.logit_scale) depends only on the differences between classes.
 
     Args:
         classes: names, such as ["a tabby cat", "a sports car"].
-        processor: of a transformers model its CLIPProcessor, or a pair of tokenizer and image processor; of open_clip the
-            tokenizer: open_clip.get_tokenizer(name).
-        templates: sentences with {} for the name; text features are their mean (Radford et al. 2021, arXiv 2103.00020, section 3.1.4).
-        diffusion_template: of the prompts that condition the diffusion model.
-        towers: which of CLIP's are the model to adapt: image, with text features made once; or both (transformers alone).
-        normalised: whether image features have length 1, as CLIP was trained; the reference implementation leaves that out.
+        processor: for a transformers model, its CLIPProcessor or a pair (tokenizer, image processor); for open_clip, the tokenizer:
+            open_clip.get_tokenizer(name).
+        templates: sentences with {} in place of the name. Text features are averaged over them (Radford et al. 2021, arXiv 2103.00020,
+            section 3.1.4).
+        diffusion_template: template for the prompts that condition the diffusion model.
+        towers: which CLIP towers form the model to adapt: "image", with text features computed once, or "both" (transformers only).
+        normalised: whether image features are normalised to length 1, as in CLIP's training; the reference implementation does not.
 
     Raises:
-        ValueError: no classes, an empty or a repeated name, or a template without its place.
+        ValueError: there are no classes, a name is empty or repeated, or a template has no {}.
     """
 
     def __init__(
@@ -68,33 +69,33 @@ class ZeroShot(Classification):
         self._diffusion_prompts = [diffusion_template.format(name) for name in classes]
 
     def bind(self, model: nn.Module, denoiser: Denoiser) -> tuple[nn.Module, Denoiser]:
-        """CLIP as a classifier of these classes, on the caller's own modules, and the denoiser with a prompt for each.
+        """Returns CLIP as a classifier of these classes, sharing the caller's modules, and the denoiser with one prompt per class.
 
         Raises:
-            TypeError: another kind of model or denoiser. ValueError: a name of more tokens than the models take.
+            TypeError: the model or the denoiser is of an unsupported type. ValueError: a name has too many tokens for the models.
         """
         if not isinstance(denoiser, StableDiffusion):
             raise TypeError(f"denoiser is a {type(denoiser).__name__}, whose classes are fixed; ZeroShot takes a StableDiffusion")
         whole: Any = model
-        clip: Any = whole.get_base_model() if hasattr(model, "get_base_model") else model  # of peft's wrapper, with the adapters in it
+        clip: Any = whole.get_base_model() if hasattr(model, "get_base_model") else model  # unwraps peft, keeping the adapters
         if hasattr(clip, "vision_model") and hasattr(clip, "text_projection"):
             classifier: Any = self._from_transformers(clip)
         elif hasattr(clip, "encode_text") and hasattr(clip, "visual"):
             classifier = self._from_open_clip(clip)
         else:
             raise TypeError(f"model is a {type(model).__name__}; ZeroShot takes a transformers CLIPModel or a model of open_clip")
-        classifier.training = bool(clip.training)  # train() would reach into the caller's towers
+        classifier.training = bool(clip.training)  # train() would also change the caller's towers
         bound: nn.Module = classifier
         return bound, denoiser.with_classes(self._diffusion_prompts)
 
     def crop(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] to CLIP's size, still in [0, 1]."""
+        """Resizes and crops images [B, 3, H, W] in [0, 1] to CLIP's size, still in [0, 1]."""
         bound: Any = model
         found: Tensor = bound.transforms[0](images)
         return found
 
     def normalise(self, model: nn.Module, crop: Tensor) -> Tensor:
-        """A crop to CLIP's input, by its own mean and deviation."""
+        """Normalises a crop with CLIP's own mean and standard deviation."""
         bound: Any = model
         found: Tensor = bound.transforms[1](crop)
         return found
@@ -109,7 +110,7 @@ class ZeroShot(Classification):
         limit = clip.config.text_config.max_position_embeddings
         ids = prompt_tokens(tokenizer, self._prompts, limit).to(clip.device)
         both = self._towers == "both"
-        # under CLIP's own names, so that adapters are saved and loaded by peft as CLIP's
+        # keep CLIP's own names, so that peft saves and loads the adapters as CLIP's
         parts = {"vision_model": clip.vision_model, "visual_projection": clip.visual_projection}
         if both:
             parts |= {"text_model": clip.text_model, "text_projection": clip.text_projection}
@@ -148,13 +149,13 @@ class ZeroShot(Classification):
 
 
 def open_clip_tokens(tokenizer: Any, prompts: list[str]) -> Tensor:
-    """Token ids [N, limit] of an open_clip tokenizer, which cuts what is too long without a word.
+    """Returns an open_clip tokenizer's token ids [N, limit]. The tokenizer itself silently truncates prompts that are too long.
 
     Raises:
-        ValueError: a prompt has more tokens than the tokenizer's limit, its two marks counted, or two are the same to it.
+        ValueError: a prompt has more tokens than the limit, including the start and end tokens, or two prompts have the same tokens.
     """
     found: Tensor = tokenizer(prompts)
-    encode = getattr(tokenizer, "encode", None) or tokenizer.tokenizer.encode  # open_clip's own, or the one of transformers that it wraps
+    encode = getattr(tokenizer, "encode", None) or tokenizer.tokenizer.encode  # open_clip's own, or its wrapped transformers tokenizer
     for prompt in prompts:
         if len(encode(prompt)) > found.shape[1] - 2:
             raise ValueError(
@@ -165,10 +166,10 @@ def open_clip_tokens(tokenizer: Any, prompts: list[str]) -> Tensor:
 
 
 def load_clip(path: str | Path) -> tuple[nn.Module, Any]:
-    """A transformers CLIPModel in float32 and its CLIPProcessor, from a folder or the hub.
+    """Loads a transformers CLIPModel in float32 and its CLIPProcessor from a folder or the Hugging Face Hub.
 
     Raises:
-        FileNotFoundError: there is none, or a part is missing. ValueError: a part is damaged.
+        FileNotFoundError: the model does not exist, or a part is missing. ValueError: a part is damaged.
     """
     from transformers import CLIPModel, CLIPProcessor
 
@@ -178,14 +179,16 @@ def load_clip(path: str | Path) -> tuple[nn.Module, Any]:
     clip = read_model(CLIPModel, folder, dtype=torch.float32)
     try:
         return clip.eval(), CLIPProcessor.from_pretrained(folder)
-    except Exception as error:  # the Rust tokenizers raise it bare
+    except Exception as error:  # the Rust tokenizers raise a plain Exception
         raise ValueError(f"{folder} has no processor of a CLIP that can be read: {error}") from error
 
 
 class ZeroShotClassifier(nn.Module):
-    """Images [B, 3, H, W], normalised, to logits [B, K] of mean 0; `parts` of a CLIP are its submodules, under their own names.
+    """Maps normalised images [B, 3, H, W] to logits [B, K] with mean 0. Its submodules are `parts` of a CLIP under their own names.
 
-    transforms: the model's own, geometry and normalisation. head: the name of its last layer, a module or a parameter.
+    Attributes:
+        transforms: the model's own geometry and normalisation.
+        head: name of its last layer, a module or a parameter.
     """
 
     transforms: tuple[Transform, Transform]
@@ -205,12 +208,12 @@ class ZeroShotClassifier(nn.Module):
         for name, part in parts.items():
             self.add_module(name, part)
         self._image_features, self._text_features = image_features, text_features
-        self.register_buffer("texts", texts, persistent=False)  # token ids where the text tower adapts, features [K, d] where not
+        self.register_buffer("texts", texts, persistent=False)  # token ids if the text tower adapts, else features [K, d]
         self.register_buffer("scale", logit_scale.detach().exp(), persistent=False)
         self._classes, self._normalised = classes, normalised
 
     def get_classifier(self) -> Any:
-        """Asked for as timm's models are: see parameters.select."""
+        """Returns the last layer, like the method of timm models; parameters.select calls it."""
         return attrgetter(self.head)(self)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -227,10 +230,10 @@ class ZeroShotClassifier(nn.Module):
 
 @torch.no_grad()
 def _text_features(encode: Callable[[Tensor], Tensor], ids: Tensor, classes: int) -> Tensor:
-    """[K, d] of token ids [K * T, tokens]."""
+    """Computes text features [K, d] from token ids [K * T, tokens]."""
     return _ensembles(torch.cat([encode(part) for part in ids.split(64)]), classes)
 
 
 def _ensembles(features: Tensor, classes: int) -> Tensor:
-    """The mean direction [K, d] of each class's templates, features [K * T, d]."""
+    """Computes each class's mean direction [K, d] over its templates' features [K * T, d]."""
     return F.normalize(F.normalize(features, dim=-1).unflatten(0, (classes, -1)).mean(1), dim=-1)

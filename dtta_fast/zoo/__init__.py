@@ -1,4 +1,4 @@
-"""Small trained models that ship with the package, each saved in its library's own format by a script in bench/zoo."""
+"""Small trained models that ship with the package. Scripts in bench/zoo saved each one in its library's own format."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ EXAMPLES = 64  # generated scenes
 
 @float32_on_cpu()
 def load(name: str | Path) -> tuple[nn.Module, Denoiser]:
-    """The model and the denoiser of that name, on the CPU, in eval mode; task(name) is the task that they take.
+    """Loads a model and its denoiser by name, on the CPU and in eval mode. Use them with the task that task(name) returns.
 
-    "digits" are a timm ConvNeXt and a pixel DiT; "open_vocabulary" a transformers CLIPModel and a Stable Diffusion of the digits;
-    "segmentation" a transformers SegFormer, "depth" a GLPN depth estimator, each with a UNet that sees its map, of generated scenes. A
-    Path is a folder with a classifier and a denoiser, as bench/zoo writes them.
+    "digits" is a timm ConvNeXt with a pixel-space DiT. "open_vocabulary" is a transformers CLIPModel with a Stable Diffusion, for the
+    digits. "segmentation" is a transformers SegFormer and "depth" a GLPN depth estimator, each with a UNet that takes its map, for
+    generated scenes. A Path is a folder with a classifier and a denoiser, as written by bench/zoo.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: the name is unknown.
     """
     model = load_model(name)
     if name == "open_vocabulary":
@@ -44,10 +44,10 @@ def load(name: str | Path) -> tuple[nn.Module, Denoiser]:
 
 @float32_on_cpu()
 def load_model(name: str | Path) -> nn.Module:
-    """The model alone.
+    """Loads only the model.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: the name is unknown.
     """
     if name == "open_vocabulary":
         from dtta_fast.tasks.zero_shot import load_clip
@@ -65,10 +65,10 @@ def load_model(name: str | Path) -> nn.Module:
 
 
 def task(name: str | Path) -> Task:
-    """The task of the models of that name; open_vocabulary's with the digits' names for classes.
+    """Returns the task for the models of that name. For "open_vocabulary", its classes are the names of the digits.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: the name is unknown.
     """
     folder(name)
     if name == "open_vocabulary":
@@ -81,10 +81,10 @@ def task(name: str | Path) -> Task:
 
 
 def load_processor(name: str) -> Any:
-    """The transformers processor of "open_vocabulary", "segmentation" or "depth".
+    """Loads the transformers processor of "open_vocabulary", "segmentation" or "depth".
 
     Raises:
-        ValueError: name is another one.
+        ValueError: name is anything else.
     """
     if name == "open_vocabulary":
         from transformers import CLIPProcessor
@@ -98,12 +98,13 @@ def load_processor(name: str) -> Any:
 
 
 def example(name: str) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, H, W] in [0, 1] and the truth of the test split (extra `demo`).
+    """Returns images [N, 3, H, W] in [0, 1] and the ground truth of the test split (needs the extra `demo`).
 
-    Labels [N] of the digits, by either name; for "segmentation" labels [N, H, W], for "depth" metres [N, H, W], of 64 generated scenes.
+    The ground truth is labels [N] for both names of the digits' models. For 64 generated scenes it is labels [N, H, W] ("segmentation")
+    or depth [N, H, W] in metres ("depth").
 
     Raises:
-        ValueError: there is none of that name. ImportError: a library of the extra `demo` is missing.
+        ValueError: the name is unknown. ImportError: a library of the extra `demo` is missing.
     """
     folder(name)
     if name in OF_SCENES:
@@ -117,10 +118,10 @@ def example(name: str) -> tuple[Tensor, Tensor]:
 
 
 def folder(name: str | Path) -> Path:
-    """Where the files of that name lie; a Path is that place itself.
+    """Returns the folder with the files of that name; a Path is returned unchanged.
 
     Raises:
-        ValueError: there is none of that name, or no such folder. FileNotFoundError: this installation came without the weights.
+        ValueError: the name is unknown, or the folder does not exist. FileNotFoundError: this installation does not include the weights.
     """
     if isinstance(name, Path):
         if not os.path.isdir(name):

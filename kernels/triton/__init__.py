@@ -1,1 +1,1 @@
-"""The ops' GPU kernels and their launchers, which take contiguous tensors and check nothing: see schema.py."""
+"""GPU kernels for the ops and their launchers, which take contiguous tensors and perform no checks; see schema.py."""

@@ -1,4 +1,4 @@
-"""The ops on a GPU: reference.py's functions for contiguous float32, bfloat16 and float16 tensors."""
+"""The ops on a GPU: the functions of reference.py for contiguous float32, bfloat16 and float16 tensors."""
 
 from dtta_fast.kernels.triton.mix import mix_condition, mix_condition_backward
 from dtta_fast.kernels.triton.noise import add_noise, denoising_loss

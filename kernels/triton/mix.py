@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CLASSES, NUMBERS = 32, 128  # classes and embedding numbers of a block
-ROW = 1024  # classes of a block where only logits are read
+CLASSES, NUMBERS = 32, 128  # classes and embedding values per block
+ROW = 1024  # classes per block when only logits are read
 VARYING = ["classes", "count"]
 
 
 @triton.jit
 def _norm(logits, row, classes, ROW: tl.constexpr):
-    """max(‖logits of the row‖₂, 1e-12)."""
+    """Computes max(‖logits of the row‖₂, 1e-12)."""
     squares = tl.zeros((ROW,), tl.float32)
     for start in range(0, classes, ROW):
         here = start + tl.arange(0, ROW)
@@ -25,7 +25,7 @@ def _norm(logits, row, classes, ROW: tl.constexpr):
 
 @triton.jit
 def _chosen(chosen, row, here, count):
-    """The classes at positions `here` of those that take part."""
+    """Returns the class indices at positions `here` of the selected classes."""
     if chosen is None:
         return here.to(tl.int64)
     else:
@@ -37,7 +37,7 @@ def mix_kernel(
     logits, embeddings, chosen, weights, mixed, classes, numbers, count, logit_scale, PER_IMAGE: tl.constexpr, ROW: tl.constexpr,
     CLASSES: tl.constexpr, NUMBERS: tl.constexpr
 ):  # fmt: skip
-    """mixed [B, D] and the softmax weights [B, K], a program for NUMBERS of an image's D."""
+    """Computes mixed [B, D] and the softmax weights [B, K]; each program handles NUMBERS of the D values of an image."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     scale = 1.0
     if logit_scale is not None:
@@ -46,7 +46,7 @@ def mix_kernel(
     for start in range(0, count, ROW):
         here = start + tl.arange(0, ROW)
         z = tl.load(logits + row * classes + _chosen(chosen, row, here, count), mask=here < count, other=-float("inf")).to(tl.float32)
-        top = tl.maximum(top, tl.where(here < count, z * scale, -float("inf")))  # a scale of 0 makes a padded place NaN
+        top = tl.maximum(top, tl.where(here < count, z * scale, -float("inf")))  # with a scale of 0, padding would become NaN
     highest = tl.max(top)
     exponentials = tl.zeros((ROW,), tl.float32)
     for start in range(0, count, ROW):
@@ -74,7 +74,7 @@ def to_weights_kernel(
     upstream, embeddings, chosen, to_weights, classes, numbers, count, PER_IMAGE: tl.constexpr, CLASSES: tl.constexpr,
     NUMBERS: tl.constexpr
 ):  # fmt: skip
-    """to_weights [B, K] = upstream · embedding for CLASSES of the classes that take part."""
+    """Computes to_weights [B, K] = upstream · embedding; each program handles CLASSES of the selected classes."""
     row = tl.program_id(0).to(tl.int64)
     here = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)
     known, which = here < count, _chosen(chosen, row, here, count)
@@ -91,7 +91,7 @@ def to_weights_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def to_logits_kernel(logits, weights, to_weights, to_logits, classes, logit_scale, ROW: tl.constexpr):
-    """Through the softmax and the normalisation: to_logits [B, K]. Weights of classes that take no part are 0."""
+    """Backpropagates through softmax and normalisation to to_logits [B, K]. Classes that were not selected have weight 0."""
     row = tl.program_id(0).to(tl.int64)
     inner = tl.zeros((ROW,), tl.float32)
     for start in range(0, classes, ROW):
@@ -123,7 +123,7 @@ def to_logits_kernel(logits, weights, to_weights, to_logits, classes, logit_scal
 
 @triton.jit(do_not_specialize=[*VARYING, "images"])
 def to_embeddings_kernel(weights, upstream, to_embeddings, images, classes, numbers, PER_IMAGE: tl.constexpr, NUMBERS: tl.constexpr):
-    """to_embeddings [K, D] = Σ over images of weight · upstream, in order; with PER_IMAGE [B, K, D], no sum."""
+    """Computes to_embeddings [K, D] = Σ over images, in order, of weight · upstream; with PER_IMAGE, [B, K, D] without the sum."""
     row = tl.program_id(0).to(tl.int64)
     number = tl.program_id(1) * NUMBERS + tl.arange(0, NUMBERS)
     first = row // classes
@@ -138,7 +138,7 @@ def to_embeddings_kernel(weights, upstream, to_embeddings, images, classes, numb
 def mix_condition(
     logits: Tensor, embeddings: Tensor, chosen: Tensor | None, logit_scale: float | None, per_image: bool
 ) -> tuple[Tensor, Tensor]:
-    """reference.mix_condition for float32, bfloat16 and float16; contiguous tensors."""
+    """Computes reference.mix_condition for contiguous float32, bfloat16 and float16 tensors."""
     images, classes = logits.shape
     mixed = embeddings.new_empty((images, *embeddings.shape[1 + per_image :]))
     weights = torch.zeros((images, classes), dtype=torch.float32, device=logits.device)
@@ -161,7 +161,7 @@ def mix_condition_backward(
     per_image: bool,
     with_embeddings: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """reference.mix_condition_backward for float32, bfloat16 and float16; contiguous tensors."""
+    """Computes reference.mix_condition_backward for contiguous float32, bfloat16 and float16 tensors."""
     images, classes = logits.shape
     numbers, count = upstream[0].numel(), classes if chosen is None else chosen.shape[1]
     to_weights = torch.zeros_like(weights)

@@ -1,7 +1,7 @@
-"""add_noise and denoising_loss on the GPU: the noise is drawn in the kernel, and drawn again where it is needed again.
+"""add_noise and denoising_loss on the GPU: kernels generate the noise and regenerate it whenever it is needed again.
 
-A program works on WIDTH elements of one (image, pair) row. A timestep outside the table gives NaN, never a read out of bounds:
-a check on the host would have to wait for the GPU.
+Each program processes WIDTH elements of one (image, pair) row. A timestep outside the table yields NaN and never an out-of-bounds read,
+because a check on the host would have to wait for the GPU.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from dtta_fast.kernels.triton.philox import normals
 
 WIDTH = 1024
-THREADS = 128  # of a program: 8 elements a thread, 16 bytes of a 16-bit type
+THREADS = 128  # per program: 8 elements per thread, which is 16 bytes of a 16-bit type
 WARPS = THREADS // (64 if torch.version.hip else 32)
-VARYING = ["table_rows", "pairs", "seed", "pair0"]  # no new compilation for their values, but for the step from 32 to 64 bits
-SLICED = ["timesteps", "image_ids", "step", "upstream"]  # read one by one: none for where in a tensor they begin either
+VARYING = ["table_rows", "pairs", "seed", "pair0"]  # their values do not trigger recompilation, except when they grow from 32 to 64 bits
+SLICED = ["timesteps", "image_ids", "step", "upstream"]  # read one by one: their alignment does not trigger recompilation either
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def _coefficient(table, timestep, table_rows, column: tl.constexpr):
 
 @triton.jit
 def _draw(row, first, here, inside, image_ids, step, noise, pairs, elements, seed, pair0, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
-    """The noise [WIDTH] of a row, drawn or, where `noise` is given, read."""
+    """Returns the noise [WIDTH] of a row: read from `noise` if given, otherwise generated."""
     if noise is None:
         pair, image = pair0 + row % pairs, tl.load(image_ids + row // pairs)
         drawn = normals(first, pair, image, tl.load(step), seed.to(tl.int64), WIDTH, VECTOR)
@@ -56,7 +56,7 @@ def denoising_loss_kernel(
     prediction, x0, table, timesteps, image_ids, step, noise, upstream, partial, gradient, table_rows, pairs, elements, row_stride, seed,
     pair0, L1: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr
 ):  # fmt: skip
-    """Sums of a block's errors into partial [rows, blocks]; with `gradient`, upstream · ∂loss/∂prediction too."""
+    """Writes the error sum of each block to partial [rows, blocks] and, if given, upstream · ∂loss/∂prediction to `gradient`."""
     row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH
     here = first + tl.arange(0, WIDTH)
     inside = here < elements
@@ -75,13 +75,13 @@ def denoising_loss_kernel(
         else:
             slope = difference * (2 * factor)
         tl.store(gradient + row * row_stride + here, slope.to(gradient.dtype.element_ty), mask=inside)
-        if row_stride > elements:  # the learned variance takes no part
+        if row_stride > elements:  # the loss ignores the learned variance
             tl.store(gradient + row * row_stride + elements + here, tl.zeros_like(slope).to(gradient.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["table_rows", "blocks"])
 def loss_sum_kernel(partial, table, timesteps, loss, table_rows, blocks, elements, BLOCK: tl.constexpr):
-    """loss [rows] = w · mean from the blocks' sums: the second stage, in a fixed order."""
+    """Second stage: computes loss [rows] = w · mean from the block sums in a fixed order."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, blocks, BLOCK):
@@ -92,7 +92,7 @@ def loss_sum_kernel(partial, table, timesteps, loss, table_rows, blocks, element
 
 
 def _vector(*streams: Tensor) -> int:
-    """Elements of 16 bytes in the narrowest of the tensors."""
+    """Returns how many elements of the narrowest tensor fit in 16 bytes."""
     return 4 if min(stream.element_size() for stream in streams) == 4 else 8
 
 
@@ -107,7 +107,7 @@ def add_noise(
     dtype: torch.dtype,
     noise: Tensor | None,
 ) -> Tensor:
-    """reference.add_noise for float32, bfloat16 and float16; contiguous tensors."""
+    """Computes reference.add_noise for contiguous float32, bfloat16 and float16 tensors."""
     rows, elements = timesteps.numel(), x0[0].numel()
     x_t = torch.empty((rows, *x0.shape[1:]), dtype=dtype, device=x0.device)
     grid = (rows, triton.cdiv(elements, WIDTH))
@@ -130,7 +130,7 @@ def denoising_loss(
     upstream: Tensor | None,
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """reference.denoising_loss for float32, bfloat16 and float16; contiguous tensors."""
+    """Computes reference.denoising_loss for contiguous float32, bfloat16 and float16 tensors."""
     rows, elements = timesteps.numel(), x0[0].numel()
     blocks = triton.cdiv(elements, WIDTH)
     partial = torch.empty((rows, blocks), dtype=torch.float32, device=x0.device)

@@ -1,7 +1,7 @@
-"""Philox4x32-10 (Salmon et al., SC 2011) and its normals inside a Triton kernel.
+"""Philox4x32-10 (Salmon et al., SC 2011) and normals derived from it, inside a Triton kernel.
 
-Box–Muller of the exact uniforms (w + ½) / 2³²: the logarithm keeps its relative precision near u = 1 and the angle is reduced in
-whole numbers, so no slow path, no table and no stack.
+Applies Box–Muller to the exact uniforms (w + ½) / 2³². The logarithm keeps its relative precision near u = 1 and the angle is reduced in
+integer arithmetic, so there is no slow path, no table and no stack use.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
-    """Four words of uint32 counters under a uint32 key."""
+    """Generates four words from uint32 counters and a 64-bit key, given as two uint32 words."""
     for _ in tl.static_range(10):
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
@@ -27,12 +27,12 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def _radius(w):
-    """√(−2 ln((w + ½) / 2³²)) of uint32 words."""
+    """Computes √(−2 ln((w + ½) / 2³²)) of uint32 words."""
     u = tl.fma(w.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F2AAAAB) & -0x800000  # u = 2ᵉ · (1 + m) with m in [−⅓, ⅓]
     m = (bits - exponent).to(tl.float32, bitcast=True) - 1.0
-    # near u = 1 the float above has lost what is left of 1 − u; the word has not
+    # near u = 1 the float above has lost the precision of 1 − u; the integer word still has it
     m = tl.where(exponent == 0, tl.fma((w ^ 0xFFFFFFFF).to(tl.float32), -2.3283064365386963e-10, -1.1641532182693481e-10), m)
     # −2 ln(1 + m) / m³ + 2/m² − 1/m, minimax on [−⅓, ⅓]: 5e-9 relative in the logarithm
     p = tl.fma(m, 0.257833662, -0.279688766)
@@ -49,8 +49,8 @@ def _radius(w):
 
 @triton.jit
 def _cosine_sine(w):
-    """cos and sin of 2π (w + ½) / 2³² of uint32 words."""
-    turned = w + 0x20000000  # the two top bits are now the nearest quarter turn
+    """Computes cos and sin of 2π (w + ½) / 2³² of uint32 words."""
+    turned = w + 0x20000000  # the top two bits now hold the nearest quarter turn
     part = ((turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32)
     r = tl.fma(part, 1.4629180792671596e-09, 7.314590396335798e-10)  # in [−π/4, π/4]
     z = r * r
@@ -66,7 +66,7 @@ def _cosine_sine(w):
 
 @triton.jit
 def _quad(quads, pair, image, step, k0, k1):
-    """Normals of the four elements of each counter."""
+    """Generates the normals for the four elements of each counter."""
     zero = quads & 0
     w0, w1, w2, w3 = philox(quads, zero + pair, zero + image, zero + step, k0, k1)
     r0, r1 = _radius(w0), _radius(w2)
@@ -77,15 +77,15 @@ def _quad(quads, pair, image, step, k0, k1):
 
 @triton.jit
 def _interleave(z0, z1, z2, z3, WIDTH: tl.constexpr):
-    """Element 4n + i from z_i[n], flattened: a thread's four end up side by side, so that a store of them is one vector."""
+    """Interleaves z_i[n] as element 4n + i, so that a thread's four elements are adjacent and stored as one vector."""
     return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (WIDTH,))
 
 
 @triton.jit
 def normals(first, pair, image, step, seed, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
-    """Standard normals [WIDTH], float32, of elements first .. first + WIDTH − 1 (first a multiple of 8).
+    """Generates standard normals [WIDTH], float32, for elements first .. first + WIDTH − 1 (first is a multiple of 8).
 
-    VECTOR elements side by side in a thread: 4 fills 16 bytes of float32, 8 those of a 16-bit type.
+    Each thread holds VECTOR adjacent elements: 4 float32 elements or 8 elements of a 16-bit type fill 16 bytes.
     """
     pair, image, step = pair.to(tl.uint32), image.to(tl.uint32), step.to(tl.uint32)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
