@@ -19,8 +19,6 @@ from dtta_fast.parameters import select
 from dtta_fast.step import GUARD_STEP, Problem, adaptation_step, initial_state
 from dtta_fast.tasks.classification import Classification
 
-pytestmark = pytest.mark.quick
-
 CONFIG = AdaptConfig(steps=5, pairs=6, timesteps="uniform", lr=1e-2, denoiser_lr=1e-3)
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
 
@@ -110,6 +108,7 @@ def test_reproduces_a_plain_loop_in_float32(model, denoiser):
     assert ours <= 2 * theirs
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("chunk", ["auto", 1, 4, 6, 100])
 @pytest.mark.parametrize("denoiser_parameters", ["frozen", "all"])
 def test_gradient_equals_the_naive_loop_s(model, denoiser, images, chunk, denoiser_parameters):
@@ -152,6 +151,7 @@ def test_an_image_s_result_is_its_own(model, denoiser, images, change):
         assert torch.equal(part.evaluations, whole.evaluations[rows])
 
 
+@pytest.mark.quick
 def test_draws_are_the_documented_noise(model, denoiser, images):
     """The noise that the engine draws, handed over explicitly, gives the same result."""
     config = CONFIG.replace(seed=99)
@@ -169,6 +169,7 @@ def test_draws_are_the_documented_noise(model, denoiser, images):
     assert float((other.outputs - drawn.outputs).abs().max()) > 1e-6
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("denoiser_parameters", ["frozen", "all"])
 @pytest.mark.parametrize("mode", ["episodic", "online"])
 def test_the_caller_s_modules_are_untouched(model, denoiser, images, untouched, mode, denoiser_parameters):
@@ -206,6 +207,7 @@ def test_a_failing_denoiser_leaves_nothing_behind(model, denoiser, images, untou
     assert torch.equal(again.outputs, twin.adapt(images).outputs)
 
 
+@pytest.mark.quick
 def test_online_goes_on_from_batch_to_batch(model, denoiser, images):
     config = CONFIG.replace(mode="online", steps=1, optimizer="adam")
     timesteps, noise = draws(4, config)
