@@ -261,7 +261,7 @@ def real_sizes() -> str:
 
 
 def own_time() -> str:
-    """What a run takes beside the models."""
+    """Returns the table of what a run costs beside the models."""
     found = json.loads((RESULTS / "own_time.json").read_text())
     lines = ["| run | images | models, s | the tool's own, s | share |", "|---|---|---|---|---|"]
     for name in ("one process", "ray"):
@@ -291,7 +291,7 @@ def embedding() -> str:
         call = {way: 1e3 * median(of["by turns"][way]["call"]) for way in WAYS}
 
         def ratio(what: str, way: str, to: str, turns: dict[str, Any] = of["by turns"]) -> float:
-            """Of each turn, so that a machine that slows for a while slows both."""
+            """Takes the ratio of each turn, so a machine that slows down for a while slows both sides."""
             return statistics.median(a / b for a, b in zip(turns[to][what], turns[way][what], strict=True))
 
         for way in WAYS:

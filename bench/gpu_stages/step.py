@@ -71,7 +71,7 @@ def forwards(denoiser: Any, rows: int, flops: dict[str, int], setting: Setting, 
 
 
 def comparison(problem: Any, x0: Tensor, ids: Tensor, step: Tensor, answers: int) -> Callable[[], Tensor]:
-    """A guard's forwards for one image under some answers."""
+    """Runs the forwards of a guard for one image under some answers."""
     conditions = problem.denoiser.class_embeddings({})[:answers]
     rows = torch.zeros(answers, dtype=torch.int64, device=x0.device)
     several, named = x0[rows], ids[rows]

@@ -20,7 +20,7 @@ Augment = Callable[[Tensor, torch.Generator], Tensor]  # images and the draws to
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Of softmax(logits) [B, K], in nats: [B]."""
+    """Returns the entropy of softmax(logits [B, K]) in nats: [B]."""
     return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
 
 
