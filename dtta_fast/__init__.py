@@ -13,11 +13,11 @@ if importlib.util.find_spec("dtta_fast.kernels") is None:
         _spec.loader.exec_module(kernels)
 
 from dtta_fast import presets, zoo
-from dtta_fast.adapter import Adapter, adapt
-from dtta_fast.calibrating import calibrate
-from dtta_fast.calibration import Calibration
 from dtta_fast.config import AdaptConfig
-from dtta_fast.result import AdaptResult
+from dtta_fast.core.calibrate import calibrate
+from dtta_fast.denoisers.calibration import Calibration
+from dtta_fast.session.adapter import Adapter, adapt
+from dtta_fast.session.result import AdaptResult
 
 __all__ = ["AdaptConfig", "AdaptResult", "Adapter", "Calibration", "adapt", "calibrate", "presets", "zoo"]
 __version__ = "0.2.0"

@@ -1,23 +1,102 @@
-"""Adaptation settings: a frozen dataclass that validates itself."""
+"""Adaptation settings: a frozen dataclass that validates itself. This module imports nothing else of the package."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
+import types
+import typing
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from dtta_fast.draws import TimestepDraw
-from dtta_fast.optimizers import Optimizer
-from dtta_fast.parameters import ParameterSet
-
-Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-Compile = Literal["off", "regional", "step"]
-Match = Literal["off", "denoiser", "both"]
-Precheck = Literal["off", "answer", "statistics"]
 Method = Literal["adapt", "diffusion_classifier", "ensemble"]
 Objective = Literal["embedding_mix", "noise_mix"]
+TimestepDraw = Literal["uniform", "stratified", "calibrated"]
+Match = Literal["off", "denoiser", "both"]
+Precheck = Literal["off", "answer", "statistics"]
+ParameterSet = Literal["all", "norm", "head", "logits", "lora"]
 DenoiserParameters = Literal["frozen", "all", "lora"]
+Optimizer = Literal["sgd", "adam", "adamw", "adam8bit"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+Compile = Literal["off", "regional", "step"]
+
+
+class AtLeast(NamedTuple):
+    """Marks a number's smallest allowed value."""
+
+    low: int
+
+
+Count = Annotated[int, AtLeast(1)]
+CountFromZero = Annotated[int, AtLeast(0)]
+Rate = Annotated[float, AtLeast(0)]
+
+
+def is_whole(value: Any, low: int) -> bool:
+    """Returns whether a value is an int of at least `low`, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def is_real(value: Any) -> bool:
+    """Returns whether a value is a finite number, and no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def refuse(config: Any, field: str, allowed: str) -> typing.NoReturn:
+    """Raises the ValueError for a field's value."""
+    raise ValueError(f"{field} is {getattr(config, field)!r}; allowed: {allowed}")
+
+
+def check_fields(config: Any) -> None:
+    """Checks the fields of a config dataclass against their annotations.
+
+    Checks text, choices (Literal), flags (bool) and numbers with a smallest value (AtLeast), each with or without None. Fields with
+    other annotations are left to the caller.
+
+    Raises:
+        ValueError: a value does not fit; the message names the field, the value and what is allowed.
+    """
+    kind_of_config: Any = type(config)
+    for field, kinds in _kinds_of_fields(kind_of_config).items():
+        value = getattr(config, field)
+        if not any(_fits(value, kind) for kind in kinds):
+            refuse(config, field, " or ".join(_description(kind, quoted=len(kinds) > 1) for kind in reversed(kinds)))
+
+
+@functools.cache
+def _kinds_of_fields(config: type) -> dict[str, list[Any]]:
+    """Returns the alternatives of each field's annotation, for the fields that check_fields() can check."""
+    found = {}
+    for field, hint in typing.get_type_hints(config, include_extras=True).items():
+        if get_origin(hint) is Annotated and _low(hint) is None:  # marked for the command line
+            hint = hint.__origin__
+        kinds = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
+        if all(kind in (bool, str, types.NoneType) or get_origin(kind) is Literal or _low(kind) is not None for kind in kinds):
+            found[field] = kinds
+    return found
+
+
+def _low(kind: Any) -> int | None:
+    marks = [mark for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, AtLeast)]
+    return marks[0].low if marks else None
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if kind in (bool, str, types.NoneType):
+        return isinstance(value, kind)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    low = _low(kind) or 0
+    return is_whole(value, low) if kind.__origin__ is int else is_real(value) and value >= low
+
+
+def _description(kind: Any, quoted: bool) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(f'"{choice}"' if quoted else choice for choice in get_args(kind))
+    if kind in (bool, str, types.NoneType):
+        return {bool: "True, False", str: "text", types.NoneType: "None"}[kind]
+    return f"a {'whole' if kind.__origin__ is int else 'finite'} number of {_low(kind)} and more"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +168,9 @@ class AdaptConfig:
     """
 
     method: Method = "adapt"
-    steps: int = 5
-    pairs: int = 4
-    chunk: int | Literal["auto"] = "auto"
+    steps: Count = 5
+    pairs: Count = 4
+    chunk: Count | Literal["auto"] = "auto"
     objective: Objective = "embedding_mix"
     null_condition: bool = False
     loss: Literal["mse", "l1"] = "mse"
@@ -100,86 +179,45 @@ class AdaptConfig:
     antithetic: bool = False
     share_noise: bool = False
     common_draws: bool = False
-    top_k: int | None = None
-    drawn_classes: int = 0
+    top_k: Count | None = None
+    drawn_classes: CountFromZero = 0
     logit_scale: float | None = None
     match: Match = "off"
     precheck: Precheck = "off"
     parameters: ParameterSet = "all"
     denoiser_parameters: DenoiserParameters = "frozen"
-    lora_rank: int = 8
+    lora_rank: Count = 8
     lora_targets: tuple[str, ...] | None = None
     optimizer: Optimizer = "adam"
-    lr: float = 1e-3
-    denoiser_lr: float = 1e-4
+    lr: Rate = 1e-3
+    denoiser_lr: Rate = 1e-4
     momentum: float = 0.9
-    weight_decay: float = 0.0
+    weight_decay: Rate = 0.0
     mode: Literal["episodic", "online"] = "episodic"
-    guard: int = 0
-    guard_threshold: float = 0.0
+    guard: CountFromZero = 0
+    guard_threshold: Rate = 0.0
     precision: Precision = "auto"
     compile: Compile = "off"
-    memory_budget: int | None = None
-    seed: int = 0
+    memory_budget: Count | None = None
+    seed: CountFromZero = 0
 
     def __post_init__(self) -> None:
-        def refuse(field: str, allowed: str) -> None:
-            raise ValueError(f"{field} is {getattr(self, field)!r}; allowed: {allowed}")
-
-        def whole(value: Any, low: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-        def real(value: Any) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-        flags = (True, False)
-        choices = {
-            "method": get_args(Method),
-            "objective": get_args(Objective),
-            "null_condition": flags,
-            "precheck": get_args(Precheck),
-            "antithetic": flags,
-            "share_noise": flags,
-            "common_draws": flags,
-            "loss": ("mse", "l1"),
-            "match": get_args(Match),
-            "timesteps": get_args(TimestepDraw),
-            "parameters": get_args(ParameterSet),
-            "denoiser_parameters": get_args(DenoiserParameters),
-            "optimizer": get_args(Optimizer),
-            "mode": ("episodic", "online"),
-            "precision": get_args(Precision),
-            "compile": get_args(Compile),
-        }
-        for field, allowed in choices.items():
-            if not isinstance(getattr(self, field), (str, bool)) or getattr(self, field) not in allowed:
-                refuse(field, ", ".join(map(str, allowed)))
-        for field, low in (("steps", 1), ("pairs", 1), ("lora_rank", 1), ("drawn_classes", 0), ("guard", 0), ("seed", 0)):
-            if not whole(getattr(self, field), low):
-                refuse(field, f"a whole number of {low} and more")
+        check_fields(self)
         if self.seed >= 2**63:
-            refuse("seed", "up to 2^63 - 1")
-        if not (isinstance(self.chunk, str) and self.chunk == "auto") and not whole(self.chunk, 1):
-            refuse("chunk", '"auto" or a whole number of 1 and more')
-        for field in ("top_k", "memory_budget"):
-            if getattr(self, field) is not None and not whole(getattr(self, field), 1):
-                refuse(field, "None or a whole number of 1 and more")
-        for field in ("lr", "denoiser_lr", "weight_decay", "guard_threshold"):
-            if not real(getattr(self, field)) or getattr(self, field) < 0:
-                refuse(field, "a finite number of 0 and more")
-        if not real(self.momentum) or not 0 <= self.momentum < 1:
-            refuse("momentum", "a number from 0 to below 1")
-        if self.logit_scale is not None and not (real(self.logit_scale) and self.logit_scale > 0):
-            refuse("logit_scale", "None or a positive number")
+            refuse(self, "seed", "up to 2^63 - 1")
+        if not is_real(self.momentum) or not 0 <= self.momentum < 1:
+            refuse(self, "momentum", "a number from 0 to below 1")
+        if self.logit_scale is not None and not (is_real(self.logit_scale) and self.logit_scale > 0):
+            refuse(self, "logit_scale", "None or a positive number")
         if self.timestep_range is not None:
             both = isinstance(self.timestep_range, (tuple, list)) and len(self.timestep_range) == 2
-            if not (both and all(whole(t, 0) for t in self.timestep_range) and self.timestep_range[0] < self.timestep_range[1]):
-                refuse("timestep_range", "None or whole numbers (low, high) with 0 <= low < high")
+            if not (both and all(is_whole(t, 0) for t in self.timestep_range) and self.timestep_range[0] < self.timestep_range[1]):
+                refuse(self, "timestep_range", "None or whole numbers (low, high) with 0 <= low < high")
             object.__setattr__(self, "timestep_range", tuple(self.timestep_range))  # hashable, also when read from JSON
         if self.lora_targets is not None:
             names = self.lora_targets
             if not isinstance(names, (tuple, list)) or not names or not all(isinstance(name, str) and name for name in names):
-                refuse("lora_targets", "None or names such as ('q_proj', 'v_proj')")
+                refuse(self, "lora_targets", "None or names such as ('q_proj', 'v_proj')")
             object.__setattr__(self, "lora_targets", tuple(names))
         if self.guard_threshold and self.guard == 1:
             raise ValueError(f"guard is 1 with guard_threshold {self.guard_threshold}; a standard error takes 2 pairs and more")

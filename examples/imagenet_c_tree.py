@@ -19,7 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from dtta_fast.denoisers import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
 
 CLASSES, SIDE = (0, 7, 999), 64
 

@@ -15,6 +15,7 @@ ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 MASK = 0xFFFFFFFF
+CLASS_PAIR = MASK - 1  # random stream of the drawn classes; MASK is that of the timesteps, and neither is used as a noise pair
 TIMESTEP_PAIR = MASK
 
 
@@ -58,3 +59,10 @@ def timestep_words(pairs: int, image_ids: Tensor, seed: int, step: Tensor) -> Te
     reserved = torch.full_like(quads, TIMESTEP_PAIR)
     words = torch.broadcast_tensors(*philox((quads, reserved, image_ids[:, None], step), seed))
     return torch.stack(words, dim=-1).flatten(-2)[:, :pairs]
+
+
+def class_uniforms(classes: int, image_ids: Tensor, seed: int, step: Tensor) -> Tensor:
+    """Draws one uniform number in (0, 1) per class, [B, K] float64, from a separate random stream."""
+    quads = torch.arange((classes + 3) // 4, dtype=torch.int64, device=image_ids.device)
+    words = torch.broadcast_tensors(*philox((quads, torch.full_like(quads, CLASS_PAIR), image_ids[:, None], step), seed))
+    return (torch.stack(words, dim=-1).flatten(-2)[:, :classes].double() + 0.5) * 2.0**-32

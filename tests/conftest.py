@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -19,9 +20,12 @@ if importlib.util.find_spec("dtta_fast") is None:  # a source tree that was not 
     spec.loader.exec_module(source_tree)
     source_tree.use()
 
+from dtta_fast.core import guard
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.session.eager import Eager
+from dtta_fast.session.program import Batch
 
 CLASSES = 7
 # The models here are so small that threads would mostly wait for each other. The processes that tests start take one thread, too.
@@ -109,3 +113,31 @@ def untouched() -> Callable[..., AbstractContextManager[None]]:
         assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, after, strict=True))
 
     return check
+
+
+@pytest.fixture(scope="session")
+def guarded():
+    """Runs a guard on answers of one's own, as session.program.run() does."""
+
+    def guarded(
+        program: Eager,
+        before: Tensor,
+        candidates: list[Tensor],
+        x0: Tensor,
+        ids: Tensor,
+        at: Tensor,
+        wanted: list[list[bool]] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the accepted outputs [B, ...], whether each is a candidate's, and the evaluations [B] that the comparisons took.
+
+        wanted: for each of the three answers, the images whose losses are computed; None is those that the guard has to compare.
+        """
+        after, first = candidates
+        batch = Batch(before, None, before, ids, x0, before=before, first=first)
+        answers = guard.compare(program.problem, before, after, first)
+        compared = torch.cat([answers.fresh.any(0)[None], answers.fresh])
+        losses = program.losses(SimpleNamespace(step=at), batch, answers, compared.tolist() if wanted is None else wanted)
+        outputs, accepted = guard.decide(program.problem.config, answers, first, losses)
+        return outputs, accepted, program.guard * compared.sum(0)
+
+    return guarded

@@ -12,11 +12,13 @@ from scipy import stats
 from torch import Tensor, nn
 
 from dtta_fast import AdaptConfig, Adapter, adapt
-from dtta_fast.engine import Engine
+from dtta_fast.core.guard import GUARD_STEP
+from dtta_fast.core.problem import Problem, Schedule
+from dtta_fast.core.step import adaptation_step, initial_state
+from dtta_fast.core.weights import select
 from dtta_fast.kernels import add_noise, denoising_loss
 from dtta_fast.kernels.philox import normal
-from dtta_fast.parameters import select
-from dtta_fast.step import GUARD_STEP, Problem, adaptation_step, initial_state
+from dtta_fast.session.engine import Engine
 from dtta_fast.tasks.classification import Classification
 
 CONFIG = AdaptConfig(steps=5, pairs=6, timesteps="uniform", lr=1e-2, denoiser_lr=1e-3)
@@ -49,7 +51,7 @@ def plain_loss(model, denoiser, images, timesteps, noise, config) -> Tensor:
 
 def problem_of(model, denoiser, config) -> Problem:
     lr, denoiser_lr = (torch.tensor(rate, dtype=torch.float64) for rate in (config.lr, config.denoiser_lr))
-    return Problem(model, denoiser, Classification(), config, lr, denoiser_lr, chunk=64 if config.chunk == "auto" else config.chunk)
+    return Problem(model, denoiser, Classification(), config, lr, denoiser_lr)
 
 
 def plain_loop(model, denoiser, images, timesteps, noise, config) -> Tensor:
@@ -118,10 +120,11 @@ def test_gradient_equals_the_naive_loop_s(model, denoiser, images, chunk, denois
     problem = problem_of(model.eval(), denoiser, config)
     theta = select(model, "all")
     phi = {name: p for name, p in denoiser.named_parameters() if denoiser_parameters == "all"}
+    schedule = Schedule(chunk=64 if chunk == "auto" else chunk)
     state = initial_state(problem, theta, phi, model(normalise(images)).detach())
     ids = torch.arange(len(images))
     start = copy.deepcopy(state)
-    loss = adaptation_step(problem, state, normalise(images), 2 * images - 1, ids, timesteps[:, 0], noise[:, 0])
+    loss = adaptation_step(problem, schedule, state, normalise(images), 2 * images - 1, ids, timesteps[:, 0], noise[:, 0])
     for i in range(len(images)):
         drawn = zip(timesteps[i, 0].split(1), noise[i, 0].split(1), strict=True)
         naive = torch.stack([plain_loss(model, denoiser, images[i : i + 1], t, eps, config) for t, eps in drawn]).mean()
@@ -341,17 +344,17 @@ def test_other_architectures(denoiser, images, name):
     torch.testing.assert_close(whole.outputs[2:3], alone.outputs, rtol=1e-8, atol=1e-8)
 
 
-def test_the_guard_chooses_the_answer_with_the_lowest_held_out_loss(model, denoiser, images, process):
+def test_the_guard_chooses_the_answer_with_the_lowest_held_out_loss(model, denoiser, images, process, guarded):
     """Of three answers, against losses computed here one by one; each distinct answer is paid for once."""
     config = AdaptConfig(guard=5, guard_threshold=0.5, pairs=4, timesteps="uniform")
     engine = Engine(model, denoiser, Classification(), config)
     x0, ids, at = denoiser.encode(images), torch.arange(4), torch.tensor(3)
-    engine.plan(images, x0, 4)
+    engine.program.plan(images, x0, 4)
     answers = torch.tensor([[0, 1, 2], [3, 3, 4], [5, 6, 6], [2, 2, 2]])  # before, first and second candidate, an image a row
     outputs = [F.one_hot(column, 7).double() for column in answers.T]
-    found, accepted, evaluations = engine.guard(outputs[0], outputs[1:], x0, ids, at)
+    found, accepted, evaluations = guarded(engine.program, outputs[0], outputs[1:], x0, ids, at)
     assert evaluations.tolist() == [15, 10, 10, 0]
-    timesteps = engine.problem.draws(5).timesteps(ids, at + GUARD_STEP)
+    timesteps = engine.program.problem.draws(5).timesteps(ids, at + GUARD_STEP)
     draw = {"table": process.table, "x0": x0, "timesteps": timesteps, "image_ids": ids, "seed": 0, "step": at + GUARD_STEP}
     draw |= {"pair0": 0, "noise": None}
     x_t, table = add_noise(**draw, dtype=torch.float64), denoiser.class_embeddings({})

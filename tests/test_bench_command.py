@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dtta_fast import AdaptConfig, Adapter, adapt, benchmark, presets, zoo
-from dtta_fast.cli import main
+from dtta_fast import AdaptConfig, Adapter, adapt, presets, zoo
+from dtta_fast.commands.cli import main
 from dtta_fast.commands.subjects import EVERY_IMAGE, load_subject
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.measure import benchmark
 
 CPU = torch.device("cpu")
 DIGITS = zoo.folder("digits")

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from dtta_fast import AdaptConfig, Adapter, adapt
-from dtta_fast import lora as lora_module
-from dtta_fast.objectives import Pairs, pair_losses
-from dtta_fast.runtime.memory import out_of_memory
-from dtta_fast.step import held_out_losses
+from dtta_fast.core import lora as lora_module
+from dtta_fast.core.guard import held_out_losses
+from dtta_fast.core.loss import Pairs, pair_losses
+from dtta_fast.core.problem import Schedule
+from dtta_fast.session.memory import out_of_memory
 
 CONFIG = AdaptConfig(steps=2, pairs=4, lr=1e-2)
 
@@ -41,9 +42,9 @@ def test_a_denoiser_that_was_trained_by_a_fused_optimizer_is_cast_anew(floats, k
 def test_a_warm_up_of_a_guard_that_does_not_fit_into_a_forward(floats):
     model, denoiser, images = floats
     session = Adapter(model, denoiser, CONFIG.replace(guard=96))
-    session.engine.problem = dataclasses.replace(session.engine.problem, row_counts="few")
+    session.engine.program.problem = dataclasses.replace(session.engine.program.problem, row_counts="few")
     session.warmup(images)
-    assert session.engine.problem.guard_rows < 96
+    assert session.engine.program.schedule.guard_rows < 96
     assert session.adapt(images).steps_run == 2
 
 
@@ -58,7 +59,7 @@ def test_storage_is_as_small_as_the_images_that_fit(floats):
     denoiser.network.blocks[0].register_forward_pre_hook(full)
     session = Adapter(model, denoiser, CONFIG.replace(guard=0))
     session.adapt(images)
-    kept = [len(p) for state in session.engine._storage.values() for p in state.theta.values()]
+    kept = [len(p) for state in session.engine.program._storage.values() for p in state.theta.values()]
     assert kept
     assert max(kept) <= 2
 
@@ -78,10 +79,10 @@ def test_losses_do_not_depend_on_the_forwards(floats, rows, shared):
 def test_a_condition_is_not_repeated_for_the_rows_of_whole_images(floats):
     _, denoiser, images = floats
     session = Adapter(*floats[:2], CONFIG.replace(guard=6))
-    problem = dataclasses.replace(session.engine.problem, row_counts="few", guard_rows=12)
+    problem = dataclasses.replace(session.engine.program.problem, row_counts="few")
     given: list[tuple[int, int]] = []
     problem.denoiser.register_forward_pre_hook(lambda _, inputs: given.append((len(inputs[0]), len(inputs[2]))))
-    held_out_losses(problem, torch.randn(4, 32), denoiser.encode(images), torch.arange(4), torch.tensor(0))
+    held_out_losses(problem, Schedule(guard_rows=12), torch.randn(4, 32), denoiser.encode(images), torch.arange(4), torch.tensor(0))
     assert given == [(12, 2), (12, 2)]
 
 
@@ -106,12 +107,12 @@ def test_bad_values_in_a_call_leave_what_a_session_knows_of_its_speed(floats):
     model, denoiser, images = floats
     session = Adapter(model, denoiser, CONFIG)
     session.warmup(images)
-    expected = session._paces.of(4, None).step.expected
+    expected = session.engine.paces.of(4, None).step.expected
     assert expected > 0
     latents = denoiser.encode(images)
     with pytest.raises(ValueError, match="latents"):
         session.adapt(images, latents=latents * torch.nan)
-    assert session._paces.of(4, None).step.expected == expected
+    assert session.engine.paces.of(4, None).step.expected == expected
 
 
 def test_new_adapters_leave_every_generator_alone(floats, monkeypatch):
@@ -128,7 +129,7 @@ def test_new_adapters_leave_every_generator_alone(floats, monkeypatch):
     torch.manual_seed(12)
     again = adapt(model, denoiser, images, config=config)
     assert torch.equal(first.outputs, again.outputs)
-    assert lora_module.weight_names(Adapter(model, denoiser, config).engine.problem.denoiser)
+    assert lora_module.weight_names(Adapter(model, denoiser, config).engine.program.problem.denoiser)
 
 
 def test_a_session_follows_its_modules_to_another_device(floats):
@@ -140,7 +141,7 @@ def test_a_session_follows_its_modules_to_another_device(floats):
     denoiser.process = denoiser.process.to("meta")
     session.engine.refresh()
     assert session.engine.device.type == "meta"
-    assert session.engine.problem.lr.device.type == "meta"
+    assert session.engine.program.problem.lr.device.type == "meta"
 
 
 def test_a_session_that_a_signal_broke_off_in_mid_swap_is_made_anew(floats, monkeypatch):
@@ -176,7 +177,7 @@ def test_a_timeout_in_the_trial_of_vmap_is_the_caller_s(floats, monkeypatch):
         session.adapt(images)
     monkeypatch.undo()
     assert torch.equal(session.adapt(images).outputs, adapt(model, denoiser, images, config=CONFIG).outputs)
-    assert not session.engine.problem.loop
+    assert not session.engine.program.problem.loop
 
 
 def test_weights_of_another_shape_or_layout_in_the_same_memory_are_seen(floats):
@@ -198,7 +199,7 @@ def test_what_was_made_under_inference_mode_works_outside(images, parameters):
 
     from dtta_fast.denoisers.dit import DiT
     from dtta_fast.denoisers.dit_network import DiTNetwork
-    from dtta_fast.process import NoiseProcess
+    from dtta_fast.denoisers.noise_process import NoiseProcess
 
     def made():
         torch.manual_seed(0)
@@ -228,7 +229,7 @@ def test_a_copy_waits_for_the_call_of_another_thread(floats):
     session = Adapter(model, denoiser, CONFIG)
     expected = session.adapt(images)
     inside = threading.Event()
-    session.engine.problem.model.register_forward_pre_hook(lambda *_: inside.set())
+    session.engine.program.problem.model.register_forward_pre_hook(lambda *_: inside.set())
     thread = threading.Thread(target=session.adapt, args=(images,))
     thread.start()
     assert inside.wait(60)

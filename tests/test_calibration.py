@@ -16,13 +16,13 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from dtta_fast import AdaptConfig, Adapter, Calibration, adapt, presets, zoo
-from dtta_fast.calibrating import BINS, PAIRS, RIVALS, class_signal
-from dtta_fast.calibration import _distances_to_the_others, fingerprint
+from dtta_fast.core.calibrate import BINS, PAIRS, RIVALS, class_signal
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import load_digits
+from dtta_fast.denoisers.calibration import _distances_to_the_others, fingerprint
 from dtta_fast.denoisers.dit import DiT
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.kernels.philox import normal
-from dtta_fast.process import NoiseProcess
 
 
 @pytest.fixture
@@ -353,8 +353,8 @@ def test_the_pre_check_selects_images_whether_code_is_compiled_or_not():
     assert asked.any()
     assert not asked.all()
     rows: list[int] = []
-    session.engine.problem.denoiser.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    session.engine._compile = "regional"  # of which only this rule counts here
+    session.engine.program.problem.denoiser.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    session.engine.program.compile = "regional"  # of which only this rule counts here
     found = session.adapt(images)
     assert rows[0] == len(images) * session.config.pairs
     assert torch.equal(found.evaluations > 0, asked)

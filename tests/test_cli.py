@@ -16,13 +16,13 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from dtta_fast import Calibration, presets, zoo
-from dtta_fast.cli import COMMANDS, main
+from dtta_fast.commands.cli import COMMANDS, main
 from dtta_fast.commands.common import option
 from dtta_fast.commands.demo import _print_dense
+from dtta_fast.commands.demo_maps import CORRUPTIONS
 from dtta_fast.commands.evaluate import Running, _print_summary
 from dtta_fast.data.corruptions import DIGITS_C
 from dtta_fast.data.digits import load_digits
-from dtta_fast.demo_dense import CORRUPTIONS
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.runs.models import class_names
 

@@ -9,14 +9,15 @@ import torch
 
 from dtta_fast import AdaptConfig, Adapter, presets, zoo
 from dtta_fast.data.corruptions import corrupt
-from dtta_fast.engine import Engine
+from dtta_fast.runtime import compiling
+from dtta_fast.session.eager import Eager
 
 CONFIG = AdaptConfig(steps=2, pairs=4, lr=1e-2, guard=3, match="both", precheck="answer")
 
 
 @pytest.fixture
 def floats(model, denoiser, images):
-    from dtta_fast.calibration import Calibration
+    from dtta_fast.denoisers.calibration import Calibration
 
     denoiser.calibration = Calibration.measure(
         denoiser, torch.rand(16, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
@@ -31,8 +32,9 @@ def test_the_pre_check_s_images_are_left_alone_whatever_runs_beside_them(floats,
     Here the batches alone are those of compiled code; that its numbers agree is held by the ladder of test_engine.py.
     """
     model, denoiser, images = floats
-    monkeypatch.setattr(Engine, "_compile_parts", lambda *_: None)
-    monkeypatch.setattr(Engine, "asked", lambda self, before, start, crop: crop.mean((1, 2, 3)) > threshold)
+    monkeypatch.setattr(compiling, "compile_regions", lambda _: None)
+    monkeypatch.setattr(compiling, "compiled", lambda function: function)
+    monkeypatch.setattr(Eager, "asked", lambda self, before, start, crop: crop.mean((1, 2, 3)) > threshold)
     threshold = float(images.mean((1, 2, 3)).median())
     wanted = images.mean((1, 2, 3)) > threshold
     assert 0 < wanted.sum() < len(images)

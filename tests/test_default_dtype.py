@@ -13,8 +13,8 @@ import torch
 import dtta_fast
 from dtta_fast import AdaptConfig, adapt, metrics, presets, zoo
 from dtta_fast.data.corruptions import corrupt
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.kernels import add_noise, denoising_loss, mix_condition, native
-from dtta_fast.process import NoiseProcess
 
 MAKERS = {
     *("empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "linspace", "logspace", "rand", "randn", "randint", "randperm"),

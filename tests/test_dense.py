@@ -18,9 +18,10 @@ from transformers import (
 )
 
 from dtta_fast import AdaptConfig, Adapter, adapt, calibrate, presets, zoo
+from dtta_fast.core.guard import held_out_losses
+from dtta_fast.core.step import gradients, initial_state
 from dtta_fast.denoisers import ConcatUNet, ControlNet, StableDiffusion
-from dtta_fast.process import NoiseProcess
-from dtta_fast.step import gradients, held_out_losses, initial_state
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.tasks import Depth, Segmentation
 
 CONFIG = AdaptConfig(steps=2, pairs=4, guard=4, lr=1e-3)
@@ -99,15 +100,15 @@ def test_gradient_reaches_the_model_through_the_map(task, segmenter, of_classes,
     config = AdaptConfig(steps=1, pairs=3, chunk=2, logit_scale=2.0 if task == "segmentation" else None)
     adapter = Adapter(model, denoiser, config, kind)
     engine = adapter.engine
-    engine.plan(images, denoiser.encode(images), 3)
-    theta, phi = engine.source()
+    engine.program.plan(images, denoiser.encode(images), 3)
+    theta, phi = engine.program.source()
     with torch.no_grad():
-        outputs = engine.problem.model(images)
+        outputs = engine.program.problem.model(images)
     generator = torch.Generator().manual_seed(5)
     timesteps = torch.randint(100, 900, (3, 3), generator=generator)
     noise = torch.randn(3, 3, 3, 16, 16, generator=generator, dtype=torch.float64)
-    state, x0 = initial_state(engine.problem, theta, phi, outputs), denoiser.encode(images)
-    loss, found, _ = gradients(engine.problem, state, images, x0, torch.arange(3), timesteps, noise)
+    state, x0 = initial_state(engine.program.problem, theta, phi, outputs), denoiser.encode(images)
+    loss, found, _ = gradients(engine.program.problem, engine.program.schedule, state, images, x0, torch.arange(3), timesteps, noise)
     table = denoiser.process.table.double()
     for i in range(3):
         model.zero_grad()
@@ -143,8 +144,9 @@ def test_guard_takes_the_map_with_the_lower_loss(of_depth, images):
     adapter = Adapter(DepthNet(), of_depth, CONFIG.replace(lr=0.1, guard=8), task)
     result = adapter.adapt(images)
     x0, ids, after_two = of_depth.encode(images), torch.arange(3), torch.tensor(2)
+    program = adapter.engine.program
     before, after = (
-        held_out_losses(adapter.engine.problem, task.decision(outputs, of_depth), x0, ids, after_two).mean(1)
+        held_out_losses(program.problem, program.schedule, task.decision(outputs, of_depth), x0, ids, after_two).mean(1)
         for outputs in (result.outputs_before, result.outputs)
     )
     assert bool((after < before)[result.accepted].all())

@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from dtta_fast import device_check, presets, zoo
-from dtta_fast.cli import main
+from dtta_fast import presets, zoo
+from dtta_fast.commands.cli import main
 from dtta_fast.kernels import backends
+from dtta_fast.measure import device_check
 
 CPU = torch.device("cpu")
 

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, 
 from safetensors.torch import load_file
 from torch import nn
 
-from dtta_fast.calibration import Calibration
+from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.denoisers.dit import DiT
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
 
 
 @pytest.fixture

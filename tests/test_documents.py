@@ -27,7 +27,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from torchvision.transforms.functional import to_pil_image
 
 from dtta_fast import denoisers, zoo
-from dtta_fast.cli import main
+from dtta_fast.commands.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dtta_fast.draws import Draws
+from dtta_fast.core.draws import Draws
 
 pytestmark = pytest.mark.quick
 

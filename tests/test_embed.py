@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from dtta_fast import AdaptConfig, Adapter, embed, presets, zoo
-from dtta_fast.cli import main
 from dtta_fast.commands import subjects
+from dtta_fast.commands.cli import main
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.embed.manifest import KEEPER
@@ -89,7 +89,9 @@ def test_the_images_take_every_way(expected):
 
 @pytest.mark.slow
 def test_python_equals_the_engine(package, digits, expected):
-    loaded = embed.load(package)
+    loaded, calls = embed.load(package), []
+    plain = loaded._program.run
+    loaded._program.run = lambda name, *tensors: calls.append(name) or plain(name, *tensors)
     tolerance = loaded.manifest.tolerance
     assert 0 < tolerance < 0.05
     for i, result in enumerate(expected):
@@ -98,10 +100,22 @@ def test_python_equals_the_engine(package, digits, expected):
             torch.testing.assert_close(getattr(found, name), getattr(result, name), rtol=0, atol=tolerance, equal_nan=True)
         for name in ("predictions", "predictions_before", "accepted", "evaluations"):
             assert torch.equal(getattr(found, name), getattr(result, name)), (i, name)
+        assert calls == calls_of(result, loaded.manifest), i
+        calls.clear()
+
+
+def calls_of(result, manifest):
+    """The functions that a package of one image runs for an adapter's result, in order."""
+    if not result.evaluations.any():  # the pre-check leaves the image alone
+        return ["start", "decide"]
+    answers = (int(result.evaluations) - manifest.steps * manifest.evaluations) // manifest.guard
+    return ["start", *["step"] * manifest.steps, "finish", *["losses"] * answers, "decide"]
 
 
 @pytest.mark.slow
 def test_cpp_equals_the_engine(package, measure, images, folder, expected):
+    """The same answers, by the same calls in the same order as in Python."""
+    manifest, traces = embed.load(package).manifest, set()
     tolerance = json.loads((folder / "manifest.json").read_text())["tolerance"]
     run = subprocess.run([measure, "outputs", package, images], check=True, capture_output=True, text=True)
     rows = json.loads(run.stdout)
@@ -116,6 +130,9 @@ def test_cpp_equals_the_engine(package, measure, images, folder, expected):
         assert row["predictions"] == result.predictions.tolist(), i
         assert row["evaluations"] == result.evaluations.tolist(), i
         assert row["accepted"] == result.accepted.int().tolist(), i
+        assert row["calls"] == calls_of(result, manifest), i
+        traces.add(tuple(row["calls"]))
+    assert len(traces) >= 3  # left alone, adapted, and guarded
 
 
 @pytest.mark.slow
@@ -199,6 +216,7 @@ def test_an_online_package_of_other_models(process, random_network, measure, tmp
         for theirs in (found.outputs, torch.tensor(row["outputs"]).reshape(2, -1)):
             torch.testing.assert_close(theirs, expected.outputs, rtol=0, atol=max(manifest.tolerance, 1e-4))
         assert row["evaluations"] == expected.evaluations.tolist() == found.evaluations.tolist() == [2, 2]
+        assert row["calls"] == ["start", "step", "finish", "decide"]
     run = subprocess.run([measure, "stream", path, floats], check=True, capture_output=True, text=True)
     told = json.loads(run.stdout)
     assert (told["again"], told["moves"], told["fresh"]) == (1, 1, 1)

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from dtta_fast import AdaptConfig, Adapter, presets, zoo
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.embed import package as package_module
 from dtta_fast.embed.exporting import _manifest, check_exportable
-from dtta_fast.embed.functions import functions
+from dtta_fast.embed.functions import Functions
 from dtta_fast.embed.package import Package
 from dtta_fast.runtime import clock
 from dtta_fast.tasks import Classification
@@ -41,7 +42,7 @@ class Traced(Plain):
 def made(adapter, images, kind):
     """A package of an adapter for batches like `images`, without a compiler."""
     ids = torch.arange(len(images))
-    found = functions(adapter.engine, adapter.crop(images), ids)
+    found = Functions(adapter.engine.program, adapter.crop(images), ids).all
     manifest = _manifest(adapter.engine, adapter.crop(images), found)
     return Package(manifest, {name: kind(function) if kind is Traced else kind(function.call) for name, function in found.items()})
 
@@ -85,6 +86,41 @@ def test_the_flow_is_an_adapter_s(model, denoiser, images, name):
     assert_same(package.adapt(images[:3]), expected)
     if "guard" in name:
         assert int(expected.evaluations.max()) > SMALL.steps * SMALL.pairs  # some answers were compared
+
+
+def recorded(program, calls):
+    """Notes the calls that run() makes, with what they find of answers and losses."""
+    for name in ("step", "finish", "losses", "decide", "source_outputs"):
+        whole = getattr(program, name)
+
+        def call(*given, name=name, whole=whole):
+            found = whole(*given)
+            told = {"losses": lambda: [any(column) for column in given[-1]], "finish": lambda: found.fresh.tolist()}
+            calls.append((name, told[name]() if name in told else None))
+            return found
+
+        setattr(program, name, call)
+
+
+@pytest.mark.parametrize("name", ["plain", "guard", "online", "online with a guard"])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_package_and_an_adapter_make_the_same_calls(model, denoiser, images, name, broken):
+    """Also where an online state has become useless, and the images get the source model's answers."""
+    model, denoiser, images = model.float(), denoiser.float(), images.float()
+    adapter, calls = Adapter(model, denoiser, CONFIGS[name]), ([], [])
+    package = made(adapter, images, Plain)
+    adapter.reset()
+    recorded(adapter.engine.program, calls[0])
+    recorded(package._program, calls[1])
+    for part in (images, images.flip(3), images):
+        assert_same(package.adapt(part), adapter.adapt(part))
+        if broken and "online" in name:
+            next(iter(adapter._state.theta.values())).fill_(torch.nan)
+            leaves = pytree.tree_leaves(adapter._state)
+            package._state = [own.clone() for own in leaves]
+    assert calls[0] == calls[1]
+    assert [call for call, _ in calls[0]].count("step") == 3 * SMALL.steps
+    assert ("source_outputs" in dict(calls[0])) == (broken and "online" in name)
 
 
 @pytest.mark.slow
@@ -148,17 +184,17 @@ class Slow(Plain):
 
 
 @pytest.mark.parametrize(
-    ("deadline", "steps", "evaluations"), [(25, 0, 0), (85, 0, 0), (105, 0, 12), (115, 1, 16), (125, 2, 20), (900, 2, 20)]
+    ("deadline", "steps", "evaluations"), [(25, 0, 0), (85, 0, 0), (105, 0, 0), (115, 1, 16), (125, 2, 20), (900, 2, 20)]
 )
 def test_deadlines_are_kept(model, denoiser, images, monkeypatch, deadline, steps, evaluations):
     """A step takes 10 ms, a forward before and after 20 ms each, the guard 20 ms an answer; where it would come too late, the answer from
-    before stands."""
+    before stands. Without a step there is nothing to compare."""
     now = [0.0]
     for module in (package_module, clock):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     adapter = Adapter(model.float(), denoiser.float(), CONFIGS["guard"].replace(steps=2, lr=3.0))
     images = images.float()[:1]
-    found = functions(adapter.engine, adapter.crop(images), torch.arange(1))
+    found = Functions(adapter.engine.program, adapter.crop(images), torch.arange(1)).all
     seconds = {"state": 0.0, "start": 0.02, "step": 0.01, "finish": 0.02, "losses": 0.02, "decide": 0.0}
     # whatever the weights, the answer after is another than the one before
     slow = {name: Slow(function, now, seconds[name]) for name, function in found.items()}
@@ -176,17 +212,17 @@ def test_a_call_that_fails_leaves_no_trace(model, denoiser, images):
     model, denoiser, images = model.float(), denoiser.float(), images.float()
     package = made(Adapter(model, denoiser, CONFIGS["online"]), images, Plain)
     package.adapt(images)
-    before, finish = [tensor.clone() for tensor in package._state], package._functions["finish"]
+    before, finish = [tensor.clone() for tensor in package._state], package._program.functions["finish"]
 
     def fails(inputs):
         raise RuntimeError("no memory")
 
-    package._functions["finish"] = SimpleNamespace(run=fails)
+    package._program.functions["finish"] = SimpleNamespace(run=fails)
     for call in (package.adapt, package.warmup):
         with pytest.raises(RuntimeError, match="no memory"):
             call(images)
         assert all(torch.equal(a, b) for a, b in zip(package._state, before, strict=True))
-    package._functions["finish"] = finish
+    package._program.functions["finish"] = finish
     assert package.adapt(images).steps_run == SMALL.steps
 
 

@@ -15,8 +15,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from dtta_fast import AdaptConfig, Adapter, adapt
-from dtta_fast import adapter as adapter_module
-from dtta_fast.runtime import clock, compiling, memory
+from dtta_fast.runtime import clock, compiling
+from dtta_fast.session import adapter as adapter_module
+from dtta_fast.session import memory
 
 CONFIG = AdaptConfig(steps=3, pairs=6, lr=1e-2, guard=3)
 
@@ -120,19 +121,19 @@ def test_a_budget_bounds_rows_and_images(floats, denoiser_parameters):
 
 
 def test_activations_are_made_again_where_one_pair_does_not_fit(floats):
-    from dtta_fast.engine import Engine
+    from dtta_fast.session.engine import Engine
     from dtta_fast.tasks import Classification
 
     model, denoiser, images = floats
     config = CONFIG.replace(guard=0, steps=1)
     engine = Engine(model, denoiser, Classification(), config)
-    x0 = engine.problem.denoiser.encode(images)
-    row, checkpointed = engine._needs.of_row(engine, images, x0)
+    x0 = engine.program.problem.denoiser.encode(images)
+    row, checkpointed = engine.program.needs.of_row(images, x0)
     assert checkpointed is not None
     assert checkpointed < row
     calls: list[int] = []
     denoiser.network.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    budget = engine._needs.of_image(engine, images) + (row + checkpointed) // 2
+    budget = engine.program.needs.of_image(images) + (row + checkpointed) // 2
     plain = adapt(model, denoiser, images, config=config.replace(chunk=1), image_ids=torch.arange(4))
     once, calls[:] = len(calls), []
     found = adapt(model, denoiser, images, config=config.replace(memory_budget=budget))
@@ -237,7 +238,7 @@ def test_half_precision_holds_frozen_weights_and_leaves_the_caller_s(floats, unt
     adapter = Adapter(model, denoiser, CONFIG.replace(precision="bf16", parameters="head"))
     with untouched(model, denoiser):
         adapter.adapt(images)
-    problem = adapter.engine.problem
+    problem = adapter.engine.program.problem
     kinds = {name: p.dtype for name, p in problem.denoiser.named_parameters()}
     assert kinds.pop("network.y_embedder.embedding_table.weight") == torch.float32
     assert set(kinds.values()) == {torch.bfloat16}
@@ -323,5 +324,5 @@ def test_activations_that_are_made_again_see_the_adapted_weights(floats, monkeyp
     monkeypatch.setattr(memory, "plan", lambda *arguments: whole(*arguments)._replace(checkpoint=True))
     session = Adapter(model, denoiser, config)
     found = session.adapt(images)
-    assert session.engine.problem.denoiser.checkpointing
+    assert session.engine.program.problem.denoiser.checkpointing
     assert relative(found, plain) < 1e-3

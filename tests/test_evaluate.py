@@ -21,14 +21,16 @@ import torch
 from PIL import Image
 
 from dtta_fast import Adapter, presets, zoo
-from dtta_fast.evaluate import batches_of, evaluate, open_data
 from dtta_fast.runs.config import RunConfig
+from dtta_fast.runs.evaluate import evaluate
 from dtta_fast.runs.folder import RunFolder, read_records
+from dtta_fast.runs.worker import batches_of, open_data
 from dtta_fast.tasks import Classification
 
 DTTA = Path(sys.executable).with_name("dtta")
 SMALL = presets.FAST.replace(steps=1, guard=4, precheck="off")
-evaluate_module = importlib.import_module("dtta_fast.evaluate")
+evaluate_module = importlib.import_module("dtta_fast.runs.evaluate")
+worker_module = importlib.import_module("dtta_fast.runs.worker")
 RUN = RunConfig(corruptions=("contrast", "brightness"), per_class=1, batch=4, adapt=SMALL)
 FLAT = {"corruptions": ["contrast", "brightness"], "per_class": 1, "adapt": {"steps": 1, "guard": 4, "precheck": "off"}}
 ONLINE = RunConfig(corruptions=("contrast", "brightness"), per_class=1, batch=4, protocol="online", adapt=presets.ONLINE)
@@ -91,7 +93,7 @@ def test_20_kills_at_random_points_leave_the_records_of_one_run(finished, tmp_pa
     Every second one is killed at a random time, the others soon after they have written; one that was faster has ended its run.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dtta_fast.evaluate", "timm", "sklearn.datasets", "imagecorruptions", "dtta_fast.denoisers.dit"])
+    context.set_forkserver_preload(["dtta_fast.runs.evaluate", "timm", "sklearn.datasets", "imagecorruptions", "dtta_fast.denoisers.dit"])
     draw, kills, rounds, lost = random.Random(0), 0, 0, 0
     folder = tmp_path / "0"
     for name in ("first", "timed"):  # the first one waits for the imports of the process that all are forked from
@@ -249,7 +251,7 @@ def test_what_an_online_run_has_learnt_goes_on_as_its_protocol_says(finished_onl
 
 def test_what_is_no_number_is_told_and_the_run_goes_on(monkeypatch, tmp_path):
     """A model that fails on one image: its record says so, the others are what they were."""
-    load = evaluate_module.load_models
+    load = worker_module.load_models
 
     def damaged(*arguments):
         found = load(*arguments)
@@ -259,7 +261,7 @@ def test_what_is_no_number_is_told_and_the_run_goes_on(monkeypatch, tmp_path):
     data = open_data(RUN)
     means = sorted(float((data.read(i).float() / 255 * 2 - 1).mean()) for i in [i for batch in batches_of(RUN, data)[:3] for i in batch])
     darkest = (means[-1] + means[-2]) / 2
-    monkeypatch.setattr(evaluate_module, "load_models", damaged)
+    monkeypatch.setattr(worker_module, "load_models", damaged)
     run = RunConfig.from_description({**RUN.described(), "data": {**RUN.described()["data"], "corruptions": ["contrast"]}})
     run = dataclasses.replace(run, adapt=presets.FAST.replace(steps=1, guard=0, guard_threshold=0.0, precheck="off", match="off"))
     found = evaluate(run, tmp_path / "run")
@@ -448,7 +450,7 @@ def test_classes_that_are_not_the_model_s_are_refused(tmp_path):
 def test_outputs_that_mean_one_class_add_up():
     """As ObjectNet's: outputs 4 and 2 are class 0, output 7 is class 1; the others cannot occur."""
     worker = object.__new__(evaluate_module.Worker)
-    worker._class_of, worker.data, worker.task = {4: 0, 7: 1, 2: 0}, SimpleNamespace(classes=("a", "b")), Classification(subset=[2, 4, 7])
+    worker._class_of, worker.data, worker._task = {4: 0, 7: 1, 2: 0}, SimpleNamespace(classes=("a", "b")), Classification(subset=[2, 4, 7])
     logits = torch.tensor([[9.0, 9, 1, 9, 1, 9, 9, 1.5, 9, 9]])
     found = worker._classes(SimpleNamespace(outputs=logits, outputs_before=-logits))[0]
     shares = torch.tensor([1.0, 1.0, 1.5]).softmax(0)

@@ -113,7 +113,7 @@ def test_masked_logits_cannot_be_scaled(floats):
 
 
 def test_a_deadline_that_leaves_no_step_accepts_nothing(floats):
-    from dtta_fast.calibration import Calibration
+    from dtta_fast.denoisers.calibration import Calibration
 
     model, denoiser, images = floats
     denoiser.calibration = Calibration.measure(

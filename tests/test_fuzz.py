@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dtta_fast import zoo
-from dtta_fast.calibration import Calibration
 from dtta_fast.commands.common import checked_device, names_of, option
 from dtta_fast.commands.evaluate import Evaluate
+from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.denoisers.concat_unet import ConcatUNet
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.reading import read_process
@@ -169,7 +169,7 @@ def _small(place: Path, random_network) -> Path:
     if not here.is_dir():
         from diffusers import DDPMScheduler
 
-        from dtta_fast.process import NoiseProcess
+        from dtta_fast.denoisers.noise_process import NoiseProcess
 
         DiT(random_network(), NoiseProcess.from_scheduler(DDPMScheduler(50))).save_pretrained(here, DDPMScheduler(50))
         DiT.from_pretrained(here)

@@ -248,9 +248,9 @@ spec = importlib.util.spec_from_file_location("source_tree", {str(BENCH / "sourc
 source_tree = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(source_tree)
 source_tree.use()
-import dtta_fast.engine, dtta_fast.kernels.reference
+import dtta_fast.session.engine, dtta_fast.kernels.reference
 from bench.naive import Naive
-print(dtta_fast.engine.__file__, dtta_fast.kernels.__file__)
+print(dtta_fast.session.engine.__file__, dtta_fast.kernels.__file__)
 assert importlib.util.find_spec("kernels") is None
 assert {str(ROOT)!r} not in sys.path
 """
@@ -261,4 +261,4 @@ assert {str(ROOT)!r} not in sys.path
     environment = {**os.environ, "PYTHONPATH": str(tmp_path) if other == "another copy" else ""}
     run = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == [str(ROOT / "dtta_fast" / "engine.py"), str(ROOT / "kernels" / "__init__.py")]
+    assert run.stdout.split() == [str(ROOT / "dtta_fast" / "session" / "engine.py"), str(ROOT / "kernels" / "__init__.py")]

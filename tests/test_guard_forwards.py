@@ -7,12 +7,13 @@ import torch
 from torch import nn
 
 from dtta_fast import Adapter, adapt, presets, zoo
-from dtta_fast.calibration import _ring_sums, _rings
+from dtta_fast.core.guard import forward_rows
+from dtta_fast.core.problem import Schedule
 from dtta_fast.data.corruptions import corrupt
 from dtta_fast.data.digits import load_digits
-from dtta_fast.engine import Engine
-from dtta_fast.runtime.memory import Limit
-from dtta_fast.step import guard_forwards
+from dtta_fast.denoisers.calibration import _ring_sums, _rings
+from dtta_fast.session.engine import Engine
+from dtta_fast.session.memory import Limit
 from dtta_fast.tasks import Classification
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 def test_forwards_hold_all_rows_in_few_sizes(kind, most):
     sizes = set()
     for images in range(1, 200):
-        forwards = guard_forwards(images, 24, most, kind)
+        forwards = forward_rows(images, 24, most, kind)
         assert sum(forwards) >= 24 * images
         assert max(forwards) <= most
         if most >= 24:  # at most a third is filled up, and a forward more than needed never
@@ -41,7 +42,7 @@ def digits():
 
 @pytest.mark.parametrize("fresh", [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("kind", ["any", "few", "one"])
-def test_a_guard_is_two_forwards_an_image_at_most(digits, fresh, kind):
+def test_a_guard_is_two_forwards_an_image_at_most(digits, fresh, kind, guarded):
     """Whatever the answers, and with the losses of a forward for each answer."""
     import dataclasses
 
@@ -49,18 +50,19 @@ def test_a_guard_is_two_forwards_an_image_at_most(digits, fresh, kind):
     engine = Engine(model, denoiser, Classification(), presets.FAST)
     images, ids = torch.rand(1, 3, 32, 32), torch.tensor([5])
     x0 = denoiser.encode(images)
-    engine.plan(images, x0, 4)
-    engine.problem = dataclasses.replace(engine.problem, row_counts=kind, guard_rows=48)
+    engine.program.plan(images, x0, 4)
+    engine.program.problem = dataclasses.replace(engine.program.problem, row_counts=kind)
+    engine.program.schedule = Schedule(guard_rows=48)
     calls: list[int] = []
-    engine.problem.denoiser.network.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    engine.program.problem.denoiser.network.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
     before = torch.eye(10)[3][None]
     candidates = [torch.eye(10)[k if changed else 3][None] for k, changed in zip((5, 7), fresh, strict=True)]
-    found = engine.guard(before, candidates, x0, ids, torch.tensor(3))
+    found = guarded(engine.program, before, candidates, x0, ids, torch.tensor(3))
     assert len(calls) <= 2
     assert found[2].item() == 24 * (1 + sum(fresh))
-    plain = dataclasses.replace(engine.problem, row_counts="any", guard_rows=24)
-    engine.problem = plain
-    alone = engine.guard(before, candidates, x0, ids, torch.tensor(3))
+    engine.program.problem = dataclasses.replace(engine.program.problem, row_counts="any")
+    engine.program.schedule = Schedule(guard_rows=24)
+    alone = guarded(engine.program, before, candidates, x0, ids, torch.tensor(3))
     for one, other in zip(found, alone, strict=True):
         assert torch.equal(one, other)
 

@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from dtta_fast import evaluate
 from dtta_fast.data import arrays, folder, imagenet, maps, shards
 from dtta_fast.data.images import open_images
-from dtta_fast.files import MOST_TEXT, open_plain, read_text
+from dtta_fast.runs import worker
+from dtta_fast.runtime.files import MOST_TEXT, open_plain, read_text
 
 
 def headed(width: int, height: int) -> bytes:
@@ -84,7 +84,7 @@ def test_a_run_records_it_and_goes_on(tmp_path):
     os.mkfifo(tmp_path / "d.png")
     (tmp_path / "e.png").symlink_to("/dev/zero")
     data = folder.ImageFiles(tmp_path, [f"{letter}.png" for letter in "abcde"], ["folder"] * 5)
-    found = in_time(lambda: evaluate.fetch(data, 0, range(5)))
+    found = in_time(lambda: worker.fetch(data, 0, range(5)))
     assert sorted(found.images) == [0, 2]
     assert "80000000x1" in found.failed[1]
     assert "it is a pipe" in found.failed[3]
@@ -204,7 +204,7 @@ def test_rows_of_a_table(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [{"bytes": headed(80_000_000, 1), "path": None}, {"bytes": picture(tmp_path / "a.png").read_bytes(), "path": None}]
     data = datasets.Dataset.from_dict({"image": rows}, datasets.Features({"image": datasets.Image()}))
-    found = evaluate.fetch(arrays.HuggingFace(data, "test", "image", None, str(tmp_path)), 0, range(2))
+    found = worker.fetch(arrays.HuggingFace(data, "test", "image", None, str(tmp_path)), 0, range(2))
     assert (list(found.images), list(found.failed)) == ([1], [0])
 
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dtta_fast import presets, zoo
-from dtta_fast.cli import main
+from dtta_fast.commands.cli import main
 from dtta_fast.data.arrays import _load_array
 from dtta_fast.data.shards import _bytes
 from dtta_fast.report.svg import axis

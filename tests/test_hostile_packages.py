@@ -16,9 +16,9 @@ import torch
 from hypothesis import given
 
 from dtta_fast import embed
-from dtta_fast.archives import END, END64, check_archive
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.embed.exporting import check_target
+from dtta_fast.runtime.archives import END, END64, check_archive
 
 HELPERS = runpy.run_path(str(Path(__file__).with_name("damage.py")))
 fuzz, seeds, damaged, listing = (HELPERS[name] for name in ("fuzz", "seeds", "damaged", "listing"))

@@ -12,7 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from dtta_fast import AdaptConfig, Adapter, lora, zoo
+from dtta_fast import AdaptConfig, Adapter, zoo
+from dtta_fast.core import lora
 from dtta_fast.data.digits import load_digits
 from dtta_fast.denoisers import StableDiffusion
 from dtta_fast.tasks import ZeroShot
@@ -96,7 +97,7 @@ def test_saved_adapters_are_read_by_peft_and_diffusers(tmp_path, models, process
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
     task = ZeroShot(NAMES, processor)
     x = task.normalise(task.bind(clip, denoiser)[0], digits)
-    expected = adapter.engine.forward(adapter._state, x)
+    expected = adapter.engine.program.forward(adapter._state, x)
     plain = _classifier(clip, denoiser, processor)(x)
     assert float((expected - plain).detach().abs().max()) > 1e-2
     torch.testing.assert_close(_classifier(PeftModel.from_pretrained(clip, tmp_path).eval(), denoiser, processor)(x), expected)
@@ -147,7 +148,7 @@ def test_adapters_of_several_ranks_are_saved_as_they_are(tmp_path, models, proce
     adapter.save_lora(tmp_path)
     x = task.normalise(task.bind(own, denoiser)[0], digits)
     read = PeftModel.from_pretrained(clip, tmp_path).eval()
-    torch.testing.assert_close(_classifier(read, denoiser, processor)(x), adapter.engine.forward(adapter._state, x))
+    torch.testing.assert_close(_classifier(read, denoiser, processor)(x), adapter.engine.program.forward(adapter._state, x))
 
 
 @pytest.mark.parametrize(

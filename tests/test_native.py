@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.kernels import native, reference
 from dtta_fast.kernels.philox import normal
-from dtta_fast.process import NoiseProcess
 
 SETS = ("portable", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

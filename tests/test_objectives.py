@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dtta_fast import AdaptConfig, Adapter, adapt
-from dtta_fast.calibrating import BINS, calibrate
-from dtta_fast.draws import Draws, class_uniforms, cumulative_density
-from dtta_fast.engine import Engine
+from dtta_fast.core.calibrate import BINS, calibrate
+from dtta_fast.core.draws import Draws, cumulative_density
+from dtta_fast.core.guard import GUARD_STEP
+from dtta_fast.core.loss import Noised, Pairs, accumulated_gradients, noise_mix, noise_mix_null
 from dtta_fast.kernels import add_noise, denoising_loss
-from dtta_fast.objectives import Noised, Pairs, accumulated_gradients, noise_mix, noise_mix_null
-from dtta_fast.step import GUARD_STEP
+from dtta_fast.kernels.philox import class_uniforms
+from dtta_fast.session.engine import Engine
 from dtta_fast.tasks.classification import Classification
 
 CONFIG = AdaptConfig(steps=2, pairs=4, lr=1e-2, timesteps="stratified")
@@ -190,7 +191,7 @@ def test_calibrated_timesteps_take_a_calibration(model, denoiser, images):
     assert len(denoiser.calibration.signal) == BINS
     ramp = dataclasses.replace(denoiser.calibration, signal=(-1.0, *(1.0,) * (BINS - 1)), spread=tuple(range(1, BINS + 1)))
     denoiser.calibration = ramp
-    problem = Engine(model, denoiser, Classification(), config).problem
+    problem = Engine(model, denoiser, Classification(), config).program.problem
     timesteps = problem.draws(400).timesteps(torch.arange(4), torch.tensor(0))
     assert int(timesteps.min()) >= 1000 // BINS  # a part without signal is left out
     first, last = (timesteps < 100).sum(), (timesteps >= 950).sum()

@@ -17,12 +17,12 @@ from torchvision.transforms.functional import to_pil_image
 from transformers import CLIPModel
 
 from dtta_fast import AdaptConfig, Adapter, presets, zoo
-from dtta_fast.cli import main
+from dtta_fast.commands.cli import main
+from dtta_fast.core.weights import select
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import load_digits
 from dtta_fast.denoisers import StableDiffusion, base
-from dtta_fast.parameters import select
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.tasks import ZeroShot
 from dtta_fast.tasks.zero_shot import PHOTO
 

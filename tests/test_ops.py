@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.kernels import add_noise, denoising_loss, mix_condition
 from dtta_fast.kernels.philox import normal
-from dtta_fast.process import NoiseProcess
 
 pytestmark = pytest.mark.quick
 

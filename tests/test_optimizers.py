@@ -6,7 +6,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from dtta_fast.optimizers import _by_operators_, init_slots, update_
+from dtta_fast.core.optimizers import _by_operators_, init_slots, update_
 
 CASES = [
     ("sgd", 0.0, 0.0),

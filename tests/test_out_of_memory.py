@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dtta_fast import AdaptConfig, Adapter, adapt
-from dtta_fast import engine as engine_module
+from dtta_fast.core import step
+from dtta_fast.session import engine as engine_module
 
 LINUX = (
     "[enforce fail at alloc_cpu.cpp:125] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes. "
@@ -89,7 +90,7 @@ def test_out_of_memory_before_a_later_call_s_plan_is_the_caller_s(floats, monkey
 
 def test_out_of_memory_is_no_failure_of_vmap(floats, monkeypatch):
     session, tried = Adapter(*floats[:2], CONFIG.replace(guard=0)), []
-    plain = engine_module.step.forward
+    plain = step.forward
 
     def once(*arguments):
         if not tried:
@@ -100,13 +101,13 @@ def test_out_of_memory_is_no_failure_of_vmap(floats, monkeypatch):
             raise torch.OutOfMemoryError("injected")
         return plain(*arguments)
 
-    monkeypatch.setattr(engine_module.step, "forward", once)
-    session.engine._forward = once
+    monkeypatch.setattr(step, "forward", once)
+    session.engine.program._forward = once
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         session.adapt(floats[2])
     assert len(tried) == 2
-    assert not session.engine.problem.loop
+    assert not session.engine.program.problem.loop
 
 
 def full_above(denoiser: nn.Module, rows: int) -> list[int]:
@@ -173,7 +174,7 @@ def test_an_online_session_survives_memory_that_is_short_for_a_while(floats):
         due[:] = [True] if call < 4 else []
         torch.testing.assert_close(session.adapt(images).outputs, expected[call], rtol=1e-3, atol=1e-3)
         if call == 3:
-            assert session.engine.problem.together == 1
+            assert session.engine.program.schedule.together == 1
             due[:] = [True]
             with pytest.raises(torch.OutOfMemoryError):
                 session.adapt(images)

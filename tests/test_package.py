@@ -5,14 +5,18 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dtta_fast.kernels
+from dtta_fast import adapt, presets
+from dtta_fast.core import loss as loss_module
 from dtta_fast.kernels import native
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +34,7 @@ def test_without_the_native_library_the_ops_work_and_it_says_so(monkeypatch, tmp
     try:
         with pytest.raises(RuntimeError, match=r"was not built: install a C\+\+17 compiler"):
             native.philox(np.zeros((1, 4)), np.zeros(2))
-        from dtta_fast import environment
+        from dtta_fast.runtime import environment
 
         assert environment.describe()["native library"].startswith("not built")
     finally:
@@ -67,7 +71,7 @@ for module in pkgutil.walk_packages(dtta_fast.__path__, "dtta_fast."):
         importlib.import_module(module.name)
         print(module.name)
 
-from dtta_fast.cli import main
+from dtta_fast.commands.cli import main
 
 replace = os.replace
 
@@ -96,18 +100,7 @@ def test_modules_import_without_what_only_linux_has(tmp_path, platform):
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
-HOUSE = (  # from the top of the house to its ground; what stands together may look at each other
-    ("cli", "commands"),
-    ("report", "evaluate", "scale", "embed", "benchmark", "profiling"),
-    ("adapter",),
-    ("engine",),
-    ("step",),
-    ("objectives",),
-    ("tasks", "denoisers"),
-    ("process", "draws"),
-    ("kernels",),
-)
-UPSTAIRS = ("cli", "commands", "report", "evaluate", "scale", "embed", "runs", "data", "zoo", "tracking", "demo", "benchmark", "profiling")
+UPSTAIRS = ("commands", "report", "measure", "runs", "embed", "data", "zoo")
 
 
 def imports():
@@ -125,27 +118,76 @@ def imports():
     return found
 
 
-def reached(graph, names):
-    """All modules that these import, directly or not."""
-    seen, left = set(), [name for name in graph if any(f"{name}.".startswith(f"dtta_fast.{start}.") for start in names)]
-    while left:
-        for module in graph.get(left.pop(), set()) - seen:
-            seen.add(module)
-            left.append(module)
-    return seen
+def rooms():
+    """The floor of each room, from docs/design.md; a module may import from its own room and from lower floors."""
+    rows = re.findall(r"^\| (\d+) \| (`.*?`) \|", (ROOT / "docs" / "design.md").read_text(), re.MULTILINE)
+    return {room.strip("/"): int(floor) for floor, names in rows for room in re.findall(r"`(\S+?)`", names)}
+
+
+def room_of(module):
+    return [*module.split("."), "dtta_fast"][1]
 
 
 def test_imports_run_downward():
-    graph = imports()
+    """Lazy imports and those of types alone count too."""
+    graph, floors = imports(), rooms()
     assert len(graph) > 80
-    for floor, names in enumerate(HOUSE):
-        below = reached(graph, names)
-        for above in [name for upper in HOUSE[:floor] for name in upper]:
-            assert not [module for module in below if f"{module}.".startswith(f"dtta_fast.{above}.")], (names, above)
-    engine_room = reached(graph, ["adapter"])
-    assert "dtta_fast.kernels.native" in engine_room
-    for name in UPSTAIRS:  # nothing below adapt() knows a data set, a file or a screen
-        assert not [module for module in engine_room if f"{module}.".startswith(f"dtta_fast.{name}.")], name
+    assert len(floors) <= 20
+    assert {room_of(module) for module in graph if module != "dtta_fast"} == set(floors)
+    for module, imported in graph.items():
+        for other in imported - {"dtta_fast"}:
+            if module != "dtta_fast" and room_of(other) != room_of(module):
+                assert floors[room_of(module)] < floors[room_of(other)], f"{module} imports {other}, which is not below it"
+
+
+def test_no_circle_of_imports():
+    graph, done = imports(), []
+    for module in graph:
+        walk(graph, module, [], done)
+
+
+def walk(graph, module, path, done):
+    assert module not in path, f"{' -> '.join([*path, module])} is a circle"
+    if module not in done:
+        for other in graph.get(module, ()):
+            walk(graph, other, [*path, module], done)
+        done.append(module)
+
+
+def test_nothing_below_adapt_knows_a_data_set_or_a_screen():
+    graph = imports()
+    seen, left = set(), ["dtta_fast.session.adapter"]
+    while left:
+        found = graph.get(left.pop(), set()) - seen
+        seen |= found
+        left += found
+    assert "dtta_fast.kernels.native" in seen
+    assert not [module for module in seen if room_of(module) in UPSTAIRS]
+
+
+def test_from_adapt_to_an_op_are_nine_frames(model, denoiser, images, monkeypatch):
+    """Of functions of this package, adapt() included and the op not."""
+    depths, folders = [], (str(ROOT / "dtta_fast"), str(ROOT / "kernels"))
+
+    def op(*given, whole=loss_module.denoising_loss_and_gradient, **named):
+        ours = [frame for frame in traceback.extract_stack() if frame.filename.startswith(folders) and not frame.name.startswith("<")]
+        depths.append(len(ours))
+        return whole(*given, **named)
+
+    monkeypatch.setattr(loss_module, "denoising_loss_and_gradient", op)
+    adapt(model, denoiser, images, config=presets.FAST.replace(steps=1, timesteps="stratified", match="off", precheck="off", guard=0))
+    assert set(depths) == {9}
+
+
+@pytest.mark.quick
+def test_documented_paths_lead_to_the_same_objects():
+    from dtta_fast.draws import Draws
+    from dtta_fast.process import NoiseProcess
+
+    assert Draws is sys.modules["dtta_fast.core.draws"].Draws
+    assert NoiseProcess is sys.modules["dtta_fast.denoisers.noise_process"].NoiseProcess
+    for name in ("presets", "denoisers", "tasks", "data", "zoo", "metrics"):
+        assert importlib.util.find_spec(f"dtta_fast.{name}") is not None
 
 
 def test_versions_agree():

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dtta_fast import AdaptConfig
-from dtta_fast.runtime import precision
 from dtta_fast.runtime.float32 import Switches, float32_products
 from dtta_fast.runtime.private import PrivateCopy
+from dtta_fast.session import precision
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn

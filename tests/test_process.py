@@ -6,7 +6,7 @@ import diffusers
 import pytest
 import torch
 
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
 
 pytestmark = pytest.mark.quick
 

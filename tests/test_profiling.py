@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dtta_fast import AdaptConfig, Adapter, environment, zoo
-from dtta_fast.bottleneck import Row, bottleneck
-from dtta_fast.cli import main
+from dtta_fast import AdaptConfig, Adapter, zoo
+from dtta_fast.commands.cli import main
 from dtta_fast.kernels import add_noise
-from dtta_fast.profiling import profile
+from dtta_fast.measure.bottleneck import Row, bottleneck
+from dtta_fast.measure.counting import Count, Counter
+from dtta_fast.measure.profiling import profile
+from dtta_fast.measure.roofline import Peak, attained, measured_peak
 from dtta_fast.report.profile import KERNELS, figure, make_profile_page
-from dtta_fast.roofline import Peak, attained, measured_peak
-from dtta_fast.runtime.counting import Count, Counter
+from dtta_fast.runtime import environment
 from dtta_fast.runtime.phases import listening, phase
 
 CPU = torch.device("cpu")

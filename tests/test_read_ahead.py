@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from dtta_fast import presets
-from dtta_fast.evaluate import batches_of, evaluate, fetch, open_data
 from dtta_fast.runs.config import RunConfig
+from dtta_fast.runs.evaluate import evaluate
 from dtta_fast.runs.folder import read_records
+from dtta_fast.runs.worker import batches_of, fetch, open_data
 
-evaluate_module = importlib.import_module("dtta_fast.evaluate")
+evaluate_module = importlib.import_module("dtta_fast.runs.evaluate")
+worker_module = importlib.import_module("dtta_fast.runs.worker")
 RUN = RunConfig(
     corruptions=("contrast",), per_class=1, batch=2, adapt=presets.FAST.replace(steps=1, guard=0, guard_threshold=0.0, precheck="off")
 )
@@ -50,7 +52,7 @@ def test_other_errors_of_a_crop_end_a_run(monkeypatch, tmp_path):
 
 
 def test_a_batch_has_a_size_at_most(monkeypatch):
-    monkeypatch.setattr(evaluate_module, "MOST_BATCH", 2 * PICTURE.nbytes)
+    monkeypatch.setattr(worker_module, "MOST_BATCH", 2 * PICTURE.nbytes)
     found = fetch([PICTURE] * 3, 0, range(3))
     assert sorted(found.images) == [0, 1]
     assert "more than 384 bytes: use a smaller batch" in found.failed[2]

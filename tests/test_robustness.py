@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from dtta_fast import AdaptConfig, Adapter, adapt
+from dtta_fast.core.weights import select
 from dtta_fast.denoisers import DiT
-from dtta_fast.parameters import select
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
 
 CONFIG = AdaptConfig(steps=3, pairs=4, lr=1e-2)
 

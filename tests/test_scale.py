@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from skimage import data
 
-from dtta_fast import presets, scale
-from dtta_fast.cli import main
+from dtta_fast import presets
+from dtta_fast.commands.cli import main
 from dtta_fast.data.scenes import scenes
-from dtta_fast.evaluate import evaluate
+from dtta_fast.runs import scale
 from dtta_fast.runs.config import RunConfig
+from dtta_fast.runs.evaluate import evaluate
 from dtta_fast.runs.folder import read_records
 
 BIN = Path(sys.executable).parent
@@ -161,7 +162,7 @@ def test_running_figures_reach_tensorboard(alone, tmp_path, capsys):
 
 
 def test_a_tracker_that_is_missing_is_told_before_the_run(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("dtta_fast.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("dtta_fast.runs.tracking.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main(["evaluate", str(tmp_path / "run"), "--track", "trackio"])
     assert "pip install 'dtta-fast[trackio]'" in capsys.readouterr().err
@@ -170,7 +171,7 @@ def test_a_tracker_that_is_missing_is_told_before_the_run(monkeypatch, tmp_path,
 
 def test_running_figures_reach_wandb(tmp_path, monkeypatch):
     """Offline, which is how it runs without an account."""
-    from dtta_fast.tracking import tracker
+    from dtta_fast.runs.tracking import tracker
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from dtta_fast import AdaptConfig, Adapter, adapt, presets, zoo
-from dtta_fast import adapter as adapter_module
 from dtta_fast.data.corruptions import corrupt
 from dtta_fast.data.digits import load_digits
 from dtta_fast.runtime import clock
+from dtta_fast.session import adapter as adapter_module
 from dtta_fast.tasks import Classification
 
 
@@ -41,7 +41,7 @@ def test_a_smaller_batch_adapts_in_the_storage_of_a_larger_one(model, denoiser, 
     config = AdaptConfig(steps=2, pairs=4, lr=1e-2, optimizer=optimizer)
     adapter = Adapter(model, denoiser, config)
     whole = adapter.adapt(images)
-    held = adapter.engine._storage  # of several images, and of one
+    held = adapter.engine.program._storage  # of several images, and of one
     storage = [p.data_ptr() for p in held[False].theta.values()]
     part = adapter.adapt(images[:2])
     torch.testing.assert_close(part.outputs, whole.outputs[:2], rtol=1e-3, atol=1e-4)

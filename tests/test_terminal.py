@@ -14,15 +14,15 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from dtta_fast import environment
-from dtta_fast.cli import main
 from dtta_fast.commands import common
 from dtta_fast.commands.adapt import _print_probabilities
+from dtta_fast.commands.cli import main
 from dtta_fast.commands.common import check_apart, check_path, holds, is_page, progress_bar, shown, terminal
 from dtta_fast.commands.demo import SIGNED, _is_picture
 from dtta_fast.commands.export import _is_package
 from dtta_fast.runs.folder import RunFolder
 from dtta_fast.runs.summary import summary
+from dtta_fast.runtime import environment
 
 record_of = runpy.run_path(str(Path(__file__).with_name("report_runs.py")))["record_of"]
 HOSTILE = (

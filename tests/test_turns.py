@@ -42,7 +42,7 @@ def test_a_call_from_a_signal_handler_is_refused(session, images):
             signal.raise_signal(signal.SIGALRM)
 
     before = signal.signal(signal.SIGALRM, within)
-    handle = session.engine.problem.denoiser.network.register_forward_pre_hook(interrupt)
+    handle = session.engine.program.problem.denoiser.network.register_forward_pre_hook(interrupt)
     try:
         found = session.adapt(images)
     finally:
@@ -72,7 +72,7 @@ def stop(*_):
     inside.set()
     go_on.wait(60)
 
-session.engine.problem.model.register_forward_pre_hook(stop)
+session.engine.program.problem.model.register_forward_pre_hook(stop)
 thread = threading.Thread(target=session.adapt, args=(images,))
 thread.start()
 assert inside.wait(60)

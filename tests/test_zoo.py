@@ -30,7 +30,7 @@ def test_models_load_ready_for_use():
 
 def test_denoiser_knows_the_classes():
     """Diffusion classifier (Li et al. 2023): the right class's embedding explains an image best, far above chance."""
-    from dtta_fast.objectives import Pairs, pair_losses
+    from dtta_fast.core.loss import Pairs, pair_losses
 
     _, denoiser = zoo.load("digits")
     images, labels = load_digits("validation")

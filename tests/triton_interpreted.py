@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from diffusers import DDPMScheduler
 
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.kernels import reference
 from dtta_fast.kernels.triton import launchers, philox
-from dtta_fast.process import NoiseProcess
 
 
 @triton.jit

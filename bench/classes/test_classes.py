@@ -24,8 +24,8 @@ from torch import nn
 from dtta_fast import Adapter, Calibration, presets
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
-from dtta_fast.environment import describe
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.runtime.environment import describe
 
 FORMS = {
     "FAST, of an image whose answer changes": presets.FAST.replace(precheck="off"),

@@ -40,6 +40,12 @@ std::string list(const std::vector<T>& values) {
   return found + "]";
 }
 
+std::string list(const std::vector<std::string>& names) {
+  std::string found = "[";
+  for (size_t i = 0; i < names.size(); ++i) found += (i ? ", \"" : "\"") + names[i] + "\"";
+  return found + "]";
+}
+
 /* Sums round otherwise where memory is otherwise aligned. */
 bool close(const std::vector<float>& a, const std::vector<float>& b) {
   for (size_t i = 0; i < a.size(); ++i)
@@ -82,9 +88,9 @@ void outputs(dtta::Session& session, const Input& input) {
   for (size_t i = 0; (i + batch) * input.image <= input.pixels.size(); i += batch) {
     const dtta::Result r = adapted(session, &input.pixels[i * input.image], static_cast<std::int64_t>(i));
     std::vector<int> accepted(r.accepted.begin(), r.accepted.end());
-    std::printf("%s{\"outputs\": %s, \"outputs_before\": %s, \"predictions\": %s, \"loss\": %s, \"evaluations\": %s, \"accepted\": %s}",
+    std::printf("%s{\"outputs\": %s, \"outputs_before\": %s, \"predictions\": %s, \"loss\": %s, \"evaluations\": %s, \"accepted\": %s, \"calls\": %s}",
                 i ? ",\n" : "", list(r.outputs).c_str(), list(r.outputs_before).c_str(), list(r.predictions).c_str(), list(r.loss).c_str(),
-                list(r.evaluations).c_str(), list(accepted).c_str());
+                list(r.evaluations).c_str(), list(accepted).c_str(), list(r.calls).c_str());
   }
   std::printf("]\n");
 }

@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from dtta_fast import Adapter, embed, environment, presets, zoo
+from dtta_fast import Adapter, embed, presets, zoo
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
-from dtta_fast.embed.functions import functions
+from dtta_fast.embed.functions import Functions
+from dtta_fast.runtime import environment
 
 HERE = Path(__file__).parent
 RESULT = HERE.parent / "results" / "embed_cpu.json"
@@ -56,15 +58,13 @@ def digits() -> Tensor:
 def stepper(adapter: Adapter, image: Tensor) -> Callable[[], Tensor]:
     """One step of a warm session, on a state of its own that goes on."""
     engine, ids = adapter.engine, torch.tensor([CHOSEN])
-    *state, inputs, x0, _ = functions(engine, image, ids)["step"].example
-    from torch.utils import _pytree as pytree
-
     with engine.context():
-        own = pytree.tree_unflatten(state, pytree.tree_structure(engine.start(inputs, None)[0]))
+        state, batch = engine.program.begin(image, ids)
+        own = pytree.tree_map(torch.clone, state)
 
     def once() -> Tensor:
         with torch.enable_grad(), engine.context():
-            return engine.step(own, inputs, x0, ids)
+            return engine.program.step(own, batch, 0)
 
     return once
 
@@ -89,8 +89,8 @@ def precision(name: str, images: Tensor, packages: Path, measure: Path, calls: i
         session.warmup(image)
     in_python: dict[str, Any] = {"eager": eager, "compiled step": compiled, "package in Python": package}
     steps: dict[str, Callable[[], Any]] = {"eager": stepper(eager, image), "compiled step": stepper(compiled, image)}
-    example = [tensor.clone() for tensor in functions(eager.engine, image, ids)["step"].example]
-    steps["package in Python"] = lambda: package._run("step", *example)
+    example = [tensor.clone() for tensor in Functions(eager.engine.program, image, ids).all["step"].example]
+    steps["package in Python"] = lambda: package._program.run("step", *example)
     found: dict[str, Any] = {way: {"step": [], "call": []} for way in (*in_python, "package in C++")}
     for work in steps.values():
         timed(work, 5)

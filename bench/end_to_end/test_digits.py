@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from dtta_fast import Adapter, presets, zoo
-from dtta_fast.benchmark import first_image
-from dtta_fast.environment import describe
+from dtta_fast.measure.benchmark import first_image
+from dtta_fast.runtime.environment import describe
 
 BENCH = Path(__file__).parents[1]
 FAST = presets.FAST.replace(precheck="off")  # which would leave these clean images alone: every image here is adapted

@@ -15,7 +15,7 @@ from bench.gpu_stages.timing import summary, whole_calls
 from bench.naive import MICRO_BATCH, Naive
 from dtta_fast import AdaptConfig, Adapter, presets
 from dtta_fast.config import Precision
-from dtta_fast.runtime.precision import products
+from dtta_fast.session.precision import products
 from dtta_fast.tasks import Classification
 
 CALLS = 5  # that are timed, at most

@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.gpu_stages.recording import NEEDS_GPU, Setting
 from bench.gpu_stages.timing import by_events, kernels_of, summary, synchronize, whole_calls
 from dtta_fast import Adapter
+from dtta_fast.session.program import Batch
 
 STEPS = 20  # that are timed, at most
 SLOW = 10.0  # seconds of a call, after which none is spent on warming up further
@@ -39,7 +40,7 @@ def measured(adapter: Adapter, images: Tensor, latents: Tensor | None, setting: 
     found["seconds"] = summary(whole_calls(call, device, most, seconds))
     if device.type == "cuda":
         found["peak bytes"] = torch.cuda.max_memory_allocated(device)
-    config, problem = adapter.config, adapter.engine.problem
+    config, problem = adapter.config, adapter.engine.program.problem
     of_steps = config.steps * config.pairs * problem.forwards()
     found |= {
         "images": len(images),
@@ -50,8 +51,8 @@ def measured(adapter: Adapter, images: Tensor, latents: Tensor | None, setting: 
         "guarded": int((result.evaluations > of_steps).sum()),
         "accepted": int(result.accepted.sum()),
         "loss": result.loss.mean(0).tolist(),
-        "chunk": problem.chunk,
-        "rows of a guard": problem.guard_rows,
+        "chunk": adapter.engine.program.schedule.chunk,
+        "rows of a guard": adapter.engine.program.schedule.guard_rows,
         "phases": result.seconds,
     }
     found["step"] = _step(adapter, images, latents, setting, seconds / 4)
@@ -66,24 +67,18 @@ def measured(adapter: Adapter, images: Tensor, latents: Tensor | None, setting: 
 
 def _step(adapter: Adapter, images: Tensor, latents: Tensor | None, setting: Setting, seconds: float) -> dict[str, Any]:
     """Times a step of the images that run at once."""
-    with prepared(adapter, images, latents) as (state, inputs, x0, ids):
-        samples = by_events(lambda: adapter.engine.step(state, inputs, x0, ids), setting.device, STEPS, seconds)
-    return {**summary(samples), "images": len(inputs)}
+    with prepared(adapter, images, latents) as (state, batch):
+        samples = by_events(lambda: adapter.engine.program.step(state, batch, 0), setting.device, STEPS, seconds)
+    return {**summary(samples), "images": len(batch.image_ids)}
 
 
 @contextmanager
-def prepared(adapter: Adapter, images: Tensor, latents: Tensor | None) -> Iterator[tuple[Any, Tensor, Tensor, Tensor]]:
-    """The engine within one of its calls, before the first step: a state, inputs [B, 3, H, W], x0 and ids of what runs at once."""
+def prepared(adapter: Adapter, images: Tensor, latents: Tensor | None) -> Iterator[tuple[Any, Batch]]:
+    """The engine within one of its calls, before the first step: a state, and the batch of what runs at once."""
     engine = adapter.engine
     with torch.enable_grad(), engine.context():
         engine.refresh()
-        problem = engine.problem
-        inputs = problem.task.normalise(problem.model, problem.task.crop(problem.model, images))
-        x0 = problem.denoiser.encode(images) if latents is None else latents
-        together = engine.plan(inputs, x0, adapter.config.pairs)
-        inputs, x0 = inputs[:together], x0[:together]
-        state, _ = engine.start(inputs, None)
-        yield state, inputs, x0, torch.arange(len(inputs), device=inputs.device)
+        yield engine.program.begin(adapter.crop(images), torch.arange(len(images), device=images.device), latents)
 
 
 def forget() -> None:

@@ -28,7 +28,7 @@ def main() -> None:
     import torch
 
     from bench.gpu_stages.recording import Record, Setting
-    from dtta_fast.environment import describe, device_name
+    from dtta_fast.runtime.environment import describe, device_name
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":

@@ -11,8 +11,8 @@ from bench.gpu_stages.calls import forget, measured
 from bench.gpu_stages.recording import Record, Setting
 from dtta_fast import AdaptConfig, Adapter, presets
 from dtta_fast.config import Precision
-from dtta_fast.roofline import measured_peak
-from dtta_fast.runtime.precision import products
+from dtta_fast.measure.roofline import measured_peak
+from dtta_fast.session.precision import products
 
 LATENCY = 100  # calls of one image, for their p99
 # precision, images, seconds to measure for; what tells most comes first

@@ -18,7 +18,8 @@ from bench.gpu_stages import models
 from bench.gpu_stages.ceilings import BACKENDS, HEAD, heads, refused
 from bench.gpu_stages.recording import Record, Setting, first_line
 from bench.gpu_stages.timing import kernels_of
-from dtta_fast import AdaptConfig, Adapter, optimizers
+from dtta_fast import AdaptConfig, Adapter
+from dtta_fast.core import optimizers
 
 QUERY = (
     "name,driver_version,vbios_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu,"
@@ -113,11 +114,11 @@ def vit(setting: Setting) -> dict[str, Any]:
     change = float((together.outputs - together.outputs_before).abs().max())
     error = float((together.outputs - torch.cat([result.outputs for result in alone])).abs().max())
     return {
-        "one by one": adapter.engine.problem.loop,
+        "one by one": adapter.engine.program.problem.loop,
         "warnings": sorted({str(warning.message).splitlines()[0][:300] for warning in caught}),
         "largest change": change,
         "largest difference": error,
-        "fine": not adapter.engine.problem.loop and change > 0 and error < 1e-2 * change,
+        "fine": not adapter.engine.program.problem.loop and change > 0 and error < 1e-2 * change,
     }
 
 

@@ -12,8 +12,8 @@ from bench.gpu_stages.recording import Setting
 from dtta_fast import Calibration
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
-from dtta_fast.process import NoiseProcess
-from dtta_fast.runtime.counting import Counter
+from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.measure.counting import Counter
 from dtta_fast.tasks import Classification
 
 CLASSES = 1000

@@ -48,7 +48,7 @@ def session(setting: Setting) -> Adapter:
 
     from bench.open_vocabulary.real_sizes import IDS, SIZES, VAE, clip_l14, random_weights
     from dtta_fast.denoisers import StableDiffusion
-    from dtta_fast.process import NoiseProcess
+    from dtta_fast.denoisers.noise_process import NoiseProcess
 
     torch.manual_seed(0)
     chosen, device = SIZES["1.5"], setting.device

@@ -16,7 +16,8 @@ from bench.gpu_stages.recording import NEEDS_GPU, Record, Setting
 from bench.gpu_stages.timing import by_events, kernels_of, summary
 from bench.gpu_stages.tracing import trace
 from dtta_fast import Adapter
-from dtta_fast.step import adaptation_step, held_out_losses
+from dtta_fast.core.guard import held_out_losses
+from dtta_fast.core.step import adaptation_step
 
 ROWS = (4, 72, 48, 24, 64, 16, 8)
 WARM_UPS = 3  # runs on a side stream before a capture, as torch asks for
@@ -31,17 +32,17 @@ def run(setting: Setting, record: Record) -> None:
     adapter.adapt(images, latents=latents)
     flops = record.measure("models", "flops a row", lambda: models.flops_a_row(denoiser, setting)) or {}
     seconds = 0.05 if setting.tiny else 0.5
-    with prepared(adapter, images, latents) as (state, inputs, x0, ids):
-        problem = adapter.engine.problem
+    with prepared(adapter, images, latents) as (state, batch):
+        program, problem = adapter.engine.program, adapter.engine.program.problem
         for rows in ROWS:
             record.measure("rows", str(rows), lambda rows=rows: forwards(problem.denoiser, rows, flops, setting, seconds))
 
         def step() -> Tensor:
-            return adaptation_step(problem, state, inputs, x0, ids)
+            return adaptation_step(problem, program.schedule, state, batch.inputs, batch.x0, batch.image_ids)
 
         record.measure("graphs", "step", lambda: graphed(step, state, setting, seconds))
         for answers in (2, 3):
-            guard = comparison(problem, x0, ids, state.step, answers)
+            guard = comparison(program, batch, state.step, answers)
             record.measure("graphs", f"guard of {answers} answers", lambda guard=guard: graphed(guard, (), setting, seconds))
     call = lambda: adapter.adapt(images, latents=latents)  # noqa: E731
     record.measure("trace", "FAST, 1 image", lambda: trace(call, setting.out / "trace_dit.json.gz", setting.device), takes=10.0)
@@ -70,12 +71,12 @@ def forwards(denoiser: Any, rows: int, flops: dict[str, int], setting: Setting, 
     return found
 
 
-def comparison(problem: Any, x0: Tensor, ids: Tensor, step: Tensor, answers: int) -> Callable[[], Tensor]:
+def comparison(program: Any, batch: Any, step: Tensor, answers: int) -> Callable[[], Tensor]:
     """Runs the forwards of a guard for one image under some answers."""
-    conditions = problem.denoiser.class_embeddings({})[:answers]
-    rows = torch.zeros(answers, dtype=torch.int64, device=x0.device)
-    several, named = x0[rows], ids[rows]
-    return lambda: held_out_losses(problem, conditions, several, named, step)
+    conditions = program.problem.denoiser.class_embeddings({})[:answers]
+    rows = torch.zeros(answers, dtype=torch.int64, device=batch.x0.device)
+    several, named = batch.x0[rows], batch.image_ids[rows]
+    return lambda: held_out_losses(program.problem, program.schedule, conditions, several, named, step)
 
 
 def graphed(work: Callable[[], Tensor], written: Any, setting: Setting, seconds: float) -> dict[str, Any]:

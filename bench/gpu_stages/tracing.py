@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bench.gpu_stages.timing import synchronize
-from dtta_fast.profiling import Annotator
+from dtta_fast.measure.profiling import Annotator
 from dtta_fast.runtime.phases import listening
 
 LARGEST = 15 * 2**20  # bytes of a file, to travel

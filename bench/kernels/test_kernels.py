@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtta_fast.environment import describe
 from dtta_fast.kernels import add_noise, denoising_loss, denoising_loss_and_gradient, mix_condition, reference
+from dtta_fast.runtime.environment import describe
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PAIRS = 180

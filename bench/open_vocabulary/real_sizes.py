@@ -23,9 +23,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig
 
-from dtta_fast import AdaptConfig, Adapter, environment, zoo
+from dtta_fast import AdaptConfig, Adapter, zoo
 from dtta_fast.denoisers import StableDiffusion
-from dtta_fast.runtime import memory
+from dtta_fast.runtime import environment
+from dtta_fast.session import memory
 from dtta_fast.tasks import ZeroShot
 
 RESULTS = Path(__file__).parents[1] / "results" / "real_sizes.json"

@@ -15,7 +15,7 @@ from methods import SINGLE, Answer, Method, Run, Setting, bound, by_adapter, mod
 from torch import Tensor, nn
 
 from dtta_fast import AdaptConfig, presets
-from dtta_fast.diffusion_classifier import mean_probability
+from dtta_fast.core.diffusion_classifier import mean_probability
 
 BATCH = 50
 RECIPE = presets.PAPER.replace(pairs=20, denoiser_parameters="frozen")

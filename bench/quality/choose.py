@@ -16,9 +16,10 @@ from pathlib import Path
 from methods import BATCH, METHODS, SINGLE, Method, Protocol, Setting, by_adapter, by_baseline, cotta, eata, memo, sar, tent
 from run import measure, summary
 
-from dtta_fast import AdaptConfig, environment, presets, zoo
+from dtta_fast import AdaptConfig, presets, zoo
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import load_digits
+from dtta_fast.runtime import environment
 
 RESULTS = Path(__file__).parents[1] / "results" / "choose.jsonl"
 FAST, ONLINE, DUSA = presets.FAST, presets.ONLINE, presets.DUSA

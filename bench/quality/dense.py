@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtta_fast import AdaptConfig, Adapter, environment, presets, zoo
+from dtta_fast import AdaptConfig, Adapter, presets, zoo
+from dtta_fast.commands.demo_digits import CLEAN
+from dtta_fast.commands.demo_maps import CORRUPTIONS, MAIN, scores, truth_of
 from dtta_fast.data.corruptions import corrupt
 from dtta_fast.data.scenes import scenes
-from dtta_fast.demo import CLEAN
-from dtta_fast.demo_dense import CORRUPTIONS, MAIN, scores, truth_of
 from dtta_fast.metrics import bootstrap_interval
+from dtta_fast.runtime import environment
 
 RESULTS = Path(__file__).parents[1] / "results"
 DENSE = presets.DENSE

@@ -22,11 +22,12 @@ from ablations import ABLATIONS
 from methods import METHODS, ZERO_SHOT, Method, Setting
 from torch import Tensor
 
-from dtta_fast import environment, zoo
+from dtta_fast import zoo
 from dtta_fast.data.corruptions import DIGITS_C, FASHION_C, UNSEEN, corrupt
 from dtta_fast.data.digits import load_digits
 from dtta_fast.data.fashion import load_fashion
 from dtta_fast.metrics import bootstrap_interval, calibration_error
+from dtta_fast.runtime import environment
 
 RESULTS = Path(__file__).parents[1] / "results"
 FASHION = Path(__file__).parents[1] / "zoo" / "fashion_weights"

@@ -16,10 +16,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dtta_fast import environment
-from dtta_fast.evaluate import batches_of, evaluate, open_data
 from dtta_fast.runs.config import RunConfig
-from dtta_fast.scale import ray_records
+from dtta_fast.runs.evaluate import evaluate
+from dtta_fast.runs.scale import ray_records
+from dtta_fast.runs.worker import batches_of, open_data
+from dtta_fast.runtime import environment
 
 RESULT = Path(__file__).parents[1] / "results" / "own_time.json"
 MODELS = ("encode", "adapt", "guard")

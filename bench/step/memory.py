@@ -19,7 +19,7 @@ from diffusers import DDPMScheduler
 from dtta_fast import AdaptConfig, Adapter
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
 
 
 def mebibytes(field: str) -> int:

@@ -23,8 +23,8 @@ from bench.naive import Naive
 from dtta_fast import AdaptConfig, Adapter
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
-from dtta_fast.environment import describe
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.runtime.environment import describe
 
 PAIRS, CHUNK = 30, 15
 SIZES = {"DiT-S/2": (384, 12, 6), "DiT-B/2": (768, 12, 12)}

@@ -30,12 +30,12 @@ from transformers import (
     SegformerImageProcessor,
 )
 
-from dtta_fast.calibrating import calibrate
+from dtta_fast.core.calibrate import calibrate
 from dtta_fast.data import scenes as rendering
 from dtta_fast.data.scenes import CLASSES, FARTHEST, NEAREST, SIZE, Scenes
 from dtta_fast.denoisers.base import at_latent_size
 from dtta_fast.denoisers.concat_unet import ConcatUNet
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.tasks.dense import resized
 
 OUT = Path(__file__).parents[2] / "dtta_fast" / "zoo"

@@ -22,11 +22,11 @@ from diffusers import DDPMScheduler
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from dtta_fast.calibrating import calibrate
+from dtta_fast.core.calibrate import calibrate
 from dtta_fast.data.digits import load_digits
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
-from dtta_fast.process import NOISE, SIGNAL, TARGET_NOISE, TARGET_SIGNAL, NoiseProcess
+from dtta_fast.denoisers.noise_process import NOISE, SIGNAL, TARGET_NOISE, TARGET_SIGNAL, NoiseProcess
 
 CLASSIFIER = {
     "depths": (1, 1, 2, 1),

@@ -15,11 +15,11 @@ from diffusers import DDPMScheduler
 from digits import CLASSIFIER, DENOISER, dit_batches, train_classifier, train_denoiser
 from timm.models import save_for_hf
 
-from dtta_fast.calibrating import calibrate
+from dtta_fast.core.calibrate import calibrate
 from dtta_fast.data.fashion import load_fashion
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
 
 
 def main() -> None:

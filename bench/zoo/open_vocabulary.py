@@ -24,10 +24,10 @@ from digits import augment, train_denoiser
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
-from dtta_fast.calibrating import calibrate
+from dtta_fast.core.calibrate import calibrate
 from dtta_fast.data.digits import load_digits
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.stable_diffusion import StableDiffusion
-from dtta_fast.process import NoiseProcess
 from dtta_fast.zoo import DIGITS as WORDS
 
 KINDS = ("", "a photo of", "a picture of", "a blurry photo of", "a grey image of")

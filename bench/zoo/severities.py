@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from dtta_fast import zoo
+from dtta_fast.commands.demo_maps import CORRUPTIONS, MAIN, scores, truth_of
 from dtta_fast.data.corruptions import corrupt
 from dtta_fast.data.digits import load_digits
 from dtta_fast.data.fashion import load_fashion
 from dtta_fast.data.scenes import SIZE, scenes
-from dtta_fast.demo_dense import CORRUPTIONS, MAIN, scores, truth_of
 from dtta_fast.tasks.dense import MapModel
 
 FASHION = Path(__file__).parent / "fashion_weights"

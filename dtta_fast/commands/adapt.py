@@ -12,13 +12,13 @@ from rich.table import Table
 from torch import nn
 
 from dtta_fast import presets, zoo
-from dtta_fast.adapter import Adapter
-from dtta_fast.calibration import Calibration
 from dtta_fast.commands.common import OutFile, Settings, check_path, checked_device, holds, names_of, quiet, shown, terminal, write_json
 from dtta_fast.data.folder import read_image
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.runs.models import class_names, load_pair
 from dtta_fast.runs.writing import check_name
+from dtta_fast.session.adapter import Adapter
 from dtta_fast.tasks import Classification, Task
 
 SHOWN = 10  # classes listed in each image's table

@@ -11,7 +11,6 @@ import torch
 import tyro
 from rich.table import Table
 
-from dtta_fast import benchmark, environment
 from dtta_fast.commands.common import (
     Name,
     OutFile,
@@ -26,6 +25,8 @@ from dtta_fast.commands.common import (
     write_json,
 )
 from dtta_fast.commands.subjects import EVERY_IMAGE, load_subject
+from dtta_fast.measure import benchmark
+from dtta_fast.runtime import environment
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Annotated
 import torch
 import tyro
 
-from dtta_fast.calibrating import calibrate
 from dtta_fast.commands.common import (
     OutFile,
     check_apart,
@@ -22,6 +21,7 @@ from dtta_fast.commands.common import (
     terminal,
     write_json,
 )
+from dtta_fast.core.calibrate import calibrate
 from dtta_fast.data.folder import read_images
 from dtta_fast.runs.models import load_denoiser, takes_prompts
 from dtta_fast.runs.writing import check_name, write_whole

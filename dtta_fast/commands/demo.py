@@ -12,11 +12,14 @@ from PIL.PngImagePlugin import PngInfo
 from rich.table import Table
 from torchvision.transforms.functional import to_pil_image
 
-from dtta_fast import demo, demo_dense, environment, presets
+from dtta_fast import presets
+from dtta_fast.commands import demo_digits as demo
+from dtta_fast.commands import demo_maps as demo_dense
 from dtta_fast.commands.common import OutFile, check_apart, check_path, holds, progress_bar, quiet, shown, terminal, write_json
 from dtta_fast.data.corruptions import DIGITS_C
 from dtta_fast.report.measures import number, scale_of
 from dtta_fast.runs.writing import write_whole
+from dtta_fast.runtime import environment
 
 SIGNED = ("Software", "dtta demo")  # PNG text entry that marks our pictures
 

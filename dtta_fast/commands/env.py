@@ -6,8 +6,8 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dtta_fast import environment
 from dtta_fast.commands.common import OutFile, check_path, holds, quiet, shown, write_json
+from dtta_fast.runtime import environment
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Env:
         lines = [f"{key:16} {shown(value)}" for key, value in result.items()]
         missing: FileNotFoundError | None = None
         if self.check:
-            from dtta_fast import device_check
+            from dtta_fast.measure import device_check
 
             quiet()
             try:

@@ -26,13 +26,14 @@ from dtta_fast.commands.common import (
     terminal,
     write_json,
 )
-from dtta_fast.evaluate import batches_of, evaluate, open_data
 from dtta_fast.report.measures import scale_of
 from dtta_fast.runs.config import RunConfig, flattened, read_yaml, with_settings, yaml_value
+from dtta_fast.runs.evaluate import evaluate
 from dtta_fast.runs.folder import OF_RUN
 from dtta_fast.runs.reference_names import is_reference
 from dtta_fast.runs.summary import error_lines
-from dtta_fast.tracking import Tracker, require, tracker
+from dtta_fast.runs.tracking import Tracker, require, tracker
+from dtta_fast.runs.worker import batches_of, open_data
 
 Tracked = Literal["tensorboard", "trackio", "wandb"]
 

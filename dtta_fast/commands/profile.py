@@ -11,9 +11,6 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from dtta_fast import environment
-from dtta_fast.adapter import Adapter
-from dtta_fast.bottleneck import Row
 from dtta_fast.commands.common import (
     Name,
     OutFile,
@@ -29,7 +26,10 @@ from dtta_fast.commands.common import (
     write_json,
 )
 from dtta_fast.commands.subjects import EVERY_IMAGE, load_subject
+from dtta_fast.measure.bottleneck import Row
 from dtta_fast.runs.writing import write_whole
+from dtta_fast.runtime import environment
+from dtta_fast.session.adapter import Adapter
 
 WIDE = 110  # terminal columns needed to show all figures of an operator
 
@@ -67,7 +67,7 @@ class Profile:
         """Raises ValueError for bad arguments or models, before measuring anything."""
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler logs to standard error
         # imported here because importing the profiler is slow
-        from dtta_fast.profiling import profile
+        from dtta_fast.measure.profiling import profile
         from dtta_fast.report import profile as page
 
         check_path("trace", self.trace, holds("traceEvents"))

@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from dtta_fast.commands.common import check_path, is_page, shown
+from dtta_fast.data.base import Maps
 from dtta_fast.data.images import Images, open_images
-from dtta_fast.data.maps import Maps
 from dtta_fast.report import Run, make_page, read_runs
 from dtta_fast.runs.content import digest, mismatch
 from dtta_fast.runs.records import Data, check

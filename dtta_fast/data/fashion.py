@@ -12,7 +12,7 @@ from torchvision.datasets import FashionMNIST
 from torchvision.datasets.utils import extract_archive
 
 from dtta_fast.data.digits import Split
-from dtta_fast.defaults import float32_on_cpu
+from dtta_fast.runtime.defaults import float32_on_cpu
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist installs it
 SPLITS = {"train": (True, slice(0, 59_000)), "validation": (True, slice(59_000, 60_000)), "test": (False, slice(0, 10_000))}

@@ -14,8 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as T
 
-from dtta_fast.data.images import Images
-from dtta_fast.files import open_plain, read_text
+from dtta_fast.data.base import Images
+from dtta_fast.runtime.files import open_plain, read_text
 
 # the only formats that PIL may open here, whatever a file's suffix: for EPS, PIL would run Ghostscript, an interpreter
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

@@ -12,9 +12,9 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
+from dtta_fast.data.base import chosen_corruptions
 from dtta_fast.data.folder import ImageFiles, class_files, read_lines, subfolders
-from dtta_fast.data.images import chosen_corruptions
-from dtta_fast.files import read_text
+from dtta_fast.runtime.files import read_text
 
 # name -> timm's file that lists its wnids; None means all 1000
 FOLDERS = {

@@ -1,58 +1,16 @@
-"""Image data sets for `dtta evaluate`: the interface of a reader, and how to open a data set by name."""
+"""The image data sets of `dtta evaluate`, by name."""
 
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from torch import Tensor
-from torch.utils.data import Dataset
+from dtta_fast.data.base import Images, Maps
 
-if TYPE_CHECKING:
-    from dtta_fast.data.maps import Maps
-
-
-class Images(Dataset[Tensor], ABC):
-    """A data set whose items are images, uint8 [3, H, W], each in its own size.
-
-    Readers can be pickled without open files, for DataLoader workers.
-
-    Attributes:
-        names: unique name of each image: its path relative to the root, with slashes, or file#number, or shard/key.
-        groups: group of each image: corruption and severity, such as "gaussian_noise5", or else one name for all.
-        labels: class index of each image, an index into `classes` if there are names; None if the images have no labels.
-        classes: human-readable class names; () if there are none.
-        outputs: for data sets with fewer classes than ImageNet's 1000, the index of each class among a model's 1000 outputs. None means
-            that class k is output k.
-        further: (output, class) pairs for additional outputs that also stand for a class. For example, ObjectNet's bicycle corresponds
-            to two ImageNet classes.
-    """
-
-    names: Sequence[str]
-    groups: Sequence[str]
-    labels: Sequence[int] | None = None
-    classes: tuple[str, ...] = ()
-    outputs: tuple[int, ...] | None = None
-    further: tuple[tuple[int, int], ...] = ()
-
-    @abstractmethod
-    def read(self, index: int) -> Tensor:
-        """Reads image `index` as uint8 [3, H, W], rotated according to its EXIF. Grey, palette and CMYK become RGB; alpha is dropped.
-
-        Raises:
-            ValueError: the file is missing, truncated, not an image, or has too many pixels; the message names it.
-        """
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.read(index)
-
-    def __len__(self) -> int:
-        return len(self.names)
+__all__ = ["Images", "Maps", "holds_maps", "open_images", "subsample"]
 
 
 @dataclass(frozen=True)
@@ -206,25 +164,3 @@ def _uncorrupted(name: str, group: str) -> str:
         if found:
             return rest
     return name
-
-
-def chosen_corruptions(
-    there: dict[str, set[int]], corruptions: Sequence[str], severities: Sequence[int], where: Path
-) -> list[tuple[str, int]]:
-    """Returns the requested (corruption, severity) pairs, checked against those in `there`; all of them if none are requested.
-
-    Raises:
-        ValueError: there are no corruptions, or a requested one is missing.
-    """
-    if not there:
-        raise ValueError(f"{where} holds no corruption, such as gaussian_noise; give the folder that does")
-    pairs = []
-    for corruption in corruptions or sorted(there):
-        if corruption not in there:
-            raise ValueError(f"corruptions has {corruption!r}, which is not in {where}; there are {', '.join(sorted(there))}")
-        for severity in severities or sorted(there[corruption]):
-            if severity not in there[corruption]:
-                some = ", ".join(map(str, sorted(there[corruption])))
-                raise ValueError(f"severities has {severity!r}, which {corruption} in {where} does not have; there are {some}")
-            pairs.append((corruption, severity))
-    return pairs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,45 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.transforms import functional as T
 
+from dtta_fast.data.base import NO_LABEL, Maps, chosen_corruptions
 from dtta_fast.data.folder import MOST_BYTES, SUFFIXES, check_size, open_image, read_image, read_lines
-from dtta_fast.data.images import chosen_corruptions
 
-NO_LABEL = 255
 ADE20K_CLASSES = 150
-
-
-class Maps(Dataset[tuple[Tensor, Tensor]], ABC):
-    """A data set whose items are (image [3, size, size] in [0, 1], map [size, size]).
-
-    The map holds int64 labels, 255 for unlabelled pixels, or depth in metres. The shorter side is resized to `size` (bicubic for images,
-    nearest neighbour for maps) and the centre is cropped. An item with an invalid map raises a ValueError that names the file and the
-    problem. names, groups and classes are the same as for `Images`.
-    """
-
-    size: int
-    names: Sequence[str]
-    groups: Sequence[str]
-    classes: tuple[str, ...] = ()
-
-    @abstractmethod
-    def pair(self, index: int) -> tuple[Tensor, Tensor, str]:
-        """Returns the image [3, H, W], the map [H, W] and the name of their source."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, truth, name = self.pair(index)
-        if image.shape[1:] != truth.shape:
-            raise ValueError(f"{name}: the image is {tuple(image.shape[1:])} and its map {tuple(truth.shape)}; both have one size")
-        image = T.center_crop(T.resize(image, [self.size], T.InterpolationMode.BICUBIC, antialias=True), [self.size, self.size])
-        near = T.center_crop(T.resize(truth[None], [self.size], T.InterpolationMode.NEAREST), [self.size, self.size])
-        if not bool(((near != NO_LABEL) if near.dtype == torch.int64 else near > 0).any()):
-            raise ValueError(f"{name}: what the crop shows of it has no label or depth")
-        return image.clamp(0, 1), near[0]
 
 
 def checked_labels(labels: Tensor, classes: int, name: str) -> Tensor:

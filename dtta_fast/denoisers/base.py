@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtta_fast.calibration import Calibration
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.calibration import Calibration
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.runtime.constants import kept
 
 ENCODED_PIXELS = 4 * 512**2  # the most pixels a VAE encodes at once

@@ -13,10 +13,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dtta_fast.defaults import float32_on_cpu
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.reading import CALIBRATION, check_weights, download, read_calibration, read_json, read_model, read_process
 from dtta_fast.denoisers.unet import UNetDenoiser
-from dtta_fast.process import NoiseProcess
+from dtta_fast.runtime.defaults import float32_on_cpu
 
 KIND = "ConcatUNet"
 

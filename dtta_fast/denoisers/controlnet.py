@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtta_fast.defaults import float32_on_cpu
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.reading import download, read_model
 from dtta_fast.denoisers.stable_diffusion import StableDiffusion, share_condition
-from dtta_fast.process import NoiseProcess
+from dtta_fast.runtime.defaults import float32_on_cpu
 
 
 class ControlNet(StableDiffusion):

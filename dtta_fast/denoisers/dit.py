@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dtta_fast.archives import LOCAL, check_archive
-from dtta_fast.defaults import float32_on_cpu
 from dtta_fast.denoisers.base import Denoiser, image_size, to_latents, to_model_range
 from dtta_fast.denoisers.dit_network import DiTNetwork
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.reading import (
     CALIBRATION,
     OF_VALUES,
@@ -28,7 +27,8 @@ from dtta_fast.denoisers.reading import (
     read_model,
     read_process,
 )
-from dtta_fast.process import NoiseProcess
+from dtta_fast.runtime.archives import LOCAL, check_archive
+from dtta_fast.runtime.defaults import float32_on_cpu
 
 LABEL_TABLE = "network.y_embedder.embedding_table.weight"
 

@@ -13,9 +13,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from dtta_fast.calibration import Calibration
-from dtta_fast.files import read_text
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.calibration import Calibration
+from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.runtime.files import read_text
 
 CALIBRATION = "calibration.json"
 # what the libraries' constructors raise for invalid config values; torch also raises RuntimeError for sizes that do not fit in memory

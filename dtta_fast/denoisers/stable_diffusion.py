@@ -14,10 +14,10 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from dtta_fast.defaults import float32_on_cpu
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.reading import download, read_calibration, read_json, read_model, read_process
 from dtta_fast.denoisers.unet import UNetDenoiser
-from dtta_fast.process import NoiseProcess
+from dtta_fast.runtime.defaults import float32_on_cpu
 
 
 class SharedCondition(AttnProcessor2_0):  # type: ignore[misc]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import Denoiser, image_size, to_latents, to_model_range
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
 
 
 class UNetDenoiser(Denoiser):

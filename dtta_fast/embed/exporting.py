@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from dtta_fast import presets
-from dtta_fast.adapter import Adapter
 from dtta_fast.config import AdaptConfig
+from dtta_fast.core.weights import anchor
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.embed.functions import Function, functions
+from dtta_fast.embed.functions import Function, Functions
 from dtta_fast.embed.manifest import FORMAT, KEEPER, Manifest, comparable, instructions, task_of, torch_version, weights_digest
 from dtta_fast.embed.package import load
-from dtta_fast.engine import Engine, anchor
-from dtta_fast.inputs import Checks, checked_images
 from dtta_fast.runtime import compiling
+from dtta_fast.runtime.reads import Checks
+from dtta_fast.session.adapter import Adapter
+from dtta_fast.session.checks import checked_images
+from dtta_fast.session.engine import Engine
 from dtta_fast.tasks.base import Task
 
 MARGIN = 4.0  # the tolerance is this multiple of the difference measured on a few images
@@ -72,7 +74,7 @@ def export(
     ids = torch.arange(batch, dtype=torch.int64, device="cpu")
     crop = adapter.crop(images[:batch])
     adapter.adapt(crop, image_ids=ids)  # raises if the inputs do not fit
-    made = functions(engine, crop, ids)
+    made = Functions(engine.program, crop, ids).all
     manifest = _manifest(engine, crop, made)
     with tempfile.TemporaryDirectory() as folder:
         draft = os.path.join(folder, "draft.pt2")
@@ -166,7 +168,7 @@ def _manifest(engine: Engine, crop: Tensor, made: dict[str, Function]) -> Manife
         outputs=" ".join(map(str, outputs.shape)),
         steps=config.steps,
         guard=config.guard,
-        evaluations=config.pairs * engine.problem.forwards(),
+        evaluations=config.pairs * engine.program.problem.forwards(),
         online=config.mode == "online",
         state=json.dumps([[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in state]),
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from dtta_fast.config import AdaptConfig
-from dtta_fast.engine import Engine
+from dtta_fast.session.engine import Engine
 
 FORMAT = 1  # format of the functions in a package and of its manifest; session.cpp reads the same format
 CAPABILITIES = ("DEFAULT", "NO AVX", "AVX2", "AVX512")  # of processors; each includes all the previous ones
@@ -170,7 +170,7 @@ def task_of(engine: Engine, crop: list[int], outputs: list[int]) -> str:
         (torch.arange(math.prod(shape), dtype=torch.float32, device="cpu") * 0.37).sin().reshape(shape) / 2 + 0.5
         for shape in (crop, outputs)
     )
-    for tensor in (task.normalise(engine.problem.model, images), task.decision(given, engine.problem.denoiser)):
+    for tensor in (task.normalise(engine.program.problem.model, images), task.decision(given, engine.program.problem.denoiser)):
         found.update((tensor.double() * 1e4).round().to(torch.int64).numpy().tobytes())
     return f"{type(task).__name__} {found.hexdigest()[:8]}"
 

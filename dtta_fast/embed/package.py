@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtta_fast.adapter import Adapter
-from dtta_fast.archives import check_archive
+from dtta_fast.core.guard import Answers
 from dtta_fast.embed.manifest import KEEPER, Manifest
-from dtta_fast.inputs import Checks, checked_deadline, checked_ids, checked_images
-from dtta_fast.result import AdaptResult
+from dtta_fast.runtime.archives import check_archive
 from dtta_fast.runtime.clock import Clock, Pace
+from dtta_fast.runtime.reads import Checks
+from dtta_fast.session.adapter import Adapter
+from dtta_fast.session.checks import checked_deadline, checked_ids, checked_images
+from dtta_fast.session.program import Batch, Call, Decision, Program, run
+from dtta_fast.session.result import AdaptResult, assembled, indices
 
 
 def load(path: str | Path, adapter: Adapter | None = None) -> Package:
@@ -53,6 +56,57 @@ def load(path: str | Path, adapter: Adapter | None = None) -> Package:
         raise ValueError(f"{path} is damaged, or cannot be loaded here: {str(error).splitlines()[0]}; export it again") from error
 
 
+class Compiled(Program):
+    """A program whose calls are the functions of a package. Its state is the list of the state's tensors."""
+
+    def __init__(self, manifest: Manifest, functions: dict[str, Any]) -> None:
+        self.manifest, self.functions = manifest, functions
+
+    def run(self, name: str, *tensors: Tensor) -> list[Tensor]:
+        """Calls a function of the package."""
+        found: list[Tensor] = self.functions[name].run(list(tensors))
+        return found
+
+    @property
+    def guard(self) -> int:
+        return self.manifest.guard
+
+    @property
+    def online(self) -> bool:
+        return self.manifest.online
+
+    def start(self, crop: Tensor, image_ids: Tensor, state: list[Tensor]) -> Batch:
+        """Prepares a batch of crops [batch, 3, height, width]."""
+        inputs, x0, before, first, asked = self.run("start", crop, *(state if self.online else []))
+        return Batch(crop, inputs, crop, image_ids, x0, before=before, first=first, asked=asked)
+
+    def step(self, state: list[Tensor], batch: Batch, number: int) -> Tensor:
+        return self.run("step", *state, batch.inputs, batch.x0, batch.image_ids)[0]
+
+    def finish(self, state: list[Tensor], batch: Batch) -> Answers:
+        return Answers(*self.run("finish", *state, batch.inputs, batch.before, batch.first, batch.asked))
+
+    def losses(self, state: list[Tensor], batch: Batch, answers: Answers, wanted: list[list[bool]]) -> list[Tensor]:
+        found = self._no_losses(batch)
+        for i, outputs in enumerate((batch.before, answers.after, batch.first)):
+            if any(wanted[i]):
+                (found[i],) = self.run("losses", outputs, batch.x0, batch.image_ids, state[-1])
+        return found
+
+    def decide(self, batch: Batch, answers: Answers, losses: list[Tensor]) -> Decision:
+        given = batch.before, answers.after, batch.first, answers.standing, answers.accepted, answers.fresh
+        return Decision(*self.run("decide", *given, *(losses or self._no_losses(batch))))
+
+    def _no_losses(self, batch: Batch) -> list[Tensor]:
+        return [batch.x0.new_zeros(len(batch.x0), max(1, self.guard)) for _ in range(3)]
+
+    def source_outputs(self, batch: Batch) -> Tensor:
+        return self.start(batch.crop, batch.image_ids, self.run("state")).before
+
+    def rehearse(self, state: list[Tensor], batch: Batch) -> list[list[bool]]:
+        return [[True] * len(batch.x0)] * 3
+
+
 class Package:
     """An adaptation compiled ahead of time. adapt() works like that of an Adapter, for one batch shape. Concurrent calls are serialised.
 
@@ -62,16 +116,12 @@ class Package:
 
     def __init__(self, manifest: Manifest, functions: dict[str, Any]) -> None:
         self.manifest = manifest
-        self._functions = functions
+        self._program = Compiled(manifest, functions)
         self._lock = threading.Lock()
         self._pace = Pace()
         with torch.inference_mode(False):  # steps write to these tensors in any mode
-            self._initial = [tensor.clone() for tensor in self._run("state")]
+            self._initial = [tensor.clone() for tensor in self._program.run("state")]
             self._state = [tensor.clone() for tensor in self._initial]
-
-    def _run(self, name: str, *tensors: Tensor) -> list[Tensor]:
-        found: list[Tensor] = self._functions[name].run(list(tensors))
-        return found
 
     def adapt(self, images: Tensor, *, image_ids: Tensor | None = None, deadline_ms: float | None = None) -> AdaptResult:
         """Adapts to a batch and predicts like Adapter.adapt, for images [batch, 3, height, width] with the sizes in the manifest.
@@ -82,7 +132,7 @@ class Package:
         start, images, image_ids = time.perf_counter(), *self._checked(images, image_ids)
         deadline = None if deadline_ms is None else start + checked_deadline(deadline_ms) / 1000
         with self._lock:
-            return self._adapt(images, image_ids, deadline, warming=False)
+            return self._adapt(images, image_ids, Call(Clock(images.device), self._pace, deadline))
 
     def _checked(self, images: Tensor, image_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         manifest, checks = self.manifest, Checks()
@@ -93,53 +143,23 @@ class Package:
         return images.float().contiguous(), checked_ids(image_ids, images, checks).contiguous()
 
     @torch.no_grad()
-    def _adapt(self, images: Tensor, image_ids: Tensor, deadline: float | None, warming: bool) -> AdaptResult:
-        """With `warming`, runs and times every function, whether or not an image needs it, and leaves an online state unchanged."""
-        kept = [tensor.clone() for tensor in self._state] if self.manifest.online else []
-        stays = False
-        try:
-            result = self._attempted(images, image_ids, deadline, warming)
-            stays = not warming and all(bool(tensor.isfinite().all()) for tensor in (self._state if kept else []))
-        finally:
-            if kept and not stays:  # undo a call that fails or leaves non-finite weights
-                torch._foreach_copy_(self._state, kept)
-        return result
-
-    def _attempted(self, images: Tensor, image_ids: Tensor, deadline: float | None, warming: bool) -> AdaptResult:
-        manifest, state, pace, clock = self.manifest, self._state, self._pace, Clock(images.device)
-        with clock.phase("encode"):
-            if not manifest.online:
+    def _adapt(self, images: Tensor, image_ids: Tensor, call: Call) -> AdaptResult:
+        """Adapts to a batch. The state of a package changes only if the call succeeds, is not warming, and leaves a usable state."""
+        manifest, program = self.manifest, self._program
+        with call.clock.phase("encode"):
+            if manifest.online:
+                state = [tensor.clone() for tensor in self._state]  # steps write in place, and a failed call must leave no trace
+            else:
+                state = self._state
                 torch._foreach_copy_(state, self._initial)
-            inputs, x0, before, first, asked = self._run("start", images, *(state if manifest.online else []))
-        losses: list[Tensor] = []
-        after, standing, accepted, fresh = first, before, torch.zeros_like(asked), asked.new_zeros((2, len(asked)))
-        if warming or bool(asked.any()):
-            with clock.phase("adapt"):
-                for _ in range(manifest.steps):
-                    if deadline is not None and clock.now() + pace.step.expected + pace.end.expected + pace.guard.expected > deadline:
-                        break
-                    with pace.step.timed(clock, wanted=True):
-                        losses += self._run("step", *state, inputs, x0, image_ids)
-                with pace.end.timed(clock, wanted=True):
-                    after, standing, accepted, fresh = self._run("finish", *state, inputs, before, first, asked)
-        begun = clock.now()
-        if deadline is not None and begun + pace.guard.expected > deadline:  # a changed answer is never accepted without a comparison
-            fresh = torch.zeros_like(fresh)
-        with clock.phase("guard"):
-            known = [x0.new_zeros(len(x0), max(1, manifest.guard)) for _ in range(3)]
-            if manifest.guard and (warming or bool(fresh.any())):
-                wanted = (True, warming or bool(fresh[0].any()), warming or bool(fresh[1].any()))
-                for i, outputs in enumerate((before, after, first)):
-                    if wanted[i]:
-                        (known[i],) = self._run("losses", outputs, x0, image_ids, state[-1])
-                pace.guard.note(clock.now() - begun)
-            outputs, accepted, predictions, predictions_before = self._run(
-                "decide", before, after, first, standing, accepted, fresh, *known
-            )
-        loss = torch.stack(losses, dim=1) if losses else x0.new_empty(len(x0), 0)
-        loss = torch.where(asked[:, None], loss, torch.nan)
-        spent = asked * (len(losses) * manifest.evaluations) + manifest.guard * (fresh.any(0) + fresh.sum(0))
-        return AdaptResult(outputs, before, predictions, predictions_before, loss, accepted, len(losses), spent.to(torch.int64), clock)
+            batch = program.start(images, image_ids, state)
+        asked = torch.ones_like(batch.asked) if call.warming else batch.asked
+        rows = indices(asked.tolist(), asked.device)
+        outcome = run(program, state, batch, call, manifest.steps if len(rows) else 0)
+        if outcome.keep and not call.warming:
+            self._state = state
+        unchanged = outcome.before, outcome.predictions_before
+        return AdaptResult(**assembled(rows, [outcome] if len(rows) else [], unchanged, manifest.evaluations), clock=call.clock)
 
     def warmup(self, images: Tensor) -> dict[str, float]:
         """Runs and times everything that adapt() may run, three times, without changing an online state.
@@ -155,7 +175,7 @@ class Package:
         with self._lock:
             for _ in range(3):
                 start = time.perf_counter()
-                self._adapt(images, image_ids, None, warming=True)
+                self._adapt(images, image_ids, Call(Clock(images.device), self._pace, warming=True))
                 seconds.append(time.perf_counter() - start)
         return {"cold": seconds[0], "warm": seconds[-1]}
 

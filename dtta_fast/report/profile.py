@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dtta_fast.bottleneck import Row
-from dtta_fast.profiling import Memory, Profile
+from dtta_fast.measure.bottleneck import Row
+from dtta_fast.measure.profiling import Memory, Profile
 from dtta_fast.report.figures import COLOURS, colour
 from dtta_fast.report.measures import number
 from dtta_fast.report.page import ENVIRONMENT

@@ -8,22 +8,21 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 
 from dtta_fast import presets
-from dtta_fast.config import AdaptConfig
-from dtta_fast.files import read_text
+from dtta_fast.config import AdaptConfig, Count, check_fields, refuse
 from dtta_fast.runs.writing import check_name
+from dtta_fast.runtime.files import read_text
 
 TaskName = Literal["classification", "zero_shot", "segmentation", "depth"]
 Protocol = Literal["episodic", "online", "continual"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DATA_FIELDS = ("root", "corruptions", "severities", "split", "per_class")
 DESCRIBED = {"data.name": "data"} | {f"data.{name}": name for name in DATA_FIELDS}  # nested as in described()
-UNSET = ("root", "split", "calibration")  # may be None
 PLACES = ("root", "model", "denoiser", "calibration")  # may be files or folders
 MOST_YAML = 1_000_000  # characters; real settings fit on a page
 
@@ -68,46 +67,33 @@ class RunConfig:
     corruptions: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint=_all_by_default)] = ()
     severities: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint=_all_by_default)] = ()
     split: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_usual_by_default)] = None
-    per_class: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_all_by_default)] = None
+    per_class: Annotated[Count | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_all_by_default)] = None
     task: TaskName = "classification"
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "zoo"
     denoiser: Annotated[str, tyro.conf.arg(metavar="DENOISER")] = "zoo"
     classes: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint=_usual_by_default)] = ()
     calibration: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_usual_by_default)] = None
     protocol: Protocol = "episodic"
-    batch: int = 16
-    workers: int = 2
+    batch: Count = 16
+    workers: Count = 2
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
     dtype: Dtype = "float32"
     adapt: Annotated[AdaptConfig, tyro.conf.arg(name="")] = presets.FAST
 
     def __post_init__(self) -> None:
-        def refuse(name: str, allowed: str) -> None:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}")
-
-        for name, kind in (("task", TaskName), ("protocol", Protocol), ("dtype", Dtype)):
-            if getattr(self, name) not in get_args(kind):
-                refuse(name, ", ".join(get_args(kind)))
-        for name in ("batch", "workers"):
-            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool) or getattr(self, name) < 1:
-                refuse(name, "a whole number of 1 and more")
-        if self.per_class is not None and (type(self.per_class) is not int or self.per_class < 1):
-            refuse("per_class", "None or a whole number of 1 and more")
+        check_fields(self)
         for name in ("corruptions", "severities", "classes"):
             if not isinstance(getattr(self, name), (list, tuple)):
-                refuse(name, "a list")
+                refuse(self, name, "a list")
             object.__setattr__(self, name, tuple(getattr(self, name)))  # hashable, also when read from YAML
         if not isinstance(self.adapt, AdaptConfig):
             raise TypeError(f"adapt is a {type(self.adapt).__name__}; give an AdaptConfig, such as presets.FAST")
-        for name in ("data", "root", "split", "model", "denoiser", "calibration", "device"):
-            if not isinstance(getattr(self, name), str) and (name not in UNSET or getattr(self, name) is not None):
-                refuse(name, f"text{' or None' if name in UNSET else ''}")
         for name in PLACES:
             if getattr(self, name) is not None:
                 check_name(name, getattr(self, name))
         for name, one in (("corruptions", str), ("severities", int), ("classes", str)):
             if not all(isinstance(value, one) and not isinstance(value, bool) for value in getattr(self, name)):
-                refuse(name, "a list of " + ("whole numbers" if one is int else "text"))
+                refuse(self, name, "a list of " + ("whole numbers" if one is int else "text"))
         for name in self.classes:
             if "," in name:
                 raise ValueError(f"classes has {name!r}, with a comma in it: give each class an argument of its own, such as cat dog")

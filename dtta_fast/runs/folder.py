@@ -13,12 +13,12 @@ from typing import Any
 import portalocker
 from portalocker import LockFlags
 
-from dtta_fast.files import open_plain, read_text
 from dtta_fast.runs.config import differences
 from dtta_fast.runs.content import Listing, mismatch, shortened
 from dtta_fast.runs.records import MOST_BYTES, REMEDY, Config, Record, Summary, check, line_of, read_object, read_records
 from dtta_fast.runs.state import is_state, read_state, state_bytes
 from dtta_fast.runs.writing import check_name, check_plain, draft, open_plain_own, put, write_all, write_whole
+from dtta_fast.runtime.files import open_plain, read_text
 
 RECORDS, CONFIG, SUMMARY = "records.jsonl", "config.json", "summary.json"
 STATE = "state-{:08d}.safetensors"

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from dtta_fast import zoo
-from dtta_fast.calibration import Calibration
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.reading import OF_VALUES, download, read_json, read_model
 from dtta_fast.runs.writing import check_name

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from dtta_fast.files import open_plain, read_text
+from dtta_fast.runtime.files import open_plain, read_text
 
 Record = dict[str, Any]
 DEEPEST = 8  # nesting levels of an object in a file

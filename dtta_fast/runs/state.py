@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtta_fast.files import open_plain
+from dtta_fast.runtime.files import open_plain
 
 FORMAT = "dtta_fast online state 1"
 MOST_BYTES = 2**40  # of a file

@@ -22,9 +22,14 @@ class Clock:
         self._device = device
         self._spans: list[tuple[str, Any, Any]] = []
 
+    @property
+    def waits(self) -> bool:
+        """Whether now() has to wait for the device."""
+        return self._device.type == "cuda"
+
     def now(self) -> float:
         """Returns time.perf_counter() after the device has finished this thread's work."""
-        if self._device.type == "cuda":
+        if self.waits:
             torch.cuda.current_stream(self._device).synchronize()
         return time.perf_counter()
 
@@ -56,14 +61,14 @@ class Clock:
         return {"_device": torch.device("cpu"), "_spans": [(name, 0.0, seconds) for name, seconds in self.seconds.items()]}
 
     def _mark(self) -> Any:
-        if self._device.type != "cuda":
+        if not self.waits:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
 
     def _between(self, start: Any, end: Any) -> float:
-        if self._device.type != "cuda":
+        if not self.waits:
             return float(end - start)
         end.synchronize()
         return float(start.elapsed_time(end)) / 1000

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.inputs import Checks
+from dtta_fast.runtime.reads import Checks
 
 
 class Task(Protocol):
@@ -33,13 +33,13 @@ class Task(Protocol):
         """Raises ValueError if these outputs cannot condition this denoiser under this config. Checks that depend on tensor values go
         through checks.require()."""
 
-    @abstractmethod
     def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:
         """Returns the indices [B, M] of the classes used in a step if the config asks for a subset; None means all classes."""
+        return None
 
-    @abstractmethod
     def class_count(self, denoiser: Denoiser) -> int:
         """Returns the number of classes used when no subset is chosen; 1 if the task has no classes."""
+        return 1
 
     @abstractmethod
     def condition(
@@ -48,15 +48,23 @@ class Task(Protocol):
         """Converts outputs [B, ...] to conditions [B, ...]; differentiable. `moving` holds the denoiser's adapted weights."""
 
     @abstractmethod
-    def class_conditions(
-        self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Converts outputs [B, ...] to probabilities [B, M] and conditions [B, M, ...] of the M chosen classes; differentiable."""
-
-    @abstractmethod
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
         """Returns the condition [B, ...] of the predicted class or map, without gradient."""
 
     @abstractmethod
     def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
         """Returns the predictions: the class of each image, or a map at the crop's size (height, width)."""
+
+
+class ClassTask(Task, Protocol):
+    """A task whose outputs are the logits of classes."""
+
+    @abstractmethod
+    def class_conditions(
+        self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Converts outputs [B, ...] to probabilities [B, M] and conditions [B, M, ...] of the M chosen classes; differentiable."""
+
+    @abstractmethod
+    def possible(self, outputs: Tensor) -> Tensor:
+        """Returns a mask of the classes that may be predicted, of the shape of the outputs [B, K, ...]."""

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.draws import class_uniforms
-from dtta_fast.inputs import Checks
 from dtta_fast.kernels import mix_condition
+from dtta_fast.kernels.philox import class_uniforms
 from dtta_fast.runtime.constants import numbers
-from dtta_fast.tasks.base import Task
+from dtta_fast.runtime.reads import Checks
+from dtta_fast.tasks.base import ClassTask
 from dtta_fast.tasks.transforms import Transform, timm_transforms
 
 
-class Classification(Task):
+class Classification(ClassTask):
     """Classification with any module that maps images to logits [B, K].
 
     Size, crop and normalisation come from the model's timm config. A module without a timm config gets the images unchanged, in [0, 1],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser, at_latent_size
-from dtta_fast.inputs import Checks
+from dtta_fast.runtime.reads import Checks
 from dtta_fast.tasks.dense import DenseTask, check_maps, resized
 
 
@@ -28,21 +28,10 @@ class Depth(DenseTask):
         checks.require(outputs.isfinite().all(), lambda: "model returns depth that holds NaN or infinity")
         denoiser.depth_map(outputs[:1])
 
-    def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:
-        return None
-
-    def class_count(self, denoiser: Denoiser) -> int:
-        return 1
-
     def condition(
         self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None = None
     ) -> Tensor:
         return self.decision(outputs, denoiser)
-
-    def class_conditions(
-        self, outputs: Tensor, denoiser: Denoiser, moving: Mapping[str, Tensor], config: AdaptConfig, chosen: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        raise ValueError("depth has no classes to choose from: use objective 'embedding_mix'")
 
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
         maps = denoiser.depth_map(outputs.to(torch.promote_types(outputs.dtype, torch.float32)))

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser, at_latent_size
-from dtta_fast.inputs import Checks
+from dtta_fast.runtime.reads import Checks
+from dtta_fast.tasks.base import ClassTask
 from dtta_fast.tasks.classification import scaled
 from dtta_fast.tasks.dense import DenseTask, check_maps, resized
 
 
-class Segmentation(DenseTask):
+class Segmentation(DenseTask, ClassTask):
     """Segmentation with modules that return logits [B, K, h, w] of any size, as in transformers (SegFormer), segmentation_models_pytorch
     and torchvision.
 
@@ -66,6 +67,9 @@ class Segmentation(DenseTask):
         picked = chosen[:, :, None, None].expand(-1, -1, *outputs.shape[2:])
         shares = scaled(outputs, config.logit_scale).gather(1, picked).softmax(1)
         return at_latent_size(shares, denoiser), table[chosen]
+
+    def possible(self, outputs: Tensor) -> Tensor:
+        return torch.ones_like(outputs, dtype=torch.bool)
 
     def decision(self, outputs: Tensor, denoiser: Denoiser) -> Tensor:
         table = denoiser.class_embeddings({})

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dtta_fast.data.digits import DIGITS as DIGITS  # names for open_vocabulary's example
-from dtta_fast.defaults import float32_on_cpu
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
+from dtta_fast.runtime.defaults import float32_on_cpu
 from dtta_fast.tasks import Classification, Depth, Segmentation, Task
 
 NAMES = ("digits", "open_vocabulary", "segmentation", "depth")

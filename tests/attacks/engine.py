@@ -33,8 +33,8 @@ import dtta_fast
 from dtta_fast import AdaptConfig, Adapter, adapt
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.kernels import add_noise, denoising_loss, denoising_loss_and_gradient, mix_condition, native, reference
-from dtta_fast.process import NoiseProcess
 from dtta_fast.tasks import Classification
 
 K = 7
@@ -2364,7 +2364,7 @@ def attack_digits_flat_and_tiny_images():
 # ------------------------------------------------------------------------------------------- against a plain loop
 def naive(model, x=None, parameters=None, steps=2, pairs=2, lr=1e-2):
     """The method as a plain loop of torch: the copied module's own parameters, autograd, torch.optim.Adam."""
-    from dtta_fast.draws import Draws
+    from dtta_fast.core.draws import Draws
 
     d, x, answers = denoiser().eval(), images() if x is None else x, []
     for i in range(len(x)):
@@ -2745,7 +2745,7 @@ def attack_a_denoiser_with_a_module_under_two_names():
         found, wanted = session.adapt(images()), expected.adapt(images())
         close(found.loss, wanted.loss, 1e-4)
         close(found.outputs, wanted.outputs, 1e-4)
-        assert all(map(torch.equal, session.engine.problem.denoiser.parameters(), d.parameters())), (
+        assert all(map(torch.equal, session.engine.program.problem.denoiser.parameters(), d.parameters())), (
             "the guard's denoiser has adapted weights"
         )
 

@@ -39,17 +39,18 @@ from PIL import Image
 torch.set_num_threads(1)
 
 from dtta_fast import presets, zoo
-from dtta_fast.archives import check_archive
-from dtta_fast.calibration import Calibration
-from dtta_fast.cli import main
+from dtta_fast.commands.cli import main
 from dtta_fast.commands.common import check_path, holds, is_page
 from dtta_fast.data.folder import open_folder, read_image, read_images
 from dtta_fast.data.images import open_images
+from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.denoisers.dit import DiT
-from dtta_fast.evaluate import evaluate, open_data
 from dtta_fast.report import make_page, read_runs
 from dtta_fast.runs.config import RunConfig, read_yaml, with_settings
+from dtta_fast.runs.evaluate import evaluate
 from dtta_fast.runs.folder import RunFolder, read_records
+from dtta_fast.runs.worker import open_data
+from dtta_fast.runtime.archives import check_archive
 
 HELPERS = runpy.run_path(str(Path(__file__).parents[1] / "report_runs.py"))
 record_of, write_run = HELPERS["record_of"], HELPERS["write_run"]
@@ -2071,7 +2072,7 @@ def attack_calibration_numbers(t):
 
 def attack_calibration_extremes_give_finite(t):
     """Numbers at the ends of what a file may hold: matched images are finite."""
-    from dtta_fast.calibration import RANGES
+    from dtta_fast.denoisers.calibration import RANGES
 
     _, denoiser = digit_models()
     denoiser.calibration.save(t / "c.json")
@@ -2560,7 +2561,9 @@ def attack_stdout_closed(t):
     write_run(t / "run", images=8)
     read, write = os.pipe()
     os.close(read)
-    done = process(f"from dtta_fast.cli import main; main(['report', {str(t / 'run')!r}, '--out', {str(t / 'p.html')!r}])", stdout=write)
+    done = process(
+        f"from dtta_fast.commands.cli import main; main(['report', {str(t / 'run')!r}, '--out', {str(t / 'p.html')!r}])", stdout=write
+    )
     os.close(write)
     need((t / "p.html").is_file(), "no page")
     need("Traceback" not in done.stderr and "Exception ignored" not in done.stderr, f"status {done.returncode}: {done.stderr[-200:]!r}")
@@ -2570,7 +2573,7 @@ def attack_stdout_ascii(t):
     name = "é😀"
     write_run(t / name, images=8)
     done = process(
-        f"from dtta_fast.cli import main; main(['report', {str(t / name)!a}, '--out', {str(t / (name + '.html'))!a}])",
+        f"from dtta_fast.commands.cli import main; main(['report', {str(t / name)!a}, '--out', {str(t / (name + '.html'))!a}])",
         env=[("PYTHONIOENCODING", "ascii"), ("LC_ALL", "C"), ("PYTHONUTF8", "0"), ("PYTHONCOERCECLOCALE", "0")],
     )
     need("Traceback" not in done.stderr and done.returncode in (0, 2), f"{done.returncode} {done.stderr[-300:]}")
@@ -3155,14 +3158,14 @@ def attack_environment_variables(t):
         [("XDG_CACHE_HOME", str(t / "file")), ("OMP_NUM_THREADS", "abc"), ("TERM", "\x1b"), ("COLUMNS", "x")],
         [("XDG_CACHE_HOME", "relative"), ("NO_COLOR", ""), ("COLUMNS", "1"), ("DTTA_FAST_STRICT", "x")],
     ):
-        done = process("from dtta_fast.cli import main; main(['env'])", env=env)
+        done = process("from dtta_fast.commands.cli import main; main(['env'])", env=env)
         need("Traceback" not in done.stderr, f"{env}: {done.stderr[-300:]}")
 
 
 def attack_output_full_device(t):
     """Standard output on a full disk: one line, no traceback."""
     with open("/dev/full", "w") as full:
-        done = process("from dtta_fast.cli import main; main(['env'])", stdout=full)
+        done = process("from dtta_fast.commands.cli import main; main(['env'])", stdout=full)
     need("Traceback" not in done.stderr and done.returncode != 0, f"status {done.returncode}: {done.stderr[-250:]!r}")
 
 
@@ -3275,7 +3278,7 @@ def attack_full_disk_report(t):
 
 def attack_json_to_standard_output(t):
     """--json /dev/stdout into a pipe: a pipe is written to directly."""
-    done = process("from dtta_fast.cli import main; main(['env', '--json', '/dev/stdout'])")
+    done = process("from dtta_fast.commands.cli import main; main(['env', '--json', '/dev/stdout'])")
     need(done.returncode == 0 and '"torch"' in done.stdout, f"{done.returncode} {done.stderr[-200:]}")
 
 

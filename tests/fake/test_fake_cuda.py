@@ -22,22 +22,25 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fa
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from dtta_fast import AdaptConfig, Adapter, lora, optimizers, presets, zoo
-from dtta_fast import adapter as adapter_module
-from dtta_fast import calibration as calibration_module
-from dtta_fast import inputs as inputs_module
-from dtta_fast import step as step_module
-from dtta_fast.calibration import Calibration
+from dtta_fast import AdaptConfig, Adapter, presets, zoo
+from dtta_fast.core import lora, optimizers
+from dtta_fast.core.guard import held_out_losses
+from dtta_fast.core.step import State
+from dtta_fast.denoisers import calibration as calibration_module
+from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.denoisers.concat_unet import ConcatUNet
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.stable_diffusion import StableDiffusion
-from dtta_fast.engine import Engine
-from dtta_fast.inputs import Checks
-from dtta_fast.process import NoiseProcess
+from dtta_fast.measure.counting import Counter
 from dtta_fast.runtime import constants, demands
-from dtta_fast.runtime.counting import Counter
-from dtta_fast.step import adaptation_step, held_out_losses
+from dtta_fast.runtime import reads as reads_module
+from dtta_fast.runtime.reads import Checks
+from dtta_fast.session import program as program_module
+from dtta_fast.session.checks import Request
+from dtta_fast.session.engine import Engine
+from dtta_fast.session.program import Batch, finite
 from dtta_fast.tasks import Classification, Depth, Segmentation, ZeroShot
 from dtta_fast.tasks.transforms import timm_transforms
 
@@ -208,22 +211,12 @@ class Run:
         self.crop = torch.rand(images, 3, side, side, device="cuda")
         self.image_ids = torch.arange(images, device="cuda")
 
-    def encoded(self) -> tuple[Tensor, Tensor]:
-        """The model's inputs and the latents."""
+    def started(self) -> tuple[State, Batch]:
+        """A state before its first step, and its batch."""
         self.engine.refresh()
-        crop, config = self.crop, self.engine.config
-        matched = crop if config.match == "off" else self.denoiser.calibration.match(crop)
-        inputs = self.task.normalise(self.engine.problem.model, matched)
-        return inputs, self.engine.problem.denoiser.encode(matched)
-
-    def step_arguments(self) -> tuple[Any, ...]:
-        inputs, x0 = self.encoded()
-        checks = Checks()
-        before = self.engine.source_outputs(inputs, checks)
-        self.engine.asked(before, before, self.crop)
-        self.engine.plan(inputs, x0, self.engine.config.pairs)
-        state, _ = self.engine.start(inputs, None, before)
-        return state, inputs, x0, self.image_ids
+        program = self.engine.program
+        program.answered(program.views(self.crop, Request(self.crop, self.image_ids)), self.crop, Checks())
+        return program.begin(self.crop, self.image_ids)
 
 
 @pytest.mark.parametrize(("kind", "name", "config"), _named(CASES))
@@ -231,18 +224,17 @@ def test_encode_step_and_guard_stay_on_the_gpu(kind, name, config):
     made, images = KINDS[kind](), 2
     with fakes.fake_cuda() as mode:
         run = Run(mode, kind, config, images, made)
-        engine = run.engine
-        assert engine.problem.denoiser.dtype == torch.bfloat16
-        state, inputs, x0, ids = run.step_arguments()
-        loss = engine.step(state, inputs, x0, ids)
+        program = run.engine.program
+        assert program.problem.denoiser.dtype == torch.bfloat16
+        state, batch = run.started()
+        loss = program.step(state, batch, 0)
         assert (loss.device.type, loss.shape) == ("cuda", (images,))
         assert all(leaf.device.type == "cuda" for leaf in pytree.tree_leaves(state))
-        after = engine.forward(state, inputs)
-        candidates = [after, after + 1]
-        everything = [[True] * images] * 3
-        outputs, accepted, evaluations = engine.guard(after, candidates, x0, ids, state.step, lambda mask: everything)
-        assert {tensor.device.type for tensor in (outputs, accepted, evaluations)} == {"cuda"}
-        engine.finite(state)
+        answers = program.finish(state, batch)
+        if config.guard:
+            losses = program.losses(state, batch, answers, [[True] * images] * 3)
+            assert all(found.device.type == "cuda" for found in (*program.decide(batch, answers, losses), *losses))
+        assert all(found.device.type == "cuda" for found in (*program.decide(batch, answers, []), finite(state)))
 
 
 @pytest.mark.slow
@@ -251,18 +243,18 @@ def test_a_traced_step_and_guard_stay_on_the_gpu(kind, name, config):
     made = KINDS[kind]()
     with fakes.fake_cuda() as mode:
         run = Run(mode, kind, config, 2, made)
-        state, inputs, x0, ids = run.step_arguments()
+        state, batch = run.started()
         leaves, structure = pytree.tree_flatten(state)
-        problem = run.engine.problem
+        program, x0, ids = run.engine.program, batch.x0, batch.image_ids
 
         def step(*given: Tensor) -> Tensor:
-            return adaptation_step(problem, pytree.tree_unflatten(list(given), structure), inputs, x0, ids)
+            return program.step(pytree.tree_unflatten(list(given), structure), batch, 0)
 
         graph = make_fx(step)(*leaves)
         assert any("denoising_loss" in str(node.target) for node in graph.graph.nodes)
         if config.guard:
-            conditions = run.task.decision(run.engine.source_outputs(inputs, Checks()), problem.denoiser)
-            graph = make_fx(lambda x0: held_out_losses(problem, conditions, x0, ids, state.step))(x0)
+            conditions = run.task.decision(batch.before, program.problem.denoiser)
+            graph = make_fx(lambda x0: held_out_losses(program.problem, program.schedule, conditions, x0, ids, state.step))(x0)
             assert any("denoising_loss" in str(node.target) for node in graph.graph.nodes)
 
 
@@ -305,18 +297,18 @@ def test_attention_is_asked_for_what_cuda_takes():
 
 
 @pytest.mark.parametrize("answers", [2, 3])
-def test_a_guard_of_one_image_is_one_forward(answers):
+def test_a_guard_of_one_image_is_one_forward(answers, guarded):
     """Whatever the number of answers: 24 pairs of each run together where memory allows."""
     made = KINDS["classification"]()
     with fakes.fake_cuda() as mode:
         run = Run(mode, "classification", presets.FAST, 1, made)
-        state, inputs, x0, ids = run.step_arguments()
-        outputs = run.engine.forward(state, inputs)
+        state, batch = run.started()
+        outputs = run.engine.program.forward(state, batch.inputs)
         rows: list[int] = []
-        run.engine.problem.denoiser.network.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+        run.engine.program.problem.denoiser.network.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
         asked = [[True], [True], [answers == 3]]
         with Counter() as counter:
-            run.engine.guard(outputs, [outputs + 1, outputs + 2], x0, ids, state.step, lambda mask: asked)
+            guarded(run.engine.program, outputs, [outputs + 1, outputs + 2], batch.x0, batch.image_ids, state.step, asked)
         assert rows == [24 * answers]
         assert sum(count.calls for count in counter.counts.values()) > 100
 
@@ -349,9 +341,8 @@ def test_a_call_waits_twice_at_most(preset, images, most, monkeypatch):
         return [true(tuple(mask.shape)) for mask in masks]
 
     with fakes.fake_cuda() as mode, monkeypatch.context() as patch:
-        for module in (inputs_module, adapter_module):
+        for module in (reads_module, program_module):
             patch.setattr(module, "read", read)
-        patch.setattr(step_module, "read_one", lambda mask: read(mask)[0])
         patch.setattr(torch.cuda, "Event", _Event)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: None)
         patch.setattr(constants, "detect_fake_mode", lambda: None)  # constants stay on the device from call to call
@@ -361,7 +352,7 @@ def test_a_call_waits_twice_at_most(preset, images, most, monkeypatch):
             model, denoiser = fakes.to_cuda(mode, model), fakes.to_cuda(mode, denoiser)
             denoiser.calibration = calibration
             with pytest.MonkeyPatch.context() as inner:
-                inner.setattr("dtta_fast.adapter.Engine", lambda *parts: _engine(mode, *parts))
+                inner.setattr("dtta_fast.session.adapter.Engine", lambda *parts: _engine(mode, *parts))
                 session = Adapter(model, denoiser, config, task)
             batch = torch.rand(images, 3, 32, 32, device="cuda")
             session.adapt(batch)

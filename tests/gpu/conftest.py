@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dtta_fast import AdaptResult
 from dtta_fast.denoisers.base import Denoiser, to_model_range
 from dtta_fast.denoisers.dit import DiT
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.tasks import Depth, Segmentation, Task
 
 # the most valuable files come first, in case time runs out; files that are not named here come last

@@ -36,12 +36,10 @@ def effect_of_a_step(session: Adapter, images: Tensor) -> Tensor:
     engine = session.engine
     engine.refresh()
     with engine.context():
-        problem = engine.problem
-        inputs, x0 = problem.task.normalise(problem.model, images), problem.denoiser.encode(images)
-        engine.plan(inputs, x0, session.config.pairs)
-        state, before = engine.start(inputs, None)
-        engine.step(state, inputs, x0, torch.arange(len(images), device=images.device))
-        return (engine.forward(state, inputs) - before).double().cpu()
+        program = engine.program
+        state, batch = program.begin(images, torch.arange(len(images), device=images.device))
+        program.step(state, batch, 0)
+        return (program.forward(state, batch.inputs) - batch.before).double().cpu()
 
 
 @pytest.mark.parametrize("rung", RUNGS)

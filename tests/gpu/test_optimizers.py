@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtta_fast.optimizers import init_slots, rate, update_
-from dtta_fast.parameters import copies, in_dtypes_of
+from dtta_fast.core.optimizers import init_slots, rate, update_
+from dtta_fast.core.weights import copies, in_dtypes_of
 
 pytestmark = pytest.mark.gpu
 LR = 2**-7  # float32 holds it exactly, and the GPU's optimizers take float32 rates

@@ -30,7 +30,7 @@ def test_ladder(request, denoiser, images, moved, device, difference, precision,
     found = session.adapt(there)
     assert difference(found, expected) < LADDER[precision]
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16 if device == "cuda" else torch.float32}
-    private = session.engine.problem
+    private = session.engine.program.problem
     assert private.denoiser.dtype == wanted.get(precision, torch.float32)
     assert next(private.model.parameters()).dtype == torch.float32
     assert modules[1].dtype == torch.float32  # the caller's own
@@ -39,7 +39,7 @@ def test_ladder(request, denoiser, images, moved, device, difference, precision,
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_auto_leaves_what_is_not_float32(mlp, small_denoiser, device, dtype):
     session = Adapter(mlp.to(device), small_denoiser.to(device, dtype), CONFIG)
-    assert session.engine.problem.denoiser.dtype == dtype
+    assert session.engine.program.problem.denoiser.dtype == dtype
 
 
 def _read(read: Callable[[], Any]) -> Any:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dtta_fast import AdaptConfig, Calibration, adapt, calibrate, calibrating, presets, zoo
+from dtta_fast import AdaptConfig, Calibration, adapt, calibrate, presets, zoo
+from dtta_fast.core import calibrate as calibrating
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
-from dtta_fast.process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.tasks import Classification, Segmentation, Task
 
 pytestmark = pytest.mark.gpu

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtta_fast import AdaptConfig, Adapter
-from dtta_fast.step import gradients
+from dtta_fast.core.step import gradients
 
 pytestmark = pytest.mark.gpu
 CONFIG = AdaptConfig(steps=1, pairs=3, precision="fp32")
@@ -119,14 +119,12 @@ def assert_batched(model: nn.Module, denoiser: nn.Module, images: Tensor) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = session.adapt(images)
-    assert not engine.problem.loop
-    ids, x0 = torch.arange(count, device=images.device), engine.problem.denoiser.encode(images)
-    problem = engine.problem
-    inputs = problem.task.normalise(problem.model, problem.task.crop(problem.model, images))
-    engine.plan(inputs, x0, CONFIG.pairs)
-    state, before = engine.start(inputs, None)
-    torch.testing.assert_close(before, result.outputs_before, rtol=1e-4, atol=1e-5)
-    found, expected = (gradients(dataclasses.replace(engine.problem, loop=loop), state, inputs, x0, ids) for loop in (False, True))
+    assert not engine.program.problem.loop
+    program = engine.program
+    state, batch = program.begin(session.crop(images), torch.arange(count, device=images.device))
+    torch.testing.assert_close(batch.before, result.outputs_before, rtol=1e-4, atol=1e-5)
+    given = (program.schedule, state, batch.inputs, batch.x0, batch.image_ids)
+    found, expected = (gradients(dataclasses.replace(program.problem, loop=loop), *given) for loop in (False, True))
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     largest = max(float(gradient.norm()) for gradient in expected[1])
     assert largest > 0

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from dtta_fast import AdaptConfig, Adapter, Calibration, presets
-from dtta_fast.step import State, adaptation_step, held_out_losses
+from dtta_fast.core.guard import held_out_losses
+from dtta_fast.core.step import State, adaptation_step
+from dtta_fast.session.program import Batch
 from dtta_fast.tasks import Classification
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
@@ -58,29 +60,25 @@ def parts(model, denoiser, moved) -> list[Any]:
     return moved("cuda", torch.float32, model, denoiser, images)
 
 
-def started(session: Adapter, images: Tensor) -> tuple[State, Tensor, Tensor, Tensor]:
-    """A state to step, with the model's inputs, latents and image ids, as a call has them."""
-    engine = session.engine
-    engine.refresh()
-    problem = engine.problem
-    inputs = problem.task.normalise(problem.model, problem.task.crop(problem.model, images))
-    x0 = problem.denoiser.encode(images)
-    engine.plan(inputs, x0, session.config.pairs)
-    state, _ = engine.start(inputs, None)
-    return state, inputs, x0, torch.arange(len(images), device=images.device)
+def started(session: Adapter, images: Tensor) -> tuple[State, Batch]:
+    """A state to step and its batch, as a call has them."""
+    session.engine.refresh()
+    state, batch = session.engine.program.begin(session.crop(images), torch.arange(len(images), device=images.device))
+    return state, batch
 
 
 def assert_no_waits(session: Adapter, images: Tensor) -> None:
     """Asserts it of a step and of the guard's forwards, after two warm-up rounds."""
-    state, inputs, x0, image_ids = started(session, images)
-    problem = session.engine.problem
+    state, batch = started(session, images)
+    program = session.engine.program
+    problem, x0, image_ids = program.problem, batch.x0, batch.image_ids
     losses = []
     for mode in ("default", "default", "error"):
         torch.cuda.synchronize()
         with sync_debug_mode(mode):
-            losses.append(adaptation_step(problem, state, inputs, x0, image_ids))
-            conditions = problem.task.decision(session.engine.forward(state, inputs), problem.denoiser)
-            losses.append(held_out_losses(problem, conditions, x0, image_ids, state.step))
+            losses.append(adaptation_step(problem, program.schedule, state, batch.inputs, x0, image_ids))
+            conditions = problem.task.decision(program.forward(state, batch.inputs), problem.denoiser)
+            losses.append(held_out_losses(problem, program.schedule, conditions, x0, image_ids, state.step))
     assert all(bool(loss.isfinite().all()) for loss in losses)
     assert int(state.step) == 3
 

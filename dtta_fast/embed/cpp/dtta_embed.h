@@ -77,6 +77,7 @@ struct Result {
   std::int64_t steps_run = 0;
   std::vector<double> step_seconds; /* [steps_run] */
   double seconds = 0;               /* of the call */
+  std::vector<std::string> calls;   /* the package's functions that ran, in order, such as start, step, finish, decide */
 };
 
 /* A loaded package with its adapted weights. Calls from several threads take turns. */

@@ -145,6 +145,28 @@ std::string first_line(const std::exception& error) {
   return all.substr(0, all.find('\n'));
 }
 
+/* Whether each image's outputs [B, ...] are finite; -inf is allowed where `before` has it too: a masked class. */
+Tensor usable(const Tensor& outputs, const Tensor& before) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  return (outputs.isfinite() | ((outputs == -infinity) & (before == -infinity))).flatten(1).all(1);
+}
+
+/* Rows [B, ...] of `chosen` where the mask [B] is true, and of `otherwise` elsewhere. */
+Tensor where(const Tensor& mask, const Tensor& chosen, const Tensor& otherwise) {
+  std::vector<int64_t> shape(static_cast<size_t>(chosen.dim()), 1);
+  shape[0] = -1;
+  return at::where(mask.view(shape), chosen, otherwise);
+}
+
+bool finite(const Tensors& state) {
+  return std::all_of(state.begin(), state.end(), [](const Tensor& tensor) { return tensor.isfinite().all().item<bool>(); });
+}
+
+Tensors joined(Tensors first, std::initializer_list<Tensor> others) {
+  first.insert(first.end(), others);
+  return first;
+}
+
 }  // namespace
 
 struct Session::Impl {
@@ -152,17 +174,15 @@ struct Session::Impl {
   std::map<std::string, std::unique_ptr<Loader>> functions;
   Tensors initial, state;
   Durations step, end, guard;
+  std::vector<std::string> calls; /* the functions that the current call has run */
   std::mutex mutex;
 
-  /* What a state's bytes begin with. */
+  /* The first bytes of a saved state. */
   std::string label() const { return manifest.weights + "\n" + manifest.config + "\n"; }
 
-  Tensors run(const std::string& name, const Tensors& inputs) { return functions.at(name)->run(inputs); }
-
-  Tensors with_state(std::initializer_list<Tensor> others) const {
-    Tensors found = state;
-    found.insert(found.end(), others);
-    return found;
+  Tensors run(const std::string& name, const Tensors& inputs) {
+    calls.push_back(name);
+    return functions.at(name)->run(inputs);
   }
 
   std::string refusal(const Images& images, const Options& options) const {
@@ -183,64 +203,86 @@ struct Session::Impl {
     return "";
   }
 
-  /* As Package._adapt in package.py. warming: every function is run and timed, whether an image asks for it or not, and an online state
-   * stays as it was. */
+  /* Adapts to a batch like Package._adapt in package.py. The state of an online package changes only if the call succeeds, is not warming,
+   * and leaves a usable state. */
   Result adapt(const Images& images, const Options& options, Clock::time_point begun, bool warming) {
     const c10::NoGradGuard no_gradients;
-    Tensors kept;
+    calls.clear();
+    Tensors working = state;
     if (manifest.online)
-      for (const Tensor& tensor : state) kept.push_back(tensor.clone());
-    const auto put_back = [&] {
-      if (!kept.empty()) at::_foreach_copy_(state, kept);
-    };
-    try {
-      Result result = attempted(images, options, begun, warming);
-      const auto finite = [](const Tensor& tensor) { return tensor.isfinite().all().item<bool>(); };
-      if (warming || (!kept.empty() && !std::all_of(state.begin(), state.end(), finite))) put_back();
-      return result;
-    } catch (...) {
-      put_back();  // a call that fails leaves no trace
-      throw;
-    }
+      for (Tensor& tensor : working) tensor = tensor.clone();  // steps write in place, and a failed call must leave no trace
+    else
+      at::_foreach_copy_(working, initial);
+    bool keep = false;
+    Result result = loop(working, images, options, begun, warming, keep);
+    if (keep && !warming) state = working;
+    result.calls = calls;
+    result.seconds = seconds_since(begun);
+    return result;
   }
 
-  Result attempted(const Images& images, const Options& options, Clock::time_point begun, bool warming) {
+  /* The loop of session/program.py: the same calls in the same order. warming: runs and times every part, even if no image needs it.
+   * keep: set to whether later batches may continue from `working`. */
+  Result loop(Tensors& working, const Images& images, const Options& options, Clock::time_point begun, bool warming, bool& keep) {
     const Manifest& m = manifest;
     const double limit = options.deadline_ms ? *options.deadline_ms / 1000 : std::numeric_limits<double>::infinity();
-    Result result;
+    const auto has_time = [&](std::initializer_list<const Durations*> parts) {
+      double expected = seconds_since(begun);
+      for (const Durations* part : parts) expected += part->expected();
+      return expected <= limit;
+    };
     const Tensor crop = at::from_blob(const_cast<float*>(images.pixels), {m.batch, 3, m.height, m.width}, at::kFloat).clone();
     const Tensor ids = at::arange(m.batch, at::kLong);
     std::copy(options.image_ids.begin(), options.image_ids.end(), ids.mutable_data_ptr<int64_t>());
-    if (!m.online) at::_foreach_copy_(state, initial);
-    Tensors of_start = {crop};
-    if (m.online) of_start.insert(of_start.end(), state.begin(), state.end());
-    const Tensors prepared = run("start", of_start);
-    const Tensor &inputs = prepared[0], &x0 = prepared[1], &before = prepared[2], &first = prepared[3], &asked = prepared[4];
-    Tensor after = first, standing = before, accepted = at::zeros_like(asked), fresh = at::zeros({2, m.batch}, at::kBool);
+    const auto started = [&](const Tensors& from) {
+      Tensors given = {crop};
+      if (m.online) given.insert(given.end(), from.begin(), from.end());
+      return run("start", given);
+    };
+    const Tensors prepared = started(working);
+    const Tensor &inputs = prepared[0], &x0 = prepared[1], &first = prepared[3], &asked = prepared[4];
+    Tensor before = prepared[2], after = first, standing = before;
+    Tensor accepted = at::zeros_like(asked), fresh = at::zeros({2, m.batch}, at::kBool);
+    const size_t steps = warming || asked.any().item<bool>() ? static_cast<size_t>(m.steps) : 0;
+    Result result;
     Tensors losses;
-    if (warming || asked.any().item<bool>()) {
-      for (int64_t i = 0; i < m.steps; ++i) {
-        if (seconds_since(begun) + step.expected() + end.expected() + guard.expected() > limit) break;
-        const auto start = Clock::now();
-        losses.push_back(run("step", with_state({inputs, x0, ids}))[0]);
-        result.step_seconds.push_back(seconds_since(start));
-        step.note(result.step_seconds.back());
-      }
+    while (losses.size() < steps && has_time({&step, &end, &guard})) {
       const auto start = Clock::now();
-      const Tensors finished = run("finish", with_state({inputs, before, first, asked}));
+      losses.push_back(run("step", joined(working, {inputs, x0, ids}))[0]);
+      result.step_seconds.push_back(seconds_since(start));
+      step.note(result.step_seconds.back());
+    }
+    if (!losses.empty()) {
+      const auto start = Clock::now();
+      const Tensors finished = run("finish", joined(working, {inputs, before, first, asked}));
       end.note(seconds_since(start));
       after = finished[0], standing = finished[1], accepted = finished[2], fresh = finished[3];
     }
-    if (seconds_since(begun) + guard.expected() > limit) fresh = at::zeros_like(fresh);  // no changed answer stands without a comparison
+    if (!has_time({&guard})) fresh = at::zeros_like(fresh);  // no changed answer is accepted without a comparison
     const auto start = Clock::now();
-    Tensors decision = {before, after, first, standing, accepted, fresh};
-    for (int i = 0; i < 3; ++i) decision.push_back(at::zeros({m.batch, std::max<int64_t>(1, m.guard)}, x0.options()));
+    const bool sound_before = !m.online || usable(before, before).all().item<bool>();
+    const bool sound = sound_before && (!m.online || (finite(working) && usable(after, before).all().item<bool>()));
+    const Tensors no_losses(3, at::zeros({m.batch, std::max<int64_t>(1, m.guard)}, x0.options()));
+    Tensors held_out = no_losses;
     if (m.guard > 0 && (warming || fresh.any().item<bool>())) {
-      for (int i = 0; i < 3; ++i)
-        if (warming || i == 0 || fresh[i - 1].any().item<bool>()) decision[6 + i] = run("losses", {decision[i], x0, ids, state.back()})[0];
+      const Tensor answers[] = {before, after, first};
+      for (size_t i = 0; i < 3; ++i)
+        if (warming || i == 0 || fresh[static_cast<int64_t>(i) - 1].any().item<bool>())
+          held_out[i] = run("losses", {answers[i], x0, ids, working.back()})[0];
       guard.note(seconds_since(start));
     }
-    const Tensors decided = run("decide", decision);
+    const auto decide = [&](const Tensor& changed, const Tensors& known) {
+      return run("decide", {before, after, first, standing, accepted, changed, known[0], known[1], known[2]});
+    };
+    Tensors decided = decide(fresh, held_out);
+    if (!sound_before) {  // the state is useless for these images: they get the source model's answers
+      const Tensor source = started(run("state", {}))[2];
+      standing = where(usable(decided[0], source), decided[0], source);
+      accepted = decided[1] & usable(decided[0], source);
+      before = where(usable(before, source), before, source);
+      decided = decide(at::zeros_like(fresh), no_losses);
+    }
+    keep = m.online && !losses.empty() && sound;
     result.steps_run = static_cast<int64_t>(losses.size());
     result.outputs = floats(decided[0]);
     result.outputs_before = floats(before);
@@ -252,7 +294,6 @@ struct Session::Impl {
       result.accepted.push_back(decided[1][i].item<bool>());
       result.evaluations.push_back(spent[i].item<int64_t>());
     }
-    result.seconds = seconds_since(begun);
     return result;
   }
 };

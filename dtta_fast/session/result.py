@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dtta_fast.runtime.clock import Clock
-from dtta_fast.step import State
+from dtta_fast.session.program import Outcome
 
 
 @dataclass(frozen=True)
@@ -44,42 +44,39 @@ class AdaptResult:
         return self.clock.seconds
 
 
-class Group(NamedTuple):
-    """The results of a group of images that ran at once."""
-
-    state: State | None
-    before: Tensor
-    outputs: Tensor
-    loss: Tensor
-    accepted: Tensor
-    evaluations: Tensor
+def indices(mask: list[bool], device: torch.device) -> Tensor:
+    """Returns the positions of the true values as an int64 tensor; the host does not wait for the device."""
+    positions = [i for i, wanted in enumerate(mask) if wanted]
+    return torch.tensor(positions, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
-def assembled(rows: Tensor | None, groups: list[Group], outputs: Tensor | None, forwards: int) -> dict[str, Any]:
-    """Assembles AdaptResult's fields for all images: those in `rows` from the groups, the others unchanged.
+def assembled(rows: Tensor | None, outcomes: list[Outcome], unchanged: tuple[Tensor, Tensor] | None, forwards: int) -> dict[str, Any]:
+    """Assembles AdaptResult's fields for all images: those in `rows` from the outcomes, the others unchanged.
 
-    rows: [A], the images selected for adaptation; None is all. The groups hold either these or all images.
-    outputs: [B, ...], the source model's outputs, needed if some images were not adapted.
+    rows: [A], the images selected for adaptation; None is all. The outcomes hold either these or all images.
+    unchanged: the source model's outputs and predictions [B, ...], needed if some images were not adapted.
     forwards: denoiser forward passes per image and step.
     """
-    names = ("before", "outputs", "loss", "accepted", "evaluations")
-    found = {name: torch.cat([getattr(group, name) for group in groups]) for name in names} if groups else {}
+    names = Outcome._fields[1:]
+    found = {name: torch.cat([getattr(outcome, name) for outcome in outcomes]) for name in names} if outcomes else {}
     steps = found["loss"].shape[1] if found else 0
-    if rows is not None and found and len(found["loss"]) > len(rows):  # the groups hold other images too
+    if rows is not None and found and len(found["loss"]) > len(rows):  # the outcomes hold other images too
         found = {name: values[rows] for name, values in found.items()}
     if found:
         found["evaluations"] = found["evaluations"] + steps * forwards
-    if rows is not None and outputs is not None:
-        images = len(outputs)
+    if rows is not None and unchanged is not None:
+        (outputs, predictions), images = unchanged, len(unchanged[0])
         whole = {
             "before": outputs,
             "outputs": outputs.clone(),
+            "predictions": predictions.clone(),
+            "predictions_before": predictions,
             "loss": outputs.new_full((images, steps), torch.nan, dtype=torch.promote_types(outputs.dtype, torch.float32)),
             "accepted": torch.zeros(images, dtype=torch.bool, device=outputs.device),
             "evaluations": torch.zeros(images, dtype=torch.int64, device=outputs.device),
         }
         for name, values in found.items():
-            if name != "before":
+            if name not in ("before", "predictions_before"):
                 whole[name][rows] = values.to(whole[name].dtype)
         found = whole
     found["outputs_before"] = found.pop("before")

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
-from dtta_fast import adam8bit
+from dtta_fast.config import Optimizer
+from dtta_fast.core import adam8bit
 from dtta_fast.runtime import demands
 from dtta_fast.runtime.compiling import is_tracing
 
-Optimizer = Literal["sgd", "adam", "adamw", "adam8bit"]
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # torch.optim's defaults
 
 Tensors = list[Tensor]

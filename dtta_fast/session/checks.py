@@ -5,49 +5,31 @@ Shape and dtype checks raise immediately. On a GPU, value checks are deferred un
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dtta_fast.config import AdaptConfig
+from dtta_fast.core.weights import anchor
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.runtime.reads import read
+from dtta_fast.runtime.reads import Checks
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Checks:
-    """A call's pending value checks. On a CPU reading a value costs nothing, so they are made immediately."""
+class Request(NamedTuple):
+    """The arguments of a call, as in Adapter.adapt; after checked(), with floating-point images [B, 3, H, W] and all ids.
 
-    def __init__(self) -> None:
-        self._owed: list[tuple[Tensor, Callable[[], str]]] = []
+    deadline: in milliseconds from the call as it is given; after checked(), seconds on the clock of time.perf_counter().
+    """
 
-    def require(self, fine: Tensor, error: Callable[[], str]) -> None:
-        """Requires `fine`, a 0-dim bool tensor, to be true; error() returns the message if it is not.
-
-        Raises:
-            ValueError: `fine` is false and on a CPU.
-        """
-        self._owed.append((fine, error))
-        if fine.device.type == "cpu":
-            self.settle()
-
-    def settle(self, *wanted: Tensor) -> list[Any]:
-        """Makes the pending checks, and reads the `wanted` bool tensors in the same transfer; see runtime.reads.read().
-
-        Raises:
-            ValueError: a check fails.
-        """
-        owed, self._owed = self._owed, []
-        if not owed and not wanted:
-            return []
-        found = read(*(fine for fine, _ in owed), *wanted)
-        for (_, error), fine in zip(owed, found, strict=False):
-            if not fine:
-                raise ValueError(error())
-        return found[len(owed) :]
+    images: Tensor
+    image_ids: Any
+    latents: Tensor | None = None
+    timesteps: Tensor | None = None
+    noise: Tensor | None = None
+    deadline: float | None = None
 
 
 def check_arguments(model: Any, denoiser: Any, config: Any, task: Any) -> None:
@@ -141,6 +123,56 @@ def checked_ids(image_ids: Tensor | None, images: Tensor, checks: Checks) -> Ten
     return image_ids
 
 
+def device_of(model: nn.Module, denoiser: nn.Module) -> torch.device:
+    """Returns the device of both modules. Raises ValueError if they are on different ones."""
+    device, other = anchor(model).device, anchor(denoiser).device
+    if other != device:
+        raise ValueError(f"denoiser is on {other} and model on {device}; move one of them")
+    return device
+
+
+def checked(request: Request, start: float, device: torch.device, config: AdaptConfig, checks: Checks) -> Request:
+    """Checks all of a call's arguments that need no denoiser. start: time of the call on the clock of time.perf_counter().
+
+    Raises:
+        TypeError, ValueError: an argument is invalid. RuntimeError: see check_surroundings().
+    """
+    check_surroundings()
+    images = checked_images(request.images, device, checks)
+    image_ids = checked_ids(request.image_ids, images, checks)
+    deadline = None if request.deadline is None else start + checked_deadline(request.deadline) / 1000
+    if deadline is not None and config.method != "adapt":
+        raise ValueError(
+            f"deadline_ms is {request.deadline!r} with method {config.method!r}, which makes no steps to stop after: leave it out"
+        )
+    for name in ("timesteps", "noise"):
+        if getattr(request, name) is not None and config.method != "adapt":
+            raise ValueError(f"{name} is given with method {config.method!r}, which draws pairs of its own: leave it out")
+    return request._replace(images=images, image_ids=image_ids, deadline=deadline)
+
+
+def checked_pairs(request: Request, denoiser: Denoiser, config: AdaptConfig, checks: Checks) -> Request:
+    """Checks a request's latents, timesteps and noise against the denoiser, and returns the latents in the dtype of its losses.
+
+    Raises:
+        TypeError, ValueError: one of them is invalid.
+    """
+    images, latents, timesteps, noise = request.images, request.latents, request.timesteps, request.noise
+    if latents is not None:
+        latents = checked_latents(latents, images, denoiser, checks)
+    if timesteps is not None:
+        check_timesteps(timesteps, images, len(denoiser.process), config, checks)
+        if config.antithetic and noise is None and timesteps.shape[2] % 2:
+            raise ValueError(f"timesteps has {timesteps.shape[2]} pairs with antithetic; opposite noises take an even number of pairs")
+    if noise is not None:
+        noise = checked_tensor("noise", noise, images.device)
+        expected = (len(images), config.steps, config.pairs if timesteps is None else timesteps.shape[2], *denoiser.latent_shape)
+        if tuple(noise.shape) != expected or not noise.is_floating_point():
+            raise ValueError(f"noise is {noise.dtype} {tuple(noise.shape)}; give floating point [B, steps, P, C, h, w] = {list(expected)}")
+        checks.require(noise.isfinite().all(), lambda: "noise holds NaN or infinity")
+    return request._replace(latents=latents)
+
+
 def checked_latents(latents: Tensor, images: Tensor, denoiser: Denoiser, checks: Checks) -> Tensor:
     latents = checked_tensor("latents", latents, images.device)
     expected = (len(images), *denoiser.latent_shape)
@@ -153,35 +185,17 @@ def checked_latents(latents: Tensor, images: Tensor, denoiser: Denoiser, checks:
     return latents.to(torch.promote_types(denoiser.dtype, torch.float32))
 
 
-def check_draws(
-    timesteps: Tensor | None,
-    noise: Tensor | None,
-    images: Tensor,
-    latent_shape: tuple[int, ...],
-    config: AdaptConfig,
-    rows: int,
-    checks: Checks,
-) -> None:
-    pairs, count = config.pairs, len(images)
-    if timesteps is not None:
-        timesteps = checked_tensor("timesteps", timesteps, images.device)
-        fits = timesteps.ndim == 3 and timesteps.shape[:2] == (count, config.steps) and timesteps.shape[2] > 0
-        if not fits or timesteps.dtype != torch.int64:
-            found = f"{timesteps.dtype} {tuple(timesteps.shape)}"
-            raise ValueError(f"timesteps is {found}; give int64 [B, steps, P] with B = {count} and steps = {config.steps}")
-        low, high = timesteps.aminmax()
-        checks.require(
-            (low >= 0) & (high < rows), lambda: f"timesteps lies in {int(low)} .. {int(high)}; the denoiser's process has 0 .. {rows - 1}"
-        )
-        pairs = timesteps.shape[2]
-        if config.antithetic and noise is None and pairs % 2:
-            raise ValueError(f"timesteps has {pairs} pairs with antithetic; opposite noises take an even number of pairs")
-    if noise is not None:
-        noise = checked_tensor("noise", noise, images.device)
-        expected = (count, config.steps, pairs, *latent_shape)
-        if tuple(noise.shape) != expected or not noise.is_floating_point():
-            raise ValueError(f"noise is {noise.dtype} {tuple(noise.shape)}; give floating point [B, steps, P, C, h, w] = {list(expected)}")
-        checks.require(noise.isfinite().all(), lambda: "noise holds NaN or infinity")
+def check_timesteps(timesteps: Tensor, images: Tensor, rows: int, config: AdaptConfig, checks: Checks) -> None:
+    timesteps = checked_tensor("timesteps", timesteps, images.device)
+    count = len(images)
+    fits = timesteps.ndim == 3 and timesteps.shape[:2] == (count, config.steps) and timesteps.shape[2] > 0
+    if not fits or timesteps.dtype != torch.int64:
+        found = f"{timesteps.dtype} {tuple(timesteps.shape)}"
+        raise ValueError(f"timesteps is {found}; give int64 [B, steps, P] with B = {count} and steps = {config.steps}")
+    low, high = timesteps.aminmax()
+    checks.require(
+        (low >= 0) & (high < rows), lambda: f"timesteps lies in {int(low)} .. {int(high)}; the denoiser's process has 0 .. {rows - 1}"
+    )
 
 
 def checked_deadline(deadline_ms: float) -> float:

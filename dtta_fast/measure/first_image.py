@@ -1,4 +1,4 @@
-"""Adapts to the first images in a fresh process: `python -m dtta_fast.first_image`, which benchmark.first_image starts and times.
+"""Adapts to the first images in a fresh process: `python -m dtta_fast.measure.first_image`, which benchmark.first_image starts and times.
 
 Reads request.json and images.safetensors from the working folder, and writes result.json there. Resident memory is None if the system has
 no /proc.
@@ -20,9 +20,9 @@ def main() -> None:
     from diffusers import DDPMScheduler  # noqa: F401
     from safetensors.torch import load_file
 
-    from dtta_fast.adapter import Adapter
     from dtta_fast.config import AdaptConfig
     from dtta_fast.runs.models import load_pair
+    from dtta_fast.session.adapter import Adapter
 
     imported, folder = time.time(), Path.cwd()
     request: dict[str, Any] = json.loads((folder / "request.json").read_text())

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtta_fast.calibration import Calibration
+from dtta_fast.core.loss import Pairs, pair_losses
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.objectives import Pairs, pair_losses
+from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.runtime.private import PrivateCopy
 
 BINS = 20  # equal parts of the noise process

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dtta_fast import presets, zoo
-from dtta_fast.adapter import Adapter
 from dtta_fast.config import AdaptConfig
-from dtta_fast.environment import device_name
 from dtta_fast.kernels import backends
-from dtta_fast.runtime.precision import denoiser_dtype
+from dtta_fast.runtime.environment import device_name
+from dtta_fast.session.adapter import Adapter
+from dtta_fast.session.precision import denoiser_dtype
 
 TIMED = presets.FAST.replace(precheck="off")  # so that every step runs
 COMPARED = TIMED.replace(precision="fp32", guard=0)  # rounding stays small, and no guard takes the update back

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
 
 import torch
@@ -49,12 +48,3 @@ def private_denoiser(denoiser: Denoiser, precision: Precision, device: torch.dev
     tensors = (*denoiser.named_parameters(), *denoiser.named_buffers())
     names = {name for name, tensor in tensors if tensor.is_floating_point()} - set(denoiser.keep_in_float32)
     return PrivateCopy(denoiser, dtype, names)
-
-
-def gradient_scale(dtype: torch.dtype, elements: int, divisor: int) -> float:
-    """Returns the loss scale for float16: a power of two near 1 / (weight of one element in the loss), or 1 for other dtypes.
-
-    It brings gradients to the magnitude of the residual, far from float16's limits 6e-8 and 65504. The loss is a mean over the `elements`
-    of a latent and `divisor` pairs.
-    """
-    return 2.0 ** round(math.log2(elements * divisor)) if dtype == torch.float16 else 1.0

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dtta_fast.files import read_text
 from dtta_fast.runtime.constants import kept, numbers
+from dtta_fast.runtime.files import read_text
 
 LEAST = 8  # minimum images to measure on: with fewer, single images dominate the mean power
 MOST_GAIN = 4.0  # largest factor by which a frequency is raised or lowered: what blur has removed completely cannot be recovered

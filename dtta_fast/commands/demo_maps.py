@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dtta_fast import zoo
-from dtta_fast.adapter import Adapter
+from dtta_fast.commands.demo_digits import CLEAN
 from dtta_fast.config import AdaptConfig
 from dtta_fast.data.corruptions import DEPTH_C, SEGMENTATION_C, corrupt
 from dtta_fast.data.scenes import CLASSES, FARTHEST, NEAREST, Scenes, scenes
-from dtta_fast.demo import CLEAN
 from dtta_fast.metrics import bootstrap_interval, confusion, depth_errors, mean_class_accuracy, mean_iou
+from dtta_fast.session.adapter import Adapter
 
 DenseName = Literal["segmentation", "depth"]
 BATCH = 8

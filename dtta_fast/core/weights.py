@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dtta_fast import lora
+from dtta_fast.config import ParameterSet
+from dtta_fast.core import lora
 from dtta_fast.runtime.attention import vmappable_attention
 from dtta_fast.runtime.private import TIED, tied_names
 
-ParameterSet = Literal["all", "norm", "head", "logits", "lora"]
 Parameters = dict[str, Tensor]
+
+
+def anchor(model: nn.Module) -> Tensor:
+    """Returns a tensor with the model's device and dtype."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0, dtype=torch.float32, device="cpu"))
 
 
 def select(model: nn.Module, which: ParameterSet) -> Parameters:

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtta_fast import environment
-from dtta_fast.adapter import Adapter
-from dtta_fast.bottleneck import Row, bottleneck
 from dtta_fast.config import AdaptConfig
-from dtta_fast.result import AdaptResult
-from dtta_fast.roofline import Peak, measured_peak
+from dtta_fast.measure.bottleneck import Row, bottleneck
+from dtta_fast.measure.counting import Count, Counter
+from dtta_fast.measure.roofline import Peak, measured_peak
+from dtta_fast.runtime import environment
 from dtta_fast.runtime.clock import Clock
-from dtta_fast.runtime.counting import Count, Counter
 from dtta_fast.runtime.phases import OTHER, PHASES, Listener, listening
-from dtta_fast.runtime.precision import products
+from dtta_fast.session.adapter import Adapter
+from dtta_fast.session.precision import products
+from dtta_fast.session.result import AdaptResult
 
 RUNS, LONG = 3, 10.0  # number of timed runs; fewer once they have taken this many seconds
 UNSTEADY = 1.3  # ratio of the slowest to the fastest run above which timings count as unsteady
@@ -138,7 +138,7 @@ def profile(
     with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), counter, listening(counter):
         run()
     with products(adapter.config.precision, images.device):
-        peak = measured_peak(images.device, adapter.engine.problem.denoiser.dtype)
+        peak = measured_peak(images.device, adapter.engine.program.problem.denoiser.dtype)
 
     by_phase: dict[str, Count] = {}
     by_operator: dict[str, Count] = {}

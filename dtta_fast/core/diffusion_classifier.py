@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from dtta_fast.step import Problem, held_out_losses
+from dtta_fast.core.guard import held_out_losses
+from dtta_fast.core.problem import Problem, Schedule
 
 OUT = -1e4  # logit of a class that was not evaluated, relative to the lowest logit of the evaluated classes
 
 
 @torch.no_grad()
-def classify(problem: Problem, outputs: Tensor, x0: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
+def classify(problem: Problem, schedule: Schedule, outputs: Tensor, x0: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Computes logits [B, K] and evaluations [B] for latents [B, C, h, w].
 
     All classes of an image are evaluated on the same pairs, in config.steps stages of config.pairs each. If config.guard_threshold is
@@ -25,8 +24,7 @@ def classify(problem: Problem, outputs: Tensor, x0: Tensor, image_ids: Tensor) -
     """
     config, table = problem.config, problem.denoiser.class_embeddings({})
     images, classes = outputs.shape
-    task: Any = problem.task  # a classification task; tasks on maps reject this method
-    alive = task.possible(outputs)
+    alive = problem.class_task.possible(outputs)
     if config.top_k is not None:
         best = outputs.masked_fill(~alive, -torch.inf).topk(config.top_k, dim=1).indices
         alive = torch.zeros_like(alive).scatter(1, best, True)
@@ -40,9 +38,9 @@ def classify(problem: Problem, outputs: Tensor, x0: Tensor, image_ids: Tensor) -
         rows, columns = wanted.nonzero(as_tuple=True)
         at = torch.full((), stage, dtype=torch.int64, device=x0.device)
         found = losses.new_zeros(images, classes, config.pairs)
-        for part in torch.arange(len(rows), dtype=torch.int64, device=x0.device).split(max(1, problem.guard_rows // config.pairs)):
+        for part in torch.arange(len(rows), dtype=torch.int64, device=x0.device).split(max(1, schedule.guard_rows // config.pairs)):
             here = table[columns[part]], x0[rows[part]], image_ids[rows[part]]
-            found[rows[part], columns[part]] = held_out_losses(problem, *here, at, config.pairs).double()
+            found[rows[part], columns[part]] = held_out_losses(problem, schedule, *here, at, config.pairs).double()
         evaluations += config.pairs * wanted.sum(1)
         going = wanted.any(1)
         losses = torch.cat([losses, found], dim=2)

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtta_fast.adapter import Adapter
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.roofline import attained, measured_peak
-from dtta_fast.runtime.counting import Counter
-from dtta_fast.runtime.precision import products
+from dtta_fast.measure.counting import Counter
+from dtta_fast.measure.roofline import attained, measured_peak
+from dtta_fast.session.adapter import Adapter
+from dtta_fast.session.precision import products
 
 FEWEST_ROUNDS = 3  # minimum rounds per batch
 CALLS_BEFORE = 5  # untimed calls after the warm-up, since other images may take other code paths
@@ -150,7 +150,7 @@ def first_image(
         request = {"model": model, "denoiser": denoiser, "device": str(images.device), "config": asdict(config), "folder": os.getcwd()}
         Path(folder, "request.json").write_text(json.dumps({**request, "start": time.time()}))
         kept = {} if caches is None else dict.fromkeys(CACHES, str(Path(caches).resolve()))
-        command = [sys.executable, "-m", "dtta_fast.first_image"]
+        command = [sys.executable, "-m", "dtta_fast.measure.first_image"]
         ended = subprocess.run(command, cwd=folder, env={**os.environ, **kept}, capture_output=True, text=True, check=False)
         if ended.returncode:
             last = (ended.stderr.strip() or "no message").splitlines()[-1]
@@ -190,7 +190,7 @@ def run(
     adapter = Adapter(model, denoiser, config)
     one = latency(adapter, images, calls, labels, advance)
     with products(config.precision, images.device):
-        peak = measured_peak(images.device, adapter.engine.problem.denoiser.dtype)
+        peak = measured_peak(images.device, adapter.engine.program.problem.denoiser.dtype)
     rows = []
     for batch in batches:
         row = throughput(adapter, images[:batch], _rounds(calls), advance)

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from dtta_fast.data.base import Maps
 from dtta_fast.data.images import Images
-from dtta_fast.data.maps import Maps
-from dtta_fast.evaluate import Finished, Worker, fetch
 from dtta_fast.runs.config import RunConfig
+from dtta_fast.runs.worker import Finished, Worker, fetch
 
 RETRIES = 3  # retries of a batch whose worker died
 

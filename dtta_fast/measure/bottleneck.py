@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from dtta_fast.config import AdaptConfig
-from dtta_fast.roofline import Peak, attained, measured_peak
-from dtta_fast.runtime.counting import Count
+from dtta_fast.measure.counting import Count
+from dtta_fast.measure.roofline import Peak, attained, measured_peak
 from dtta_fast.runtime.phases import OTHER
 
 NEAR = 0.2  # share of a peak from which work counts as bound by it; the peak was measured on one large, uninterrupted operator

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from dtta_fast.files import open_plain
+from dtta_fast.runtime.files import open_plain
 
 END, LOCATOR, END64, CENTRAL, LOCAL, AFTER = b"PK\5\6", b"PK\6\7", b"PK\6\6", b"PK\1\2", b"PK\3\4", b"PK\7\x08"
 IN_64 = 0xFFFFFFFF  # value of a 32-bit field whose number is stored in the extra field

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from dtta_fast import lora
-from dtta_fast.engine import Engine, anchor
-from dtta_fast.step import State, initial_state
+from dtta_fast.core import lora
+from dtta_fast.core.step import State, initial_state
+from dtta_fast.core.weights import anchor
+from dtta_fast.session.engine import Engine
+from dtta_fast.session.program import finite
 
 REMEDY = "give one that state_dict() gave under the same models and config"
 
@@ -32,7 +34,7 @@ def loaded(state: Any, engine: Engine) -> State:
         found = ", ".join(map(str, state)) if isinstance(state, Mapping) else f"a {type(state).__name__}"
         raise ValueError(f"state has {found}; state_dict() gives {', '.join(State._fields)}")
     outputs = torch.empty(0, dtype=torch.float32, device=anchor(engine.model).device)
-    new = initial_state(engine.problem, *engine.source(), outputs)
+    new = initial_state(engine.program.problem, *engine.program.source(), outputs)
     for field in ("theta", "phi"):
         given, own = state[field], getattr(new, field)
         if not isinstance(given, Mapping) or set(given) != set(own):
@@ -48,7 +50,7 @@ def loaded(state: Any, engine: Engine) -> State:
     _take(new.step, state["step"], "step")
     if not 0 <= int(new.step) < 2**31:
         raise ValueError(f"state's step is {int(new.step)}; {REMEDY}")
-    if not engine.finite(new):
+    if not finite(new):
         raise ValueError(f"state holds NaN or infinity; {REMEDY}")
     return new
 
@@ -89,6 +91,6 @@ def save_adapters(state: State | None, engine: Engine, folder: Path) -> None:
             f"{config.mode!r}; an online adapter with 'lora' has some after its first batch"
         )
     if kinds[0] == "lora":
-        lora.save(folder, engine.problem.model, state.theta, unet=False)
+        lora.save(folder, engine.program.problem.model, state.theta, unet=False)
     if kinds[1] == "lora":
-        lora.save(folder, engine.problem.denoiser, state.phi, unet=True)
+        lora.save(folder, engine.program.problem.denoiser, state.phi, unet=True)

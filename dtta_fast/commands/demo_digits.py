@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dtta_fast import zoo
-from dtta_fast.adapter import Adapter
 from dtta_fast.config import AdaptConfig
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import Split, load_digits
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.metrics import bootstrap_interval
+from dtta_fast.session.adapter import Adapter
 from dtta_fast.tasks.base import Task
 
 CLEAN = "clean"

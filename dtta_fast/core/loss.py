@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dtta_fast.core.weights import Parameters, call, in_dtypes_of, of_image, with_weights
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.kernels import add_noise, denoising_loss, denoising_loss_and_gradient
-from dtta_fast.parameters import Parameters, call, in_dtypes_of, of_image, with_weights
 from dtta_fast.runtime.compiling import leaf
 from dtta_fast.runtime.phases import phase
-from dtta_fast.runtime.precision import gradient_scale
 
 
 class Pairs(NamedTuple):
@@ -200,3 +200,12 @@ def accumulated_gradients(
     else:
         run()
     return loss, gradients[: len(moving)], gradients[len(moving) :], scale
+
+
+def gradient_scale(dtype: torch.dtype, elements: int, divisor: int) -> float:
+    """Returns the loss scale for float16: a power of two near 1 / (weight of one element in the loss), or 1 for other dtypes.
+
+    It brings gradients to the magnitude of the residual, far from float16's limits 6e-8 and 65504. The loss is a mean over the `elements`
+    of a latent and `divisor` pairs.
+    """
+    return 2.0 ** round(math.log2(elements * divisor)) if dtype == torch.float16 else 1.0

@@ -1,0 +1,1 @@
+"""The adaptation itself, as functions of tensors: draws, loss, step, guard, optimizers."""

@@ -1,0 +1,148 @@
+"""The guard: keeps an adapted answer only if held-out pairs give it a lower denoising loss than the original answer."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dtta_fast.config import AdaptConfig
+from dtta_fast.core.loss import Pairs, pair_losses
+from dtta_fast.core.problem import Problem, RowCounts, Schedule
+
+GUARD_STEP = 2**31  # offset that keeps the guard's draws apart from those of any step
+
+
+class Answers(NamedTuple):
+    """The answers to B images, before any two of them are compared.
+
+    after: outputs [B, ...] under the adapted weights. standing: the outputs that are accepted if nothing is compared. accepted: [B] bool,
+    whether these come from the adaptation. fresh: [2, B] bool, whether `after` and the matched image's answer must be compared with the
+    original answer. conditions: [3, B, ...], the conditions of the original answer, of `after` and of the matched image's answer; None if
+    they are not known here.
+    """
+
+    after: Tensor
+    standing: Tensor
+    accepted: Tensor
+    fresh: Tensor
+    conditions: Tensor | None = None
+
+
+def unchanged(before: Tensor, first: Tensor) -> Answers:
+    """Returns the answers when no step was made: `before` stands."""
+    accepted = torch.zeros(len(before), dtype=torch.bool, device=before.device)
+    return Answers(first, before, accepted, torch.stack([accepted, accepted]))
+
+
+@torch.no_grad()
+def compare(problem: Problem, before: Tensor, after: Tensor, first: Tensor) -> Answers:
+    """Compares the answers given by outputs [B, ...]: the original ones, those after adaptation, and the matched image's before it.
+
+    Each distinct answer is compared with the original one only once. Outputs that are not finite are never accepted. Without a guard,
+    the outputs after adaptation are accepted wherever they are finite.
+    """
+    task, candidates = problem.task, (after, first)
+    finite = [usable(outputs, before) for outputs in candidates]
+    if not problem.config.guard:
+        return Answers(after, where(finite[0], after, before), finite[0], torch.zeros_like(torch.stack(finite)))
+    source, *answers = (task.decision(outputs, problem.denoiser) for outputs in (before, after, first))
+    fresh = []
+    for k, (answer, fine) in enumerate(zip(answers, finite, strict=True)):
+        seen = _equal(answer, source)
+        for other, other_fine in zip(answers[:k], finite[:k], strict=True):
+            seen = seen | (other_fine & _equal(answer, other))
+        fresh.append(fine & ~seen)
+    same = finite[0] & _equal(answers[0], source)  # the adapted weights give the same answer
+    return Answers(after, where(same, after, before), same, torch.stack(fresh), torch.stack([source, *answers]))
+
+
+def _equal(answer: Tensor, other: Tensor) -> Tensor:
+    return (answer == other).flatten(1).all(1)
+
+
+@torch.no_grad()
+def decide(config: AdaptConfig, answers: Answers, first: Tensor, losses: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns the accepted outputs [B, ...] and whether each comes from the adaptation, [B] bool.
+
+    An answer that is `fresh` replaces the original one if its loss is lower by a paired test: the mean difference plus guard_threshold
+    standard errors is below 0. If both answers pass, the one with the lower sum wins.
+
+    Args:
+        answers: compare()'s. first: the matched image's outputs [B, ...]. losses: held_out_losses() [B, guard] under the original
+            answer, under that after adaptation, and under the matched image's; empty if nothing was compared.
+    """
+    _, standing, accepted, fresh, _ = answers
+    if not losses:
+        return standing, accepted
+    score = torch.zeros(len(standing), dtype=torch.float64, device=standing.device)
+    for outputs, wanted, others in zip((answers.after, first), fresh, losses[1:], strict=True):
+        change = others - losses[0]
+        standard_error = change.std(1) / config.guard**0.5 if config.guard_threshold else torch.zeros_like(score)
+        found = (change.mean(1) + config.guard_threshold * standard_error).double()
+        better = wanted & (found < score)
+        standing, score, accepted = where(better, outputs, standing), torch.where(better, found, score), accepted | better
+    return standing, accepted
+
+
+def selected_losses(
+    problem: Problem, schedule: Schedule, conditions: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor, wanted: list[list[bool]]
+) -> list[Tensor]:
+    """Returns held_out_losses() [B, guard] under each of the conditions [A, B, ...]; zero where wanted[answer][image] is false."""
+    # image by image, so that those of an image run in one forward
+    chosen = [(answer, image) for image, column in enumerate(zip(*wanted, strict=True)) for answer, ask in enumerate(column) if ask]
+    columns = (torch.tensor(column, dtype=torch.int64, device="cpu") for column in zip(*chosen, strict=True))
+    answers, images = (column.to(x0.device, non_blocking=True) for column in columns)
+    found = held_out_losses(problem, schedule, conditions[answers, images], x0[images], image_ids[images], step)
+    return list(found.new_zeros(*conditions.shape[:2], found.shape[1]).index_put((answers, images), found))
+
+
+def usable(outputs: Tensor, before: Tensor) -> Tensor:
+    """Returns whether each image's outputs [B, ...] are finite, [B] bool. -inf is allowed where `before` has it too: a masked class."""
+    return (outputs.isfinite() | ((outputs == -torch.inf) & (before == -torch.inf))).flatten(1).all(1)
+
+
+def where(mask: Tensor, chosen: Tensor, otherwise: Tensor) -> Tensor:
+    """Takes rows [B, ...] from `chosen` where the mask [B] is true, and from `otherwise` elsewhere."""
+    return torch.where(mask.view(-1, *(1,) * (chosen.ndim - 1)), chosen, otherwise)
+
+
+@torch.no_grad()
+def held_out_losses(
+    problem: Problem, schedule: Schedule, conditions: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor, pairs: int | None = None
+) -> Tensor:
+    """Returns losses [B, pairs] of the source denoiser under conditions [B, ...], on pairs that no step draws and that all conditions
+    share.
+
+    pairs: number of pairs per image; None is the guard's number.
+    """
+    pairs, step, l1 = pairs or problem.config.guard, step + GUARD_STEP, problem.config.loss == "l1"
+    drawn = Pairs(x0, problem.held_out(pairs).timesteps(image_ids, step), image_ids, problem.config.seed, step)
+    if problem.row_counts != "any":
+        forwards = forward_rows(len(x0), pairs, schedule.guard_rows, problem.row_counts)
+        return pair_losses(problem.denoiser, conditions, drawn, l1, forwards, shared=problem.row_counts == "few")
+    images = max(1, schedule.guard_rows // pairs)
+    each = []
+    for here in (slice(first, first + images) for first in range(0, len(x0), images)):
+        parts = drawn.images(here).chunks(schedule.guard_rows)  # more than one if an image's pairs do not fit at once
+        each.append(torch.cat([pair_losses(problem.denoiser, conditions[here], part, l1) for part in parts], dim=1))
+    return torch.cat(each)
+
+
+def forward_rows(images: int, pairs: int, most: int, row_counts: RowCounts) -> list[int]:
+    """Returns the row counts of the forward passes for `pairs` pairs of each image: at most `most` rows each, and in total at least
+    images * pairs.
+
+    row_counts: "one" gives every forward pass `most` rows, for code that is compiled for one shape. "few" gives the last one the rows of
+    1, 2, 3, 4, 6, 8, 12 .. images, because a GPU's libraries plan again for every new row count.
+    """
+    rows, together = images * pairs, most // pairs
+    if row_counts == "one" or not together:
+        return [most] * -(-rows // most)
+    whole, rest = divmod(images, together)
+    sizes = [together * pairs] * whole
+    if rest:
+        power = 1 << (rest - 1).bit_length()
+        sizes.append(min(together, power * 3 // 4 if rest <= power * 3 // 4 and power > 2 else power) * pairs)
+    return sizes

@@ -1,0 +1,83 @@
+"""The forward (noising) process of a diffusion model as one coefficient table."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SIGNAL, NOISE, TARGET_SIGNAL, TARGET_NOISE, WEIGHT = range(5)
+
+
+class NoiseProcess:
+    """Table with one row per timestep: signal a, noise s, target_signal u, target_noise v, weight w.
+
+        x_t = a·x0 + s·ε        target = u·x0 + v·ε        loss = w · mean((prediction − target)²)
+
+    ε-, x0- and v-prediction (Salimans & Ho 2022, arXiv 2202.00512) and rectified flow (Liu et al. 2023,
+    arXiv 2209.03003) are all rows of this table, so the engine has one code path for them.
+
+    Args:
+        table: [T, 5] floating point, finite; kept as float32. Timesteps are 0-based indices of its rows,
+            in order of rising noise.
+        model_time: [T] the time value passed to the denoiser for each row; None passes the row index.
+
+    Raises:
+        ValueError: the table has another shape or is not finite, or model_time has another length.
+    """
+
+    def __init__(self, table: Tensor, model_time: Tensor | None = None) -> None:
+        if table.ndim != 2 or table.shape[1] != 5 or len(table) == 0:
+            raise ValueError(f"table has shape {tuple(table.shape)}; give [T, 5]: signal, noise, target_signal, target_noise, weight")
+        if not torch.isfinite(table).all():
+            raise ValueError("table holds NaN or infinity; every coefficient has to be finite")
+        if model_time is None:
+            model_time = torch.arange(len(table), dtype=torch.int64, device=table.device)
+        if model_time.shape != table.shape[:1]:
+            raise ValueError(f"model_time has shape {tuple(model_time.shape)}; give one value a timestep: [{len(table)}]")
+        self.table = table.to(torch.float32)
+        self.model_time = model_time.to(torch.float32)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> NoiseProcess:
+        """Reads a diffusers scheduler: one with `alphas_cumprod` (DDPM, DDIM, PNDM, Euler, DPM-Solver, ...)
+        or a flow-matching one with only `sigmas`.
+
+        Raises:
+            ValueError: the scheduler has neither, or its prediction type or an option is not supported.
+        """
+        own = dict(getattr(scheduler, "config", {}))
+        for field, ordinary in (("use_flow_sigmas", False), ("invert_sigmas", False), ("timestep_type", "discrete")):
+            if own.get(field, ordinary) != ordinary:
+                raise ValueError(f"scheduler.config.{field} is {own[field]!r}; supported: {ordinary!r}")
+        alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+        if alphas_cumprod is not None:
+            alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+            a, s = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+            zero, one = torch.zeros_like(a), torch.ones_like(a)
+            kinds = {"epsilon": (zero, one), "sample": (one, zero), "v_prediction": (-s, a)}
+            prediction_type = getattr(scheduler.config, "prediction_type", "epsilon")
+            if prediction_type not in kinds:
+                raise ValueError(f"scheduler.config.prediction_type is {prediction_type!r}; supported: {', '.join(kinds)}")
+            u, v = kinds[prediction_type]
+            return cls(torch.stack([a, s, u, v, one], dim=1))
+        if type(scheduler).__name__.startswith("FlowMatch"):
+            # A fresh scheduler has all timesteps; set_timesteps() may have reduced them here. The trailing 0 for the sampler is cut off.
+            scheduler = type(scheduler).from_config(scheduler.config)
+            count = int(scheduler.config.num_train_timesteps)
+            sigma, order = torch.as_tensor(scheduler.sigmas, dtype=torch.float64)[:count].sort()
+            one = torch.ones_like(sigma)
+            table = torch.stack([1 - sigma, sigma, -one, one, one], dim=1)
+            return cls(table, torch.as_tensor(scheduler.timesteps, dtype=torch.float64)[:count].cpu()[order])
+        raise ValueError(f"scheduler is a {type(scheduler).__name__}, which has no alphas_cumprod and is no FlowMatch scheduler")
+
+    def to(self, device: torch.device | str) -> NoiseProcess:
+        """Returns the same process on another device."""
+        moved = copy.copy(self)  # the constructor would repeat its checks, which make the host wait
+        moved.table, moved.model_time = self.table.to(device), self.model_time.to(device)
+        return moved

@@ -1,0 +1,1 @@
+"""Measures what a machine delivers: speed, time per phase, FLOPs and bytes."""

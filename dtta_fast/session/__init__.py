@@ -1,0 +1,1 @@
+"""Sessions: checks arguments, runs the steps of a call, and recovers when memory or compilation fails."""

@@ -1,0 +1,259 @@
+"""The public API: adapt() for a single batch, Adapter for a session."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from dtta_fast import presets
+from dtta_fast.config import AdaptConfig
+from dtta_fast.core import lora
+from dtta_fast.core.step import State
+from dtta_fast.core.weights import select
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.runtime.clock import Clock
+from dtta_fast.runtime.reads import Checks
+from dtta_fast.runtime.turns import Turns
+from dtta_fast.session.checks import Request, check_arguments, check_denoiser, check_normalisation, checked, checked_pairs, device_of
+from dtta_fast.session.engine import Engine
+from dtta_fast.session.online import copied, loaded, save_adapters
+from dtta_fast.session.program import Call, Outcome, run
+from dtta_fast.session.result import AdaptResult, assembled, indices
+from dtta_fast.tasks.base import Task
+from dtta_fast.tasks.classification import Classification
+
+
+class Adapter:
+    """A session that adapts a model and a denoiser to many batches under one config.
+
+    The caller's modules are never written to. The engine works on private copies that share memory with them. The copies are made when
+    the session is created, and again when weights have been replaced. Each call uses the current weights; a module's structure and hooks
+    are those it had when it was copied.
+
+    In episodic mode every image starts from the model's weights, so a batch of B images is B independent adaptations with B copies of
+    the adapted weights. In online mode one set of weights and its optimizer state carry over from call to call until reset(). There, the
+    weights keep their update even if the guard rejects an answer, but a batch that leaves them non-finite is discarded without a trace.
+    Threads may share an adapter: calls run one at a time, and an online state sees the batches in the order of the calls.
+
+    On a GPU the denoiser runs in bfloat16 and the model's matrix products in TF32 unless config.precision says otherwise. Weights in
+    half precision are cast once, and again when torch registers a write to them; writes through `.data` take effect after reset().
+
+    A model that torch.vmap cannot batch runs image by image, and a failed compilation falls back to eager mode; each case emits one
+    warning (with DTTA_FAST_STRICT=1 a failed compilation raises). If memory runs out, the call restarts with half the rows.
+
+    Args:
+        model: the model to adapt, e.g. a timm classifier.
+        denoiser: the diffusion model, e.g. a DiT.
+        config: a preset, or an AdaptConfig.
+        task: None means Classification().
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, or the config does not fit the model or the denoiser.
+    """
+
+    def __init__(self, model: nn.Module, denoiser: Denoiser, config: AdaptConfig = presets.FAST, task: Task | None = None) -> None:
+        check_arguments(model, denoiser, config, task)
+        model = model._modules.get("_orig_mod") or model  # unwrap a compiled module
+        check_normalisation(model)
+        task = task or Classification()
+        model, denoiser = task.bind(model, denoiser)
+        check_denoiser(denoiser, config)
+        if config.parameters == "lora":
+            lora.check(model, config.lora_targets, "model")
+        else:
+            select(model, config.parameters)
+        if config.denoiser_parameters == "lora":
+            lora.check(denoiser.network_to_adapt(), config.lora_targets, "denoiser")
+        self.engine = Engine(model, denoiser, task, config)  # runs the steps; exposed for this package's own tools
+        self._turns = Turns()  # a forward pass swaps weights in the private copies, and calls share the state's storage
+        self._state: State | None = None
+        self._warming = False  # time every step, and run the guard whether or not an answer changed
+
+    @property
+    def config(self) -> AdaptConfig:
+        """The settings this adapter was created with."""
+        return self.engine.config
+
+    def adapt(
+        self,
+        images: Tensor,
+        *,
+        image_ids: Tensor | None = None,
+        latents: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
+        deadline_ms: float | None = None,
+    ) -> AdaptResult:
+        """Adapts to a batch and predicts.
+
+        Args:
+            images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised.
+            image_ids: [B] int64, 0 .. 2^32 - 1, identifies each image's random draws; 0 .. B - 1 by default. In episodic mode an
+                image's result depends only on (seed, image_id, config).
+            latents: [B, C, h, w], x0 if it is already encoded. timesteps [B, steps, P] and noise [B, steps, P, C, h, w]
+                replace the drawn ones.
+            deadline_ms: time budget in milliseconds, counted from the call. No step is started if it is expected to finish too late.
+                The estimate is the upper quartile of this session's recent times for batches of this shape. If no time is left for the
+                guard, the original answer is kept. The first call has no timings to estimate from: see warmup.
+
+        Raises:
+            ValueError: the input is invalid; nothing has changed. RuntimeError: called under torch.inference_mode().
+        """
+        start, engine, checks = time.perf_counter(), self.engine, Checks()
+        request = Request(images, image_ids, latents, timesteps, noise, deadline_ms)
+        request = checked(request, start, device_of(engine.model, engine.denoiser), self.config, checks)
+        with self._turns.alone() as broken_off:
+            if broken_off:  # this process was forked during a call
+                engine.rebuild()
+                self._warming = False
+            for attempt in engine.attempts():
+                with attempt:
+                    state, result = self._adapt(request, checks)
+            if state is not None:
+                self._state = state
+            return result
+
+    def _adapt(self, request: Request, checks: Checks) -> tuple[State | None, AdaptResult]:
+        """Returns the online state to continue from (None if it does not change) and the result.
+
+        Without a deadline, and if all images run at once, the host waits for the device at most twice: once for the value checks and
+        the pre-check, and once to learn what the guard has to compare.
+        """
+        program, config, clock = self.engine.program, self.config, Clock(request.images.device)
+        problem, outcomes, state = program.problem, list[Outcome](), None
+        request = checked_pairs(request, problem.denoiser, config, checks)
+        with clock.phase("encode"):
+            crop = problem.task.crop(problem.model, request.images.clone())  # this calls the caller's code, which may write to its input
+            batch = program.views(crop, request)
+        if self._state is None:
+            with clock.phase("adapt"):
+                batch = program.answered(batch, crop, checks)
+        asked = checks.settle(*([] if batch.asked is None else [batch.asked]))
+        rows = None if self._warming or not asked or all(asked[0]) else indices(asked[0], crop.device)
+        part = batch if rows is None or program.compile != "off" else batch.of(rows)
+        if rows is None or len(rows):
+            with clock.phase("encode"):
+                part = program.encoded(part)
+            for here in program.parts(part, request):
+                with clock.phase("adapt"):
+                    state, here = program.start(here, self._state)
+                if state is None:
+                    outcomes.append(program.classified(here, clock))
+                    continue
+                pace = self.engine.paces.of(len(here.image_ids), None if here.timesteps is None else here.timesteps.shape[2])
+                outcomes.append(run(program, state, here, Call(clock, pace, request.deadline, self._warming), config.steps))
+        unchanged = None if rows is None else (batch.before, program.predictions(batch.before, batch))
+        forwards = problem.forwards() * (config.pairs if request.timesteps is None else request.timesteps.shape[2])
+        result = AdaptResult(**assembled(rows, outcomes, unchanged, forwards), clock=clock)
+        return state if outcomes and outcomes[-1].keep else None, result
+
+    def crop(self, images: Tensor) -> Tensor:
+        """Crops images [B, 3, H, W] in [0, 1] to what the model and denoiser see. adapt() also crops, and leaves a crop unchanged."""
+        problem = self.engine.program.problem
+        return problem.task.crop(problem.model, images)
+
+    def warmup(self, images: Tensor, **keywords: Any) -> dict[str, float]:
+        """Compiles and times what adapt() needs for batches of this shape, without changing an online adapter's state.
+
+        Args: same as for adapt().
+
+        Returns:
+            Seconds taken by the first call, including compilation (`cold`), and by the second (`warm`).
+        """
+        with self._turns.several():
+            online, seconds = self._state, {}
+            self._warming = True
+            try:
+                for name in ("cold", "warm"):
+                    start = time.perf_counter()
+                    result = self.adapt(images, **keywords)
+                    _ = result.seconds  # reading this waits for the device
+                    seconds[name] = time.perf_counter() - start
+            finally:
+                self._warming = False
+                self._state = online
+            return seconds
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Calls adapt(images) and returns only the outputs [B, ...], for code that expects a model. Raises the same errors."""
+        return self.adapt(images).outputs
+
+    __call__ = forward
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
+        with self._turns.several():  # a call swaps weights in the private copies
+            other = memo[id(self)] = type(self).__new__(type(self))
+            vars(other).update(copy.deepcopy(vars(self), memo))
+            return other
+
+    def reset(self) -> None:
+        """Returns to the model's own weights and an empty optimizer state. Picks up weights that were written through `.data`."""
+        with self._turns.alone():
+            self._state = None
+            self.engine.check_copies()
+            self.engine.recast()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a copy of the online state: adapted weights by name, optimizer state and step; empty before the first batch."""
+        return {} if self._state is None else copied(self._state)._asdict()
+
+    def save_lora(self, folder: str | Path) -> None:
+        """Saves the online state's LoRA adapters in the peft and diffusers formats.
+
+        The model's adapters are saved as a peft folder, for PeftModel.from_pretrained(model, folder). A UNet's are saved in the same folder
+        as pytorch_lora_weights.safetensors, for a diffusers pipeline's load_lora_weights(folder). Existing adapters that were not adapted,
+        such as those of a text tower whose features are computed once, are not saved.
+
+        Raises:
+            ValueError: nothing has been adapted yet, no adapters are being adapted, or they contain something the formats cannot store
+                (several active adapters in a layer, DoRA magnitudes, biases).
+        """
+        with self._turns.alone():  # the private modules tell which weights are adapters
+            save_adapters(self._state, self.engine, Path(folder))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores a state that state_dict() returned under the same config and models.
+
+        Raises:
+            ValueError: the adapter is episodic, or the state holds other weights, another optimizer's state, NaN or infinity.
+        """
+        if isinstance(state, dict) and not state:
+            self.reset()
+            return
+        with self._turns.alone():
+            self._state = loaded(state, self.engine)
+
+
+def adapt(
+    model: nn.Module,
+    denoiser: Denoiser,
+    images: Tensor,
+    *,
+    config: AdaptConfig = presets.FAST,
+    task: Task | None = None,
+    image_ids: Tensor | None = None,
+    latents: Tensor | None = None,
+    timesteps: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> AdaptResult:
+    """Adapts `model` to `images` with the denoiser's loss and predicts: Adapter(model, denoiser, config, task).adapt(images, ...).
+
+    model and denoiser stay bit-for-bit unchanged, whatever happens.
+
+    Args:
+        model: a torch.nn.Module, such as a timm classifier.
+        denoiser: the diffusion model, on the same device.
+        images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised.
+        config: a preset, or an AdaptConfig.
+        task: None means Classification().
+        image_ids, latents, timesteps, noise: same as for Adapter.adapt.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, or the config does not fit the model, denoiser or task.
+        RuntimeError: called under torch.inference_mode().
+    """
+    return Adapter(model, denoiser, config, task).adapt(images, image_ids=image_ids, latents=latents, timesteps=timesteps, noise=noise)

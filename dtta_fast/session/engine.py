@@ -1,0 +1,189 @@
+"""Makes the private modules of a session, keeps them up to date, and recovers when memory or a compilation fails."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtta_fast.config import AdaptConfig
+from dtta_fast.core import adam8bit, lora, optimizers
+from dtta_fast.core.draws import cumulative_density
+from dtta_fast.core.problem import Problem
+from dtta_fast.core.weights import Parameters, anchor, select
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.runtime import compiling
+from dtta_fast.runtime.attention import math_attention
+from dtta_fast.runtime.clock import Paces
+from dtta_fast.runtime.float32 import float32_products
+from dtta_fast.runtime.phases import phase
+from dtta_fast.runtime.private import PrivateCopy
+from dtta_fast.runtime.streams import StreamOrder
+from dtta_fast.runtime.torch_state import TorchState
+from dtta_fast.runtime.trial import warn_of_weights_elsewhere
+from dtta_fast.session.eager import Eager
+from dtta_fast.session.planning import Planner
+from dtta_fast.session.precision import private_denoiser, products
+from dtta_fast.tasks.base import Task
+
+ATTEMPTS = 20  # running out of memory halves the chunk, a failed compilation falls back to eager mode; neither retries forever
+
+
+class Engine:
+    """The modules of a session and its attempts at a call.
+
+    Attributes:
+        program: runs the calls on the private modules; a new one after each time they were copied.
+        paces: how long the parts of a call took.
+    """
+
+    program: Eager
+
+    def __init__(self, model: nn.Module, denoiser: Denoiser, task: Task, config: AdaptConfig) -> None:
+        if config.optimizer == "adam8bit":
+            adam8bit.require()
+        self.model, self.denoiser, self.task, self.config = model, denoiser, task, config
+        self.paces = Paces()
+        self._compile = config.compile
+        self._order = StreamOrder()
+        self._planner = Planner(config, anchor(model).device)
+        self._build(loop=False)
+
+    @torch.inference_mode(False)
+    def _build(self, loop: bool) -> None:
+        """Makes private copies of the modules as they are now, and compiles parts of them. loop: vmap is known to fail on them."""
+        config = self.config
+        self._stale = True  # until everything is built
+        self.device = anchor(self.model).device
+        self._model = PrivateCopy(self.model)
+        self._denoiser = private_denoiser(self.denoiser, config.precision, self.device)
+        denoiser: Any = self._denoiser.module
+        if config.parameters == "lora":
+            lora.attach(self._model.module, config.lora_rank, config.lora_targets, "model", config.seed)
+        if config.denoiser_parameters == "lora":
+            lora.attach(denoiser.network_to_adapt(), config.lora_rank, config.lora_targets, "denoiser", config.seed)
+        lr, denoiser_lr = (optimizers.rate(value, self.device) for value in (config.lr, config.denoiser_lr))
+        problem = Problem(
+            self._model.module, denoiser, self.task, config, lr, denoiser_lr, loop=loop, cumulative=self._cumulative(self.device)
+        )
+        self.program = Eager(problem, self._source, self._planner, self._compile)
+        warn_of_weights_elsewhere(self._model.module)
+        self._model.seal()
+        self._denoiser.seal()
+        self._stale = False
+
+    def _cumulative(self, device: torch.device) -> Tensor | None:
+        """Returns the timesteps' cumulative density if they are calibrated."""
+        calibration, config = self.denoiser.calibration, self.config
+        if config.timesteps != "calibrated" or calibration is None:
+            return None
+        rows = len(self.denoiser.process)
+        return cumulative_density(calibration.density(rows), *(config.timestep_range or (0, rows))).to(device)
+
+    def _source(self) -> tuple[Parameters, Parameters]:
+        """Returns the caller's weights to adapt: the model's and the denoiser's."""
+        config, problem, phi = self.config, self.program.problem, Parameters()
+        # new adapters exist only in the private copy, which shares memory with the adapters the module already had
+        theta = select(problem.model if config.parameters == "lora" else self.model, config.parameters)
+        if config.denoiser_parameters == "lora":
+            phi = select(problem.denoiser, "lora")
+        elif config.denoiser_parameters == "all":
+            own = dict(self.denoiser.named_parameters())
+            phi = {name: own[name] for name in self.denoiser.adaptable()}
+        return theta, phi
+
+    def attempts(self) -> Iterator[AbstractContextManager[None]]:
+        """Yields contexts to run a call in, until one ends without an error; the others failed where less memory or eager mode may help."""
+        done: list[bool] = []
+        for number in range(ATTEMPTS):
+            yield self._attempt(done, last=number + 1 == ATTEMPTS)
+            if done:
+                return
+
+    @contextmanager
+    def _attempt(self, done: list[bool], last: bool) -> Iterator[None]:
+        """Runs a call with gradients on and everything up to date; on an error, cleans up and decides whether to try again."""
+        torch_state = TorchState.now()
+        try:
+            with torch.enable_grad(), torch.autocast(self.device.type, enabled=False), self.context():
+                self.refresh()
+                yield
+            self._check_sources()
+            self._planner.succeeded()
+            done.append(True)
+        except BaseException as error:  # Ctrl-C, too, leaves our tensors in the private modules
+            torch_state.restore()
+            math_attention.leave()
+            float32_products.leave()
+            with suppress(RuntimeError):  # the original error is more informative
+                self._check_sources()
+            again = self._failed(error)
+            if again or not isinstance(error, Exception):
+                self.paces.clear()  # later runs take a different time
+            if not again or last:
+                raise
+
+    @contextmanager
+    def context(self) -> Iterator[None]:
+        """Sets up the context in which a call runs.
+
+        A call returns while its last kernels are still queued, and the next call may use another stream.
+        """
+        with (
+            self._order.within(self.device) as moved,
+            products(self.config.precision, self.device),
+            nullcontext() if self._compile == "off" else compiling.tracing(),
+        ):
+            if moved:
+                self.program.forget_states()  # their memory belongs to the other stream, which may reuse it once it is freed
+            yield
+
+    def refresh(self) -> None:
+        """Updates the private copies with what the caller has written into the modules since the last call."""
+        with torch.no_grad(), phase("restore"):
+            self._planner.begin()
+            if self._stale or not (self._model.refresh() and self._denoiser.refresh()):
+                self._build(loop=self.program.problem.loop)
+            self.program.problem.denoiser.calibration = self.denoiser.calibration
+
+    def rebuild(self) -> None:
+        """Makes the next refresh() copy the modules again."""
+        self._stale = True
+
+    def check_copies(self) -> None:
+        """Makes the next refresh() copy the modules again if an interrupted call has left its own weights in them."""
+        self._stale = self._stale or not (self._model.is_intact() and self._denoiser.is_intact())
+
+    def recast(self) -> None:
+        """Makes the next refresh() cast all of the denoiser's weights again."""
+        self._denoiser.recast()
+
+    def _check_sources(self) -> None:
+        """Checks that the caller's modules are unchanged since refresh().
+
+        Raises:
+            RuntimeError: a forward pass wrote to one of them. Their buffers have been restored.
+        """
+        if not self._stale:
+            self._model.check_source()
+            self._denoiser.check_source()
+
+    def _failed(self, error: BaseException) -> bool:
+        """Returns whether another attempt may succeed. The next refresh() copies anew what the failed call may have left half done."""
+        if not isinstance(error, Exception):
+            self._stale = True
+        self.check_copies()  # a signal handler may raise anything, even while weights are swapped
+        if self._compile != "off" and compiling.is_failure(error) and os.environ.get("DTTA_FAST_STRICT") != "1":
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f"compile is {self._compile!r}, and the compilation failed: {reason} Going on in eager mode", stacklevel=4)
+            self._compile, self._stale = "off", True
+            return True
+        if self._planner.shrink(error):
+            self.program.forget_states()  # they were allocated for all of the images
+            return True
+        return False

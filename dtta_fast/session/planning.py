@@ -1,0 +1,103 @@
+"""Fits the work to memory: how many pairs and images run at once, also after memory has run out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dtta_fast.config import AdaptConfig
+from dtta_fast.core.problem import Problem, Schedule
+from dtta_fast.session import memory
+from dtta_fast.session.needs import Needs
+
+
+class Planner:
+    """Plans the schedules of a session.
+
+    The budget is determined once: a GPU's free memory changes from call to call, but the chunk should not.
+    """
+
+    def __init__(self, config: AdaptConfig, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._limits = {"step": memory.Limit(), "guard": memory.Limit()}  # rows that run at once, after running out of memory
+        self._budget = config.memory_budget or memory.default_budget(device)
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts an attempt at a call: before it has a plan, fewer rows would not help."""
+        self._running, self._at_once = "step", 1  # which of the two is running, and on how many rows
+        self._least = 1  # rows of one pair of one image, the minimum for any plan of a step
+
+    def plan(self, problem: Problem, needs: Needs, inputs: Tensor, x0: Tensor, pairs: int) -> Schedule:
+        """Returns the schedule for inputs [B, 3, H, W] and latents [B, C, h, w]; `together` is how many images run at once.
+
+        Also switches the denoiser's activation checkpointing.
+
+        Raises:
+            ValueError: the budget is too small for one pair of one image.
+        """
+        config, together = self._config, len(inputs)
+        forwards = problem.forwards()
+        # a denoiser with separate weights for each image runs image by image
+        abreast = 1 if problem.per_image and config.denoiser_parameters != "frozen" else together
+        rows, checkpoint = memory.ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * abreast * forwards, False
+        if self._budget is not None:
+            most = pairs if config.chunk == "auto" else min(pairs, config.chunk)
+            image, (row, checkpointed) = needs.of_image(inputs), needs.of_row(inputs, x0)
+            sizes = (row * forwards, image, None if checkpointed is None else checkpointed * forwards)
+            rows, together, checkpoint = memory.plan(self._budget, together, most, *sizes)
+            rows *= forwards
+            if config.chunk == "auto" and self._device.type == "cuda":  # more rows cost memory without any gain
+                rows = min(rows, max(memory.ROWS_AT_ONCE, forwards * together))
+        rows = self._limits["step"].of(rows)
+        together = min(max(1, rows // forwards), together)
+        abreast = min(abreast, together)
+        fitting = max(1, rows // (abreast * forwards))
+        chunk = fitting if config.chunk == "auto" else min(config.chunk, fitting)
+        self._at_once, self._least = abreast * forwards * min(chunk, pairs), forwards
+        problem.denoiser.checkpointing = checkpoint
+        return Schedule(chunk, together, self._guard_rows(problem, needs, inputs, x0, together))
+
+    def _guard_rows(self, problem: Problem, needs: Needs, inputs: Tensor, x0: Tensor, together: int) -> int:
+        """Returns how many rows a forward pass without gradients runs at once, for `together` images."""
+        config = self._config
+        rows = memory.GUARD_ROWS.get(self._device.type, memory.ROWS_AT_ONCE)
+        if config.chunk != "auto":
+            rows = min(rows, config.chunk * together)
+        if self._budget is not None:
+            rows = min(rows, max(1, self._budget // needs.of_forward_row(inputs, x0)))
+        rows = self._limits["guard"].of(rows)
+        if config.method == "adapt" and problem.row_counts == "one":
+            # one shape is compiled: the rows of two answers per image, or of as many as fit
+            rows = min(rows // config.guard, 2 * together) * config.guard if rows >= config.guard > 0 else rows
+        return rows
+
+    @contextmanager
+    def forwards(self, rows: int) -> Iterator[None]:
+        """Records that forward passes without gradients run on so many rows, so that running out of memory lowers their limit.
+
+        If that happens, the record is left in place for shrink() to read.
+        """
+        before = self._running, self._at_once
+        self._running, self._at_once = "guard", rows
+        yield
+        self._running, self._at_once = before
+
+    def shrink(self, error: BaseException) -> bool:
+        """Lowers a limit if memory ran out; returns whether another attempt with fewer rows may succeed."""
+        least = self._least if self._running == "step" else 1
+        if not memory.out_of_memory(error) or self._at_once <= least:
+            return False
+        rows = max(least, self._at_once // 2)
+        self._limits[self._running].lower(rows)
+        if self._running == "step":
+            self._limits["guard"].lower(2 * rows)  # a row needs less memory there, but memory is short
+        return True
+
+    def succeeded(self) -> None:
+        """Records a call that had enough memory; after several of them more rows are tried again."""
+        for limit in self._limits.values():
+            limit.raise_after_successes()
