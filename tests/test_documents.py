@@ -132,6 +132,27 @@ def test_the_blocks_of(page, tmp_path, monkeypatch):
             example.evaluate()
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if "```cpp" in (ROOT / page).read_text()])
+def test_the_cpp_blocks_compile(page, tmp_path):
+    """As the body of a function that has pixels, and whose caller handles an error."""
+    around = """
+#include <string>
+int fail(const std::string&);
+template <typename... Values> void use(const Values&...);
+int host(const float* pixels) {
+  %s
+  return 0;
+}
+"""
+    for block in re.findall(r"^```cpp\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S):
+        includes = "".join(re.findall(r"^#include.*\n", block, re.M))
+        source = tmp_path / "block.cpp"
+        source.write_text(includes + around % re.sub(r"^#include.*\n", "", block, flags=re.M))
+        command = ["c++", "-std=c++17", "-Wall", "-Werror", "-fsyntax-only", "-I", str(ROOT / "dtta_fast/embed/cpp"), str(source)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+
+
 def test_the_cmake_of_the_page_is_that_of_the_example():
     block = re.search(r"^```cmake\n(.*?)^```", (ROOT / "docs/embedding.md").read_text(), re.M | re.S)
     example = (ROOT / "examples/cpp/CMakeLists.txt").read_text()

@@ -25,6 +25,11 @@ class Function(NamedTuple):
     example: Tensors
 
 
+def _unbound(method: Callable[..., Tensors]) -> Callable[..., Tensors]:
+    """Wraps a bound method for make_fx, which counts `self` as an argument."""
+    return lambda *given: method(*given)
+
+
 class Functions:
     """The calls of a program for crops [B, 3, H, W] as pure functions. `state` stands for the flat sequence of state tensors.
 
@@ -55,12 +60,12 @@ class Functions:
         after, standing, accepted, fresh = self.finish(*leaves, inputs, before, first, asked)
         known = [x0.new_zeros(len(x0), max(1, config.guard))] * 3
         self.all = {
-            "state": Function(self.state, []),
-            "start": Function(self.start, [crop, *(leaves if program.online else [])]),
-            "step": Function(self.step, [*leaves, inputs, x0, image_ids]),
-            "finish": Function(self.finish, [*leaves, inputs, before, first, asked]),
-            "losses": Function(self.losses, [before, x0, image_ids, state.step]),
-            "decide": Function(self.decide, [before, after, first, standing, accepted, fresh, *known]),
+            "state": Function(_unbound(self.state), []),
+            "start": Function(_unbound(self.start), [crop, *(leaves if program.online else [])]),
+            "step": Function(_unbound(self.step), [*leaves, inputs, x0, image_ids]),
+            "finish": Function(_unbound(self.finish), [*leaves, inputs, before, first, asked]),
+            "losses": Function(_unbound(self.losses), [before, x0, image_ids, state.step]),
+            "decide": Function(_unbound(self.decide), [before, after, first, standing, accepted, fresh, *known]),
         }
         if not config.guard:
             del self.all["losses"]

@@ -1,8 +1,9 @@
-/* Adaptation in a C++ host: packages that `dtta export` or dtta_fast.embed.export() wrote. C++17, and no header of torch.
+/* Runs adaptations in a C++ host, from packages written by `dtta export` or dtta_fast.embed.export(). C++17, without torch headers.
  *
- * What can fail returns an Expected; nothing throws but std::bad_alloc, and an Expected that is asked for what it does not hold. A package
- * holds native code, which runs in this process: load packages of people you trust. Neither Python nor a compiler is needed. A session's
- * destructor removes the temporary folders of its package: a host that ends by std::exit or a signal leaves them. */
+ * Functions that can fail return an Expected. The only exceptions are std::bad_alloc, and std::bad_variant_access if you read a value from an
+ * Expected that holds an error. A package contains native code that runs in this process: only load packages from people you trust. You need
+ * neither Python nor a compiler. A session's destructor removes the temporary folders of its package; a host that ends by std::exit or a
+ * signal leaves them behind. */
 #ifndef DTTA_EMBED_H
 #define DTTA_EMBED_H
 
@@ -17,18 +18,18 @@
 namespace dtta {
 
 enum class Code {
-  bad_file,     /* no package there, or a damaged one */
-  misfit,       /* for another torch, device, processor, version of this library, or other weights than expected */
-  bad_argument, /* an image of another shape or outside [0, 1], an image id or a deadline out of range */
-  failed        /* while it ran, memory included; the session can be used on */
+  bad_file,     /* the file is missing, damaged, or no package */
+  misfit,       /* the package needs another torch, device, processor or version of this library, or has unexpected weights */
+  bad_argument, /* an image has another shape or values outside [0, 1]; an image id or the deadline is out of range */
+  failed        /* something failed during the run, such as an allocation; you can keep using the session */
 };
 
 struct Error {
   Code code;
-  std::string message; /* names what was found and what to do */
+  std::string message; /* names the argument, its value and the remedy */
 };
 
-/* A value, or why there is none. */
+/* A value, or the error that prevented it. */
 template <typename T>
 class Expected {
  public:
@@ -45,7 +46,7 @@ class Expected {
   std::variant<T, Error> held_;
 };
 
-/* What a package says of itself: fields of dtta_fast.embed.Manifest, which has their meaning. */
+/* Describes a package; dtta_fast.embed.Manifest documents the fields. */
 struct Manifest {
   std::string torch, device, capability, instructions, weights, config, task;
   std::int64_t batch = 0, height = 0, width = 0;
@@ -55,46 +56,46 @@ struct Manifest {
   double tolerance = 0;
 };
 
-/* Pixels in [0, 1], not normalised, [batch, channels, height, width], of the manifest's sizes; read during the call alone. */
+/* Pixels [batch, channels, height, width] in [0, 1], not normalised, with the sizes in the manifest. They are only read during the call. */
 struct Images {
   const float* pixels = nullptr;
   std::int64_t batch = 0, channels = 3, height = 0, width = 0;
 };
 
 struct Options {
-  std::vector<std::int64_t> image_ids; /* [batch], 0 .. 2^32 - 1; empty: 0 .. batch - 1. An image's draws depend on it */
-  /* From the call on: no step is begun that would end later, going by the last ones (see warm_up()); where no time is left for the guard,
-   * the answer from before stands. */
+  std::vector<std::int64_t> image_ids; /* [batch], 0 .. 2^32 - 1, identifies each image's random draws; empty means 0 .. batch - 1 */
+  /* Time budget, counted from the call. No step is started if it is expected to end too late; the estimate comes from recent steps (see
+   * warm_up()). If no time is left for the guard, the original answer is kept. */
   std::optional<double> deadline_ms;
 };
 
 struct Result {
-  std::vector<float> outputs, outputs_before;           /* of the manifest's shape; where the answer before stands they are equal */
-  std::vector<double> predictions, predictions_before;  /* classes [batch], or labels or depths [batch, height, width] */
-  std::vector<float> loss;                              /* [batch, steps_run]; NaN for an image that was left alone */
+  std::vector<float> outputs, outputs_before;           /* shaped like the manifest's outputs; equal where the original answer was kept */
+  std::vector<double> predictions, predictions_before;  /* classes [batch], or labels or depth [batch, height, width] */
+  std::vector<float> loss;                              /* [batch, steps_run]; NaN for an image that the pre-check excluded */
   std::vector<bool> accepted;                           /* [batch] */
-  std::vector<std::int64_t> evaluations;                /* [batch] denoiser forwards */
+  std::vector<std::int64_t> evaluations;                /* [batch], denoiser evaluations */
   std::int64_t steps_run = 0;
   std::vector<double> step_seconds; /* [steps_run] */
-  double seconds = 0;               /* of the call */
-  std::vector<std::string> calls;   /* the package's functions that ran, in order, such as start, step, finish, decide */
+  double seconds = 0;               /* for the whole call */
+  std::vector<std::string> calls;   /* the package's functions that ran, in order, such as start, step, finish and decide */
 };
 
-/* A loaded package with its adapted weights. Calls from several threads take turns. */
+/* A loaded package with its adapted weights. Threads may share a session; their calls run one at a time. */
 class Session {
  public:
-  /* weights: where it is not empty, the fingerprint that the manifest has to bear. */
+  /* weights: the fingerprint that the manifest must have; empty accepts any. */
   static Expected<Session> load(const std::string& path, const std::string& weights = "");
 
-  /* Runs all that adapt() may run, so that threads, caches and memory are there, and steps are timed. An online state stays as it was. */
-  Expected<double> warm_up(); /* seconds of the last of its runs */
+  /* Runs and times everything that adapt() may run, without changing an online state. Returns the seconds of the last run. */
+  Expected<double> warm_up();
 
   Expected<Result> adapt(const Images& images, const Options& options = {});
 
-  /* Back to the weights of the export, and an empty optimizer. */
+  /* Restores the exported weights and an empty optimizer state. */
   void reset();
 
-  /* An online state as bytes, and back: of this package alone. What does not fit is an error, and the state stays as it was. */
+  /* Saves an online state as bytes, and restores it in a session of the same package. On an error the state is unchanged. */
   std::string state() const;
   std::optional<Error> restore(const std::string& state);
 
