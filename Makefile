@@ -28,7 +28,7 @@ lint:  ## ruff, without changing a file
 	ruff format --check .
 
 types:  ## mypy, strict
-	mypy
+	.ci/types
 
 tables:  ## README's and docs' tables against bench/results
 	python bench/readme.py --check

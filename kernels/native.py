@@ -14,6 +14,7 @@ from torch import Tensor
 
 import dtta_fast.kernels
 from dtta_fast.kernels import reference
+from dtta_fast.kernels.pairs import Pairs
 
 NAME = {"win32": "dtta_kernels.dll", "darwin": "libdtta_kernels.dylib"}.get(sys.platform, "libdtta_kernels.so")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -167,9 +168,8 @@ def _ran(code: int) -> None:
         raise RuntimeError(f"{NAME} refused the call with code {code}; dtta_ops.h names it")
 
 
-def _draws(
-    x0: Tensor, table: Tensor, timesteps: Tensor, image_ids: Tensor, seed: int, step: Tensor, pair0: int, noise: Tensor | None
-) -> _Draws:
+def _draws(pairs: Pairs) -> _Draws:
+    x0, table, timesteps, image_ids, seed, step, pair0, noise = pairs
     if not 0 <= int(step) < 2**32:
         raise ValueError(f"step has values {int(step)}; give 0 .. 2^32 - 1")
     words = _pointer(timesteps, torch.int64), _pointer(image_ids, torch.int64)
@@ -178,41 +178,19 @@ def _draws(
     return _Draws(*pointers, *sizes, int(step), pair0, seed, _type(x0), _type(noise))
 
 
-def add_noise(
-    x0: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    image_ids: Tensor,
-    seed: int,
-    step: Tensor,
-    pair0: int,
-    dtype: torch.dtype,
-    noise: Tensor | None,
-) -> Tensor:
+def add_noise(pairs: Pairs, dtype: torch.dtype) -> Tensor:
     """Computes reference.add_noise for contiguous float32, bfloat16 and float16 tensors."""
-    x_t = torch.empty((timesteps.numel(), *x0.shape[1:]), dtype=dtype, device="cpu")
-    draws = _draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
+    x_t = torch.empty((pairs.timesteps.numel(), *pairs.x0.shape[1:]), dtype=dtype, device="cpu")
+    draws = _draws(pairs)
     _ran(_loaded().dtta_add_noise(ctypes.byref(draws), _pointer(x_t, dtype), TYPES[dtype], torch.get_num_threads()))
     return x_t
 
 
-def denoising_loss(
-    prediction: Tensor,
-    x0: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    image_ids: Tensor,
-    seed: int,
-    step: Tensor,
-    pair0: int,
-    l1: bool,
-    upstream: Tensor | None,
-    noise: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def denoising_loss(prediction: Tensor, pairs: Pairs, l1: bool, upstream: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Computes reference.denoising_loss for contiguous float32, bfloat16 and float16 tensors."""
-    loss = torch.empty(timesteps.shape, dtype=torch.float32, device="cpu")
+    loss = torch.empty(pairs.timesteps.shape, dtype=torch.float32, device="cpu")
     gradient = None if upstream is None else torch.empty_like(prediction)
-    draws, stride = _draws(x0, table, timesteps, image_ids, seed, step, pair0, noise), prediction[0].numel()
+    draws, stride = _draws(pairs), prediction[0].numel()
     rows = _pointer(prediction, *TYPES), _type(prediction), stride, l1
     written = _pointer(loss, torch.float32), _pointer(upstream, torch.float32), _pointer(gradient, prediction.dtype), stride
     _ran(_loaded().dtta_denoising_loss(ctypes.byref(draws), *rows, *written, torch.get_num_threads()))

@@ -9,12 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dtta_fast.kernels.pairs import Pairs
 from dtta_fast.kernels.philox import normal
 
 
-def _noise(x0: Tensor, timesteps: Tensor, image_ids: Tensor, seed: int, step: Tensor, pair0: int) -> Tensor:
-    pairs = torch.arange(pair0, pair0 + timesteps.shape[1], dtype=torch.int64, device=x0.device)
-    return normal(x0[0].numel(), pairs, image_ids, seed, step, _compute_dtype(x0)).view(*timesteps.shape, *x0.shape[1:])
+def _noise(pairs: Pairs, dtype: torch.dtype) -> Tensor:
+    """Returns the noise [B, P, C, H, W] of the pairs, as given or drawn."""
+    x0, _, timesteps, image_ids, seed, step, pair0, noise = pairs
+    if noise is not None:
+        return noise.to(dtype)
+    numbers = torch.arange(pair0, pair0 + timesteps.shape[1], dtype=torch.int64, device=x0.device)
+    return normal(x0[0].numel(), numbers, image_ids, seed, step, dtype).view(*timesteps.shape, *x0.shape[1:])
 
 
 def _coefficients(table: Tensor, timesteps: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -25,47 +30,22 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def add_noise(
-    x0: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    image_ids: Tensor,
-    seed: int,
-    step: Tensor,
-    pair0: int,
-    dtype: torch.dtype,
-    noise: Tensor | None,
-) -> Tensor:
+def add_noise(pairs: Pairs, dtype: torch.dtype) -> Tensor:
     """Computes x_t = a·x0 + s·ε: [B, C, H, W] -> [B·P, C, H, W] in `dtype`."""
-    compute = _compute_dtype(x0)
-    if noise is None:
-        noise = _noise(x0, timesteps, image_ids, seed, step, pair0)
-    a, s, *_ = _coefficients(table, timesteps, compute)
-    return (a * x0.to(compute)[:, None] + s * noise.to(compute)).flatten(0, 1).to(dtype)
+    compute = _compute_dtype(pairs.x0)
+    a, s, *_ = _coefficients(pairs.table, pairs.timesteps, compute)
+    return (a * pairs.x0.to(compute)[:, None] + s * _noise(pairs, compute)).flatten(0, 1).to(dtype)
 
 
-def denoising_loss(
-    prediction: Tensor,
-    x0: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    image_ids: Tensor,
-    seed: int,
-    step: Tensor,
-    pair0: int,
-    l1: bool,
-    upstream: Tensor | None,
-    noise: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def denoising_loss(prediction: Tensor, pairs: Pairs, l1: bool, upstream: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Computes loss [B, P] = w · mean(|prediction − (u·x0 + v·ε)|^(1 or 2)) and, given upstream [B, P], the gradient of Σ upstream · loss.
 
     The gradient has the shape and dtype of the prediction; it is zero for the learned-variance half.
     """
+    x0, timesteps = pairs.x0, pairs.timesteps
     compute = _compute_dtype(x0)
-    if noise is None:
-        noise = _noise(x0, timesteps, image_ids, seed, step, pair0)
-    _, _, u, v, w = _coefficients(table, timesteps, compute)
-    target = u * x0.to(compute)[:, None] + v * noise.to(compute)
+    _, _, u, v, w = _coefficients(pairs.table, timesteps, compute)
+    target = u * x0.to(compute)[:, None] + v * _noise(pairs, compute)
     difference = prediction.view(*timesteps.shape, *prediction.shape[1:])[:, :, : x0.shape[1]].to(compute) - target
     loss = w[..., 0, 0, 0] * (difference.abs() if l1 else difference.square()).flatten(2).mean(2)
     if upstream is None:

@@ -1,9 +1,8 @@
 """The ops in the dtta_fast namespace: schemas, argument checks, fake kernels and autograd. backends.py selects the implementation.
 
-`table` is NoiseProcess.table [T, 5], float32. Noise is a function of (seed, step, image_id, pair), where a call covers the pairs
-pair0 .. pair0 + P − 1; an explicit `noise` [B, P, C, H, W] replaces it. `timesteps` [B, P], `image_ids` [B] and the 0-dim `step` are
-int64. A wrong shape, type, device or (on the CPU) value raises a ValueError that names the argument. On a GPU, reading a value would
-require a synchronization, so a timestep outside the table yields NaN instead.
+The arguments that describe noise travel as one tuple, Pairs, and are flattened for torch's dispatcher only. A wrong shape, type, device or
+(on the CPU) value raises a ValueError that names the argument. On a GPU, reading a value would require a synchronization, so a timestep
+outside the table yields NaN instead.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dtta_fast.kernels import backends, native
+from dtta_fast.kernels.pairs import Pairs
 
 LARGEST = 65_535 * 1024  # elements per image: blocks along the second axis of a CUDA grid, 1024 elements each
 WORDS = 2**32  # image_ids, steps and pairs are 32-bit counter words; the last pair is reserved for timesteps
@@ -24,9 +24,8 @@ def _check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def _check_draws(
-    x0: Tensor, table: Tensor, timesteps: Tensor, image_ids: Tensor, seed: int, step: Tensor, pair0: int, noise: Tensor | None
-) -> None:
+def _check_pairs(pairs: Pairs) -> None:
+    x0, table, timesteps, image_ids, seed, step, pair0, noise = pairs
     _check(x0.ndim == 4 and x0.numel() > 0, f"x0 has shape {tuple(x0.shape)}; give a non-empty [B, C, H, W]")
     _check(x0.layout == torch.strided, f"x0 is {x0.layout}; give a dense tensor")
     _check(x0.is_floating_point(), f"x0 has dtype {x0.dtype}; give a floating-point one")
@@ -59,7 +58,8 @@ def _check_devices(first: Tensor, named: dict[str, Tensor | None]) -> None:
         _check(value is None or value.layout == torch.strided, f"{name} is no dense tensor; give one of torch.strided layout")
 
 
-def _check_values(backend: ModuleType, table: Tensor, timesteps: Tensor, image_ids: Tensor, step: Tensor) -> None:
+def _check_values(backend: ModuleType, pairs: Pairs) -> None:
+    _, table, timesteps, image_ids, _, step, _, _ = pairs
     if timesteps.device.type != "cpu" or backend is native:  # the native kernels check the values themselves, in a tenth of the time
         return
     for name, value, end in (("timesteps", timesteps, len(table)), ("image_ids", image_ids, WORDS), ("step", step, WORDS)):
@@ -67,8 +67,8 @@ def _check_values(backend: ModuleType, table: Tensor, timesteps: Tensor, image_i
         _check(low >= 0 and high < end, f"{name} has values {low} .. {high}; give 0 .. {end - 1}")
 
 
-def _check_prediction(prediction: Tensor, x0: Tensor, timesteps: Tensor) -> None:
-    channels = x0.shape[1]
+def _check_prediction(prediction: Tensor, pairs: Pairs) -> None:
+    x0, timesteps, channels = pairs.x0, pairs.timesteps, pairs.x0.shape[1]
     _check(
         prediction.ndim == 4
         and prediction.shape[0] == timesteps.numel()
@@ -98,12 +98,22 @@ def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if tensor is None else tensor.detach().contiguous() for tensor in tensors)
 
 
-def _check_kinds(seed: object, pair0: object, **tensors: object) -> None:
+def _contiguous_pairs(pairs: Pairs) -> Pairs:
+    x0, table, timesteps, image_ids = (tensor.detach().contiguous() for tensor in pairs[:4])
+    noise = None if pairs.noise is None else pairs.noise.detach().contiguous()
+    return pairs._replace(x0=x0, table=table, timesteps=timesteps, image_ids=image_ids, noise=noise)
+
+
+def _check_kinds(pairs: Pairs, **tensors: object) -> None:
     """Raises an error that includes the value, for arguments that torch's dispatcher would reject without showing it."""
+    if not isinstance(pairs, Pairs):
+        raise TypeError(f"pairs is a {type(pairs).__name__}; give Pairs(x0, table, timesteps, image_ids, seed, step)")
+    for name in ("x0", "table", "timesteps", "image_ids", "step"):
+        tensors[name] = getattr(pairs, name)
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; give a tensor")
-    for name, number, end in (("seed", seed, 2**63), ("pair0", pair0, WORDS)):
+    for name, number, end in (("seed", pairs.seed, 2**63), ("pair0", pairs.pair0, WORDS)):
         if isinstance(number, (float, str)) or (isinstance(number, int) and not 0 <= number < end):
             raise ValueError(f"{name} is {number!r}; give a whole number, 0 .. {end - 1}")
 
@@ -120,61 +130,44 @@ def _add_noise(
     dtype: torch.dtype,
     noise: Tensor | None,
 ) -> Tensor:
-    _check_draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
+    pairs = Pairs(x0, table, timesteps, image_ids, seed, step, pair0, noise)
+    _check_pairs(pairs)
     _check(dtype.is_floating_point, f"dtype is {dtype}; give a floating-point one")
     backend = backends.choose(dtype, x0, noise)
-    _check_values(backend, table, timesteps, image_ids, step)
-    x0, table, timesteps, image_ids, noise = _contiguous(x0, table, timesteps, image_ids, noise)  # type: ignore[assignment]
-    return backend.add_noise(x0, table, timesteps, image_ids, seed, step, pair0, dtype, noise)
+    _check_values(backend, pairs)
+    found: Tensor = backend.add_noise(_contiguous_pairs(pairs), dtype)
+    return found
 
 
 @_add_noise.register_fake
 def _(x0, table, timesteps, image_ids, seed, step, pair0, dtype, noise):  # type: ignore[no-untyped-def]
-    _check_draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
+    _check_pairs(Pairs(x0, table, timesteps, image_ids, seed, step, pair0, noise))
     return x0.new_empty((timesteps.numel(), *x0.shape[1:]), dtype=dtype)
 
 
-def add_noise(
-    x0: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    image_ids: Tensor,
-    seed: int,
-    step: Tensor,
-    pair0: int = 0,
-    dtype: torch.dtype | None = None,
-    noise: Tensor | None = None,
-) -> Tensor:
+def add_noise(pairs: Pairs, dtype: torch.dtype | None = None) -> Tensor:
     """Computes x_t = a·x0 + s·ε for P pairs per image: x0 [B, C, H, W] -> [B·P, C, H, W] in `dtype` (by default that of x0).
 
     No gradient flows to x0, because the method treats the latent as a constant.
+
+    Raises:
+        TypeError, ValueError: see the module.
     """
-    _check_kinds(seed, pair0, x0=x0, table=table, timesteps=timesteps, image_ids=image_ids, step=step)
-    return _add_noise(x0.detach(), table, timesteps, image_ids, seed, step, pair0, dtype or x0.dtype, noise)
+    _check_kinds(pairs)
+    *flat, noise = pairs._replace(x0=pairs.x0.detach())
+    found: Tensor = _add_noise(*flat, dtype or pairs.x0.dtype, noise)
+    return found
 
 
-def _loss(
-    prediction: Tensor,
-    x0: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    image_ids: Tensor,
-    seed: int,
-    step: Tensor,
-    pair0: int,
-    l1: bool,
-    upstream: Tensor | None,
-    noise: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    _check_draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
-    _check_prediction(prediction, x0, timesteps)
-    backend = backends.choose(torch.float32, prediction, x0, noise)
-    _check_values(backend, table, timesteps, image_ids, step)
-    upstream = None if upstream is None else upstream.to(torch.promote_types(x0.dtype, torch.float32))
-    prediction, x0, table, timesteps, image_ids, upstream, noise = _contiguous(  # type: ignore[assignment]
-        prediction, x0, table, timesteps, image_ids, upstream, noise
-    )
-    return backend.denoising_loss(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, upstream, noise)
+def _loss(prediction: Tensor, pairs: Pairs, l1: bool, upstream: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    _check_pairs(pairs)
+    _check_prediction(prediction, pairs)
+    backend = backends.choose(torch.float32, prediction, pairs.x0, pairs.noise)
+    _check_values(backend, pairs)
+    upstream = None if upstream is None else upstream.to(torch.promote_types(pairs.x0.dtype, torch.float32))
+    prediction, upstream = _contiguous(prediction, upstream)  # type: ignore[assignment]
+    found: tuple[Tensor, Tensor | None] = backend.denoising_loss(prediction, _contiguous_pairs(pairs), l1, upstream)
+    return found
 
 
 @torch.library.custom_op("dtta_fast::denoising_loss", mutates_args=())
@@ -190,13 +183,14 @@ def _denoising_loss(
     l1: bool,
     noise: Tensor | None,
 ) -> Tensor:
-    return _loss(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, None, noise)[0]
+    return _loss(prediction, Pairs(x0, table, timesteps, image_ids, seed, step, pair0, noise), l1, None)[0]
 
 
 @_denoising_loss.register_fake
 def _(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, noise):  # type: ignore[no-untyped-def]
-    _check_draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
-    _check_prediction(prediction, x0, timesteps)
+    pairs = Pairs(x0, table, timesteps, image_ids, seed, step, pair0, noise)
+    _check_pairs(pairs)
+    _check_prediction(prediction, pairs)
     return x0.new_empty(timesteps.shape, dtype=torch.promote_types(x0.dtype, torch.float32))
 
 
@@ -215,7 +209,7 @@ def _denoising_loss_and_gradient(
     noise: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check_upstream(upstream, timesteps)
-    return _loss(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, upstream, noise)  # type: ignore[return-value]
+    return _loss(prediction, Pairs(x0, table, timesteps, image_ids, seed, step, pair0, noise), l1, upstream)  # type: ignore[return-value]
 
 
 def _check_upstream(upstream: Tensor, timesteps: Tensor) -> None:
@@ -226,8 +220,9 @@ def _check_upstream(upstream: Tensor, timesteps: Tensor) -> None:
 
 @_denoising_loss_and_gradient.register_fake
 def _(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, upstream, noise):  # type: ignore[no-untyped-def]
-    _check_draws(x0, table, timesteps, image_ids, seed, step, pair0, noise)
-    _check_prediction(prediction, x0, timesteps)
+    pairs = Pairs(x0, table, timesteps, image_ids, seed, step, pair0, noise)
+    _check_pairs(pairs)
+    _check_prediction(prediction, pairs)
     _check_upstream(upstream, timesteps)
     loss = x0.new_empty(timesteps.shape, dtype=torch.promote_types(x0.dtype, torch.float32))
     return loss, prediction.new_empty(prediction.shape)
@@ -251,44 +246,32 @@ def _loss_backward(ctx, upstream):  # type: ignore[no-untyped-def]
 _denoising_loss.register_autograd(_loss_backward, setup_context=_save_for_loss)
 
 
-def denoising_loss(
-    prediction: Tensor,
-    x0: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    image_ids: Tensor,
-    seed: int,
-    step: Tensor,
-    pair0: int = 0,
-    l1: bool = False,
-    noise: Tensor | None = None,
-) -> Tensor:
+def denoising_loss(prediction: Tensor, pairs: Pairs, l1: bool = False) -> Tensor:
     """Computes loss [B, P] = w · mean((prediction − (u·x0 + v·ε))²), or with `l1` the mean absolute difference instead.
 
     prediction is [B·P, C', H, W] with C' = C or 2C (with learned variance, the second half is ignored). The loss has one value per pair
     because a guard compares pairs. Differentiable once, with respect to the prediction.
+
+    Raises:
+        TypeError, ValueError: see the module.
     """
-    _check_kinds(seed, pair0, prediction=prediction, x0=x0, table=table, timesteps=timesteps, image_ids=image_ids, step=step)
-    return _denoising_loss(prediction, x0.detach(), table, timesteps, image_ids, seed, step, pair0, l1, noise)
+    _check_kinds(pairs, prediction=prediction)
+    *flat, noise = pairs._replace(x0=pairs.x0.detach())
+    found: Tensor = _denoising_loss(prediction, *flat, l1, noise)
+    return found
 
 
 @torch.no_grad()
-def denoising_loss_and_gradient(
-    prediction: Tensor,
-    upstream: Tensor,
-    x0: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    image_ids: Tensor,
-    seed: int,
-    step: Tensor,
-    pair0: int = 0,
-    l1: bool = False,
-    noise: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Computes denoising_loss [B, P] and, in the same pass, the gradient of Σ upstream · loss w.r.t. the prediction, upstream [B, P]."""
-    _check_kinds(seed, pair0, prediction=prediction, x0=x0, table=table, timesteps=timesteps, image_ids=image_ids, step=step)
-    return _denoising_loss_and_gradient(prediction, x0, table, timesteps, image_ids, seed, step, pair0, l1, upstream, noise)
+def denoising_loss_and_gradient(prediction: Tensor, upstream: Tensor, pairs: Pairs, l1: bool = False) -> tuple[Tensor, Tensor]:
+    """Computes denoising_loss [B, P] and, in the same pass, the gradient of Σ upstream · loss w.r.t. the prediction, upstream [B, P].
+
+    Raises:
+        TypeError, ValueError: see the module.
+    """
+    _check_kinds(pairs, prediction=prediction)
+    *flat, noise = pairs
+    found: tuple[Tensor, Tensor] = _denoising_loss_and_gradient(prediction, *flat, l1, upstream, noise)
+    return found
 
 
 @torch.library.custom_op("dtta_fast::mix_condition", mutates_args=())

@@ -16,7 +16,7 @@ from dtta_fast.core.guard import GUARD_STEP
 from dtta_fast.core.problem import Problem, Schedule
 from dtta_fast.core.step import adaptation_step, initial_state
 from dtta_fast.core.weights import select
-from dtta_fast.kernels import add_noise, denoising_loss
+from dtta_fast.kernels import Pairs, add_noise, denoising_loss
 from dtta_fast.kernels.philox import normal
 from dtta_fast.session.engine import Engine
 from dtta_fast.tasks.classification import Classification
@@ -357,12 +357,12 @@ def test_the_guard_chooses_the_answer_with_the_lowest_held_out_loss(model, denoi
     timesteps = engine.program.problem.draws(5).timesteps(ids, at + GUARD_STEP)
     draw = {"table": process.table, "x0": x0, "timesteps": timesteps, "image_ids": ids, "seed": 0, "step": at + GUARD_STEP}
     draw |= {"pair0": 0, "noise": None}
-    x_t, table = add_noise(**draw, dtype=torch.float64), denoiser.class_embeddings({})
+    x_t, table = add_noise(Pairs(**draw), torch.float64), denoiser.class_embeddings({})
     losses = []
     for column in answers.T:
         with torch.no_grad():
             prediction = denoiser(x_t, timesteps.flatten(), table[column].repeat_interleave(5, 0))
-        losses.append(denoising_loss(prediction, **draw, l1=False))
+        losses.append(denoising_loss(prediction, Pairs(**draw)))
     for i, row in enumerate(answers):
         scores = [0.0]
         for k in (1, 2):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dtta_fast.kernels import add_noise, backends, denoising_loss, denoising_loss_and_gradient, mix_condition, native, reference
+from dtta_fast.kernels import Pairs, add_noise, backends, denoising_loss, denoising_loss_and_gradient, mix_condition, native, reference
 
 TABLE = torch.rand(10, 5, generator=torch.Generator().manual_seed(0))
 
@@ -46,12 +46,12 @@ def test_without_the_library_plain_torch_serves_and_says_so(without_library, mon
     assert backend == "torch"
     assert "pip install" in reason
     given = draws(3)
-    expected = reference.add_noise(x0, TABLE, given["timesteps"], given["image_ids"], 5, given["step"], 0, torch.float32, None)
-    assert torch.equal(add_noise(x0, **given), expected)
+    expected = reference.add_noise(Pairs(x0, **given), torch.float32)
+    assert torch.equal(add_noise(Pairs(x0, **given)), expected)
     monkeypatch.setenv("DTTA_FAST_STRICT", "1")
     with pytest.raises(RuntimeError, match="DTTA_FAST_STRICT=1"):
-        add_noise(x0, **given)
-    assert add_noise(x0.double(), **given).dtype == torch.float64  # plain torch's everywhere
+        add_noise(Pairs(x0, **given))
+    assert add_noise(Pairs(x0.double(), **given)).dtype == torch.float64  # plain torch's everywhere
 
 
 def test_the_native_library_serves_the_cpu():
@@ -104,14 +104,14 @@ def allocated(run) -> int:
 def test_nothing_large_is_allocated_beside_the_results():
     """Under 1 % of x_t: no noise, no copy, nothing kept for the backward pass."""
     x0, given = torch.randn(2, 4, 64, 64), draws(90)
-    x_t = add_noise(x0, **given)
+    x_t = add_noise(Pairs(x0, **given))
     prediction = torch.randn_like(x_t).requires_grad_()
     upstream = torch.ones(2, 90)
     size = x_t.numel() * x_t.element_size()
-    assert size <= allocated(lambda: add_noise(x0, **given)) < 1.01 * size
-    assert allocated(lambda: denoising_loss(prediction, **given, x0=x0)) < 0.01 * size
-    assert allocated(lambda: denoising_loss_and_gradient(prediction.detach(), upstream, x0, **given)) < 1.01 * size
-    loss = denoising_loss(prediction, x0, **given)
+    assert size <= allocated(lambda: add_noise(Pairs(x0, **given))) < 1.01 * size
+    assert allocated(lambda: denoising_loss(prediction, Pairs(x0, **given))) < 0.01 * size
+    assert allocated(lambda: denoising_loss_and_gradient(prediction.detach(), upstream, Pairs(x0, **given))) < 1.01 * size
+    loss = denoising_loss(prediction, Pairs(x0, **given))
     assert allocated(lambda: torch.autograd.grad(loss.sum(), prediction)) < 1.01 * size
 
 
@@ -126,8 +126,8 @@ def test_strided_tensors_give_what_contiguous_ones_give(dtype):
     results = []
     for layout in (lambda x: x, torch.Tensor.contiguous):
         leaf = layout(prediction).requires_grad_()
-        loss = denoising_loss(leaf, layout(x0), **{**given, "timesteps": layout(given["timesteps"])})
-        results.append((add_noise(layout(x0), **given), loss, torch.autograd.grad(loss.sum(), leaf)[0]))
+        loss = denoising_loss(leaf, Pairs(layout(x0), **{**given, "timesteps": layout(given["timesteps"])}))
+        results.append((add_noise(Pairs(layout(x0), **given)), loss, torch.autograd.grad(loss.sum(), leaf)[0]))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     logits, table = torch.randn(7, 2, generator=generator, dtype=dtype).T, torch.randn(4, 7, generator=generator, dtype=dtype).T
     assert torch.equal(mix_condition(logits, table), mix_condition(logits.contiguous(), table.contiguous()))

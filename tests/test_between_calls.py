@@ -11,8 +11,9 @@ from torch import nn
 from dtta_fast import AdaptConfig, Adapter, adapt
 from dtta_fast.core import lora as lora_module
 from dtta_fast.core.guard import held_out_losses
-from dtta_fast.core.loss import Pairs, pair_losses
+from dtta_fast.core.loss import pair_losses
 from dtta_fast.core.problem import Schedule
+from dtta_fast.kernels import Pairs
 from dtta_fast.session.memory import out_of_memory
 
 CONFIG = AdaptConfig(steps=2, pairs=4, lr=1e-2)
@@ -69,7 +70,7 @@ def test_storage_is_as_small_as_the_images_that_fit(floats):
 def test_losses_do_not_depend_on_the_forwards(floats, rows, shared):
     _, denoiser, images = floats
     x0, ids = denoiser.encode(images), torch.arange(4)
-    drawn = Pairs(x0, torch.arange(24).view(4, 6) * 40, ids, 3, torch.tensor(1))
+    drawn = Pairs(x0, denoiser.process.table, torch.arange(24).view(4, 6) * 40, ids, 3, torch.tensor(1))
     conditions = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     expected = pair_losses(denoiser, conditions, drawn, l1=False)
     found = pair_losses(denoiser, conditions, drawn, l1=False, forwards=rows, shared=shared)

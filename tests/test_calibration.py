@@ -272,7 +272,7 @@ def test_the_zoo_s_is_of_its_training_images():
 
 def test_matching_takes_low_contrast_away_from_the_digits():
     """The denoiser tells the classes apart again: its classification by 8 pairs a class, before and after."""
-    from dtta_fast.kernels import add_noise, denoising_loss
+    from dtta_fast.kernels import Pairs, add_noise, denoising_loss
 
     _, denoiser = zoo.load("digits")
     images, labels = (part[:24] for part in load_digits("validation"))
@@ -282,11 +282,11 @@ def test_matching_takes_low_contrast_away_from_the_digits():
         timesteps = torch.arange(500, 740, 30).expand(24, -1).contiguous()
         draw = {"table": denoiser.process.table, "x0": denoiser.encode(seen), "timesteps": timesteps, "image_ids": torch.arange(24)}
         draw |= {"seed": 0, "step": torch.tensor(0), "pair0": 0, "noise": None}
-        x_t, losses = add_noise(**draw, dtype=torch.float32), []
+        x_t, losses = add_noise(Pairs(**draw), torch.float32), []
         for row in denoiser.class_embeddings({}):
             with torch.no_grad():
                 prediction = denoiser(x_t, timesteps.flatten(), row.expand(len(x_t), -1))
-            losses.append(denoising_loss(prediction, **draw, l1=False).mean(1))
+            losses.append(denoising_loss(prediction, Pairs(**draw)).mean(1))
         right.append(int((torch.stack(losses).argmin(0) == labels).sum()))
     assert right[1] >= right[0] + 4
     assert right[1] >= 20

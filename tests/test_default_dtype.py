@@ -14,7 +14,7 @@ import dtta_fast
 from dtta_fast import AdaptConfig, adapt, metrics, presets, zoo
 from dtta_fast.data.corruptions import corrupt
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.kernels import add_noise, denoising_loss, mix_condition, native
+from dtta_fast.kernels import Pairs, add_noise, denoising_loss, mix_condition, native
 
 MAKERS = {
     *("empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange", "linspace", "logspace", "rand", "randn", "randint", "randperm"),
@@ -78,9 +78,9 @@ def every_op(dtype: torch.dtype) -> list[torch.Tensor]:
         "seed": 3,
         "step": torch.tensor(1, dtype=torch.int64, device="cpu"),
     }
-    noised = add_noise(**given)
+    noised = add_noise(Pairs(**given))
     prediction = torch.randn(6, 3, 8, 8, dtype=torch.float32, **cpu).to(dtype).requires_grad_()
-    loss = denoising_loss(prediction, **given)
+    loss = denoising_loss(prediction, Pairs(**given))
     (to_prediction,) = torch.autograd.grad(loss.sum(), prediction)
     logits = torch.randn(2, 9, dtype=torch.float32, **cpu).to(dtype).requires_grad_()
     found = [noised, loss.detach(), to_prediction]
@@ -110,7 +110,7 @@ def test_the_native_library_is_given_no_memory_of_another_size():
     words = torch.zeros(1, 1, dtype=torch.int64)
     x0 = torch.zeros(1, 1, 2, 2, dtype=torch.float32)
     fine = {"x0": x0, "table": table, "timesteps": words, "image_ids": words[0], "seed": 0, "step": torch.tensor(0), "pair0": 0}
-    native.add_noise(**fine, dtype=torch.float32, noise=None)
+    native.add_noise(Pairs(**fine), torch.float32)
     for name, value in (
         ("table", table.bfloat16()),
         ("timesteps", words.int()),
@@ -120,10 +120,10 @@ def test_the_native_library_is_given_no_memory_of_another_size():
         ("x0", x0.to("meta")),
     ):
         with pytest.raises(TypeError, match="takes contiguous ones on the CPU"):
-            native.add_noise(**{**fine, name: value}, dtype=torch.float32, noise=None)
+            native.add_noise(Pairs(**{**fine, name: value}), torch.float32)
     prediction = torch.zeros(1, 1, 2, 2, dtype=torch.float32)
     with pytest.raises(TypeError, match="takes contiguous"):
-        native.denoising_loss(prediction, **fine, l1=False, upstream=torch.ones(1, 1, dtype=torch.float16), noise=None)
+        native.denoising_loss(prediction, Pairs(**fine), False, torch.ones(1, 1, dtype=torch.float16))
 
 
 CONFIGS = {

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor
 
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.kernels import native, reference
+from dtta_fast.kernels import Pairs, native, reference
 from dtta_fast.kernels.philox import normal
 
 SETS = ("portable", "avx2", "avx512")
@@ -58,13 +58,13 @@ def check_noise_ops(shape, dtype, explicit, learned_variance, l1):
     exact = None if noise is None else noise.double()
     prediction = torch.randn(6, (1 + learned_variance) * shape[0], *shape[1:], generator=generator).to(dtype)
     upstream = torch.rand(2, 3, generator=generator)
-    x_t = [module.add_noise(x0, TABLE, *DRAWS, dtype, noise) for module in (native, reference)]
-    held(*x_t, reference.add_noise(x0.double(), TABLE, *DRAWS, torch.float64, exact))
-    ours, plain = (module.denoising_loss(prediction, x0, TABLE, *DRAWS, l1, upstream, noise) for module in (native, reference))
-    truth = reference.denoising_loss(prediction.double(), x0.double(), TABLE, *DRAWS, l1, upstream.double(), exact)
+    x_t = [module.add_noise(Pairs(x0, TABLE, *DRAWS, noise), dtype) for module in (native, reference)]
+    held(*x_t, reference.add_noise(Pairs(x0.double(), TABLE, *DRAWS, exact), torch.float64))
+    ours, plain = (module.denoising_loss(prediction, Pairs(x0, TABLE, *DRAWS, noise), l1, upstream) for module in (native, reference))
+    truth = reference.denoising_loss(prediction.double(), Pairs(x0.double(), TABLE, *DRAWS, exact), l1, upstream.double())
     held(ours[0], plain[0], truth[0])
     held(ours[1], plain[1], truth[1])
-    assert torch.equal(native.denoising_loss(prediction, x0, TABLE, *DRAWS, l1, None, noise)[0], ours[0])
+    assert torch.equal(native.denoising_loss(prediction, Pairs(x0, TABLE, *DRAWS, noise), l1, None)[0], ours[0])
 
 
 @settings(max_examples=15, deadline=None)
@@ -105,7 +105,7 @@ def test_several_images_under_a_float32_table_are_torch_s_product(monkeypatch):
 def test_a_gradient_at_a_prediction_that_is_not_finite_is_nan(instruction_set):
     prediction, upstream = torch.full((6, 1, 3, 3), float("nan")), torch.ones(2, 3)
     for module in (native, reference):
-        loss, gradient = module.denoising_loss(prediction, torch.zeros(2, 1, 3, 3), TABLE, *DRAWS, True, upstream, None)
+        loss, gradient = module.denoising_loss(prediction, Pairs(torch.zeros(2, 1, 3, 3), TABLE, *DRAWS), True, upstream)
         assert loss.isnan().all()
         assert gradient.isnan().all()
 
@@ -120,10 +120,10 @@ def test_same_bits_for_every_number_of_threads(instruction_set, pool):
     try:
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            loss = native.denoising_loss(prediction, x0, TABLE, *DRAWS, False, upstream, None)
+            loss = native.denoising_loss(prediction, Pairs(x0, TABLE, *DRAWS), False, upstream)
             mixed, weights = native.mix_condition(logits, table, None, 2.0, False)
             back = native.mix_condition_backward(mixed, logits, table, None, weights, 2.0, False, True)
-            found.append((native.add_noise(x0, TABLE, *DRAWS, torch.float32, None), *loss, mixed, *back))
+            found.append((native.add_noise(Pairs(x0, TABLE, *DRAWS), torch.float32), *loss, mixed, *back))
     finally:
         native.library().dtta_use_thread_pool(native._openmp())
         torch.set_num_threads(before)
@@ -136,7 +136,8 @@ def test_ten_million_normals_are_normal():
     drawn = []
     for step in (0, 1):
         x0, ids = torch.zeros(4, 1, 500, 500), torch.tensor([0, 1, 7, 2**32 - 1])
-        drawn.append(native.add_noise(x0, table, torch.zeros(4, 5, dtype=torch.int64), ids, 7, torch.tensor(step), 0, torch.float32, None))
+        pairs = Pairs(x0, table, torch.zeros(4, 5, dtype=torch.int64), ids, 7, torch.tensor(step))
+        drawn.append(native.add_noise(pairs, torch.float32))
     streams = torch.cat(drawn).flatten(1)
     flat = streams.flatten().numpy()
     assert flat.size == 10_000_000
@@ -151,6 +152,6 @@ def test_ten_million_normals_are_normal():
 def test_normals_agree_with_exact_arithmetic(instruction_set):
     table, ids = torch.tensor([[0.0, 1, 0, 1, 1]]), torch.tensor([3, 2**32 - 1])
     timesteps, step = torch.zeros(2, 3, dtype=torch.int64), torch.tensor(2**31)
-    found = native.add_noise(torch.zeros(2, 1, 100, 101), table, timesteps, ids, 2**62 + 5, step, 9, torch.float32, None)
+    found = native.add_noise(Pairs(torch.zeros(2, 1, 100, 101), table, timesteps, ids, 2**62 + 5, step, 9), torch.float32)
     exact = normal(10_100, torch.arange(9, 12), ids, 2**62 + 5, step, torch.float64).view(6, 1, 100, 101)
     assert float((found - exact).abs().max()) < 1e-6

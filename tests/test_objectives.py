@@ -15,8 +15,8 @@ from dtta_fast import AdaptConfig, Adapter, adapt
 from dtta_fast.core.calibrate import BINS, calibrate
 from dtta_fast.core.draws import Draws, cumulative_density
 from dtta_fast.core.guard import GUARD_STEP
-from dtta_fast.core.loss import Noised, Pairs, accumulated_gradients, noise_mix, noise_mix_null
-from dtta_fast.kernels import add_noise, denoising_loss
+from dtta_fast.core.loss import Noised, accumulated_gradients, noise_mix, noise_mix_null
+from dtta_fast.kernels import Pairs, add_noise, denoising_loss
 from dtta_fast.kernels.philox import class_uniforms
 from dtta_fast.session.engine import Engine
 from dtta_fast.tasks.classification import Classification
@@ -31,7 +31,7 @@ def rows(denoiser, images):
     x0 = images[:2] * 2 - 1
     timesteps = torch.randint(1000, (2, 5), generator=generator)
     noise = torch.randn(2, 5, *x0.shape[1:], generator=generator, dtype=torch.float64)
-    drawn = Pairs(x0, timesteps, torch.arange(2), 0, torch.tensor(0), noise)
+    drawn = Pairs(x0, denoiser.process.table, timesteps, torch.arange(2), 0, torch.tensor(0), noise=noise)
     probabilities = torch.rand(2, 3, generator=generator, dtype=torch.float64).softmax(1).requires_grad_()
     conditions = denoiser.class_embeddings({})[torch.tensor([[0, 3, 5], [6, 1, 2]])]
     return drawn, probabilities, conditions
@@ -151,7 +151,7 @@ def test_noise_that_pairs_share(antithetic, share_noise):
     assert not torch.equal(noise[0], noise[1])
     # the same words as the ops': the first pair's noise is what they draw
     table = torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0]])
-    drawn = add_noise(x0, table, torch.zeros(2, 1, dtype=torch.int64), ids, 3, step)
+    drawn = add_noise(Pairs(x0, table, torch.zeros(2, 1, dtype=torch.int64), ids, 3, step))
     torch.testing.assert_close(noise[:, 0], drawn, rtol=0, atol=1e-5)
 
 
@@ -208,10 +208,10 @@ def losses_by_class(denoiser, images, pairs: int, stages: int) -> Tensor:
     for stage in range(stages):
         step = torch.tensor(GUARD_STEP + stage)
         timesteps = Draws(0, pairs, "stratified", 0, 1000).timesteps(ids, step)
-        shared = (x0, denoiser.process.table, timesteps, ids, 0, step)
-        x_t = add_noise(*shared, dtype=torch.float64)
+        shared = Pairs(x0, denoiser.process.table, timesteps, ids, 0, step)
+        x_t = add_noise(shared, torch.float64)
         rows = [
-            denoising_loss(denoiser(x_t, timesteps.flatten(), table[k].expand(len(x_t), -1)), *shared).detach() for k in range(len(table))
+            denoising_loss(denoiser(x_t, timesteps.flatten(), table[k].expand(len(x_t), -1)), shared).detach() for k in range(len(table))
         ]
         parts.append(torch.stack(rows, dim=1))
     return torch.cat(parts, dim=2)

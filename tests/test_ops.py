@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.kernels import add_noise, denoising_loss, mix_condition
+from dtta_fast.kernels import Pairs, add_noise, denoising_loss, mix_condition
 from dtta_fast.kernels.philox import normal
 
 pytestmark = pytest.mark.quick
@@ -45,7 +45,7 @@ def test_add_noise(device, dtype, explicit):
     noise = torch.randn(2, 3, 3, 5, 7, device=device) if explicit else None
     a, s, *_ = coefficients(given)
     expected = (a * given["x0"].double()[:, None] + s * (noise.double() if explicit else drawn_noise(given, 4))).flatten(0, 1)
-    found = add_noise(**given, pair0=4, dtype=dtype, noise=noise)
+    found = add_noise(Pairs(**given, pair0=4, noise=noise), dtype)
     assert found.dtype == dtype
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
@@ -62,7 +62,7 @@ def test_denoising_loss_and_gradient(device, kind, learned_variance, l1):
     measure = F.l1_loss if l1 else F.mse_loss
     expected = w.flatten() * measure(prediction[:, :3], target, reduction="none").mean((1, 2, 3))
     upstream = torch.rand(2, 3, dtype=torch.float64, device=device)
-    found = denoising_loss(prediction, **given, l1=l1)
+    found = denoising_loss(prediction, Pairs(**given), l1)
     torch.testing.assert_close(found, expected.view(2, 3))
     torch.testing.assert_close(*(torch.autograd.grad((x.view(2, 3) * upstream).sum(), prediction)[0] for x in (found, expected)))
 
@@ -70,10 +70,10 @@ def test_denoising_loss_and_gradient(device, kind, learned_variance, l1):
 def test_noise_of_the_loss_is_the_noise_of_x_t(device):
     given = setting(device)
     a, s, *_ = (c.flatten()[:, None, None, None] for c in coefficients(given))
-    x_t = add_noise(**given, pair0=9)
+    x_t = add_noise(Pairs(**given, pair0=9))
     noise = (x_t - a * given["x0"].repeat_interleave(3, 0)) / s
-    assert float(denoising_loss(noise, **given, pair0=9).max()) < 1e-9
-    assert float(denoising_loss(noise, **given, pair0=8).min()) > 0.5
+    assert float(denoising_loss(noise, Pairs(**given, pair0=9)).max()) < 1e-9
+    assert float(denoising_loss(noise, Pairs(**given, pair0=8)).min()) > 0.5
 
 
 @pytest.mark.parametrize("shape", [(11, 4), (11, 3, 4)])
@@ -114,8 +114,8 @@ def test_ops_compile_without_a_graph_break(device):
     given = setting(device, dtype=torch.float32)
 
     def f(x0, weight, step):
-        here = {**given, "x0": x0, "step": step}
-        return denoising_loss(F.conv2d(add_noise(**here), weight, padding=1), **here).mean()
+        here = Pairs(**{**given, "x0": x0, "step": step})
+        return denoising_loss(F.conv2d(add_noise(here), weight, padding=1), here).mean()
 
     weight = torch.randn(3, 3, 3, 3, device=device, requires_grad=True)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
@@ -147,14 +147,14 @@ def test_bad_input_is_named(case, dtype):
     change, message = BAD[case]
     given = {**setting("cpu", dtype=dtype), **change}
     with pytest.raises(ValueError, match=message):
-        add_noise(**given)
+        add_noise(Pairs(**given))
     with pytest.raises(ValueError, match=message):
-        denoising_loss(torch.zeros(6, 3, 5, 7), **given)
+        denoising_loss(torch.zeros(6, 3, 5, 7), Pairs(**given))
 
 
 def test_bad_predictions_and_logits_are_named():
     with pytest.raises(ValueError, match="prediction has shape"):
-        denoising_loss(torch.zeros(6, 4, 5, 7), **setting("cpu"))
+        denoising_loss(torch.zeros(6, 4, 5, 7), Pairs(**setting("cpu")))
     with pytest.raises(ValueError, match="logits has shape"):
         mix_condition(torch.zeros(0, 3), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="embeddings has shape"):

@@ -14,7 +14,7 @@ from torch import nn
 
 from dtta_fast import AdaptConfig, Adapter, zoo
 from dtta_fast.commands.cli import main
-from dtta_fast.kernels import add_noise
+from dtta_fast.kernels import Pairs, add_noise
 from dtta_fast.measure.bottleneck import Row, bottleneck
 from dtta_fast.measure.counting import Count, Counter
 from dtta_fast.measure.profiling import profile
@@ -102,7 +102,7 @@ def test_bytes_are_those_that_an_operator_touches(work, moved):
 
 def test_our_own_ops_count_bytes_and_no_flops(process):
     x0, timesteps, ids, step = torch.randn(2, 3, 4, 4), torch.zeros(2, 5, dtype=torch.int64), torch.arange(2), torch.tensor(0)
-    found = counted(lambda: add_noise(x0, process.table, timesteps, ids, 0, step))
+    found = counted(lambda: add_noise(Pairs(x0, process.table, timesteps, ids, 0, step)))
     image = 4 * 3 * 4 * 4
     assert found["dtta_fast::add_noise"] == Count(1, 0, 2 * image + process.table.nbytes + 8 * (10 + 2 + 1) + 10 * image)
 

@@ -30,12 +30,20 @@ def test_models_load_ready_for_use():
 
 def test_denoiser_knows_the_classes():
     """Diffusion classifier (Li et al. 2023): the right class's embedding explains an image best, far above chance."""
-    from dtta_fast.core.loss import Pairs, pair_losses
+    from dtta_fast.core.loss import pair_losses
+    from dtta_fast.kernels import Pairs
 
     _, denoiser = zoo.load("digits")
     images, labels = load_digits("validation")
     images, labels = images[:40], labels[:40]
-    drawn = Pairs(denoiser.encode(images), torch.tensor([[500, 600, 700, 800]]).expand(40, 4), torch.arange(40), 0, torch.tensor(0))
+    drawn = Pairs(
+        denoiser.encode(images),
+        denoiser.process.table,
+        torch.tensor([[500, 600, 700, 800]]).expand(40, 4),
+        torch.arange(40),
+        0,
+        torch.tensor(0),
+    )
     with torch.no_grad():
         losses = [pair_losses(denoiser, row.expand(40, -1), drawn, False).mean(1) for row in denoiser.class_embeddings({})]
     assert float((torch.stack(losses).argmin(0) == labels).float().mean()) > 0.85

@@ -10,7 +10,7 @@ import triton.language as tl
 from diffusers import DDPMScheduler
 
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.kernels import reference
+from dtta_fast.kernels import Pairs, reference
 from dtta_fast.kernels.triton import launchers, philox
 
 
@@ -54,19 +54,19 @@ for shape, dtype in itertools.product([(3, 5, 7), (4, 16, 24)], [torch.float32, 
     x0 = rand(2, *shape).to(dtype)
     for noise in (None, rand(2, 3, *shape)):
         f64 = None if noise is None else noise.double()
-        found, plain = (m.add_noise(x0, table, *draws, dtype, noise) for m in (launchers, reference))
-        held("x_t", found, plain, reference.add_noise(x0.double(), table, *draws, torch.float64, f64))
+        found, plain = (m.add_noise(Pairs(x0, table, *draws, noise), dtype) for m in (launchers, reference))
+        held("x_t", found, plain, reference.add_noise(Pairs(x0.double(), table, *draws, f64), torch.float64))
     for channels, l1 in itertools.product((1, 2), (False, True)):
         prediction, upstream = rand(6, channels * shape[0], *shape[1:]).to(dtype), rand(2, 3)
-        found, plain = (m.denoising_loss(prediction, x0, table, *draws, l1, upstream, None) for m in (launchers, reference))
-        truth = reference.denoising_loss(prediction.double(), x0.double(), table, *draws, l1, upstream.double(), None)
+        found, plain = (m.denoising_loss(prediction, Pairs(x0, table, *draws), l1, upstream) for m in (launchers, reference))
+        truth = reference.denoising_loss(prediction.double(), Pairs(x0.double(), table, *draws), l1, upstream.double())
         for name, a, b, c in zip(("loss", "gradient"), found, plain, truth, strict=False):
             held(name, a, b, c)
-        alone = launchers.denoising_loss(prediction, x0, table, *draws, l1, None, None)
+        alone = launchers.denoising_loss(prediction, Pairs(x0, table, *draws), l1, None)
         assert alone[1] is None
         assert torch.equal(alone[0], found[0])
 bad = (torch.tensor([[0, 1000, -1], [3, 250, 731]]), *draws[1:])
-rows = launchers.add_noise(x0, table, *bad, torch.float32, None).isnan().flatten(1).all(1)
+rows = launchers.add_noise(Pairs(x0, table, *bad), torch.float32).isnan().flatten(1).all(1)
 assert rows.tolist() == [False, True, True, False, False, False]
 
 for classes, tail, dtype in itertools.product((11, 1500), ((37,), (3, 50)), [torch.float32, torch.bfloat16]):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.gpu_stages.recording import Record, Setting
 from bench.gpu_stages.timing import of_kernels, summary
-from dtta_fast.kernels import add_noise, backends, mix_condition
+from dtta_fast.kernels import Pairs, add_noise, backends, mix_condition
 
 PAIRS, SIDE = 180, 64  # what kernels/compile.py predicts: 180 pairs of one latent 4x64x64
 SIZES = ((PAIRS, SIDE), (4, 32), (24, 32))  # pairs and latents' side; the last two are FAST's with DiT-XL/2 at 256
@@ -58,39 +58,38 @@ def copied(pairs: int, side: int, device: torch.device) -> dict[str, Any]:
     return {"bytes": 2 * source.nbytes, "seconds": summary(of_kernels(lambda: target.copy_(source), device))}
 
 
-def drawn(pairs: int, side: int, device: torch.device) -> dict[str, Any]:
-    """The arguments that the noise kernels share."""
-    return {
-        "x0": torch.randn(1, 4, side, side, device=device),
-        "table": torch.rand(1000, 5, device=device) + 0.5,
-        "timesteps": torch.randint(0, 1000, (1, pairs), device=device),
-        "image_ids": torch.zeros(1, dtype=torch.int64, device=device),
-        "seed": 1,
-        "step": torch.zeros((), dtype=torch.int64, device=device),
-        "pair0": 0,
-    }
+def drawn(pairs: int, side: int, device: torch.device) -> Pairs:
+    """Makes the pairs of one latent."""
+    return Pairs(
+        x0=torch.randn(1, 4, side, side, device=device),
+        table=torch.rand(1000, 5, device=device) + 0.5,
+        timesteps=torch.randint(0, 1000, (1, pairs), device=device),
+        image_ids=torch.zeros(1, dtype=torch.int64, device=device),
+        seed=1,
+        step=torch.zeros((), dtype=torch.int64, device=device),
+    )
 
 
 def noised(backend: Any, op: str, dtype: torch.dtype, gradient: bool, pairs: int, side: int, device: torch.device) -> dict[str, Any]:
     """Bytes: the result, or the prediction and its gradient, and x0 once."""
     given = drawn(pairs, side, device)
-    elements = pairs * given["x0"].numel()
+    elements = pairs * given.x0.numel()
     work: Callable[[], Any]
     if op == "add_noise":
-        work = lambda: backend.add_noise(*given.values(), dtype, None)  # noqa: E731
+        work = lambda: backend.add_noise(given, dtype)  # noqa: E731
         moved = elements * dtype.itemsize
     else:
         prediction = torch.randn(pairs, 4, side, side, device=device).to(dtype)
         upstream = torch.full((1, pairs), 1 / pairs, device=device) if gradient else None
-        work = lambda: backend.denoising_loss(prediction, *given.values(), False, upstream, None)  # noqa: E731
+        work = lambda: backend.denoising_loss(prediction, given, False, upstream)  # noqa: E731
         moved = (1 + gradient) * elements * dtype.itemsize
-    return {"pairs": pairs, "side": side, "bytes": moved + given["x0"].nbytes, "seconds": summary(of_kernels(work, device))}
+    return {"pairs": pairs, "side": side, "bytes": moved + given.x0.nbytes, "seconds": summary(of_kernels(work, device))}
 
 
 def dispatched(pairs: int, side: int, device: torch.device) -> dict[str, Any]:
     """Times an op. Where the kernel is shorter than the host's part, the host's part is what is measured."""
     given = drawn(pairs, side, device)
-    return {"seconds": summary(of_kernels(lambda: add_noise(**given, dtype=torch.bfloat16), device))}
+    return {"seconds": summary(of_kernels(lambda: add_noise(given, torch.bfloat16), device))}
 
 
 def mixed(form: str, images: int, device: torch.device) -> dict[str, Any]:

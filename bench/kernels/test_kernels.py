@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtta_fast.kernels import add_noise, denoising_loss, denoising_loss_and_gradient, mix_condition, reference
+from dtta_fast.kernels import Pairs, add_noise, denoising_loss, denoising_loss_and_gradient, mix_condition, reference
 from dtta_fast.runtime.environment import describe
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -67,11 +67,11 @@ def eager_noise(x0: Tensor, table: Tensor, timesteps: Tensor) -> tuple[Tensor, T
 @pytest.mark.parametrize("form", ["eager", "compiled reference", "op"])
 def test_add_noise(benchmark, device, setting, form):
     compiled = torch.compile(reference.add_noise, fullgraph=True)
-    arguments = {**setting, "pair0": 0, "dtype": torch.float32, "noise": None}
+    pairs = Pairs(**setting)
     run = {
         "eager": lambda: eager_noise(setting["x0"], setting["table"], setting["timesteps"]),
-        "compiled reference": lambda: compiled(**arguments),
-        "op": lambda: add_noise(**arguments),
+        "compiled reference": lambda: compiled(pairs, torch.float32),
+        "op": lambda: add_noise(pairs, torch.float32),
     }[form]
     measure(benchmark, device, run, 1, PAIRS * setting["x0"].numel())
 
@@ -81,26 +81,26 @@ def test_add_noise_and_loss_with_gradient(benchmark, device, setting, form):
     """From x0 and a prediction to x_t, the loss and its gradient to the prediction."""
     prediction = torch.randn(PAIRS, *setting["x0"].shape[1:], device=device, requires_grad=True)
     upstream = torch.full((1, PAIRS), 1 / PAIRS, device=device)
-    arguments = {**setting, "pair0": 0}
+    pairs = Pairs(**setting)
 
     def eager() -> Tensor:
         _, noise = eager_noise(setting["x0"], setting["table"], setting["timesteps"])
         return torch.autograd.grad(F.mse_loss(prediction, noise), prediction)[0]
 
-    def both(x_t: Callable[..., Tensor], loss: Callable[..., object], predicted: Tensor) -> object:
-        return x_t(**arguments, dtype=torch.float32, noise=None), loss(predicted, **arguments, l1=False, upstream=upstream, noise=None)
+    def plain(predicted: Tensor) -> object:
+        return reference.add_noise(pairs, torch.float32), reference.denoising_loss(predicted, pairs, False, upstream)
 
-    compiled = torch.compile(lambda predicted: both(reference.add_noise, reference.denoising_loss, predicted), fullgraph=True)
+    compiled = torch.compile(plain, fullgraph=True)
 
     def op() -> Tensor:
-        add_noise(**arguments)
-        return torch.autograd.grad(denoising_loss(prediction, **arguments).mean(), prediction)[0]
+        add_noise(pairs)
+        return torch.autograd.grad(denoising_loss(prediction, pairs).mean(), prediction)[0]
 
     run = {
         "eager": eager,
         "compiled reference": lambda: compiled(prediction.detach()),
         "op": op,
-        "op, one pass": lambda: both(add_noise, denoising_loss_and_gradient, prediction.detach()),
+        "op, one pass": lambda: (add_noise(pairs, torch.float32), denoising_loss_and_gradient(prediction.detach(), upstream, pairs)),
     }[form]
     measure(benchmark, device, run, 3, prediction.numel())
 

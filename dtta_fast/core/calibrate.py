@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dtta_fast.core.loss import Pairs, pair_losses
+from dtta_fast.core.loss import pair_losses
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.calibration import Calibration
+from dtta_fast.kernels import Pairs
 from dtta_fast.runtime.private import PrivateCopy
 
 BINS = 20  # equal parts of the noise process
@@ -66,7 +67,7 @@ def class_signal(denoiser: Denoiser, x0: Tensor) -> tuple[Tensor, Tensor]:
 
 def _losses(denoiser: Denoiser, x0: Tensor, ids: Tensor, timesteps: Tensor, conditions: Tensor, step: int) -> Tensor:
     """Returns losses [N, M, P] under conditions [N, M, ...] as float64; all classes share the same pairs."""
-    drawn = Pairs(x0, timesteps, ids, 0, torch.tensor(step, dtype=torch.int64, device=x0.device))
+    drawn = Pairs(x0, denoiser.process.table, timesteps, ids, 0, torch.tensor(step, dtype=torch.int64, device=x0.device))
     rows = max(1, ROWS // len(x0))
     of_class = [
         torch.cat([pair_losses(denoiser, conditions[:, k], part, l1=False) for part in drawn.chunks(rows)], dim=1)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dtta_fast.config import AdaptConfig
-from dtta_fast.core.loss import Pairs, pair_losses
+from dtta_fast.core.loss import pair_losses
 from dtta_fast.core.problem import Problem, RowCounts, Schedule
+from dtta_fast.kernels import Pairs
 
 GUARD_STEP = 2**31  # offset that keeps the guard's draws apart from those of any step
 
@@ -118,7 +119,8 @@ def held_out_losses(
     pairs: number of pairs per image; None is the guard's number.
     """
     pairs, step, l1 = pairs or problem.config.guard, step + GUARD_STEP, problem.config.loss == "l1"
-    drawn = Pairs(x0, problem.held_out(pairs).timesteps(image_ids, step), image_ids, problem.config.seed, step)
+    timesteps = problem.held_out(pairs).timesteps(image_ids, step)
+    drawn = Pairs(x0, problem.denoiser.process.table, timesteps, image_ids, problem.config.seed, step)
     if problem.row_counts != "any":
         forwards = forward_rows(len(x0), pairs, schedule.guard_rows, problem.row_counts)
         return pair_losses(problem.denoiser, conditions, drawn, l1, forwards, shared=problem.row_counts == "few")

@@ -3,53 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtta_fast.core.weights import Parameters, call, in_dtypes_of, of_image, with_weights
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.kernels import add_noise, denoising_loss, denoising_loss_and_gradient
+from dtta_fast.kernels import Pairs, add_noise, denoising_loss, denoising_loss_and_gradient
 from dtta_fast.runtime.compiling import leaf
 from dtta_fast.runtime.phases import phase
-
-
-class Pairs(NamedTuple):
-    """The (timestep, noise) pairs used to noise a batch.
-
-    x0 is [B, C, h, w], timesteps [B, P], image_ids [B], step 0-dim. The noise is drawn from (seed, step, image_id, pair0 + pair)
-    unless `noise` [B, P, C, h, w] is given.
-    """
-
-    x0: Tensor
-    timesteps: Tensor
-    image_ids: Tensor
-    seed: int
-    step: Tensor
-    noise: Tensor | None = None
-    pair0: int = 0
-
-    def images(self, which: slice) -> Pairs:
-        """Selects the pairs of some images."""
-        noise = None if self.noise is None else self.noise[which]
-        return self._replace(x0=self.x0[which], timesteps=self.timesteps[which], image_ids=self.image_ids[which], noise=noise)
-
-    def chunks(self, size: int) -> Iterator[Pairs]:
-        """Splits the pairs into near-equal chunks of at most `size` pairs per image, each with the same noise as here."""
-        pairs = self.timesteps.shape[1]
-        width = -(-pairs // -(-pairs // size))
-        for first in range(0, pairs, width):
-            here = slice(first, first + width)
-            noise = None if self.noise is None else self.noise[:, here]
-            yield self._replace(timesteps=self.timesteps[:, here], noise=noise, pair0=self.pair0 + first)
-
-
-def _draws(denoiser: Denoiser, drawn: Pairs) -> dict[str, Any]:
-    """Returns the arguments shared by the ops."""
-    names = ("x0", "timesteps", "image_ids", "seed", "step", "pair0", "noise")
-    return {"table": denoiser.process.table, **{name: getattr(drawn, name) for name in names}}
 
 
 @torch.no_grad()
@@ -63,7 +27,7 @@ def pair_losses(
     these as two different shapes.
     """
     with phase("noising"):
-        x_t = add_noise(**_draws(denoiser, drawn), dtype=denoiser.dtype)
+        x_t = add_noise(drawn, denoiser.dtype)
     with phase("denoiser forward"):
         if forwards is None:
             prediction = denoiser(x_t, drawn.timesteps.flatten(), conditions)
@@ -80,7 +44,7 @@ def pair_losses(
                 first += rows
             prediction = torch.cat(found)[: len(x_t)]
     with phase("loss"):
-        return denoising_loss(prediction, **_draws(denoiser, drawn), l1=l1)
+        return denoising_loss(prediction, drawn, l1)
 
 
 class Noised(NamedTuple):
@@ -185,12 +149,12 @@ def accumulated_gradients(
     def run() -> None:
         for part in drawn.chunks(chunk):
             with phase("noising"):
-                x_t = add_noise(**_draws(denoiser, part), dtype=dtype)
+                x_t = add_noise(part, dtype)
             with phase("denoiser forward"):
                 predictions = predict(denoiser, weights, leaves, Noised(x_t, part.timesteps.flatten(), *part.timesteps.shape))
             with phase("loss"):
                 upstream = torch.full_like(part.timesteps, scale / divisor, dtype=torch.float64)
-                found = [denoising_loss_and_gradient(p.detach(), upstream, **_draws(denoiser, part), l1=l1) for p in predictions]
+                found = [denoising_loss_and_gradient(p.detach(), upstream, part, l1) for p in predictions]
                 loss.add_(found[0][0].sum(1) / pairs)
             with phase("denoiser backward"):
                 torch._foreach_add_(gradients, torch.autograd.grad(predictions, wanted, [g for _, g in found], materialize_grads=True))

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from dtta_fast.config import AdaptConfig
-from dtta_fast.core.loss import Pairs, accumulated_gradients, embedding_mix, noise_mix, noise_mix_null
+from dtta_fast.core.loss import accumulated_gradients, embedding_mix, noise_mix, noise_mix_null
 from dtta_fast.core.optimizers import Slots, Tensors, init_slots, update_
 from dtta_fast.core.problem import Problem, Schedule
 from dtta_fast.core.weights import Parameters, call, copies, in_dtypes_of
+from dtta_fast.kernels import Pairs
 from dtta_fast.runtime.compiling import leaf
 from dtta_fast.runtime.phases import phase
 
@@ -112,7 +113,7 @@ def gradients(
             f"model is a {type(problem.model).__name__} whose outputs carry no gradient to its {config.parameters!r} parameters; "
             "take torch.no_grad(), detach() or argmax out of its forward, or choose other parameters"
         )
-    drawn = Pairs(x0, timesteps, image_ids, config.seed, draws.step(state.step), noise)
+    drawn = Pairs(x0, denoiser.process.table, timesteps, image_ids, config.seed, draws.step(state.step), noise=noise)
     loss, to_heads, to_phi, scale = accumulated_gradients(
         predict, denoiser, phi, heads, drawn, schedule.chunk, config.loss == "l1", problem.per_image
     )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dtta_fast.kernels.pairs import Pairs
 from dtta_fast.kernels.triton.philox import normals
 
 WIDTH = 1024
@@ -96,18 +97,9 @@ def _vector(*streams: Tensor) -> int:
     return 4 if min(stream.element_size() for stream in streams) == 4 else 8
 
 
-def add_noise(
-    x0: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    image_ids: Tensor,
-    seed: int,
-    step: Tensor,
-    pair0: int,
-    dtype: torch.dtype,
-    noise: Tensor | None,
-) -> Tensor:
+def add_noise(pairs: Pairs, dtype: torch.dtype) -> Tensor:
     """Computes reference.add_noise for contiguous float32, bfloat16 and float16 tensors."""
+    x0, table, timesteps, image_ids, seed, step, pair0, noise = pairs
     rows, elements = timesteps.numel(), x0[0].numel()
     x_t = torch.empty((rows, *x0.shape[1:]), dtype=dtype, device=x0.device)
     grid = (rows, triton.cdiv(elements, WIDTH))
@@ -117,20 +109,9 @@ def add_noise(
     return x_t
 
 
-def denoising_loss(
-    prediction: Tensor,
-    x0: Tensor,
-    table: Tensor,
-    timesteps: Tensor,
-    image_ids: Tensor,
-    seed: int,
-    step: Tensor,
-    pair0: int,
-    l1: bool,
-    upstream: Tensor | None,
-    noise: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
+def denoising_loss(prediction: Tensor, pairs: Pairs, l1: bool, upstream: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Computes reference.denoising_loss for contiguous float32, bfloat16 and float16 tensors."""
+    x0, table, timesteps, image_ids, seed, step, pair0, noise = pairs
     rows, elements = timesteps.numel(), x0[0].numel()
     blocks = triton.cdiv(elements, WIDTH)
     partial = torch.empty((rows, blocks), dtype=torch.float32, device=x0.device)

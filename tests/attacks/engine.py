@@ -34,7 +34,7 @@ from dtta_fast import AdaptConfig, Adapter, adapt
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.kernels import add_noise, denoising_loss, denoising_loss_and_gradient, mix_condition, native, reference
+from dtta_fast.kernels import Pairs, add_noise, denoising_loss, denoising_loss_and_gradient, mix_condition, native, reference
 from dtta_fast.tasks import Classification
 
 K = 7
@@ -1996,17 +1996,15 @@ def attack_op_shapes_of_all_sizes():
     wrong = []
     for n in range(1, 71):
         given = draws(1 + n % 3, 1 + n % 5, 1 + n % 4, n, 1 + (n * 7) % 11, (torch.float32, torch.bfloat16, torch.float16)[n % 3])
-        x_t = add_noise(**given, dtype=torch.float32)
-        exact = [given["x0"].double(), *[given[k] for k in ("table", "timesteps", "image_ids", "seed", "step")]]
-        expected = reference.add_noise(*exact, 0, torch.float64, None)
+        x_t = add_noise(Pairs(**given), torch.float32)
+        expected = reference.add_noise(Pairs(**{**given, "x0": given["x0"].double()}), torch.float64)
         if not torch.allclose(x_t.double(), expected, rtol=1e-5, atol=1e-5):
             wrong.append(("noise", n))
         double = n % 2
         rows = torch.randn(len(x_t), x_t.shape[1] * (1 + double), *x_t.shape[2:])
         up = torch.rand(given["timesteps"].shape)
-        found = denoising_loss_and_gradient(rows, up, **given, l1=bool(n % 4 == 1))
-        args = [given[k] for k in ("x0", "table", "timesteps", "image_ids", "seed", "step")]
-        wanted = reference.denoising_loss(rows, *args, 0, bool(n % 4 == 1), up, None)
+        found = denoising_loss_and_gradient(rows, up, Pairs(**given), bool(n % 4 == 1))
+        wanted = reference.denoising_loss(rows, Pairs(**given), bool(n % 4 == 1), up)
         if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(found, wanted, strict=True)):
             wrong.append(("loss", n))
     assert not wrong, wrong[:5]
@@ -2040,7 +2038,7 @@ def attack_op_mixtures_of_all_sizes():
 
 def attack_op_layouts():
     given = draws()
-    expected = add_noise(**given)
+    expected = add_noise(Pairs(**given))
     for name, layout in (
         ("channels_last", given["x0"].to(memory_format=torch.channels_last)),
         ("neg", torch._neg_view(-given["x0"])),
@@ -2048,23 +2046,23 @@ def attack_op_layouts():
         ("slice", torch.stack([given["x0"], given["x0"]], -1)[..., 0]),
         ("gradient", given["x0"].clone().requires_grad_()),
     ):
-        assert torch.equal(add_noise(**{**given, "x0": layout}), expected), name
+        assert torch.equal(add_noise(Pairs(**{**given, "x0": layout})), expected), name
     zero = torch._efficientzerotensor(2, 3, 5, 7)
-    close(add_noise(**{**given, "x0": zero}), add_noise(**{**given, "x0": torch.zeros(2, 3, 5, 7)}))
+    close(add_noise(Pairs(**{**given, "x0": zero})), add_noise(Pairs(**{**given, "x0": torch.zeros(2, 3, 5, 7)})))
     one = given["x0"][:1, :1, :1, :1].expand(2, 3, 5, 7)
-    close(add_noise(**{**given, "x0": one}), add_noise(**{**given, "x0": one.contiguous()}))
+    close(add_noise(Pairs(**{**given, "x0": one})), add_noise(Pairs(**{**given, "x0": one.contiguous()})))
     wide = {**given, "timesteps": given["timesteps"][:, :1].expand(2, 3), "image_ids": given["image_ids"][:1].expand(2)}
-    close(add_noise(**wide), add_noise(**{k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in wide.items()}))
+    close(add_noise(Pairs(**wide)), add_noise(Pairs(**{k: v.contiguous() if isinstance(v, torch.Tensor) else v for k, v in wide.items()})))
     turned = {**given, "table": given["table"].T.contiguous().T}
-    assert torch.equal(add_noise(**turned), expected)
+    assert torch.equal(add_noise(Pairs(**turned)), expected)
 
 
 def attack_op_neg_bits_in_predictions_and_tables():
     given = draws()
     rows = torch.randn(6, 3, 5, 7)
-    close(denoising_loss(torch._neg_view(-rows), **given), denoising_loss(rows, **given))
-    close(denoising_loss(torch._neg_view(-rows).requires_grad_(), **given).detach(), denoising_loss(rows, **given))
-    close(denoising_loss(rows, **{**given, "table": torch._neg_view(-given["table"])}), denoising_loss(rows, **given))
+    close(denoising_loss(torch._neg_view(-rows), Pairs(**given)), denoising_loss(rows, Pairs(**given)))
+    close(denoising_loss(torch._neg_view(-rows).requires_grad_(), Pairs(**given)).detach(), denoising_loss(rows, Pairs(**given)))
+    close(denoising_loss(rows, Pairs(**{**given, "table": torch._neg_view(-given["table"])})), denoising_loss(rows, Pairs(**given)))
     logits, table = torch.randn(2, 5), torch.randn(5, 4)
     close(mix_condition(torch._neg_view(-logits), torch._neg_view(-table)), mix_condition(logits, table))
     a = torch._neg_view(-logits[:1]).requires_grad_()
@@ -2077,9 +2075,9 @@ def _op(**changes):
 
     def work():
         given = {**draws(), **changes}
-        refused(lambda: add_noise(**given), ValueError, TypeError, mention=name)
+        refused(lambda: add_noise(Pairs(**given)), ValueError, TypeError, mention=name)
         if name != "dtype":
-            refused(lambda: denoising_loss(torch.randn(6, 3, 5, 7), **given), ValueError, TypeError, mention=name)
+            refused(lambda: denoising_loss(torch.randn(6, 3, 5, 7), Pairs(**given)), ValueError, TypeError, mention=name)
 
     in_child(work)
 
@@ -2127,8 +2125,8 @@ for _name, _changes in OPS.items():
 def attack_op_float8_is_taken_or_named():
     def work():
         try:
-            found = add_noise(**{**draws(), "x0": torch.ones(2, 3, 5, 7).to(torch.float8_e4m3fn)}, dtype=torch.float32)
-            close(found, add_noise(**{**draws(), "x0": torch.ones(2, 3, 5, 7)}, dtype=torch.float32), 1e-1)
+            found = add_noise(Pairs(**{**draws(), "x0": torch.ones(2, 3, 5, 7).to(torch.float8_e4m3fn)}), torch.float32)
+            close(found, add_noise(Pairs(**{**draws(), "x0": torch.ones(2, 3, 5, 7)}), torch.float32), 1e-1)
         except ValueError as error:
             assert "x0" in str(error)
 
@@ -2139,8 +2137,8 @@ def attack_op_tables_that_are_not_finite():
     given = draws()
     for bad in (torch.nan, torch.inf):
         given["table"] = torch.full_like(given["table"], bad)
-        assert not add_noise(**given).isfinite().any()
-        assert not denoising_loss(torch.zeros(6, 3, 5, 7), **given).isfinite().any()
+        assert not add_noise(Pairs(**given)).isfinite().any()
+        assert not denoising_loss(torch.zeros(6, 3, 5, 7), Pairs(**given)).isfinite().any()
 
 
 def attack_op_huge_strides():
@@ -2148,25 +2146,25 @@ def attack_op_huge_strides():
         given = draws()
         wide = torch.zeros(2, 3, 5, 7 * 100_000)[..., ::100_000]
         wide.copy_(given["x0"])
-        assert torch.equal(add_noise(**{**given, "x0": wide}), add_noise(**given))
+        assert torch.equal(add_noise(Pairs(**{**given, "x0": wide})), add_noise(Pairs(**given)))
 
     in_child(work)
 
 
 def attack_op_images_too_large():
-    refused(lambda: add_noise(**{**draws(), "x0": torch.zeros(()).expand(2, 3, 65536, 65536)}), ValueError, mention="x0")
+    refused(lambda: add_noise(Pairs(**{**draws(), "x0": torch.zeros(()).expand(2, 3, 65536, 65536)})), ValueError, mention="x0")
 
 
 def attack_op_meta_tensors():
     given = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in draws().items()}
-    assert add_noise(**given).shape == (6, 3, 5, 7)
-    assert denoising_loss(torch.zeros(6, 3, 5, 7, device="meta"), **given).shape == (2, 3)
+    assert add_noise(Pairs(**given)).shape == (6, 3, 5, 7)
+    assert denoising_loss(torch.zeros(6, 3, 5, 7, device="meta"), Pairs(**given)).shape == (2, 3)
     assert mix_condition(torch.zeros(2, 5, device="meta"), torch.zeros(5, 3, device="meta")).shape == (2, 3)
 
 
 def attack_op_double_backward_is_refused():
     rows = torch.randn(6, 3, 5, 7, requires_grad=True)
-    (gradient,) = torch.autograd.grad(denoising_loss(rows, **draws()).sum(), rows, create_graph=True)
+    (gradient,) = torch.autograd.grad(denoising_loss(rows, Pairs(**draws())).sum(), rows, create_graph=True)
     refused(lambda: torch.autograd.grad(gradient.square().sum(), rows), RuntimeError)
     logits, table = torch.randn(2, 5, requires_grad=True), torch.randn(5, 3, requires_grad=True)
     (gradient,) = torch.autograd.grad(mix_condition(logits, table).square().sum(), logits, create_graph=True)
@@ -2176,7 +2174,7 @@ def attack_op_double_backward_is_refused():
 def attack_op_inputs_changed_before_the_backward():
     given = draws()
     rows = torch.randn(6, 3, 5, 7, requires_grad=True)
-    loss = denoising_loss(rows, **given).sum()
+    loss = denoising_loss(rows, Pairs(**given)).sum()
     given["table"].mul_(2)
     refused(lambda: torch.autograd.grad(loss, rows), RuntimeError)
     logits, table = torch.randn(2, 5, requires_grad=True), torch.randn(5, 3)
@@ -2190,8 +2188,8 @@ def attack_op_leaves_its_arguments():
     kept = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
     rows, up = torch.randn(6, 6, 5, 7), torch.rand(2, 3)
     copies = rows.clone(), up.clone()
-    add_noise(**given)
-    denoising_loss_and_gradient(rows, up, **given)
+    add_noise(Pairs(**given))
+    denoising_loss_and_gradient(rows, up, Pairs(**given))
     assert all(torch.equal(v, kept[k]) for k, v in given.items() if isinstance(v, torch.Tensor))
     assert torch.equal(rows, copies[0]) and torch.equal(up, copies[1])
 
@@ -2204,7 +2202,7 @@ def attack_op_results_are_fresh_memory():
         "table": torch.tensor([[1.0, 0, 0, 1, 1]]),
         "timesteps": torch.zeros(1, 1, dtype=torch.int64),
     }
-    found = add_noise(**given)
+    found = add_noise(Pairs(**given))
     assert torch.equal(found, given["x0"]) and found.data_ptr() != given["x0"].data_ptr()
     table = torch.randn(1, 4)
     mixed = mix_condition(torch.zeros(1, 1), table)
@@ -2273,10 +2271,12 @@ def attack_loss_with_other_predictions():
         torch.zeros(6, 3, 7, 5),
         torch.zeros(0, 3, 5, 7),
     ):
-        in_child(lambda r=rows: refused(lambda: denoising_loss(r, **given), ValueError, mention="prediction"))
+        in_child(lambda r=rows: refused(lambda: denoising_loss(r, Pairs(**given)), ValueError, mention="prediction"))
     for up in (torch.zeros(3, 2), torch.zeros(2, 3).long(), torch.zeros(2, 3, device="meta")):
         in_child(
-            lambda u=up: refused(lambda: denoising_loss_and_gradient(torch.zeros(6, 3, 5, 7), u, **given), ValueError, mention="upstream")
+            lambda u=up: refused(
+                lambda: denoising_loss_and_gradient(torch.zeros(6, 3, 5, 7), u, Pairs(**given)), ValueError, mention="upstream"
+            )
         )
 
 
@@ -2300,8 +2300,8 @@ def attack_native_called_with_other_memory():
 def attack_native_called_with_too_few_rows():
     """kernels.native with shapes that do not go together is private; the public ops check them. Only that no public way leads there."""
     given = draws()
-    refused(lambda: add_noise(**{**given, "image_ids": given["image_ids"][:1]}), ValueError, mention="image_ids")
-    refused(lambda: add_noise(**{**given, "timesteps": given["timesteps"][:1]}), ValueError, mention="timesteps")
+    refused(lambda: add_noise(Pairs(**{**given, "image_ids": given["image_ids"][:1]})), ValueError, mention="image_ids")
+    refused(lambda: add_noise(Pairs(**{**given, "timesteps": given["timesteps"][:1]})), ValueError, mention="timesteps")
 
 
 def attack_op_in_a_child_and_many_threads():
@@ -2309,9 +2309,9 @@ def attack_op_in_a_child_and_many_threads():
     torch.set_num_threads(16)
     try:
         given = draws(4, 5, 3, 33, 31)
-        many = add_noise(**given)
+        many = add_noise(Pairs(**given))
         torch.set_num_threads(1)
-        assert torch.equal(add_noise(**given), many)
+        assert torch.equal(add_noise(Pairs(**given)), many)
     finally:
         torch.set_num_threads(before)
 
@@ -2376,7 +2376,7 @@ def naive(model, x=None, parameters=None, steps=2, pairs=2, lr=1e-2):
             t = Draws(0, pairs, "stratified", 0, 1000).timesteps(ids, step)
             given = {"x0": x0, "table": d.process.table, "timesteps": t, "image_ids": ids, "seed": 0, "step": step}
             condition = own(x[i : i + 1]).softmax(1) @ d.class_embeddings({})
-            loss = denoising_loss(d(add_noise(**given), t.flatten(), condition), **given).mean()
+            loss = denoising_loss(d(add_noise(Pairs(**given)), t.flatten(), condition), Pairs(**given)).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtta_fast.kernels import add_noise, backends, denoising_loss, denoising_loss_and_gradient, mix_condition, reference
+from dtta_fast.kernels import Pairs, add_noise, backends, denoising_loss, denoising_loss_and_gradient, mix_condition, reference
 
 pytestmark = pytest.mark.gpu
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -85,9 +85,9 @@ def test_add_noise(device, kind, dtype, shape, explicit):
     given = setting(rand(2, *shape).to(kind), device)
     noise = rand(2, 3, *shape, seed=1).to(device) if explicit else None
     with poisoned():
-        found = add_noise(**given, dtype=dtype, noise=noise)
-    plain = reference.add_noise(**given, dtype=dtype, noise=noise)
-    truth = reference.add_noise(**in_float64({**given, "noise": noise}), dtype=torch.float64)
+        found = add_noise(Pairs(**given, noise=noise), dtype)
+    plain = reference.add_noise(Pairs(**given, noise=noise), dtype)
+    truth = reference.add_noise(Pairs(**in_float64({**given, "noise": noise})), torch.float64)
     assert_as_exact(found, plain, truth)
 
 
@@ -105,13 +105,14 @@ def test_denoising_loss_and_gradient(device, dtype, kind, shape, learned_varianc
     noise = rand(2, 3, *shape, seed=1).to(device) if explicit else None
     channels = shape[0] * (2 if learned_variance else 1)
     prediction = rand(6, channels, *shape[1:], seed=2).to(device, dtype).requires_grad_()
-    upstream = rand(2, 3, seed=3).to(device)
+    upstream, pairs = rand(2, 3, seed=3).to(device), Pairs(**given, noise=noise)
     with poisoned():
-        loss = denoising_loss(prediction, **given, l1=l1, noise=noise)
+        loss = denoising_loss(prediction, pairs, l1)
         (gradient,) = torch.autograd.grad(loss, prediction, upstream)
-        both = denoising_loss_and_gradient(prediction.detach(), upstream, **given, l1=l1, noise=noise)
-    same = {**given, "l1": l1, "upstream": upstream, "noise": noise, "prediction": prediction.detach()}
-    plain, truth = reference.denoising_loss(**same), reference.denoising_loss(**in_float64(same))
+        both = denoising_loss_and_gradient(prediction.detach(), upstream, pairs, l1)
+    plain = reference.denoising_loss(prediction.detach(), pairs, l1, upstream)
+    exact = Pairs(**in_float64({**given, "noise": noise}))
+    truth = reference.denoising_loss(prediction.detach().double().cpu(), exact, l1, upstream.double().cpu())
     assert_as_exact(loss.detach(), plain[0], truth[0])
     assert_as_exact(gradient, plain[1], truth[1])
     torch.testing.assert_close(both[0], loss, rtol=1e-6, atol=0)  # two compilations, with and without a gradient
@@ -123,11 +124,11 @@ def test_a_timestep_outside_the_table_gives_nan(device, gpu):
     """The kernels cannot raise: the host would have to wait for the value."""
     given = setting(rand(2, *ODD), device) | {"timesteps": torch.tensor([[0, 1000, -1], [3, 250, 731]], device=device)}
     outside = [False, True, True, False, False, False]
-    x_t = add_noise(**given, dtype=FLOAT)
+    x_t = add_noise(Pairs(**given), FLOAT)
     assert x_t.isnan().flatten(1).all(1).tolist() == outside
     assert x_t.isnan().flatten(1).any(1).tolist() == outside
     prediction = rand(6, *ODD).to(device)
-    loss, gradient = denoising_loss_and_gradient(prediction, torch.ones(2, 3, device=device), **given)
+    loss, gradient = denoising_loss_and_gradient(prediction, torch.ones(2, 3, device=device), Pairs(**given))
     assert loss.isnan().flatten().tolist() == outside
     assert gradient.isnan().flatten(1).all(1).tolist() == outside
 
@@ -137,7 +138,7 @@ def test_a_prediction_that_is_nan_shows_in_loss_and_gradient(device):
     prediction[2, 1, 3, 4] = torch.nan
     for l1 in (False, True):
         given = setting(rand(2, *ODD), device)
-        loss, gradient = denoising_loss_and_gradient(prediction, torch.ones(2, 3, device=device), **given, l1=l1)
+        loss, gradient = denoising_loss_and_gradient(prediction, torch.ones(2, 3, device=device), Pairs(**given), l1)
         assert loss.isnan().flatten().tolist() == [row == 2 for row in range(6)]
         assert int(gradient.isnan().sum()) == 1
 
@@ -181,6 +182,6 @@ def test_kernels_add_up_in_a_fixed_order(device):
     for _ in range(3):
         mixed = mix_condition(logits, table, None, 3.0)
         slopes = torch.autograd.grad(mixed, [logits, table], torch.ones_like(mixed))
-        runs.append((*denoising_loss_and_gradient(prediction, upstream, **given), mixed, *slopes))
+        runs.append((*denoising_loss_and_gradient(prediction, upstream, Pairs(**given)), mixed, *slopes))
     for again in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
