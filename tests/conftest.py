@@ -24,8 +24,8 @@ from dtta_fast.core import guard
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.session.eager import Eager
-from dtta_fast.session.program import Batch
+from dtta_fast.session.loop import Batch
+from dtta_fast.session.program import ModuleProgram
 
 CLASSES = 7
 # The models here are so small that threads would mostly wait for each other. The processes that tests start take one thread, too.
@@ -117,10 +117,10 @@ def untouched() -> Callable[..., AbstractContextManager[None]]:
 
 @pytest.fixture(scope="session")
 def guarded():
-    """Runs a guard on answers of one's own, as session.program.run() does."""
+    """Runs a guard on answers of one's own, as session.loop.run() does."""
 
     def guarded(
-        program: Eager,
+        program: ModuleProgram,
         before: Tensor,
         candidates: list[Tensor],
         x0: Tensor,
@@ -132,12 +132,12 @@ def guarded():
 
         wanted: for each of the three answers, the images whose losses are computed; None is those that the guard has to compare.
         """
-        after, first = candidates
-        batch = Batch(before, None, before, ids, x0, before=before, first=first)
-        answers = guard.compare(program.problem, before, after, first)
+        after, matched = candidates
+        batch = Batch(before, None, before, ids, x0, before=before, matched_outputs=matched)
+        answers = guard.compare(program.problem, before, after, matched)
         compared = torch.cat([answers.fresh.any(0)[None], answers.fresh])
         losses = program.losses(SimpleNamespace(step=at), batch, answers, compared.tolist() if wanted is None else wanted)
-        outputs, accepted = guard.decide(program.problem.config, answers, first, losses)
+        outputs, accepted = guard.decide(program.problem.config, answers, matched, losses)
         return outputs, accepted, program.guard * compared.sum(0)
 
     return guarded

@@ -10,7 +10,7 @@ import torch
 from dtta_fast import AdaptConfig, Adapter, presets, zoo
 from dtta_fast.data.corruptions import corrupt
 from dtta_fast.runtime import compiling
-from dtta_fast.session.eager import Eager
+from dtta_fast.session.program import ModuleProgram
 
 CONFIG = AdaptConfig(steps=2, pairs=4, lr=1e-2, guard=3, match="both", precheck="answer")
 
@@ -34,7 +34,7 @@ def test_the_pre_check_s_images_are_left_alone_whatever_runs_beside_them(floats,
     model, denoiser, images = floats
     monkeypatch.setattr(compiling, "compile_regions", lambda _: None)
     monkeypatch.setattr(compiling, "compiled", lambda function: function)
-    monkeypatch.setattr(Eager, "asked", lambda self, before, start, crop: crop.mean((1, 2, 3)) > threshold)
+    monkeypatch.setattr(ModuleProgram, "asked", lambda self, before, start, crop: crop.mean((1, 2, 3)) > threshold)
     threshold = float(images.mean((1, 2, 3)).median())
     wanted = images.mean((1, 2, 3)) > threshold
     assert 0 < wanted.sum() < len(images)

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from dtta_fast import AdaptConfig, Adapter, adapt
 from dtta_fast.runtime import clock, compiling
 from dtta_fast.session import adapter as adapter_module
-from dtta_fast.session import memory
+from dtta_fast.session import planning
 
 CONFIG = AdaptConfig(steps=3, pairs=6, lr=1e-2, guard=3)
 
@@ -320,8 +320,8 @@ def test_activations_that_are_made_again_see_the_adapted_weights(floats, monkeyp
     own = {"denoiser_parameters": denoiser_parameters, "lora_targets": ("qkv",) if denoiser_parameters == "lora" else None}
     config = CONFIG.replace(**own, mode=mode, guard=0, optimizer="sgd", lr=0.02, denoiser_lr=0.02, memory_budget=10**9)
     plain = adapt(model, denoiser, images, config=config)
-    whole = memory.plan
-    monkeypatch.setattr(memory, "plan", lambda *arguments: whole(*arguments)._replace(checkpoint=True))
+    whole = planning.plan
+    monkeypatch.setattr(planning, "plan", lambda *arguments: whole(*arguments)._replace(checkpoint=True))
     session = Adapter(model, denoiser, config)
     found = session.adapt(images)
     assert session.engine.program.problem.denoiser.checkpointing

@@ -13,7 +13,7 @@ from dtta_fast.data.corruptions import corrupt
 from dtta_fast.data.digits import load_digits
 from dtta_fast.denoisers.calibration import _ring_sums, _rings
 from dtta_fast.session.engine import Engine
-from dtta_fast.session.memory import Limit
+from dtta_fast.session.planning import Limit
 from dtta_fast.tasks import Classification
 
 CPU = torch.device("cpu")

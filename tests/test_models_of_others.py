@@ -382,7 +382,7 @@ class Listing(Net):
 
 
 def test_weights_that_are_read_from_a_list_are_told(floats):
-    with pytest.warns(UserWarning, match="keeps weights in weights beside its parameters"):
+    with pytest.warns(UserWarning, match="keeps weights in weights as well as in its parameters"):
         Adapter(Listing(), floats[0], CONFIG)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

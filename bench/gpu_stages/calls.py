@@ -14,7 +14,7 @@ from torch import Tensor
 from bench.gpu_stages.recording import NEEDS_GPU, Setting
 from bench.gpu_stages.timing import by_events, kernels_of, summary, synchronize, whole_calls
 from dtta_fast import Adapter
-from dtta_fast.session.program import Batch
+from dtta_fast.session.loop import Batch
 
 STEPS = 20  # that are timed, at most
 SLOW = 10.0  # seconds of a call, after which none is spent on warming up further

@@ -20,7 +20,7 @@ def require() -> None:
 
 
 def fits(parameter: Tensor, images: int) -> bool:
-    """Whether a parameter [images, ...] gets 8-bit moments."""
+    """Returns whether a parameter [images, ...] gets 8-bit moments."""
     return parameter.dtype == torch.float32 and parameter.numel() // images >= LEAST
 
 

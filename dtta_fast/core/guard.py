@@ -31,24 +31,24 @@ class Answers(NamedTuple):
     conditions: Tensor | None = None
 
 
-def unchanged(before: Tensor, first: Tensor) -> Answers:
+def unchanged(before: Tensor, matched: Tensor) -> Answers:
     """Returns the answers when no step was made: `before` stands."""
     accepted = torch.zeros(len(before), dtype=torch.bool, device=before.device)
-    return Answers(first, before, accepted, torch.stack([accepted, accepted]))
+    return Answers(matched, before, accepted, torch.stack([accepted, accepted]))
 
 
 @torch.no_grad()
-def compare(problem: Problem, before: Tensor, after: Tensor, first: Tensor) -> Answers:
+def compare(problem: Problem, before: Tensor, after: Tensor, matched: Tensor) -> Answers:
     """Compares the answers given by outputs [B, ...]: the original ones, those after adaptation, and the matched image's before it.
 
     Each distinct answer is compared with the original one only once. Outputs that are not finite are never accepted. Without a guard,
     the outputs after adaptation are accepted wherever they are finite.
     """
-    task, candidates = problem.task, (after, first)
+    task, candidates = problem.task, (after, matched)
     finite = [usable(outputs, before) for outputs in candidates]
     if not problem.config.guard:
         return Answers(after, where(finite[0], after, before), finite[0], torch.zeros_like(torch.stack(finite)))
-    source, *answers = (task.decision(outputs, problem.denoiser) for outputs in (before, after, first))
+    source, *answers = (task.decision(outputs, problem.denoiser) for outputs in (before, after, matched))
     fresh = []
     for k, (answer, fine) in enumerate(zip(answers, finite, strict=True)):
         seen = _equal(answer, source)
@@ -64,21 +64,21 @@ def _equal(answer: Tensor, other: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decide(config: AdaptConfig, answers: Answers, first: Tensor, losses: list[Tensor]) -> tuple[Tensor, Tensor]:
+def decide(config: AdaptConfig, answers: Answers, matched: Tensor, losses: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Returns the accepted outputs [B, ...] and whether each comes from the adaptation, [B] bool.
 
     An answer that is `fresh` replaces the original one if its loss is lower by a paired test: the mean difference plus guard_threshold
     standard errors is below 0. If both answers pass, the one with the lower sum wins.
 
     Args:
-        answers: compare()'s. first: the matched image's outputs [B, ...]. losses: held_out_losses() [B, guard] under the original
+        answers: compare()'s. matched: the outputs for the matched images [B, ...]. losses: held_out_losses() [B, guard] under the original
             answer, under that after adaptation, and under the matched image's; empty if nothing was compared.
     """
     _, standing, accepted, fresh, _ = answers
     if not losses:
         return standing, accepted
     score = torch.zeros(len(standing), dtype=torch.float64, device=standing.device)
-    for outputs, wanted, others in zip((answers.after, first), fresh, losses[1:], strict=True):
+    for outputs, wanted, others in zip((answers.after, matched), fresh, losses[1:], strict=True):
         change = others - losses[0]
         standard_error = change.std(1) / config.guard**0.5 if config.guard_threshold else torch.zeros_like(score)
         found = (change.mean(1) + config.guard_threshold * standard_error).double()

@@ -1,4 +1,4 @@
-"""What every step of an adaptation is computed from."""
+"""Holds what every step of an adaptation is computed from."""
 
 from __future__ import annotations
 

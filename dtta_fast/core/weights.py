@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dtta_fast.config import ParameterSet
+from dtta_fast.config import AdaptConfig, ParameterSet
 from dtta_fast.core import lora
+from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime.attention import vmappable_attention
 from dtta_fast.runtime.private import TIED, tied_names
 
@@ -52,6 +53,22 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
         if not parameter.is_floating_point():
             raise ValueError(f"model parameter {name} has dtype {parameter.dtype}, which no gradient reaches")
     return chosen
+
+
+def source_weights(
+    config: AdaptConfig, model: nn.Module, denoiser: Denoiser, own_model: nn.Module, own_denoiser: Denoiser
+) -> tuple[Parameters, Parameters]:
+    """Returns the caller's weights to adapt: those of the model and those of the denoiser.
+
+    own_model, own_denoiser: the private copies. New adapters exist only there, and share memory with the adapters a module already had.
+    """
+    theta, phi = select(own_model if config.parameters == "lora" else model, config.parameters), Parameters()
+    if config.denoiser_parameters == "lora":
+        phi = select(own_denoiser, "lora")
+    elif config.denoiser_parameters == "all":
+        weights = dict(denoiser.named_parameters())
+        phi = {name: weights[name] for name in denoiser.adaptable()}
+    return theta, phi
 
 
 def _heads(model: nn.Module) -> Sequence[nn.Module | nn.Parameter]:

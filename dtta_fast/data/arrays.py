@@ -216,7 +216,7 @@ def open_torchvision(name: str, root: Path, split: str) -> Images:
 
 
 def _within(path: str, folder: str | Path) -> bool:
-    """Whether a path is inside a folder, judged by name alone: links in the folder are up to its owner."""
+    """Returns whether a path is inside a folder, judged by its name only: links in the folder are up to its owner."""
     place, above = os.path.abspath(path), os.path.abspath(folder)
     return os.path.commonpath([place, above]) == above
 

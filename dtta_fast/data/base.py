@@ -1,4 +1,4 @@
-"""What the readers of data sets share: their interfaces, and the choice of corruptions."""
+"""Interfaces of the readers of data sets, and the selection of corruptions that they share."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ class ImageFiles(Images):
 
 
 def _leads_up(place: str) -> bool:
-    """Whether `place` is a link to one of its parent folders, which could be followed forever."""
+    """Returns whether `place` is a link to one of its parent folders, which could be followed forever."""
     return os.path.islink(place) and os.path.realpath(place) in set(map(os.path.realpath, map(str, Path(place).parents)))
 
 

@@ -13,7 +13,7 @@ from dtta_fast.core import guard, step
 from dtta_fast.core.guard import Answers
 from dtta_fast.core.step import State
 from dtta_fast.session.checks import Request
-from dtta_fast.session.eager import Eager
+from dtta_fast.session.program import ModuleProgram
 
 Tensors = list[Tensor]
 
@@ -34,38 +34,39 @@ class Functions:
     """The calls of a program for crops [B, 3, H, W] as pure functions. `state` stands for the flat sequence of state tensors.
 
     state() -> state                                            initial state of every image, or of the stream
-    start(crop, state) -> inputs, x0, before, first, asked      model inputs; latents; outputs for the crop and for the inputs; mask [B] of
+    start(crop, state) -> inputs, x0, before, matched_outputs, asked
+                                                                model inputs; latents; outputs for the crop and for the inputs; mask [B] of
                                                                 the images to adapt. Only an online program gets the state
     step(state, inputs, x0, image_ids) -> loss                  one update, in place in the state; loss [B]
-    finish(state, inputs, before, first, asked) -> after, standing, accepted, fresh
+    finish(state, inputs, before, matched_outputs, asked) -> after, standing, accepted, fresh
                                                                 outputs; the result without a guard; mask [2, B] of the answers `after` and
-                                                                `first` to compare with the answer before
+                                                                `matched_outputs` to compare with the answer before
     losses(outputs, x0, image_ids, step) -> losses [B, guard]   held-out losses under the answer of the outputs; only with a guard
-    decide(before, after, first, standing, accepted, fresh, losses, losses_after, losses_first)
+    decide(before, after, matched_outputs, standing, accepted, fresh, losses, losses_after, losses_first)
         -> outputs, accepted, predictions, predictions_before
 
-    A host that calls them in the order of session.program.run() gets the same results as Adapter.adapt.
+    A host that calls them in the order of session.loop.run() gets the same results as Adapter.adapt.
     """
 
-    def __init__(self, program: Eager, crop: Tensor, image_ids: Tensor) -> None:
+    def __init__(self, program: ModuleProgram, crop: Tensor, image_ids: Tensor) -> None:
         config = program.problem.config
         self._program, self._image_ids, self._size = program, image_ids, (crop.shape[-2], crop.shape[-1])
         state, batch = program.begin(crop, image_ids)
         if len(batch.image_ids) < len(crop):
             raise ValueError(f"batch is {len(crop)}, and memory_budget has room for {len(batch.image_ids)} at once")
-        self._initial_outputs = batch.first
+        self._initial_outputs = batch.matched_outputs
         leaves, self._structure = pytree.tree_flatten(state)
         self._count = len(leaves)
-        inputs, x0, before, first, asked = self.start(crop, *leaves)
-        after, standing, accepted, fresh = self.finish(*leaves, inputs, before, first, asked)
+        inputs, x0, before, matched_outputs, asked = self.start(crop, *leaves)
+        after, standing, accepted, fresh = self.finish(*leaves, inputs, before, matched_outputs, asked)
         known = [x0.new_zeros(len(x0), max(1, config.guard))] * 3
         self.all = {
             "state": Function(_unbound(self.state), []),
             "start": Function(_unbound(self.start), [crop, *(leaves if program.online else [])]),
             "step": Function(_unbound(self.step), [*leaves, inputs, x0, image_ids]),
-            "finish": Function(_unbound(self.finish), [*leaves, inputs, before, first, asked]),
+            "finish": Function(_unbound(self.finish), [*leaves, inputs, before, matched_outputs, asked]),
             "losses": Function(_unbound(self.losses), [before, x0, image_ids, state.step]),
-            "decide": Function(_unbound(self.decide), [before, after, first, standing, accepted, fresh, *known]),
+            "decide": Function(_unbound(self.decide), [before, after, matched_outputs, standing, accepted, fresh, *known]),
         }
         if not config.guard:
             del self.all["losses"]
@@ -84,10 +85,10 @@ class Functions:
         theta = self._restored(given).theta if program.online else {}
         batch = program.encoded(program.views(crop, Request(crop, self._image_ids)))
         before = step.forward(problem, theta, batch.original)
-        first = before if batch.matched is None else step.forward(problem, theta, batch.matched)
-        asked = program.asked(before, first, crop)
+        matched_outputs = before if batch.matched is None else step.forward(problem, theta, batch.matched)
+        asked = program.asked(before, matched_outputs, crop)
         asked = torch.ones_like(self._image_ids, dtype=torch.bool) if asked is None else asked
-        return [batch.inputs.clone(), batch.x0, before.clone(), first.clone(), asked]  # outputs must not share memory
+        return [batch.inputs.clone(), batch.x0, before.clone(), matched_outputs.clone(), asked]  # outputs must not share memory
 
     @torch.enable_grad()
     def step(self, *given: Tensor) -> Tensors:
@@ -96,9 +97,9 @@ class Functions:
 
     @torch.no_grad()
     def finish(self, *given: Tensor) -> Tensors:
-        inputs, before, first, asked = given[self._count :]
+        inputs, before, matched_outputs, asked = given[self._count :]
         after = step.forward(self._program.problem, self._restored(given).theta, inputs)
-        answers = guard.compare(self._program.problem, before, after, first)
+        answers = guard.compare(self._program.problem, before, after, matched_outputs)
         standing = guard.where(asked, answers.standing, before)
         return [after.clone(), standing, answers.accepted & asked, answers.fresh & asked]
 
@@ -109,9 +110,9 @@ class Functions:
         return [guard.held_out_losses(problem, program.schedule, conditions, x0, image_ids, at)]
 
     @torch.no_grad()
-    def decide(self, before: Tensor, after: Tensor, first: Tensor, *given: Tensor) -> Tensors:
+    def decide(self, before: Tensor, after: Tensor, matched_outputs: Tensor, *given: Tensor) -> Tensors:
         standing, accepted, fresh, *known = given
         program, config = self._program, self._program.problem.config
         answers = Answers(after, standing.clone(), accepted.clone(), fresh)
-        outputs, accepted = guard.decide(config, answers, first, known if config.guard else [])
+        outputs, accepted = guard.decide(config, answers, matched_outputs, known if config.guard else [])
         return [outputs, accepted, *(program.problem.task.predict(which, self._size) for which in (outputs, before))]

@@ -18,7 +18,7 @@ from dtta_fast.runtime.clock import Clock, Pace
 from dtta_fast.runtime.reads import Checks
 from dtta_fast.session.adapter import Adapter
 from dtta_fast.session.checks import checked_deadline, checked_ids, checked_images
-from dtta_fast.session.program import Batch, Call, Decision, Program, run
+from dtta_fast.session.loop import Batch, Call, Decision, Program, run
 from dtta_fast.session.result import AdaptResult, assembled, indices
 
 
@@ -56,7 +56,7 @@ def load(path: str | Path, adapter: Adapter | None = None) -> Package:
         raise ValueError(f"{path} is damaged, or cannot be loaded here: {str(error).splitlines()[0]}; export it again") from error
 
 
-class Compiled(Program):
+class PackageProgram(Program):
     """A program whose calls are the functions of a package. Its state is the list of the state's tensors."""
 
     def __init__(self, manifest: Manifest, functions: dict[str, Any]) -> None:
@@ -77,24 +77,24 @@ class Compiled(Program):
 
     def start(self, crop: Tensor, image_ids: Tensor, state: list[Tensor]) -> Batch:
         """Prepares a batch of crops [batch, 3, height, width]."""
-        inputs, x0, before, first, asked = self.run("start", crop, *(state if self.online else []))
-        return Batch(crop, inputs, crop, image_ids, x0, before=before, first=first, asked=asked)
+        inputs, x0, before, matched_outputs, asked = self.run("start", crop, *(state if self.online else []))
+        return Batch(crop, inputs, crop, image_ids, x0, before=before, matched_outputs=matched_outputs, asked=asked)
 
     def step(self, state: list[Tensor], batch: Batch, number: int) -> Tensor:
         return self.run("step", *state, batch.inputs, batch.x0, batch.image_ids)[0]
 
     def finish(self, state: list[Tensor], batch: Batch) -> Answers:
-        return Answers(*self.run("finish", *state, batch.inputs, batch.before, batch.first, batch.asked))
+        return Answers(*self.run("finish", *state, batch.inputs, batch.before, batch.matched_outputs, batch.asked))
 
     def losses(self, state: list[Tensor], batch: Batch, answers: Answers, wanted: list[list[bool]]) -> list[Tensor]:
         found = self._no_losses(batch)
-        for i, outputs in enumerate((batch.before, answers.after, batch.first)):
+        for i, outputs in enumerate((batch.before, answers.after, batch.matched_outputs)):
             if any(wanted[i]):
                 (found[i],) = self.run("losses", outputs, batch.x0, batch.image_ids, state[-1])
         return found
 
     def decide(self, batch: Batch, answers: Answers, losses: list[Tensor]) -> Decision:
-        given = batch.before, answers.after, batch.first, answers.standing, answers.accepted, answers.fresh
+        given = batch.before, answers.after, batch.matched_outputs, answers.standing, answers.accepted, answers.fresh
         return Decision(*self.run("decide", *given, *(losses or self._no_losses(batch))))
 
     def _no_losses(self, batch: Batch) -> list[Tensor]:
@@ -116,7 +116,7 @@ class Package:
 
     def __init__(self, manifest: Manifest, functions: dict[str, Any]) -> None:
         self.manifest = manifest
-        self._program = Compiled(manifest, functions)
+        self._program = PackageProgram(manifest, functions)
         self._lock = threading.Lock()
         self._pace = Pace()
         with torch.inference_mode(False):  # steps write to these tensors in any mode

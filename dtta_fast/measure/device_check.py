@@ -22,7 +22,7 @@ MOST_DIFFERENCE = 1e-3  # in the probability of a class
 
 @dataclass(frozen=True)
 class Found:
-    """What one device did.
+    """The result of the check on one device.
 
     Attributes:
         device: "cpu", "cuda:0", ...

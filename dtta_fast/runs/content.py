@@ -15,7 +15,7 @@ MOST_READ = 500  # images that a resumed run reads again; with more records, thi
 
 
 class Listing(Protocol):
-    """What a data set knows about its images without reading them: an Images, or a Maps, which has no labels."""
+    """The information that a data set has about its images without reading them: an Images, or a Maps, which has no labels."""
 
     names: Sequence[str]
     groups: Sequence[str]

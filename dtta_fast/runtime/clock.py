@@ -24,7 +24,7 @@ class Clock:
 
     @property
     def waits(self) -> bool:
-        """Whether now() has to wait for the device."""
+        """Returns whether now() has to wait for the device."""
         return self._device.type == "cuda"
 
     def now(self) -> float:

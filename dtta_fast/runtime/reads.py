@@ -1,4 +1,4 @@
-"""The only way in which a call reads values from its device, since each read makes the host wait for all preceding work."""
+"""Reads values from the device. A call reads in no other way, since each read makes the host wait for all preceding work."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import torch
 
 
 class TorchState(NamedTuple):
-    """Whether gradients are recorded in this thread, and how many vmaps and function modes are active.
+    """Captures whether gradients are recorded in this thread, and how many vmaps and function modes are active.
 
     Ctrl-C inside a context manager, including torch's own, can leave them changed, and later work in the process would then fail.
     """

@@ -94,7 +94,7 @@ def warn_of_weights_elsewhere(module: nn.Module) -> None:
             if not attribute.startswith("_") and any(isinstance(p, nn.Parameter) and id(p) in weights for p in parts):
                 where = f"{name}.{attribute}" if name else attribute
                 warnings.warn(
-                    f"model keeps weights in {where} beside its parameters; where its forward reads them from there, they do not adapt",
+                    f"model keeps weights in {where} as well as in its parameters; if its forward reads them from there, they do not adapt",
                     stacklevel=5,
                 )
 

@@ -20,8 +20,8 @@ from dtta_fast.runtime.reads import Checks
 from dtta_fast.runtime.turns import Turns
 from dtta_fast.session.checks import Request, check_arguments, check_denoiser, check_normalisation, checked, checked_pairs, device_of
 from dtta_fast.session.engine import Engine
+from dtta_fast.session.loop import Call, Outcome, run
 from dtta_fast.session.online import copied, loaded, save_adapters
-from dtta_fast.session.program import Call, Outcome, run
 from dtta_fast.session.result import AdaptResult, assembled, indices
 from dtta_fast.tasks.base import Task
 from dtta_fast.tasks.classification import Classification
@@ -68,7 +68,7 @@ class Adapter:
             select(model, config.parameters)
         if config.denoiser_parameters == "lora":
             lora.check(denoiser.network_to_adapt(), config.lora_targets, "denoiser")
-        self.engine = Engine(model, denoiser, task, config)  # runs the steps; exposed for this package's own tools
+        self.engine = Engine(model, denoiser, task, config)  # holds the private modules; exposed for this package's own tools
         self._turns = Turns()  # a forward pass swaps weights in the private copies, and calls share the state's storage
         self._state: State | None = None
         self._warming = False  # time every step, and run the guard whether or not an answer changed

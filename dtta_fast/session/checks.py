@@ -62,7 +62,7 @@ def check_normalisation(model: nn.Module) -> None:
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None and part.running_var is None:
             raise ValueError(
                 f"model's {name or type(part).__name__} normalises by the statistics of the batch (track_running_stats=False), so an "
-                "answer would depend on the images beside it; give it running statistics, or use GroupNorm or LayerNorm"
+                "answer would depend on the other images in the batch; give it running statistics, or use GroupNorm or LayerNorm"
             )
 
 

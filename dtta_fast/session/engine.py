@@ -15,7 +15,7 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.core import adam8bit, lora, optimizers
 from dtta_fast.core.draws import cumulative_density
 from dtta_fast.core.problem import Problem
-from dtta_fast.core.weights import Parameters, anchor, select
+from dtta_fast.core.weights import anchor
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime import compiling
 from dtta_fast.runtime.attention import math_attention
@@ -26,9 +26,9 @@ from dtta_fast.runtime.private import PrivateCopy
 from dtta_fast.runtime.streams import StreamOrder
 from dtta_fast.runtime.torch_state import TorchState
 from dtta_fast.runtime.trial import warn_of_weights_elsewhere
-from dtta_fast.session.eager import Eager
 from dtta_fast.session.planning import Planner
 from dtta_fast.session.precision import private_denoiser, products
+from dtta_fast.session.program import ModuleProgram
 from dtta_fast.tasks.base import Task
 
 ATTEMPTS = 20  # running out of memory halves the chunk, a failed compilation falls back to eager mode; neither retries forever
@@ -42,7 +42,7 @@ class Engine:
         paces: how long the parts of a call took.
     """
 
-    program: Eager
+    program: ModuleProgram
 
     def __init__(self, model: nn.Module, denoiser: Denoiser, task: Task, config: AdaptConfig) -> None:
         if config.optimizer == "adam8bit":
@@ -71,7 +71,7 @@ class Engine:
         problem = Problem(
             self._model.module, denoiser, self.task, config, lr, denoiser_lr, loop=loop, cumulative=self._cumulative(self.device)
         )
-        self.program = Eager(problem, self._source, self._planner, self._compile)
+        self.program = ModuleProgram(problem, self.model, self.denoiser, self._planner, self._compile)
         warn_of_weights_elsewhere(self._model.module)
         self._model.seal()
         self._denoiser.seal()
@@ -84,18 +84,6 @@ class Engine:
             return None
         rows = len(self.denoiser.process)
         return cumulative_density(calibration.density(rows), *(config.timestep_range or (0, rows))).to(device)
-
-    def _source(self) -> tuple[Parameters, Parameters]:
-        """Returns the caller's weights to adapt: the model's and the denoiser's."""
-        config, problem, phi = self.config, self.program.problem, Parameters()
-        # new adapters exist only in the private copy, which shares memory with the adapters the module already had
-        theta = select(problem.model if config.parameters == "lora" else self.model, config.parameters)
-        if config.denoiser_parameters == "lora":
-            phi = select(problem.denoiser, "lora")
-        elif config.denoiser_parameters == "all":
-            own = dict(self.denoiser.named_parameters())
-            phi = {name: own[name] for name in self.denoiser.adaptable()}
-        return theta, phi
 
     def attempts(self) -> Iterator[AbstractContextManager[None]]:
         """Yields contexts to run a call in, until one ends without an error; the others failed where less memory or eager mode may help."""

@@ -1,10 +1,10 @@
-"""Decides how many pairs run at once: measures the memory that a denoiser row keeps for its backward and compares it with a budget."""
+"""Measures the memory in bytes that rows of the denoiser and images need."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,51 +12,12 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dtta_fast.core import optimizers
+from dtta_fast.core.problem import Problem
+from dtta_fast.core.weights import Parameters
 from dtta_fast.denoisers.base import Denoiser
 
-ROWS_AT_ONCE = 64  # rows per denoiser forward without a budget; more did not run faster
-GUARD_ROWS = {"cpu": ROWS_AT_ONCE, "cuda": 256}  # the same for a forward without gradient, by device
 TRANSIENT = 3  # tensors of the largest size that are alive in addition to the saved ones while an operator runs, forward or backward
-
-
-class Plan(NamedTuple):
-    """rows: simultaneous denoiser rows. images: simultaneous images. checkpoint: whether activations are recomputed in the backward."""
-
-    rows: int
-    images: int
-    checkpoint: bool = False
-
-
-class Limit:
-    """Limits the rows that run at once after memory has run out.
-
-    The limit doubles after a number of successful calls, since the memory may have been freed. Each time memory runs out again, it waits
-    for twice as many calls.
-    """
-
-    def __init__(self) -> None:
-        self._rows: int | None = None
-        self._wanted, self._successes, self._patience = 0, 0, 8
-
-    def of(self, rows: int) -> int:
-        """Returns how many of the `rows` in the plan may run at once."""
-        self._wanted = rows
-        return rows if self._rows is None else min(rows, self._rows)
-
-    def lower(self, rows: int) -> None:
-        """Lowers the limit to `rows` because more rows did not fit."""
-        self._rows, self._successes = rows if self._rows is None else min(rows, self._rows), 0
-        self._patience = min(2 * self._patience, 1024)
-
-    def raise_after_successes(self) -> None:
-        """Counts a call that succeeded."""
-        if self._rows is None:
-            return
-        self._successes += 1
-        if self._successes >= self._patience:
-            self._successes, self._rows = 0, 2 * self._rows
-            if self._rows >= self._wanted:
-                self._rows = None
 
 
 def row_bytes(denoiser: Denoiser, x0: Tensor, condition: Tensor, moving: Collection[str], checkpointing: bool) -> int:
@@ -145,24 +106,6 @@ class _LiveBytes(TorchDispatchMode):
         self._now -= self._alive.pop(storage, 0)
 
 
-def plan(budget: int, images: int, pairs: int, row: int, image: int, checkpointed_row: int | None) -> Plan:
-    """Plans what fits into `budget` bytes: first as many images as have room for one row each, then as many rows as possible.
-
-    row: bytes per row. image: bytes of an image's own weights, gradients and optimizer state. checkpointed_row: bytes per row if
-    activations are recomputed; None if the denoiser does not support that.
-
-    Raises:
-        ValueError: not even one row of one image fits.
-    """
-    for size, checkpoint in ((row, False), (checkpointed_row, True)):
-        if size is not None and image + size <= budget:
-            together = min(images, budget // (image + size))
-            return Plan(min((budget - together * image) // size, together * pairs), together, checkpoint)
-    least = image + min(size for size in (row, checkpointed_row) if size is not None)
-    remedy = "give more (on a GPU the default is four fifths of what is free)"
-    raise ValueError(f"memory_budget is {budget} bytes; one (timestep, noise) pair of one image takes about {least}: {remedy}")
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Returns whether an allocation failed, on a GPU or on the CPU (where torch raises a plain RuntimeError)."""
     if isinstance(error, torch.OutOfMemoryError):
@@ -172,10 +115,53 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
-def default_budget(device: torch.device) -> int | None:
-    """Returns four fifths of a GPU's free memory, including torch's cache; None on the CPU, where other processes share the free memory."""
-    if device.type != "cuda":
-        return None
-    free: Any = torch.cuda.mem_get_info(device)[0]
-    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (int(free) + cached) * 4 // 5
+class Needs:
+    """Measures the modules of a program on the first inputs it receives."""
+
+    def __init__(self, problem: Problem, source: Callable[[], tuple[Parameters, Parameters]], forward: Callable[..., Tensor]) -> None:
+        self._problem, self._source, self._forward = problem, source, forward
+        self._row: tuple[int, int | None] | None = None
+        self._forward_row: int | None = None
+        self._image: int | None = None
+
+    @torch.no_grad()
+    def of_forward_row(self, inputs: Tensor, x0: Tensor) -> int:
+        """Bytes per row of a forward pass without gradients; measured once."""
+        if self._forward_row is None:
+            denoiser = self._problem.denoiser
+            with torch.compiler.set_stance("force_eager"):  # no step runs at these sizes, so do not compile
+                condition = self._problem.task.condition(self._forward(self._problem, {}, inputs[:1]), denoiser, {}, self._problem.config)
+                self._forward_row = forward_bytes(denoiser, x0[:1], condition)
+        return self._forward_row
+
+    @torch.no_grad()
+    def of_row(self, inputs: Tensor, x0: Tensor) -> tuple[int, int | None]:
+        """Bytes per row without and with activation checkpointing (None if the denoiser does not support it); measured once."""
+        if self._row is None:
+            denoiser = self._problem.denoiser
+            sizes: list[int | None] = []
+            moving = list(self._source()[1])
+            with torch.compiler.set_stance("force_eager"):
+                condition = self._problem.task.condition(self._forward(self._problem, {}, inputs[:1]), denoiser, {}, self._problem.config)
+                for checkpointing in (False, True):
+                    possible = denoiser.can_checkpoint or not checkpointing
+                    sizes.append(row_bytes(denoiser, x0[:1], condition, moving, checkpointing) if possible else None)
+            self._row = sizes[0] or 1, sizes[1]
+        return self._row
+
+    @torch.no_grad()
+    def of_image(self, inputs: Tensor) -> int:
+        """Bytes per image; measured once.
+
+        Counts the model's activations and, if each image has its own weights, these weights, their gradients, the optimizer state and one
+        temporary of an update.
+        """
+        if self._image is None:
+            theta, phi = self._source()
+            with torch.compiler.set_stance("force_eager"):
+                self._image = sum(saved_bytes(self._problem.model, list(theta), inputs[:1])) if theta else 0
+            if self._problem.per_image:
+                moving = [torch.empty_like(p, dtype=torch.float32, device="meta") for own in (theta, phi) for p in own.values()]
+                kept = optimizers.init_slots(self._problem.config.optimizer, moving)
+                self._image += sum(3 * p.nbytes for p in moving) + sum(slot.nbytes for slots in kept for slot in slots)
+        return self._image

@@ -14,7 +14,7 @@ from dtta_fast.core import lora
 from dtta_fast.core.step import State, initial_state
 from dtta_fast.core.weights import anchor
 from dtta_fast.session.engine import Engine
-from dtta_fast.session.program import finite
+from dtta_fast.session.loop import finite
 
 REMEDY = "give one that state_dict() gave under the same models and config"
 

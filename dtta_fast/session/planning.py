@@ -4,14 +4,84 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.core.problem import Problem, Schedule
-from dtta_fast.session import memory
-from dtta_fast.session.needs import Needs
+from dtta_fast.session.memory import Needs, out_of_memory
+
+ROWS_AT_ONCE = 64  # rows per denoiser forward without a budget; more did not run faster
+GUARD_ROWS = {"cpu": ROWS_AT_ONCE, "cuda": 256}  # the same for a forward without gradient, by device
+
+
+class Plan(NamedTuple):
+    """rows: simultaneous denoiser rows. images: simultaneous images. checkpoint: whether activations are recomputed in the backward."""
+
+    rows: int
+    images: int
+    checkpoint: bool = False
+
+
+class Limit:
+    """Limits the rows that run at once after memory has run out.
+
+    The limit doubles after a number of successful calls, since the memory may have been freed. Each time memory runs out again, it waits
+    for twice as many calls.
+    """
+
+    def __init__(self) -> None:
+        self._rows: int | None = None
+        self._wanted, self._successes, self._patience = 0, 0, 8
+
+    def of(self, rows: int) -> int:
+        """Returns how many of the `rows` in the plan may run at once."""
+        self._wanted = rows
+        return rows if self._rows is None else min(rows, self._rows)
+
+    def lower(self, rows: int) -> None:
+        """Lowers the limit to `rows` because more rows did not fit."""
+        self._rows, self._successes = rows if self._rows is None else min(rows, self._rows), 0
+        self._patience = min(2 * self._patience, 1024)
+
+    def raise_after_successes(self) -> None:
+        """Counts a call that succeeded."""
+        if self._rows is None:
+            return
+        self._successes += 1
+        if self._successes >= self._patience:
+            self._successes, self._rows = 0, 2 * self._rows
+            if self._rows >= self._wanted:
+                self._rows = None
+
+
+def plan(budget: int, images: int, pairs: int, row: int, image: int, checkpointed_row: int | None) -> Plan:
+    """Plans what fits into `budget` bytes: first as many images as have room for one row each, then as many rows as possible.
+
+    row: bytes per row. image: bytes of an image's own weights, gradients and optimizer state. checkpointed_row: bytes per row if
+    activations are recomputed; None if the denoiser does not support that.
+
+    Raises:
+        ValueError: not even one row of one image fits.
+    """
+    for size, checkpoint in ((row, False), (checkpointed_row, True)):
+        if size is not None and image + size <= budget:
+            together = min(images, budget // (image + size))
+            return Plan(min((budget - together * image) // size, together * pairs), together, checkpoint)
+    least = image + min(size for size in (row, checkpointed_row) if size is not None)
+    remedy = "give more (on a GPU the default is four fifths of what is free)"
+    raise ValueError(f"memory_budget is {budget} bytes; one (timestep, noise) pair of one image takes about {least}: {remedy}")
+
+
+def default_budget(device: torch.device) -> int | None:
+    """Returns four fifths of a GPU's free memory, including torch's cache; None on the CPU, where other processes share the free memory."""
+    if device.type != "cuda":
+        return None
+    free: Any = torch.cuda.mem_get_info(device)[0]
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (int(free) + cached) * 4 // 5
 
 
 class Planner:
@@ -22,8 +92,8 @@ class Planner:
 
     def __init__(self, config: AdaptConfig, device: torch.device) -> None:
         self._config, self._device = config, device
-        self._limits = {"step": memory.Limit(), "guard": memory.Limit()}  # rows that run at once, after running out of memory
-        self._budget = config.memory_budget or memory.default_budget(device)
+        self._limits = {"step": Limit(), "guard": Limit()}  # rows that run at once, after running out of memory
+        self._budget = config.memory_budget or default_budget(device)
         self.begin()
 
     def begin(self) -> None:
@@ -43,15 +113,15 @@ class Planner:
         forwards = problem.forwards()
         # a denoiser with separate weights for each image runs image by image
         abreast = 1 if problem.per_image and config.denoiser_parameters != "frozen" else together
-        rows, checkpoint = memory.ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * abreast * forwards, False
+        rows, checkpoint = ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * abreast * forwards, False
         if self._budget is not None:
             most = pairs if config.chunk == "auto" else min(pairs, config.chunk)
             image, (row, checkpointed) = needs.of_image(inputs), needs.of_row(inputs, x0)
             sizes = (row * forwards, image, None if checkpointed is None else checkpointed * forwards)
-            rows, together, checkpoint = memory.plan(self._budget, together, most, *sizes)
+            rows, together, checkpoint = plan(self._budget, together, most, *sizes)
             rows *= forwards
             if config.chunk == "auto" and self._device.type == "cuda":  # more rows cost memory without any gain
-                rows = min(rows, max(memory.ROWS_AT_ONCE, forwards * together))
+                rows = min(rows, max(ROWS_AT_ONCE, forwards * together))
         rows = self._limits["step"].of(rows)
         together = min(max(1, rows // forwards), together)
         abreast = min(abreast, together)
@@ -64,7 +134,7 @@ class Planner:
     def _guard_rows(self, problem: Problem, needs: Needs, inputs: Tensor, x0: Tensor, together: int) -> int:
         """Returns how many rows a forward pass without gradients runs at once, for `together` images."""
         config = self._config
-        rows = memory.GUARD_ROWS.get(self._device.type, memory.ROWS_AT_ONCE)
+        rows = GUARD_ROWS.get(self._device.type, ROWS_AT_ONCE)
         if config.chunk != "auto":
             rows = min(rows, config.chunk * together)
         if self._budget is not None:
@@ -89,7 +159,7 @@ class Planner:
     def shrink(self, error: BaseException) -> bool:
         """Lowers a limit if memory ran out; returns whether another attempt with fewer rows may succeed."""
         least = self._least if self._running == "step" else 1
-        if not memory.out_of_memory(error) or self._at_once <= least:
+        if not out_of_memory(error) or self._at_once <= least:
             return False
         rows = max(least, self._at_once // 2)
         self._limits[self._running].lower(rows)

@@ -1,194 +1,289 @@
-"""The loop of an adaptation: the order of its calls, its deadline and its guard, for eager, compiled and packaged sessions alike.
-
-The C++ session (embed/cpp/session.cpp) makes the same calls in the same order; tests/test_embed.py compares the two.
-"""
+"""Runs the calls of a program on private modules, eagerly or with parts compiled."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from dtta_fast.core.guard import Answers, unchanged, usable, where
-from dtta_fast.runtime.clock import Clock, Durations, Pace
-from dtta_fast.runtime.reads import read
+from dtta_fast.config import Compile
+from dtta_fast.core import diffusion_classifier, guard, step
+from dtta_fast.core.guard import Answers, usable, where
+from dtta_fast.core.problem import Problem, RowCounts, Schedule
+from dtta_fast.core.step import State
+from dtta_fast.core.weights import anchor, source_weights
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.runtime import compiling
+from dtta_fast.runtime.clock import Clock
+from dtta_fast.runtime.phases import phase
+from dtta_fast.runtime.reads import Checks
+from dtta_fast.runtime.trial import refusing_kept_tensors, refusing_recomputation, warning_of_random_numbers
+from dtta_fast.session.checks import Request
+from dtta_fast.session.loop import Batch, Decision, Outcome, Program
+from dtta_fast.session.memory import Needs, out_of_memory
+from dtta_fast.session.planning import Planner
 
 
-class Batch(NamedTuple):
-    """A batch of B images, one per row of every tensor.
-
-    original: the model's inputs for the unchanged images (a package has only the crops). matched: its inputs for the matched images; None
-    if the model sees the unchanged images. crop: [B, 3, H, W] in [0, 1], the denoiser's view. image_ids: [B]. x0: latents [B, C, h, w],
-    None until they are encoded. timesteps [B, steps, P] and noise [B, steps, P, C, h, w]: None if they are drawn. before, first: outputs
-    [B, ...] before any update, for the unchanged images and for the inputs used for adaptation; None until they are known. asked: [B]
-    bool, the images that the pre-check selects; None is all of them.
-    """
-
-    original: Tensor
-    matched: Tensor | None
-    crop: Tensor
-    image_ids: Tensor
-    x0: Any = None  # Any: calls take these three tensors after they are known
-    timesteps: Tensor | None = None
-    noise: Tensor | None = None
-    before: Any = None
-    first: Any = None
-    asked: Any = None
-
-    @property
-    def inputs(self) -> Tensor:
-        """The model inputs used for adaptation."""
-        return self.original if self.matched is None else self.matched
-
-    def of(self, rows: Tensor | slice) -> Batch:
-        """Selects some of the images."""
-        return Batch(*(None if tensor is None else tensor[rows] for tensor in self))  # type: ignore[arg-type]
-
-    def pairs_of(self, step: int) -> list[Tensor | None]:
-        """The given timesteps [B, P] and noise [B, P, C, h, w] of a step; None for those that are drawn."""
-        return [None if given is None else given[:, step] for given in (self.timesteps, self.noise)]
-
-
-class Decision(NamedTuple):
-    """The final answer: outputs [B, ...], whether each comes from the adaptation, [B] bool, and the predictions after and before."""
-
-    outputs: Tensor
-    accepted: Tensor
-    predictions: Tensor
-    predictions_before: Tensor
-
-
-class Outcome(NamedTuple):
-    """The results of images that ran at once, as in AdaptResult. keep: whether later batches may continue from the state."""
-
-    keep: bool
-    before: Tensor
-    outputs: Tensor
-    predictions: Tensor
-    predictions_before: Tensor
-    loss: Tensor
-    accepted: Tensor
-    evaluations: Tensor
-
-
-class Program(Protocol):
-    """The calls that run() makes for a batch; `state` is the program's own kind of state, a pytree of tensors.
+class ModuleProgram(Program):
+    """A program on one set of private modules; the engine makes a new one when it copies the modules again.
 
     Attributes:
-        guard: number of the guard's pairs, 0 without a guard. online: whether the state carries on from batch to batch.
+        problem, schedule: what the steps are computed from, and how they are split; plan() updates the schedule.
+        compile: what is compiled, as in AdaptConfig; compiled code takes batches of one size.
     """
 
-    @property
-    def guard(self) -> int: ...
+    def __init__(self, problem: Problem, model: nn.Module, denoiser: Denoiser, planner: Planner, compile: Compile) -> None:
+        """model, denoiser: the caller's, whose weights are adapted; `problem` holds their private copies."""
+        self._step, self._forward = step.adaptation_step, step.forward
+        row_counts: RowCounts = "few" if anchor(problem.model).device.type == "cuda" else "any"
+        if compile != "off":
+            row_counts = "one"
+            compiling.compile_regions(problem.denoiser.regions())
+            self._forward = compiling.compiled(step.forward)
+            if compile == "step":
+                self._step = compiling.compiled(step.adaptation_step)
+            else:
+                problem = dataclasses.replace(problem, forward=self._forward)
+        self.problem, self.schedule = dataclasses.replace(problem, row_counts=row_counts), Schedule()
+        # no method of self in either: a session that is dropped has to free its memory at once
+        self.source = functools.partial(source_weights, problem.config, model, denoiser, problem.model, problem.denoiser)
+        self.needs = Needs(problem, self.source, self._forward)
+        self.compile = compile
+        self._planner = planner
+        self._ran = self._stepped = False  # the first run's checks are done
+        self._batched = False  # vmap is known to work on these modules
+        # one for a single image, one for several: their weights have different layouts, and so round differently
+        self._storage: dict[bool, State] = {}
 
     @property
-    def online(self) -> bool: ...
+    def guard(self) -> int:
+        return self.problem.config.guard
 
-    def step(self, state: Any, batch: Batch, number: int) -> Tensor:
-        """Updates the state in place; returns the loss [B] before the update. number: 0 for the first step."""
+    @property
+    def online(self) -> bool:
+        return self.problem.config.mode == "online"
 
-    def finish(self, state: Any, batch: Batch) -> Answers:
-        """Computes the outputs under the adapted weights and compares the answers."""
+    def views(self, crop: Tensor, request: Request) -> Batch:
+        """Prepares what the model and the denoiser see of crops [B, 3, H, W] in [0, 1]: matched as the config says, and normalised."""
+        problem, calibration = self.problem, self.problem.denoiser.calibration
+        match, dtype = problem.config.match, anchor(problem.model).dtype
+        seen = crop if match == "off" or calibration is None else calibration.match(crop)
+        original = problem.task.normalise(problem.model, crop.clone()).to(dtype)
+        matched = problem.task.normalise(problem.model, seen.clone()).to(dtype) if match == "both" else None
+        return Batch(original, matched, seen, request.image_ids, request.latents, request.timesteps, request.noise)
 
-    def losses(self, state: Any, batch: Batch, answers: Answers, wanted: list[list[bool]]) -> list[Tensor]:
-        """Computes the held-out losses [B, guard] under the original answer, the adapted one and the matched image's.
+    def answered(self, batch: Batch, crop: Tensor, checks: Checks) -> Batch:
+        """Adds the source model's outputs, checked, and the images that the pre-check selects; crop [B, 3, H, W] as given to views()."""
+        before = self.checked_outputs(batch.original, checks)
+        matched_outputs = before if batch.matched is None else self.checked_outputs(batch.matched, checks)
+        return batch._replace(before=before, matched_outputs=matched_outputs, asked=self.asked(before, matched_outputs, crop))
 
-        wanted: for each of the three, the images whose losses are needed. The others' values do not matter.
+    @torch.no_grad()
+    def asked(self, before: Tensor, matched_outputs: Tensor, crop: Tensor) -> Tensor | None:
+        """Returns which images [B] the pre-check selects for adaptation; None without a pre-check.
+
+        before, matched_outputs: the source model's outputs for the original and the matched images. crop: [B, 3, H, W] in [0, 1].
         """
+        problem, calibration = self.problem, self.problem.denoiser.calibration
+        if problem.config.precheck == "statistics" and calibration is not None:
+            return calibration.distance(crop) > calibration.limit
+        if problem.config.precheck == "off":
+            return None
+        answers = [problem.task.decision(found, problem.denoiser) for found in (before, matched_outputs)]
+        return (answers[0] != answers[1]).flatten(1).any(1)
+
+    def plain_outputs(self, inputs: Tensor) -> Tensor:
+        """Runs the source model."""
+        with phase("classifier"):
+            outputs: Tensor = self._forward(self.problem, {}, inputs)
+        return outputs
+
+    @torch.no_grad()
+    def checked_outputs(self, inputs: Tensor, checks: Checks) -> Tensor:
+        """Runs the source model, and checks that the task can use its outputs."""
+        problem = self.problem
+        with nullcontext() if self._ran else warning_of_random_numbers(problem.model, inputs.device):
+            outputs = self.plain_outputs(inputs)
+        self._ran = True
+        problem.task.check(outputs, problem.denoiser, problem.config, checks)
+        if len(outputs) != len(inputs):
+            raise ValueError(f"model returns {len(outputs)} rows for {len(inputs)} images; it has to return one for each")
+        wrong = ~_complete(outputs)
+        checks.require(~wrong.any(), lambda: f"model returns NaN or infinity for images {wrong.nonzero()[:, 0].tolist()[:10]} of the batch")
+        return outputs
+
+    @torch.no_grad()
+    def has_outputs(self, crop: Tensor) -> Tensor:
+        """Returns for which crops [B, 3, H, W] the source model gives usable outputs, [B] bool; checked_outputs() raises for the others."""
+        batch = self.views(crop, Request(crop, torch.arange(len(crop), dtype=torch.int64, device=crop.device)))
+        looks = [look for look in (batch.original, batch.matched) if look is not None]
+        return torch.stack([_complete(self.plain_outputs(look)) for look in looks]).all(0)
+
+    def encoded(self, batch: Batch) -> Batch:
+        """Encodes the latents unless they were given."""
+        return batch if batch.x0 is not None else batch._replace(x0=self.problem.denoiser.encode(batch.crop))
+
+    def plan(self, inputs: Tensor, x0: Tensor, pairs: int) -> int:
+        """Plans the schedule; returns how many images run at once. Raises ValueError if memory_budget is too small for one image."""
+        self.schedule = self._planner.plan(self.problem, self.needs, inputs, x0, pairs)
+        together = self.schedule.together or len(inputs)
+        return together if self.problem.per_image else len(inputs)  # one update for all of them; the step itself splits them
+
+    def parts(self, batch: Batch, request: Request) -> list[Batch]:
+        """Splits a batch with latents into the images that run at once.
+
+        Raises:
+            ValueError: memory_budget is too small for one image, or with a deadline, for all of them at once.
+        """
+        config, count = self.problem.config, len(batch.image_ids)
+        together = self.plan(batch.inputs, batch.x0, config.pairs if batch.timesteps is None else batch.timesteps.shape[2])
+        if together < count and request.deadline is not None:
+            bound, remedy = ("memory", "") if config.memory_budget is None else ("memory_budget", ", or a larger memory_budget")
+            raise ValueError(
+                f"images holds {len(request.images)}, and {bound} has room for {together} at once; deadline_ms takes a batch together: "
+                f"give {together} images and fewer{remedy}"
+            )
+        return [batch.of(slice(first, first + together)) for first in range(0, count, together)]
+
+    def begin(self, crop: Tensor, image_ids: Tensor, latents: Tensor | None = None) -> tuple[Any, Batch]:
+        """Returns a new state and a batch that are ready for the first step, for as many of the crops [B, 3, H, W] as run at once."""
+        batch = self.encoded(self.views(crop, Request(crop, image_ids, latents)))
+        together = self.plan(batch.inputs, batch.x0, self.problem.config.pairs)
+        return self.start(batch.of(slice(0, together)), None)
+
+    @torch.no_grad()
+    def start(self, batch: Batch, online: State | None) -> tuple[State | None, Batch]:
+        """Returns a state that this call may modify (None for a training-free method), and the batch with its outputs before adaptation."""
+        if self.problem.config.method != "adapt":
+            return None, batch
+        if online is not None:
+            with phase("restore"):
+                state: State = pytree.tree_map(torch.clone, online)  # steps write in place, and a failed call must leave no trace
+            return state, _with_outputs(batch, functools.partial(self.forward, state))
+        if batch.matched_outputs is None:
+            batch = _with_outputs(batch, self.plain_outputs)
+        problem, (theta, phi), images = self.problem, self.source(), len(batch.image_ids)
+        with phase("restore"):
+            held = self._storage.get(images == 1)
+            kept = None if held is None else step.first_images(held, images, exactly=problem.config.optimizer == "adam8bit")
+            if kept is None:
+                held = self._storage.pop(images == 1, None)
+                del held  # free it before the new one is allocated
+                kept = step.initial_state(problem, theta, phi, batch.matched_outputs)
+                if problem.per_image:
+                    self._storage[images == 1] = kept
+            else:
+                step.restore_(kept, theta, phi, batch.matched_outputs)
+        if problem.per_image and images > 1 and not (problem.loop or self._batched):
+            self._try_batching(kept, batch.inputs)
+        return kept, batch
+
+    @torch.enable_grad()
+    def _try_batching(self, state: State, inputs: Tensor) -> None:
+        """Tests whether vmap can batch the model's forward and backward passes; if it cannot, images run one by one."""
+        theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
+        try:
+            with refusing_kept_tensors(self.problem.model):
+                outputs = step.forward(self.problem, theta, inputs)
+                if outputs.requires_grad:
+                    torch.autograd.grad(outputs, list(theta.values()), torch.ones_like(outputs), allow_unused=True)
+        except Exception as error:  # whatever a module raises under vmap
+            if out_of_memory(error) or isinstance(error, OSError):  # a TimeoutError belongs to the caller
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            warnings.warn(f"images with weights of their own run one by one: vmap fails ({reason})", stacklevel=5)
+            self.problem = dataclasses.replace(self.problem, loop=True)
+        else:
+            self._batched = True
+
+    def forget_states(self) -> None:
+        """Frees the storage of states."""
+        self._storage.clear()
+
+    def step(self, state: State, batch: Batch, number: int) -> Tensor:
+        """Updates the state in place; returns the loss [B] before the update."""
+        tried = self._stepped or self.compile != "off"
+        with (
+            phase("step (compiled)") if self.compile == "step" else nullcontext(),
+            nullcontext() if tried else refusing_recomputation(self.problem.model),
+        ):
+            given = (batch.inputs, batch.x0, batch.image_ids, *batch.pairs_of(number))
+            loss: Tensor = self._step(self.problem, self.schedule, state, *given)
+        self._stepped = True
+        return loss
+
+    @torch.no_grad()
+    def forward(self, state: State, inputs: Tensor) -> Tensor:
+        """Returns the model's outputs [B, ...] under the state's weights."""
+        with phase("classifier"):
+            outputs: Tensor = self._forward(self.problem, state.theta, inputs)
+        return outputs
+
+    def finish(self, state: State, batch: Batch) -> Answers:
+        return guard.compare(self.problem, batch.before, self.forward(state, batch.inputs), batch.matched_outputs)
+
+    def losses(self, state: State, batch: Batch, answers: Answers, wanted: list[list[bool]]) -> list[Tensor]:
+        assert answers.conditions is not None
+        with self._forwards(sum(map(sum, wanted)) * self.guard):
+            given = (answers.conditions, batch.x0, batch.image_ids, state.step, wanted)
+            return guard.selected_losses(self.problem, self.schedule, *given)
 
     def decide(self, batch: Batch, answers: Answers, losses: list[Tensor]) -> Decision:
-        """Chooses between the answers by their losses, which are empty if nothing was compared."""
+        outputs, accepted = guard.decide(self.problem.config, answers, batch.matched_outputs, losses)
+        return Decision(outputs, accepted, self.predictions(outputs, batch), self.predictions(batch.before, batch))
+
+    def predictions(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Returns the task's predictions for outputs [B, ...], at the size of the batch's crops."""
+        return self.problem.task.predict(outputs, (batch.crop.shape[-2], batch.crop.shape[-1]))
 
     def source_outputs(self, batch: Batch) -> Tensor:
-        """Computes the unadapted model's outputs [B, ...] for the unchanged images."""
+        return self.checked_outputs(batch.original, Checks())
 
-    def rehearse(self, state: Any, batch: Batch) -> list[list[bool]]:
-        """Warms up what later batches may need; returns the losses that a guard wants at most, in the form of losses()."""
+    def classified(self, batch: Batch, clock: Clock) -> Outcome:
+        """Answers by a training-free method: there is no state, and every finite answer is accepted."""
+        problem = self.problem
+        with clock.phase("adapt"), self._forwards(self.schedule.guard_rows):
+            found, evaluations = diffusion_classifier.classify(problem, self.schedule, batch.matched_outputs, batch.x0, batch.image_ids)
+        if problem.config.method == "ensemble":
+            found = diffusion_classifier.mean_probability(batch.matched_outputs, found)
+        accepted = usable(found, batch.before)
+        outputs = where(accepted, found, batch.before.to(found.dtype))
+        predictions = self.predictions(outputs, batch), self.predictions(batch.before, batch)
+        loss = batch.x0.new_empty(len(outputs), 0)
+        return Outcome(False, batch.before, outputs, *predictions, loss, accepted, evaluations)
 
+    def rehearse(self, state: State, batch: Batch) -> list[list[bool]]:
+        """Runs the guard's forward passes with every row count that a GPU may encounter, so that its libraries plan for them."""
+        problem, pairs, rows, images = self.problem, self.guard, self.schedule.guard_rows, len(batch.image_ids)
+        if not pairs:
+            return []
+        if problem.row_counts == "few":
+            conditions = problem.task.decision(batch.before, problem.denoiser)
+            last = (guard.forward_rows(count, pairs, rows, "few")[-1] for count in range(1, 3 * images + 1))
+            for count in sorted({max(1, found // pairs) for found in last}):
+                which = torch.arange(count, dtype=torch.int64, device=batch.x0.device) % images
+                with self._forwards(count * pairs):
+                    given = (conditions[which], batch.x0[which], batch.image_ids[which])
+                    guard.held_out_losses(problem, self.schedule, *given, state.step)
+        return [[True] * images] * 2 + [[problem.config.match == "both"] * images]
 
-class Call(NamedTuple):
-    """What a call brings along besides its images.
-
-    deadline: time in seconds on the clock of time.perf_counter(), or None. pace: how long the parts took lately. warming: whether to run
-    and time every part, even if this batch does not need it.
-    """
-
-    clock: Clock
-    pace: Pace
-    deadline: float | None = None
-    warming: bool = False
-
-    def has_time(self, *parts: Durations) -> bool:
-        """Returns whether these parts are expected to finish before the deadline."""
-        return self.deadline is None or self.clock.now() + sum(part.expected for part in parts) <= self.deadline
-
-
-def run(program: Program, state: Any, batch: Batch, call: Call, steps: int) -> Outcome:
-    """Adapts to a batch whose `before` and `first` are known: makes the steps, lets the guard compare, and decides.
-
-    No step is started that is expected to finish, with what follows it, after the deadline. If no time is left for the guard, no changed
-    answer is accepted. The host waits for the device at most once, to read what the guard has to compare; with a deadline, after every
-    part.
-    """
-    clock, pace = call.clock, call.pace
-    timed = call.warming or call.deadline is not None or not clock.waits
-    losses: list[Tensor] = []
-    answers = unchanged(batch.before, batch.first)
-    with clock.phase("adapt"):
-        while len(losses) < steps and call.has_time(pace.step, pace.end, pace.guard):
-            with pace.step.timed(clock, timed):
-                losses.append(program.step(state, batch, len(losses)))
-        if losses:
-            with pace.end.timed(clock, timed):
-                answers = program.finish(state, batch)
-    most = program.rehearse(state, batch) if call.warming else None
-    if not call.has_time(pace.guard):
-        answers = answers._replace(fresh=torch.zeros_like(answers.fresh))
-    compared = torch.cat([answers.fresh.any(0)[None], answers.fresh])
-    held_out: list[Tensor] = []
-    with clock.phase("guard"):
-        begun = clock.now() if timed else 0.0
-        wanted, *sound = _read(program, state, batch, answers, compared if losses else None)
-        if program.guard and (most or any(map(any, wanted))):
-            held_out = program.losses(state, batch, answers, most or wanted)
-            if timed:
-                pace.guard.note(clock.now() - begun)
-        decision = program.decide(batch, answers, held_out)
-    if program.online and not sound[1]:  # the state is useless for these images: they get the source model's answers
-        source = program.source_outputs(batch)
-        outputs, before = (where(usable(found, source), found, source) for found in (decision.outputs, batch.before))
-        accepted = decision.accepted & usable(decision.outputs, source)
-        batch = batch._replace(before=before)
-        answers = answers._replace(standing=outputs, accepted=accepted, fresh=torch.zeros_like(answers.fresh))
-        decision = program.decide(batch, answers, [])
-    loss = torch.stack(losses, dim=1) if losses else batch.x0.new_empty(len(batch.x0), 0)
-    evaluations = program.guard * compared.sum(0)
-    return Outcome(program.online and bool(losses) and all(sound), batch.before, *_fields(decision), loss, decision.accepted, evaluations)
+    def _forwards(self, rows: int) -> Any:
+        return self._planner.forwards(min(self.schedule.guard_rows, rows))
 
 
-def _fields(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
-    return decision.outputs, decision.predictions, decision.predictions_before
+def _with_outputs(batch: Batch, run: Callable[[Tensor], Tensor]) -> Batch:
+    """Adds the outputs that run() gives for the batch's inputs."""
+    matched_outputs = run(batch.inputs)
+    return batch._replace(before=matched_outputs if batch.matched is None else run(batch.original), matched_outputs=matched_outputs)
 
 
-@torch.no_grad()
-def _read(program: Program, state: Any, batch: Batch, answers: Answers, compared: Tensor | None) -> list[Any]:
-    """Reads, in one transfer, what the guard has to compare and, for an online state, whether it and its outputs are usable.
-
-    compared: the mask [3, B] for losses(); None if no step was made.
-
-    Returns:
-        The mask as lists. Then, for an online state: whether it and its outputs are usable, and whether its outputs before were.
-    """
-    masks = [compared] if program.guard and compared is not None else []
-    if program.online:
-        masks += [finite(state) & usable(answers.after, batch.before).all(), usable(batch.before, batch.before).all()]
-    found = read(*masks) if masks else []
-    return found if program.guard and compared is not None else [[], *found]
-
-
-def finite(state: Any) -> Tensor:
-    """Returns whether all of a state's numbers are finite, as a 0-dim bool tensor."""
-    numbers = [tensor for tensor in pytree.tree_leaves(state) if tensor.is_floating_point() and tensor.numel()]
-    return torch.stack(list(torch._foreach_norm(numbers, torch.inf))).isfinite().all()
+def _complete(outputs: Tensor) -> Tensor:
+    """Returns whether each image's outputs [B, ...] hold neither NaN nor +infinity, [B] bool. -infinity is a masked class."""
+    return ~(outputs.isnan() | (outputs == torch.inf)).flatten(1).any(1)

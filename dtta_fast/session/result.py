@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dtta_fast.runtime.clock import Clock
-from dtta_fast.session.program import Outcome
+from dtta_fast.session.loop import Outcome
 
 
 @dataclass(frozen=True)

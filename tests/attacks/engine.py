@@ -903,7 +903,7 @@ def attack_weights_in_a_list_are_told():
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         Adapter(ByList(), denoiser(), CONFIG)
-    assert any("beside its parameters" in str(one.message) for one in told)
+    assert any("as well as in its parameters" in str(one.message) for one in told)
 
 
 def attack_old_weight_norm():

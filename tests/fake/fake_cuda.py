@@ -22,7 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_map_only
 
 from dtta_fast.runtime import private
-from dtta_fast.session import eager, precision
+from dtta_fast.session import precision, program
 
 MEMORY = 80 * 2**30
 aten = torch.ops.aten
@@ -117,7 +117,7 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
         patch.setattr(torch.cuda, "memory_allocated", lambda device=None: 0)
         patch.setattr(precision, "has_bfloat16", lambda device: True)
         patch.setenv("DTTA_FAST_STRICT", "1")  # the optimizers' arguments are held to what CUDA takes
-        patch.setattr(eager, "warning_of_random_numbers", lambda *_: nullcontext())  # a generator's state is a real tensor
+        patch.setattr(program, "warning_of_random_numbers", lambda *_: nullcontext())  # a generator's state is a real tensor
         patch.setattr(private, "is_plain", lambda parameter: type(parameter) in (nn.Parameter, FakeTensor))
         with FakeCudaMode() as mode:
             yield mode

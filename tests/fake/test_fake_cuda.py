@@ -37,10 +37,10 @@ from dtta_fast.measure.counting import Counter
 from dtta_fast.runtime import constants, demands
 from dtta_fast.runtime import reads as reads_module
 from dtta_fast.runtime.reads import Checks
-from dtta_fast.session import program as program_module
+from dtta_fast.session import loop as program_module
 from dtta_fast.session.checks import Request
 from dtta_fast.session.engine import Engine
-from dtta_fast.session.program import Batch, finite
+from dtta_fast.session.loop import Batch, finite
 from dtta_fast.tasks import Classification, Depth, Segmentation, ZeroShot
 from dtta_fast.tasks.transforms import timm_transforms
 

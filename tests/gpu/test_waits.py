@@ -15,7 +15,7 @@ from torch import Tensor
 from dtta_fast import AdaptConfig, Adapter, Calibration, presets
 from dtta_fast.core.guard import held_out_losses
 from dtta_fast.core.step import State, adaptation_step
-from dtta_fast.session.program import Batch
+from dtta_fast.session.loop import Batch
 from dtta_fast.tasks import Classification
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]

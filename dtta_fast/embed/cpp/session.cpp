@@ -152,7 +152,7 @@ Tensor usable(const Tensor& outputs, const Tensor& before) {
 }
 
 /* Rows [B, ...] of `chosen` where the mask [B] is true, and of `otherwise` elsewhere. */
-Tensor where(const Tensor& mask, const Tensor& chosen, const Tensor& otherwise) {
+Tensor chosen_rows(const Tensor& mask, const Tensor& chosen, const Tensor& otherwise) {
   std::vector<int64_t> shape(static_cast<size_t>(chosen.dim()), 1);
   shape[0] = -1;
   return at::where(mask.view(shape), chosen, otherwise);
@@ -221,7 +221,7 @@ struct Session::Impl {
     return result;
   }
 
-  /* The loop of session/program.py: the same calls in the same order. warming: runs and times every part, even if no image needs it.
+  /* The loop of session/loop.py: the same calls in the same order. warming: runs and times every part, even if no image needs it.
    * keep: set to whether later batches may continue from `working`. */
   Result loop(Tensors& working, const Images& images, const Options& options, Clock::time_point begun, bool warming, bool& keep) {
     const Manifest& m = manifest;
@@ -240,8 +240,8 @@ struct Session::Impl {
       return run("start", given);
     };
     const Tensors prepared = started(working);
-    const Tensor &inputs = prepared[0], &x0 = prepared[1], &first = prepared[3], &asked = prepared[4];
-    Tensor before = prepared[2], after = first, standing = before;
+    const Tensor &inputs = prepared[0], &x0 = prepared[1], &matched = prepared[3], &asked = prepared[4];
+    Tensor before = prepared[2], after = matched, standing = before;
     Tensor accepted = at::zeros_like(asked), fresh = at::zeros({2, m.batch}, at::kBool);
     const size_t steps = warming || asked.any().item<bool>() ? static_cast<size_t>(m.steps) : 0;
     Result result;
@@ -254,7 +254,7 @@ struct Session::Impl {
     }
     if (!losses.empty()) {
       const auto start = Clock::now();
-      const Tensors finished = run("finish", joined(working, {inputs, before, first, asked}));
+      const Tensors finished = run("finish", joined(working, {inputs, before, matched, asked}));
       end.note(seconds_since(start));
       after = finished[0], standing = finished[1], accepted = finished[2], fresh = finished[3];
     }
@@ -265,21 +265,21 @@ struct Session::Impl {
     const Tensors no_losses(3, at::zeros({m.batch, std::max<int64_t>(1, m.guard)}, x0.options()));
     Tensors held_out = no_losses;
     if (m.guard > 0 && (warming || fresh.any().item<bool>())) {
-      const Tensor answers[] = {before, after, first};
+      const Tensor answers[] = {before, after, matched};
       for (size_t i = 0; i < 3; ++i)
         if (warming || i == 0 || fresh[static_cast<int64_t>(i) - 1].any().item<bool>())
           held_out[i] = run("losses", {answers[i], x0, ids, working.back()})[0];
       guard.note(seconds_since(start));
     }
     const auto decide = [&](const Tensor& changed, const Tensors& known) {
-      return run("decide", {before, after, first, standing, accepted, changed, known[0], known[1], known[2]});
+      return run("decide", {before, after, matched, standing, accepted, changed, known[0], known[1], known[2]});
     };
     Tensors decided = decide(fresh, held_out);
     if (!sound_before) {  // the state is useless for these images: they get the source model's answers
       const Tensor source = started(run("state", {}))[2];
-      standing = where(usable(decided[0], source), decided[0], source);
+      standing = chosen_rows(usable(decided[0], source), decided[0], source);
       accepted = decided[1] & usable(decided[0], source);
-      before = where(usable(before, source), before, source);
+      before = chosen_rows(usable(before, source), before, source);
       decided = decide(at::zeros_like(fresh), no_losses);
     }
     keep = m.online && !losses.empty() && sound;

@@ -1,0 +1,194 @@
+"""The loop of an adaptation: the order of its calls, its deadline and its guard, for eager, compiled and packaged sessions alike.
+
+The C++ session (embed/cpp/session.cpp) makes the same calls in the same order; tests/test_embed.py compares the two.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from dtta_fast.core.guard import Answers, unchanged, usable, where
+from dtta_fast.runtime.clock import Clock, Durations, Pace
+from dtta_fast.runtime.reads import read
+
+
+class Batch(NamedTuple):
+    """A batch of B images, one per row of every tensor.
+
+    original: the model's inputs for the unchanged images (a package has only the crops). matched: its inputs for the matched images; None
+    if the model sees the unchanged images. crop: [B, 3, H, W] in [0, 1], the denoiser's view. image_ids: [B]. x0: latents [B, C, h, w],
+    None until they are encoded. timesteps [B, steps, P] and noise [B, steps, P, C, h, w]: None if they are drawn. before: outputs [B, ...]
+    before any update for the unchanged images, and matched_outputs: those for the inputs used for adaptation; None until they are known.
+    asked: [B] bool, the images that the pre-check selects; None is all of them.
+    """
+
+    original: Tensor
+    matched: Tensor | None
+    crop: Tensor
+    image_ids: Tensor
+    x0: Any = None  # Any: calls take these three tensors after they are known
+    timesteps: Tensor | None = None
+    noise: Tensor | None = None
+    before: Any = None
+    matched_outputs: Any = None
+    asked: Any = None
+
+    @property
+    def inputs(self) -> Tensor:
+        """The model inputs used for adaptation."""
+        return self.original if self.matched is None else self.matched
+
+    def of(self, rows: Tensor | slice) -> Batch:
+        """Selects some of the images."""
+        return Batch(*(None if tensor is None else tensor[rows] for tensor in self))  # type: ignore[arg-type]
+
+    def pairs_of(self, step: int) -> list[Tensor | None]:
+        """The given timesteps [B, P] and noise [B, P, C, h, w] of a step; None for those that are drawn."""
+        return [None if given is None else given[:, step] for given in (self.timesteps, self.noise)]
+
+
+class Decision(NamedTuple):
+    """The final answer: outputs [B, ...], whether each comes from the adaptation, [B] bool, and the predictions after and before."""
+
+    outputs: Tensor
+    accepted: Tensor
+    predictions: Tensor
+    predictions_before: Tensor
+
+
+class Outcome(NamedTuple):
+    """The results of images that ran at once, as in AdaptResult. keep: whether later batches may continue from the state."""
+
+    keep: bool
+    before: Tensor
+    outputs: Tensor
+    predictions: Tensor
+    predictions_before: Tensor
+    loss: Tensor
+    accepted: Tensor
+    evaluations: Tensor
+
+
+class Program(Protocol):
+    """The calls that run() makes for a batch; `state` is the program's own kind of state, a pytree of tensors.
+
+    Attributes:
+        guard: number of the guard's pairs, 0 without a guard. online: whether the state carries on from batch to batch.
+    """
+
+    @property
+    def guard(self) -> int: ...
+
+    @property
+    def online(self) -> bool: ...
+
+    def step(self, state: Any, batch: Batch, number: int) -> Tensor:
+        """Updates the state in place; returns the loss [B] before the update. number: 0 for the first step."""
+
+    def finish(self, state: Any, batch: Batch) -> Answers:
+        """Computes the outputs under the adapted weights and compares the answers."""
+
+    def losses(self, state: Any, batch: Batch, answers: Answers, wanted: list[list[bool]]) -> list[Tensor]:
+        """Computes the held-out losses [B, guard] under the original answer, the adapted one and the matched image's.
+
+        wanted: for each of the three, the images whose losses are needed. The others' values do not matter.
+        """
+
+    def decide(self, batch: Batch, answers: Answers, losses: list[Tensor]) -> Decision:
+        """Chooses between the answers by their losses, which are empty if nothing was compared."""
+
+    def source_outputs(self, batch: Batch) -> Tensor:
+        """Computes the unadapted model's outputs [B, ...] for the unchanged images."""
+
+    def rehearse(self, state: Any, batch: Batch) -> list[list[bool]]:
+        """Warms up what later batches may need; returns the losses that a guard wants at most, in the form of losses()."""
+
+
+class Call(NamedTuple):
+    """The deadline, timings and mode of a call.
+
+    deadline: time in seconds on the clock of time.perf_counter(), or None. pace: how long the parts took lately. warming: whether to run
+    and time every part, even if this batch does not need it.
+    """
+
+    clock: Clock
+    pace: Pace
+    deadline: float | None = None
+    warming: bool = False
+
+    def has_time(self, *parts: Durations) -> bool:
+        """Returns whether these parts are expected to finish before the deadline."""
+        return self.deadline is None or self.clock.now() + sum(part.expected for part in parts) <= self.deadline
+
+
+def run(program: Program, state: Any, batch: Batch, call: Call, steps: int) -> Outcome:
+    """Adapts to a batch whose `before` and `matched_outputs` are known: makes the steps, lets the guard compare, and decides.
+
+    No step is started that is expected to finish, with what follows it, after the deadline. If no time is left for the guard, no changed
+    answer is accepted. The host waits for the device at most once, to read what the guard has to compare; with a deadline, after every
+    part.
+    """
+    clock, pace = call.clock, call.pace
+    timed = call.warming or call.deadline is not None or not clock.waits
+    losses: list[Tensor] = []
+    answers = unchanged(batch.before, batch.matched_outputs)
+    with clock.phase("adapt"):
+        while len(losses) < steps and call.has_time(pace.step, pace.end, pace.guard):
+            with pace.step.timed(clock, timed):
+                losses.append(program.step(state, batch, len(losses)))
+        if losses:
+            with pace.end.timed(clock, timed):
+                answers = program.finish(state, batch)
+    most = program.rehearse(state, batch) if call.warming else None
+    if not call.has_time(pace.guard):
+        answers = answers._replace(fresh=torch.zeros_like(answers.fresh))
+    compared = torch.cat([answers.fresh.any(0)[None], answers.fresh])
+    held_out: list[Tensor] = []
+    with clock.phase("guard"):
+        begun = clock.now() if timed else 0.0
+        wanted, *sound = _read(program, state, batch, answers, compared if losses else None)
+        if program.guard and (most or any(map(any, wanted))):
+            held_out = program.losses(state, batch, answers, most or wanted)
+            if timed:
+                pace.guard.note(clock.now() - begun)
+        decision = program.decide(batch, answers, held_out)
+    if program.online and not sound[1]:  # the state is useless for these images: they get the source model's answers
+        source = program.source_outputs(batch)
+        outputs, before = (where(usable(found, source), found, source) for found in (decision.outputs, batch.before))
+        accepted = decision.accepted & usable(decision.outputs, source)
+        batch = batch._replace(before=before)
+        answers = answers._replace(standing=outputs, accepted=accepted, fresh=torch.zeros_like(answers.fresh))
+        decision = program.decide(batch, answers, [])
+    loss = torch.stack(losses, dim=1) if losses else batch.x0.new_empty(len(batch.x0), 0)
+    evaluations = program.guard * compared.sum(0)
+    return Outcome(program.online and bool(losses) and all(sound), batch.before, *_fields(decision), loss, decision.accepted, evaluations)
+
+
+def _fields(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
+    return decision.outputs, decision.predictions, decision.predictions_before
+
+
+@torch.no_grad()
+def _read(program: Program, state: Any, batch: Batch, answers: Answers, compared: Tensor | None) -> list[Any]:
+    """Reads, in one transfer, what the guard has to compare and, for an online state, whether it and its outputs are usable.
+
+    compared: the mask [3, B] for losses(); None if no step was made.
+
+    Returns:
+        The mask as lists. Then, for an online state: whether it and its outputs are usable, and whether its outputs before were.
+    """
+    masks = [compared] if program.guard and compared is not None else []
+    if program.online:
+        masks += [finite(state) & usable(answers.after, batch.before).all(), usable(batch.before, batch.before).all()]
+    found = read(*masks) if masks else []
+    return found if program.guard and compared is not None else [[], *found]
+
+
+def finite(state: Any) -> Tensor:
+    """Returns whether all of a state's numbers are finite, as a 0-dim bool tensor."""
+    numbers = [tensor for tensor in pytree.tree_leaves(state) if tensor.is_floating_point() and tensor.numel()]
+    return torch.stack(list(torch._foreach_norm(numbers, torch.inf))).isfinite().all()
