@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 
 import pytest
 import timm
@@ -75,6 +76,24 @@ def test_an_interrupt_on_leaving_vmap(model, denoiser, images, monkeypatch):
             adapt(model, denoiser, images, config=CONFIG)
     torch.nn.init.uniform_(torch.empty(3))  # random numbers are what vmap refuses first
     assert not torch._C._functorch.get_dynamic_layer_stack_depth()
+
+
+def test_an_interrupt_that_an_error_replaces_is_raised(model, denoiser, images, untouched, monkeypatch):
+    """Ctrl-C within the end of torch's own context manager, which then fails itself: not a failure of vmap, and nobody's RuntimeError."""
+    from torch.overrides import TorchFunctionMode
+
+    def leave(*_):
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("trying to pop from empty mode stack")
+
+    with monkeypatch.context() as patch, warnings.catch_warnings(), untouched(model, denoiser):
+        warnings.simplefilter("error")
+        patch.setattr(TorchFunctionMode, "__exit__", leave)
+        with pytest.raises(KeyboardInterrupt):
+            adapt(model, denoiser, images, config=CONFIG)
+    assert adapt(model, denoiser, images, config=CONFIG).steps_run == CONFIG.steps
 
 
 class Counting(nn.Module):

@@ -58,28 +58,25 @@ def run(
         inputs = clean if name == CLEAN else corrupt(clean, name, DIGITS_C[name])
         adapter.reset()
         matched = _accuracy_on_matched(source, task, denoiser, inputs, labels) if config.match == "both" else {}
-        start, right_before, right, flips, evaluations = time.perf_counter(), 0, 0, 0, 0
-        changes = []
-        for first in range(0, images, batch):
-            part = slice(first, first + batch)
-            result = adapter.adapt(inputs[part], image_ids=torch.arange(images, dtype=torch.int64, device="cpu")[part])
-            before, after = (p == labels[part] for p in (result.predictions_before, result.predictions))
-            right_before += int(before.sum())
-            right += int(after.sum())
-            flips += int((before & ~after).sum())
-            changes.append(after.float() - before.float())
-            evaluations += int(result.evaluations.sum())
-            advance(name, len(before))
+        start = time.perf_counter()
+        results = []
+        for ids in torch.arange(images, dtype=torch.int64, device="cpu").split(batch):
+            results.append(adapter.adapt(inputs[ids], image_ids=ids))
+            advance(name, len(ids))
+        seconds = time.perf_counter() - start
+        before, after = (
+            torch.cat([getattr(result, which) for result in results]) == labels for which in ("predictions_before", "predictions")
+        )
         rows[name] = {
             "severity": DIGITS_C.get(name),
-            "source_accuracy": right_before / images,
+            "source_accuracy": int(before.sum()) / images,
             **matched,
-            "adapted_accuracy": right / images,
-            "negative_flips": flips / images,
-            "evaluations_per_image": evaluations / images,
-            "seconds_per_image": (time.perf_counter() - start) / images,
+            "adapted_accuracy": int(after.sum()) / images,
+            "negative_flips": int((before & ~after).sum()) / images,
+            "evaluations_per_image": sum(int(result.evaluations.sum()) for result in results) / images,
+            "seconds_per_image": seconds / images,
         }
-        gains[name] = torch.cat(changes)
+        gains[name] = after.float() - before.float()
     corrupted = [rows[name] for name in DIGITS_C]
     means = {key: sum(row[key] for row in corrupted) / len(corrupted) for key in corrupted[0] if key != "severity"}
     interval = bootstrap_interval(torch.stack([gains[name] for name in DIGITS_C]).mean(0))

@@ -125,27 +125,11 @@ def profile(
         return seconds, result
 
     warmup = adapter.warmup(images, **given)
-    timed: list[tuple[float, dict[str, float]]] = []
-    while len(timed) < RUNS and sum(seconds for seconds, _ in timed) < LONG:
-        stopwatch = Stopwatch(images.device)
-        with listening(stopwatch):
-            seconds, result = run()
-        timed.append((seconds, stopwatch.clock.seconds))
-    whole, seconds_by_phase = min(timed, key=lambda one: one[0])  # the run least disturbed by other work
+    runs, whole, seconds_by_phase, result = _timed(run, images.device)
     profiled_seconds, recorded, events = _recorded(run, on_cuda, trace)
-    counter = Counter()
-    # operators fused by compilation cannot be counted
-    with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), counter, listening(counter):
-        run()
+    by_phase, by_operator = _counted(run, compiled)
     with products(adapter.config.precision, images.device):
         peak = measured_peak(images.device, adapter.engine.program.problem.denoiser.dtype)
-
-    by_phase: dict[str, Count] = {}
-    by_operator: dict[str, Count] = {}
-    for (phase, operator), count in counter.counts.items():
-        by_phase.setdefault(phase, Count()).add(count)
-        by_operator.setdefault(operator, Count()).add(count)
-    runs = [seconds for seconds, _ in timed]
     seconds_by_phase[OTHER] = whole - sum(seconds_by_phase.values())
     names = [name for name in (*PHASES, OTHER) if name in seconds_by_phase]
     phases = [Row.of(name, seconds_by_phase[name], whole, by_phase.get(name, Count()), peak) for name in names]
@@ -168,6 +152,29 @@ def profile(
         config=asdict(adapter.config),
         environment=environment.describe(),
     )
+
+
+def _timed(run: Callable[[], tuple[float, AdaptResult]], device: torch.device) -> tuple[list[float], float, dict[str, float], AdaptResult]:
+    """Runs with the phases timed; returns all durations, the shortest one with its seconds per phase, and the last result."""
+    timed: list[tuple[float, dict[str, float]]] = []
+    while len(timed) < RUNS and sum(seconds for seconds, _ in timed) < LONG:
+        stopwatch = Stopwatch(device)
+        with listening(stopwatch):
+            seconds, result = run()
+        timed.append((seconds, stopwatch.clock.seconds))
+    whole, seconds_by_phase = min(timed, key=lambda one: one[0])  # the run least disturbed by other work
+    return [seconds for seconds, _ in timed], whole, seconds_by_phase, result
+
+
+def _counted(run: Callable[[], object], compiled: bool) -> tuple[dict[str, Count], dict[str, Count]]:
+    """Runs once more, eagerly, since operators fused by compilation cannot be counted; returns the counts by phase and by operator."""
+    counter, by_phase, by_operator = Counter(), dict[str, Count](), dict[str, Count]()
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), counter, listening(counter):
+        run()
+    for (phase, operator), count in counter.counts.items():
+        by_phase.setdefault(phase, Count()).add(count)
+        by_operator.setdefault(operator, Count()).add(count)
+    return by_phase, by_operator
 
 
 class Stopwatch(Listener):

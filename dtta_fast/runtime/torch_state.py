@@ -28,3 +28,14 @@ class TorchState(NamedTuple):
         while torch._C._len_torch_function_stack() > self.modes:
             torch._C._pop_torch_function_stack()
         torch.set_grad_enabled(self.grad)
+
+
+def interrupt_behind(error: BaseException) -> BaseException | None:
+    """Returns the Ctrl-C, or another exception that is no Exception, that an error replaced; None if there is none.
+
+    If it lands in a context manager's __exit__, torch's own may fail over the half-restored state and raise an error in its place.
+    """
+    found: BaseException | None = error
+    while found is not None and isinstance(found, Exception):
+        found = found.__context__
+    return found

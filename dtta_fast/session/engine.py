@@ -24,7 +24,7 @@ from dtta_fast.runtime.float32 import float32_products
 from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.private import PrivateCopy
 from dtta_fast.runtime.streams import StreamOrder
-from dtta_fast.runtime.torch_state import TorchState
+from dtta_fast.runtime.torch_state import TorchState, interrupt_behind
 from dtta_fast.runtime.trial import warn_of_weights_elsewhere
 from dtta_fast.session.planning import Planner
 from dtta_fast.session.precision import private_denoiser, products
@@ -110,9 +110,12 @@ class Engine:
             float32_products.leave()
             with suppress(RuntimeError):  # the original error is more informative
                 self._check_sources()
-            again = self._failed(error)
-            if again or not isinstance(error, Exception):
+            interrupt = interrupt_behind(error)
+            again = self._failed(interrupt or error)
+            if again or interrupt is not None:
                 self.paces.clear()  # later runs take a different time
+            if interrupt is not None and interrupt is not error:
+                raise interrupt from None
             if not again or last:
                 raise
 

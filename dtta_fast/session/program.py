@@ -24,6 +24,7 @@ from dtta_fast.runtime import compiling
 from dtta_fast.runtime.clock import Clock
 from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.reads import Checks
+from dtta_fast.runtime.torch_state import interrupt_behind
 from dtta_fast.runtime.trial import refusing_kept_tensors, refusing_recomputation, warning_of_random_numbers
 from dtta_fast.session.checks import Request
 from dtta_fast.session.loop import Batch, Decision, Outcome, Program
@@ -195,7 +196,8 @@ class ModuleProgram(Program):
                 if outputs.requires_grad:
                     torch.autograd.grad(outputs, list(theta.values()), torch.ones_like(outputs), allow_unused=True)
         except Exception as error:  # whatever a module raises under vmap
-            if out_of_memory(error) or isinstance(error, OSError):  # a TimeoutError belongs to the caller
+            # a TimeoutError belongs to the caller
+            if out_of_memory(error) or isinstance(error, OSError) or interrupt_behind(error) is not None:
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             warnings.warn(f"images with weights of their own run one by one: vmap fails ({reason})", stacklevel=5)
