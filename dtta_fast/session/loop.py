@@ -164,12 +164,16 @@ def run(program: Program, state: Any, batch: Batch, call: Call, steps: int) -> O
         answers = answers._replace(standing=outputs, accepted=accepted, fresh=torch.zeros_like(answers.fresh))
         decision = program.decide(batch, answers, [])
     loss = torch.stack(losses, dim=1) if losses else batch.x0.new_empty(len(batch.x0), 0)
-    evaluations = program.guard * compared.sum(0)
-    return Outcome(program.online and bool(losses) and all(sound), batch.before, *_fields(decision), loss, decision.accepted, evaluations)
-
-
-def _fields(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
-    return decision.outputs, decision.predictions, decision.predictions_before
+    return Outcome(
+        keep=program.online and bool(losses) and all(sound),
+        before=batch.before,
+        outputs=decision.outputs,
+        predictions=decision.predictions,
+        predictions_before=decision.predictions_before,
+        loss=loss,
+        accepted=decision.accepted,
+        evaluations=program.guard * compared.sum(0),
+    )
 
 
 @torch.no_grad()
