@@ -42,7 +42,7 @@ class Traced(Plain):
 def made(adapter, images, kind):
     """A package of an adapter for batches like `images`, without a compiler."""
     ids = torch.arange(len(images))
-    found = Functions(adapter.engine.program, adapter.crop(images), ids).all
+    found = Functions(adapter.engine.program, adapter.crop(images), ids).by_name
     manifest = _manifest(adapter.engine, adapter.crop(images), found)
     return Package(manifest, {name: kind(function) if kind is Traced else kind(function.call) for name, function in found.items()})
 
@@ -194,7 +194,7 @@ def test_deadlines_are_kept(model, denoiser, images, monkeypatch, deadline, step
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     adapter = Adapter(model.float(), denoiser.float(), CONFIGS["guard"].replace(steps=2, lr=3.0))
     images = images.float()[:1]
-    found = Functions(adapter.engine.program, adapter.crop(images), torch.arange(1)).all
+    found = Functions(adapter.engine.program, adapter.crop(images), torch.arange(1)).by_name
     seconds = {"state": 0.0, "start": 0.02, "step": 0.01, "finish": 0.02, "losses": 0.02, "decide": 0.0}
     # whatever the weights, the answer after is another than the one before
     slow = {name: Slow(function, now, seconds[name]) for name, function in found.items()}
@@ -242,6 +242,23 @@ def test_a_state_goes_on_elsewhere(model, denoiser, images):
             other.load_state_dict(wrong)
     with pytest.raises(ValueError, match="this one is episodic"):
         episodic.load_state_dict(state)
+
+
+def test_a_call_under_inference_mode_leaves_a_state_for_any_mode(model, denoiser, images):
+    """Compiled steps need no autograd, and write in place to the state that an earlier call has left."""
+    model, denoiser, images = model.float(), denoiser.float(), images.float()
+    package = made(Adapter(model, denoiser, CONFIGS["online"]), images, Plain)
+
+    def step(inputs):
+        inputs[0].mul_(0.999)
+        return [torch.ones(len(images))]
+
+    package._program.functions["step"] = SimpleNamespace(run=step)
+    start = package._state[0].clone()
+    with torch.inference_mode():
+        package.adapt(images)
+    package.adapt(images)
+    torch.testing.assert_close(package._state[0], start * 0.999 ** (2 * SMALL.steps))
 
 
 def test_other_tasks_are_told_apart(model, denoiser, images):

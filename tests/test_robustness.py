@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import warnings
+import weakref
 
 import pytest
 import timm
@@ -258,3 +260,44 @@ def test_a_denoiser_is_given_its_model_time(denoiser, model, images):
     timesteps = torch.tensor([0, 7, 49]).expand(4, 1, 3)
     adapt(model, flow, images, config=CONFIG.replace(steps=1), timesteps=timesteps)
     torch.testing.assert_close(seen[0].view(4, 3)[0], process.model_time[[0, 7, 49]])
+
+
+def test_what_the_caller_is_handling_is_no_part_of_an_error(model, denoiser, images):
+    """adapt() inside `except KeyboardInterrupt`: its errors are its own, and memory that runs out is retried."""
+    due = [torch.OutOfMemoryError("injected")]
+
+    def fail(*_: object) -> None:
+        if due:
+            raise due.pop()
+
+    denoiser.network.blocks[0].register_forward_pre_hook(fail)
+    adapter = Adapter(model, denoiser, CONFIG)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert adapter.adapt(images).steps_run == CONFIG.steps
+        assert not due
+        with pytest.raises(ValueError, match="images holds NaN"):
+            adapter.adapt(images * torch.nan)
+        due.append(RuntimeError("the model's own error"))
+        with pytest.raises(RuntimeError, match="the model's own error"):
+            adapter.adapt(images)
+    assert adapter.adapt(images).steps_run == CONFIG.steps
+
+
+def test_a_dropped_session_frees_its_memory_at_once(model, denoiser, images):
+    """Without a collection: reference counts alone, also after a rebuild."""
+    gc.collect()
+    gc.disable()
+    try:
+        adapter = Adapter(model, denoiser, CONFIG)
+        adapter.adapt(images)
+        first = weakref.ref(adapter.engine.program.problem.model)
+        adapter.engine.rebuild()
+        adapter.adapt(images)
+        assert first() is None
+        second = weakref.ref(adapter.engine.program.problem.model)
+        del adapter
+        assert second() is None
+    finally:
+        gc.enable()

@@ -92,3 +92,8 @@ def test_explicit_timesteps_leave_the_noise_as_the_config_says(model, denoiser, 
     assert not torch.allclose(drawn.loss, plain.loss)
     with pytest.raises(ValueError, match="timesteps has 3 pairs with antithetic"):
         adapt(model, denoiser, images, config=config, timesteps=timesteps[:, :, :3])
+
+
+def test_a_warm_up_whose_deadline_leaves_no_step_is_no_error(model, denoiser, images):
+    adapter = Adapter(model.float(), denoiser.float(), AdaptConfig(steps=2, pairs=2, guard=2))
+    assert set(adapter.warmup(images.float(), deadline_ms=1e-3)) == {"cold", "warm"}

@@ -89,7 +89,7 @@ def precision(name: str, images: Tensor, packages: Path, measure: Path, calls: i
         session.warmup(image)
     in_python: dict[str, Any] = {"eager": eager, "compiled step": compiled, "package in Python": package}
     steps: dict[str, Callable[[], Any]] = {"eager": stepper(eager, image), "compiled step": stepper(compiled, image)}
-    example = [tensor.clone() for tensor in Functions(eager.engine.program, image, ids).all["step"].example]
+    example = [tensor.clone() for tensor in Functions(eager.engine.program, image, ids).by_name["step"].example]
     steps["package in Python"] = lambda: package._program.run("step", *example)
     found: dict[str, Any] = {way: {"step": [], "call": []} for way in (*in_python, "package in C++")}
     for work in steps.values():

@@ -74,7 +74,7 @@ def export(
     ids = torch.arange(batch, dtype=torch.int64, device="cpu")
     crop = adapter.crop(images[:batch])
     adapter.adapt(crop, image_ids=ids)  # raises if the inputs do not fit
-    made = Functions(engine.program, crop, ids).all
+    made = Functions(engine.program, crop, ids).by_name
     manifest = _manifest(engine, crop, made)
     with tempfile.TemporaryDirectory() as folder:
         draft = os.path.join(folder, "draft.pt2")

@@ -42,7 +42,7 @@ class Functions:
                                                                 outputs; the result without a guard; mask [2, B] of the answers `after` and
                                                                 `matched_outputs` to compare with the answer before
     losses(outputs, x0, image_ids, step) -> losses [B, guard]   held-out losses under the answer of the outputs; only with a guard
-    decide(before, after, matched_outputs, standing, accepted, fresh, losses, losses_after, losses_first)
+    decide(before, after, matched_outputs, standing, accepted, fresh, losses, losses_after, losses_matched)
         -> outputs, accepted, predictions, predictions_before
 
     A host that calls them in the order of session.loop.run() gets the same results as Adapter.adapt.
@@ -60,7 +60,7 @@ class Functions:
         inputs, x0, before, matched_outputs, asked = self.start(crop, *leaves)
         after, standing, accepted, fresh = self.finish(*leaves, inputs, before, matched_outputs, asked)
         known = [x0.new_zeros(len(x0), max(1, config.guard))] * 3
-        self.all = {
+        self.by_name = {
             "state": Function(_unbound(self.state), []),
             "start": Function(_unbound(self.start), [crop, *(leaves if program.online else [])]),
             "step": Function(_unbound(self.step), [*leaves, inputs, x0, image_ids]),
@@ -69,7 +69,7 @@ class Functions:
             "decide": Function(_unbound(self.decide), [before, after, matched_outputs, standing, accepted, fresh, *known]),
         }
         if not config.guard:
-            del self.all["losses"]
+            del self.by_name["losses"]
 
     def _restored(self, given: tuple[Tensor, ...]) -> State:
         rebuilt: State = pytree.tree_unflatten(list(given[: self._count]), self._structure)

@@ -126,6 +126,8 @@ class Package:
     def adapt(self, images: Tensor, *, image_ids: Tensor | None = None, deadline_ms: float | None = None) -> AdaptResult:
         """Adapts to a batch and predicts like Adapter.adapt, for images [batch, 3, height, width] with the sizes in the manifest.
 
+        Unlike an Adapter, a package does not check the source model's own outputs.
+
         Raises:
             ValueError: the input is invalid; the state is unchanged.
         """
@@ -148,18 +150,21 @@ class Package:
         manifest, program = self.manifest, self._program
         with call.clock.phase("encode"):
             if manifest.online:
-                state = [tensor.clone() for tensor in self._state]  # steps write in place, and a failed call must leave no trace
+                # steps write in place, and a failed call must leave no trace; a later call may not run under inference_mode
+                with torch.inference_mode(False):
+                    state = [tensor.clone() for tensor in self._state]
             else:
                 state = self._state
                 torch._foreach_copy_(state, self._initial)
             batch = program.start(images, image_ids, state)
         asked = torch.ones_like(batch.asked) if call.warming else batch.asked
-        rows = indices(asked.tolist(), asked.device)
-        outcome = run(program, state, batch, call, manifest.steps if len(rows) else 0)
+        rows = None if bool(asked.all()) else indices(asked.tolist(), asked.device)
+        adapted = rows is None or len(rows) > 0
+        outcome = run(program, state, batch, call, manifest.steps if adapted else 0)
         if outcome.keep and not call.warming:
             self._state = state
         unchanged = outcome.before, outcome.predictions_before
-        return AdaptResult(**assembled(rows, [outcome] if len(rows) else [], unchanged, manifest.evaluations), clock=call.clock)
+        return AdaptResult(**assembled(rows, [outcome] if adapted else [], unchanged, manifest.evaluations), clock=call.clock)
 
     def warmup(self, images: Tensor) -> dict[str, float]:
         """Runs and times everything that adapt() may run, three times, without changing an online state.

@@ -18,7 +18,7 @@ from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime.clock import Clock
 from dtta_fast.runtime.reads import Checks
 from dtta_fast.runtime.turns import Turns
-from dtta_fast.session.checks import Request, check_arguments, check_denoiser, check_normalisation, checked, checked_pairs, device_of
+from dtta_fast.session.checks import Request, check_arguments, check_denoiser, check_normalisation, checked, checked_pairs
 from dtta_fast.session.engine import Engine
 from dtta_fast.session.loop import Call, Outcome, run
 from dtta_fast.session.online import copied, loaded, save_adapters
@@ -105,14 +105,22 @@ class Adapter:
         """
         start, engine, checks = time.perf_counter(), self.engine, Checks()
         request = Request(images, image_ids, latents, timesteps, noise, deadline_ms)
-        request = checked(request, start, device_of(engine.model, engine.denoiser), self.config, checks)
+        request = checked(request, start, engine.model, engine.denoiser, self.config, checks)
         with self._turns.alone() as broken_off:
             if broken_off:  # this process was forked during a call
                 engine.rebuild()
                 self._warming = False
-            for attempt in engine.attempts():
-                with attempt:
-                    state, result = self._adapt(request, checks)
+            attempt = engine.attempt()
+            while True:
+                try:
+                    with engine.context():
+                        state, result = self._adapt(request, checks)
+                    engine.ended()
+                    break
+                except BaseException as error:  # Ctrl-C too
+                    if not engine.recovers(error, attempt):
+                        raise
+                    attempt = attempt._replace(number=attempt.number + 1)
             if state is not None:
                 self._state = state
             return result

@@ -123,22 +123,17 @@ def checked_ids(image_ids: Tensor | None, images: Tensor, checks: Checks) -> Ten
     return image_ids
 
 
-def device_of(model: nn.Module, denoiser: nn.Module) -> torch.device:
-    """Returns the device of both modules. Raises ValueError if they are on different ones."""
-    device, other = anchor(model).device, anchor(denoiser).device
-    if other != device:
-        raise ValueError(f"denoiser is on {other} and model on {device}; move one of them")
-    return device
-
-
-def checked(request: Request, start: float, device: torch.device, config: AdaptConfig, checks: Checks) -> Request:
+def checked(request: Request, start: float, model: nn.Module, denoiser: nn.Module, config: AdaptConfig, checks: Checks) -> Request:
     """Checks all of a call's arguments that need no denoiser. start: time of the call on the clock of time.perf_counter().
 
     Raises:
         TypeError, ValueError: an argument is invalid. RuntimeError: see check_surroundings().
     """
     check_surroundings()
+    device, other = anchor(model).device, anchor(denoiser).device
     images = checked_images(request.images, device, checks)
+    if other != device:
+        raise ValueError(f"denoiser is on {other} and model on {device}; move one of them")
     image_ids = checked_ids(request.image_ids, images, checks)
     deadline = None if request.deadline is None else start + checked_deadline(request.deadline) / 1000
     if deadline is not None and config.method != "adapt":

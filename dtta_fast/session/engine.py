@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,16 @@ from dtta_fast.tasks.base import Task
 ATTEMPTS = 20  # running out of memory halves the chunk, a failed compilation falls back to eager mode; neither retries forever
 
 
+class Attempt(NamedTuple):
+    """An attempt at a call: how many failed before, torch's state at its start, and the exception that the caller is handling."""
+
+    number: int
+    torch_state: TorchState
+    outer: BaseException | None
+
+
 class Engine:
-    """The modules of a session and its attempts at a call.
+    """The modules of a session, and what happens around an attempt at a call.
 
     Attributes:
         program: runs the calls on the private modules; a new one after each time they were copied.
@@ -51,14 +60,17 @@ class Engine:
         self.paces = Paces()
         self._compile = config.compile
         self._order = StreamOrder()
-        self._planner = Planner(config, anchor(model).device)
+        self._planner = Planner(config)
         self._build(loop=False)
+        self._planner.measure(self.device)  # after the private copies were made, which take memory too
 
     @torch.inference_mode(False)
     def _build(self, loop: bool) -> None:
         """Makes private copies of the modules as they are now, and compiles parts of them. loop: vmap is known to fail on them."""
         config = self.config
         self._stale = True  # until everything is built
+        if "program" in vars(self):
+            self.program.forget_states()  # before the copies are made, which take memory too
         self.device = anchor(self.model).device
         self._model = PrivateCopy(self.model)
         self._denoiser = private_denoiser(self.denoiser, config.precision, self.device)
@@ -85,53 +97,53 @@ class Engine:
         rows = len(self.denoiser.process)
         return cumulative_density(calibration.density(rows), *(config.timestep_range or (0, rows))).to(device)
 
-    def attempts(self) -> Iterator[AbstractContextManager[None]]:
-        """Yields contexts to run a call in, until one ends without an error; the others failed where less memory or eager mode may help."""
-        done: list[bool] = []
-        for number in range(ATTEMPTS):
-            yield self._attempt(done, last=number + 1 == ATTEMPTS)
-            if done:
-                return
+    def attempt(self, number: int = 0) -> Attempt:
+        """Starts an attempt at a call; number: how many have failed."""
+        return Attempt(number, TorchState.now(), sys.exc_info()[1])
 
-    @contextmanager
-    def _attempt(self, done: list[bool], last: bool) -> Iterator[None]:
-        """Runs a call with gradients on and everything up to date; on an error, cleans up and decides whether to try again."""
-        torch_state = TorchState.now()
-        try:
-            with torch.enable_grad(), torch.autocast(self.device.type, enabled=False), self.context():
-                self.refresh()
-                yield
+    def ended(self) -> None:
+        """Ends a call that succeeded.
+
+        Raises:
+            RuntimeError: a forward pass wrote to one of the caller's modules. Their buffers have been restored.
+        """
+        self._check_sources()
+        self._planner.succeeded()
+
+    def recovers(self, error: BaseException, attempt: Attempt) -> bool:
+        """Cleans up after a failed attempt; returns whether another one may succeed, since less memory or eager mode may help."""
+        attempt.torch_state.restore()  # Ctrl-C, too, leaves our tensors in the private modules
+        math_attention.leave()
+        float32_products.leave()
+        with suppress(RuntimeError):  # the original error is more informative
             self._check_sources()
-            self._planner.succeeded()
-            done.append(True)
-        except BaseException as error:  # Ctrl-C, too, leaves our tensors in the private modules
-            torch_state.restore()
-            math_attention.leave()
-            float32_products.leave()
-            with suppress(RuntimeError):  # the original error is more informative
-                self._check_sources()
-            interrupt = interrupt_behind(error)
-            again = self._failed(interrupt or error)
-            if again or interrupt is not None:
-                self.paces.clear()  # later runs take a different time
+        interrupt = interrupt_behind(error, attempt.outer)
+        again = self._failed(error if interrupt is None else interrupt)
+        if again or interrupt is not None:
+            self.paces.clear()  # later runs take a different time
+        try:
             if interrupt is not None and interrupt is not error:
                 raise interrupt from None
-            if not again or last:
-                raise
+        finally:
+            del interrupt, error  # a frame that its own exception holds would keep the call's tensors until a collection
+        return again and attempt.number + 1 < ATTEMPTS
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """Sets up the context in which a call runs.
+        """Sets up the context in which a call runs: gradients on, and the private copies up to date.
 
         A call returns while its last kernels are still queued, and the next call may use another stream.
         """
         with (
+            torch.enable_grad(),
+            torch.autocast(self.device.type, enabled=False),
             self._order.within(self.device) as moved,
             products(self.config.precision, self.device),
             nullcontext() if self._compile == "off" else compiling.tracing(),
         ):
             if moved:
                 self.program.forget_states()  # their memory belongs to the other stream, which may reuse it once it is freed
+            self.refresh()
             yield
 
     def refresh(self) -> None:
@@ -140,7 +152,6 @@ class Engine:
             self._planner.begin()
             if self._stale or not (self._model.refresh() and self._denoiser.refresh()):
                 self._build(loop=self.program.problem.loop)
-            self.program.problem.denoiser.calibration = self.denoiser.calibration
 
     def rebuild(self) -> None:
         """Makes the next refresh() copy the modules again."""

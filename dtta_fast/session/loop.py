@@ -143,20 +143,21 @@ def run(program: Program, state: Any, batch: Batch, call: Call, steps: int) -> O
         if losses:
             with pace.end.timed(clock, timed):
                 answers = program.finish(state, batch)
-    most = program.rehearse(state, batch) if call.warming else None
-    if not call.has_time(pace.guard):
+    most = program.rehearse(state, batch) if call.warming and losses else []
+    in_time = call.has_time(pace.guard)
+    if not in_time:
         answers = answers._replace(fresh=torch.zeros_like(answers.fresh))
     compared = torch.cat([answers.fresh.any(0)[None], answers.fresh])
     held_out: list[Tensor] = []
     with clock.phase("guard"):
         begun = clock.now() if timed else 0.0
-        wanted, *sound = _read(program, state, batch, answers, compared if losses else None)
+        wanted, sound, sound_before = _read(program, state, batch, answers, compared if losses and in_time else None)
         if program.guard and (most or any(map(any, wanted))):
             held_out = program.losses(state, batch, answers, most or wanted)
             if timed:
                 pace.guard.note(clock.now() - begun)
-        decision = program.decide(batch, answers, held_out)
-    if program.online and not sound[1]:  # the state is useless for these images: they get the source model's answers
+    decision = program.decide(batch, answers, held_out)
+    if not sound_before:  # the state is useless for these images: they get the source model's answers
         source = program.source_outputs(batch)
         outputs, before = (where(usable(found, source), found, source) for found in (decision.outputs, batch.before))
         accepted = decision.accepted & usable(decision.outputs, source)
@@ -165,7 +166,7 @@ def run(program: Program, state: Any, batch: Batch, call: Call, steps: int) -> O
         decision = program.decide(batch, answers, [])
     loss = torch.stack(losses, dim=1) if losses else batch.x0.new_empty(len(batch.x0), 0)
     return Outcome(
-        keep=program.online and bool(losses) and all(sound),
+        keep=program.online and bool(losses) and sound,
         before=batch.before,
         outputs=decision.outputs,
         predictions=decision.predictions,
@@ -177,19 +178,23 @@ def run(program: Program, state: Any, batch: Batch, call: Call, steps: int) -> O
 
 
 @torch.no_grad()
-def _read(program: Program, state: Any, batch: Batch, answers: Answers, compared: Tensor | None) -> list[Any]:
-    """Reads, in one transfer, what the guard has to compare and, for an online state, whether it and its outputs are usable.
+def _read(program: Program, state: Any, batch: Batch, answers: Answers, compared: Tensor | None) -> tuple[list[list[bool]], bool, bool]:
+    """Reads, in one transfer, what the guard has to compare and whether an online state is usable.
 
-    compared: the mask [3, B] for losses(); None if no step was made.
+    compared: the mask [3, B] for losses(); None if nothing is to be compared.
 
     Returns:
-        The mask as lists. Then, for an online state: whether it and its outputs are usable, and whether its outputs before were.
+        The mask as lists; whether the state and its outputs are usable; whether its outputs before the steps were. An episodic state is
+        not looked at: its outputs are compared image by image.
     """
-    masks = [compared] if program.guard and compared is not None else []
+    masks = [] if compared is None or not program.guard else [compared]
+    count = len(masks)
     if program.online:
-        masks += [finite(state) & usable(answers.after, batch.before).all(), usable(batch.before, batch.before).all()]
+        before = usable(batch.before, batch.before).all()
+        masks += [finite(state) & usable(answers.after, batch.before).all() & before, before]
     found = read(*masks) if masks else []
-    return found if program.guard and compared is not None else [[], *found]
+    sound, sound_before = found[count:] or (True, True)
+    return found[0] if count else [], sound, sound_before
 
 
 def finite(state: Any) -> Tensor:

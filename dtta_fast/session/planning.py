@@ -85,16 +85,16 @@ def default_budget(device: torch.device) -> int | None:
 
 
 class Planner:
-    """Plans the schedules of a session.
+    """Plans the schedules of a session."""
 
-    The budget is determined once: a GPU's free memory changes from call to call, but the chunk should not.
-    """
-
-    def __init__(self, config: AdaptConfig, device: torch.device) -> None:
-        self._config, self._device = config, device
+    def __init__(self, config: AdaptConfig) -> None:
+        self._config, self._budget = config, config.memory_budget
         self._limits = {"step": Limit(), "guard": Limit()}  # rows that run at once, after running out of memory
-        self._budget = config.memory_budget or default_budget(device)
         self.begin()
+
+    def measure(self, device: torch.device) -> None:
+        """Determines the budget, unless the config sets it: once, since free memory changes from call to call, but the chunk should not."""
+        self._budget = self._config.memory_budget or default_budget(device)
 
     def begin(self) -> None:
         """Starts an attempt at a call: before it has a plan, fewer rows would not help."""
@@ -120,7 +120,7 @@ class Planner:
             sizes = (row * forwards, image, None if checkpointed is None else checkpointed * forwards)
             rows, together, checkpoint = plan(self._budget, together, most, *sizes)
             rows *= forwards
-            if config.chunk == "auto" and self._device.type == "cuda":  # more rows cost memory without any gain
+            if config.chunk == "auto" and inputs.device.type == "cuda":  # more rows cost memory without any gain
                 rows = min(rows, max(ROWS_AT_ONCE, forwards * together))
         rows = self._limits["step"].of(rows)
         together = min(max(1, rows // forwards), together)
@@ -134,7 +134,7 @@ class Planner:
     def _guard_rows(self, problem: Problem, needs: Needs, inputs: Tensor, x0: Tensor, together: int) -> int:
         """Returns how many rows a forward pass without gradients runs at once, for `together` images."""
         config = self._config
-        rows = GUARD_ROWS.get(self._device.type, ROWS_AT_ONCE)
+        rows = GUARD_ROWS.get(inputs.device.type, ROWS_AT_ONCE)
         if config.chunk != "auto":
             rows = min(rows, config.chunk * together)
         if self._budget is not None:

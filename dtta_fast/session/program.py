@@ -1,9 +1,10 @@
-"""Runs the calls of a program on private modules, eagerly or with parts compiled."""
+"""The program of an Adapter: its calls run on private modules, eagerly or with parts compiled."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -54,6 +55,7 @@ class ModuleProgram(Program):
                 problem = dataclasses.replace(problem, forward=self._forward)
         self.problem, self.schedule = dataclasses.replace(problem, row_counts=row_counts), Schedule()
         # no method of self in either: a session that is dropped has to free its memory at once
+        self._denoiser = denoiser
         self.source = functools.partial(source_weights, problem.config, model, denoiser, problem.model, problem.denoiser)
         self.needs = Needs(problem, self.source, self._forward)
         self.compile = compile
@@ -73,7 +75,7 @@ class ModuleProgram(Program):
 
     def views(self, crop: Tensor, request: Request) -> Batch:
         """Prepares what the model and the denoiser see of crops [B, 3, H, W] in [0, 1]: matched as the config says, and normalised."""
-        problem, calibration = self.problem, self.problem.denoiser.calibration
+        problem, calibration = self.problem, self._denoiser.calibration
         match, dtype = problem.config.match, anchor(problem.model).dtype
         seen = crop if match == "off" or calibration is None else calibration.match(crop)
         original = problem.task.normalise(problem.model, crop.clone()).to(dtype)
@@ -92,7 +94,7 @@ class ModuleProgram(Program):
 
         before, matched_outputs: the source model's outputs for the original and the matched images. crop: [B, 3, H, W] in [0, 1].
         """
-        problem, calibration = self.problem, self.problem.denoiser.calibration
+        problem, calibration = self.problem, self._denoiser.calibration
         if problem.config.precheck == "statistics" and calibration is not None:
             return calibration.distance(crop) > calibration.limit
         if problem.config.precheck == "off":
@@ -114,8 +116,7 @@ class ModuleProgram(Program):
             outputs = self.plain_outputs(inputs)
         self._ran = True
         problem.task.check(outputs, problem.denoiser, problem.config, checks)
-        if len(outputs) != len(inputs):
-            raise ValueError(f"model returns {len(outputs)} rows for {len(inputs)} images; it has to return one for each")
+        _check_rows(outputs, inputs)
         wrong = ~_complete(outputs)
         checks.require(~wrong.any(), lambda: f"model returns NaN or infinity for images {wrong.nonzero()[:, 0].tolist()[:10]} of the batch")
         return outputs
@@ -125,7 +126,10 @@ class ModuleProgram(Program):
         """Returns for which crops [B, 3, H, W] the source model gives usable outputs, [B] bool; checked_outputs() raises for the others."""
         batch = self.views(crop, Request(crop, torch.arange(len(crop), dtype=torch.int64, device=crop.device)))
         looks = [look for look in (batch.original, batch.matched) if look is not None]
-        return torch.stack([_complete(self.plain_outputs(look)) for look in looks]).all(0)
+        answers = [self.plain_outputs(look) for look in looks]
+        for outputs in answers:
+            _check_rows(outputs, crop)
+        return torch.stack([_complete(outputs) for outputs in answers]).all(0)
 
     def encoded(self, batch: Batch) -> Batch:
         """Encodes the latents unless they were given."""
@@ -190,6 +194,7 @@ class ModuleProgram(Program):
     def _try_batching(self, state: State, inputs: Tensor) -> None:
         """Tests whether vmap can batch the model's forward and backward passes; if it cannot, images run one by one."""
         theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
+        outer = sys.exc_info()[1]
         try:
             with refusing_kept_tensors(self.problem.model):
                 outputs = step.forward(self.problem, theta, inputs)
@@ -197,7 +202,7 @@ class ModuleProgram(Program):
                     torch.autograd.grad(outputs, list(theta.values()), torch.ones_like(outputs), allow_unused=True)
         except Exception as error:  # whatever a module raises under vmap
             # a TimeoutError belongs to the caller
-            if out_of_memory(error) or isinstance(error, OSError) or interrupt_behind(error) is not None:
+            if out_of_memory(error) or isinstance(error, OSError) or interrupt_behind(error, outer) is not None:
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             warnings.warn(f"images with weights of their own run one by one: vmap fails ({reason})", stacklevel=5)
@@ -233,7 +238,8 @@ class ModuleProgram(Program):
 
     def losses(self, state: State, batch: Batch, answers: Answers, wanted: list[list[bool]]) -> list[Tensor]:
         assert answers.conditions is not None
-        with self._forwards(sum(map(sum, wanted)) * self.guard):
+        rows = self.schedule.guard_rows if self.problem.row_counts == "one" else sum(map(sum, wanted)) * self.guard
+        with self._forwards(rows):
             given = (answers.conditions, batch.x0, batch.image_ids, state.step, wanted)
             return guard.selected_losses(self.problem, self.schedule, *given)
 
@@ -284,6 +290,11 @@ def _with_outputs(batch: Batch, run: Callable[[Tensor], Tensor]) -> Batch:
     """Adds the outputs that run() gives for the batch's inputs."""
     matched_outputs = run(batch.inputs)
     return batch._replace(before=matched_outputs if batch.matched is None else run(batch.original), matched_outputs=matched_outputs)
+
+
+def _check_rows(outputs: Tensor, inputs: Tensor) -> None:
+    if len(outputs) != len(inputs):
+        raise ValueError(f"model returns {len(outputs)} rows for {len(inputs)} images; it has to return one for each")
 
 
 def _complete(outputs: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Version.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/version.h>
 
@@ -207,6 +208,7 @@ struct Session::Impl {
    * and leaves a usable state. */
   Result adapt(const Images& images, const Options& options, Clock::time_point begun, bool warming) {
     const c10::NoGradGuard no_gradients;
+    const c10::InferenceMode normal(false);  // the state is written to by later calls, which may run outside of the host's inference mode
     calls.clear();
     Tensors working = state;
     if (manifest.online)
