@@ -33,6 +33,15 @@ def serving(device_type: str) -> tuple[str, str]:
     return "torch", f"there are no kernels for {device_type} devices"
 
 
+def drawing(device_type: str) -> ModuleType:
+    """Returns the module that draws timesteps on a device: Triton's on a GPU where it is installed, plain torch elsewhere."""
+    if serving(device_type)[0] != "triton":
+        return reference
+    from dtta_fast.kernels.triton import launchers
+
+    return launchers
+
+
 def choose(dtype: torch.dtype, *tensors: Tensor | None) -> ModuleType:
     """Returns the module that computes an op on these tensors with results in `dtype`.
 

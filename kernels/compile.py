@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dtta_fast.kernels import machine_code
-from dtta_fast.kernels.triton import mix, noise
+from dtta_fast.kernels.triton import mix, noise, timesteps
 
 TARGETS = (*(GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 120)), GPUTarget("hip", "gfx942", 64))
 PAIRS, ELEMENTS = 180, 4 * 64 * 64  # workload of the predicted time, for one image
@@ -110,6 +110,16 @@ def _mix_variants() -> list[Variant]:
     return found
 
 
+def _timestep_variants() -> list[Variant]:
+    types: dict[str, str | None] = {**dict.fromkeys(("image_ids", "step", "timesteps"), "*i64"), "cumulative": None, "seed": "i64"}
+    constants = {"STRATIFIED": True, "BITS": 0, "BLOCK": timesteps.BLOCK}
+    calibrated = {**types, "cumulative": "*i64"}
+    return [
+        Variant("draw_timesteps stratified", timesteps.draw_timesteps_kernel, types, constants, 4),
+        Variant("draw_timesteps calibrated", timesteps.draw_timesteps_kernel, calibrated, {**constants, "BITS": 10}, 4),
+    ]
+
+
 def variants() -> list[Variant]:
     """Returns every kernel in the variants that the launchers use.
 
@@ -118,7 +128,7 @@ def variants() -> list[Variant]:
     """
     if not isinstance(noise.add_noise_kernel, triton.runtime.JITFunction):
         raise RuntimeError("TRITON_INTERPRET is set, so the kernels are not compiled; unset it")
-    return [*_noise_variants(), *_mix_variants()]
+    return [*_noise_variants(), *_mix_variants(), *_timestep_variants()]
 
 
 def build(variant: Variant, target: GPUTarget) -> Any:

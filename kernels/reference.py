@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dtta_fast.kernels.pairs import Pairs
-from dtta_fast.kernels.philox import normal
+from dtta_fast.kernels.philox import normal, timestep_words
 
 
 def _noise(pairs: Pairs, dtype: torch.dtype) -> Tensor:
@@ -28,6 +28,26 @@ def _coefficients(table: Tensor, timesteps: Tensor, dtype: torch.dtype) -> tuple
 
 def _compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def draw_timesteps(
+    image_ids: Tensor, step: Tensor, cumulative: Tensor | None, seed: int, pairs: int, low: int, high: int, stratified: bool
+) -> Tensor:
+    """Draws timesteps [B, P], int64, low <= t < high, for image_ids [B] and a 0-dim step: in integers, so that all backends agree.
+
+    With a cumulative density [T + 1] (see core.draws.cumulative_density), pair i is drawn from the i-th of P equal parts of it.
+    Otherwise pair i is drawn from the i-th of P equal parts of the range if `stratified`, and from the whole range if not.
+    """
+    words = timestep_words(pairs, image_ids, seed, step)
+    pair = torch.arange(pairs, dtype=torch.int64, device=words.device)
+    if cumulative is not None:
+        position = ((pair << 32) + words) // pairs
+        return torch.searchsorted(cumulative[1:], position, right=True)
+    span = high - low
+    if not stratified:
+        return low + ((words * span) >> 32)
+    # floor(span · (pair + word / 2³²) / P)
+    return low + (pair * span + ((words * span) >> 32)) // pairs
 
 
 def add_noise(pairs: Pairs, dtype: torch.dtype) -> Tensor:

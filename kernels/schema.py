@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dtta_fast.kernels import backends, native
+from dtta_fast.kernels import backends, native, reference
 from dtta_fast.kernels.pairs import Pairs
 
 LARGEST = 65_535 * 1024  # elements per image: blocks along the second axis of a CUDA grid, 1024 elements each
@@ -116,6 +116,46 @@ def _check_kinds(pairs: Pairs, **tensors: object) -> None:
     for name, number, end in (("seed", pairs.seed, 2**63), ("pair0", pairs.pair0, WORDS)):
         if isinstance(number, (float, str)) or (isinstance(number, int) and not 0 <= number < end):
             raise ValueError(f"{name} is {number!r}; give a whole number, 0 .. {end - 1}")
+
+
+def _check_timestep_draw(image_ids: Tensor, step: Tensor, cumulative: Tensor | None, seed: int, pairs: int, low: int, high: int) -> None:
+    _check(
+        image_ids.ndim == 1 and image_ids.dtype == torch.int64, f"image_ids is {image_ids.dtype} {tuple(image_ids.shape)}; give int64 [B]"
+    )
+    _check(step.ndim == 0 and step.dtype == torch.int64, f"step is {step.dtype} {tuple(step.shape)}; give a 0-dim int64 tensor")
+    fits = cumulative is None or (cumulative.ndim == 1 and len(cumulative) > 1 and cumulative.dtype == torch.int64)
+    _check(fits, "cumulative is no int64 [T + 1]; give cumulative_density()'s result")
+    _check(0 <= seed < 2**63, f"seed is {seed}; give 0 .. 2^63 - 1")
+    _check(pairs > 0, f"pairs is {pairs}; give 1 and more")
+    _check(0 <= low < high < 2**31, f"low and high are {low} and {high}; give 0 <= low < high")
+    _check_devices(image_ids, {"step": step, "cumulative": cumulative})
+
+
+@torch.library.custom_op("dtta_fast::draw_timesteps", mutates_args=())
+def _draw_timesteps(
+    image_ids: Tensor, step: Tensor, cumulative: Tensor | None, seed: int, pairs: int, low: int, high: int, stratified: bool
+) -> Tensor:
+    _check_timestep_draw(image_ids, step, cumulative, seed, pairs, low, high)
+    found: Tensor = backends.drawing(image_ids.device.type).draw_timesteps(image_ids, step, cumulative, seed, pairs, low, high, stratified)
+    return found
+
+
+@_draw_timesteps.register_fake
+def _(image_ids, step, cumulative, seed, pairs, low, high, stratified):  # type: ignore[no-untyped-def]
+    _check_timestep_draw(image_ids, step, cumulative, seed, pairs, low, high)
+    return image_ids.new_empty((len(image_ids), pairs))
+
+
+def draw_timesteps(
+    image_ids: Tensor, step: Tensor, cumulative: Tensor | None, seed: int, pairs: int, low: int, high: int, stratified: bool
+) -> Tensor:
+    """Draws timesteps [B, P]; see reference.draw_timesteps. One kernel on a GPU, instead of about 130 operators.
+
+    On the CPU it runs the plain operators, which cost little there, so that a package for C++ hosts holds them and no op.
+    """
+    run = reference.draw_timesteps if image_ids.device.type == "cpu" else _draw_timesteps
+    found: Tensor = run(image_ids, step, cumulative, seed, pairs, low, high, stratified)
+    return found
 
 
 @torch.library.custom_op("dtta_fast::add_noise", mutates_args=())

@@ -26,7 +26,15 @@ def words_kernel(counters, words, k0, k1):
 
 
 empty = torch.empty
-torch.empty = lambda *a, **k: empty(*a, **k).fill_(float("nan"))  # what a kernel leaves unwritten shows
+
+
+def unwritten(*sizes, **given):
+    """What a kernel leaves unwritten shows."""
+    made = empty(*sizes, **given)
+    return made.fill_(float("nan") if made.is_floating_point() else -1)
+
+
+torch.empty = unwritten
 table = NoiseProcess.from_scheduler(DDPMScheduler(1000, prediction_type="v_prediction")).table * torch.tensor([1, 1, 1, 1, 0.7])
 generator = torch.Generator().manual_seed(0)
 
@@ -68,6 +76,17 @@ for shape, dtype in itertools.product([(3, 5, 7), (4, 16, 24)], [torch.float32, 
 bad = (torch.tensor([[0, 1000, -1], [3, 250, 731]]), *draws[1:])
 rows = launchers.add_noise(Pairs(x0, table, *bad), torch.float32).isnan().flatten(1).all(1)
 assert rows.tolist() == [False, True, True, False, False, False]
+
+density = torch.rand(1000, generator=generator, dtype=torch.float64) ** 4
+density[:30] = 0
+cumulative = torch.cat([torch.zeros(1, dtype=torch.float64), density.cumsum(0)])
+cumulative = (cumulative / cumulative[-1] * 2**32).round().long()
+ids = torch.tensor([0, 7, 2**32 - 1])
+for pairs, stratified, given in itertools.product((1, 4, 7, 180), (False, True), (None, cumulative)):
+    for seed, step in ((0, 0), (2**40 + 123, 2**31 + 2)):
+        arguments = ids, torch.tensor(step), given, seed, pairs, 20, 997, stratified
+        found, plain = (m.draw_timesteps(*arguments) for m in (launchers, reference))
+        assert torch.equal(found, plain), (pairs, stratified, given is None, seed)
 
 for classes, tail, dtype in itertools.product((11, 1500), ((37,), (3, 50)), [torch.float32, torch.bfloat16]):
     if classes == 1500 and (len(tail) == 2 or dtype == torch.bfloat16):

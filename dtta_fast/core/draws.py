@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dtta_fast.config import TimestepDraw
-from dtta_fast.kernels.philox import normal, timestep_words
+from dtta_fast.kernels import draw_timesteps
+from dtta_fast.kernels.philox import normal
 
 
 def cumulative_density(proposal: Tensor, low: int, high: int) -> Tensor:
@@ -49,20 +50,10 @@ class Draws:
 
     def timesteps(self, image_ids: Tensor, step: Tensor) -> Tensor:
         """Draws timesteps [B, P], int64, for image_ids [B] and a 0-dim step, both int64."""
-        drawn = self._timesteps(self.pairs // 2 if self.antithetic else self.pairs, image_ids, self.step(step))
+        pairs, cumulative = self.pairs // 2 if self.antithetic else self.pairs, self.cumulative
+        given = (image_ids, self.step(step), cumulative, self.seed, pairs, self.low, self.high, self.kind != "uniform")
+        drawn = draw_timesteps(*given)
         return drawn.repeat_interleave(2, dim=1) if self.antithetic else drawn
-
-    def _timesteps(self, pairs: int, image_ids: Tensor, step: Tensor) -> Tensor:
-        words = timestep_words(pairs, image_ids, self.seed, step)
-        pair = torch.arange(pairs, dtype=torch.int64, device=words.device)
-        if self.cumulative is not None:
-            position = ((pair << 32) + words) // pairs
-            return torch.searchsorted(self.cumulative[1:], position, right=True)
-        span = self.high - self.low
-        if self.kind == "uniform":
-            return self.low + ((words * span) >> 32)
-        # floor(span · (pair + word / 2³²) / P) in integer arithmetic, so that all backends agree
-        return self.low + (pair * span + ((words * span) >> 32)) // pairs
 
     def step(self, step: Tensor) -> Tensor:
         """The step index used for the draws: 0 if all steps share their pairs."""

@@ -36,8 +36,13 @@ def position_embedding(size: int, dim: int, device: torch.device) -> Tensor:
     return torch.cat([columns, rows], dim=2).reshape(size * size, dim).float()
 
 
+def _plus_product(x: Tensor, factor: Tensor, other: Tensor) -> Tensor:
+    """Computes x + factor · other: in one pass without gradients; the backward of addcmul would multiply both factors by 1 first."""
+    return x + factor * other if torch.is_grad_enabled() else torch.addcmul(x, factor, other)
+
+
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+    return _plus_product(shift[:, None], 1 + scale[:, None], x)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -83,10 +88,10 @@ class _Block(nn.Module):
         self.mlp = _Mlp(hidden_size, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
-        x = x + gate1[:, None] * self.attn(_modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(_modulate(self.norm2(x), shift2, scale2))
+    def forward(self, x: Tensor, activated: Tensor) -> Tensor:  # [N, tokens, D], [N, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation[1](activated).chunk(6, dim=1)
+        x = _plus_product(x, gate1[:, None], self.attn(_modulate(self.norm1(x), shift1, scale1)))
+        return _plus_product(x, gate2[:, None], self.mlp(_modulate(self.norm2(x), shift2, scale2)))
 
 
 class _FinalLayer(nn.Module):
@@ -96,8 +101,8 @@ class _FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, out_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+    def forward(self, x: Tensor, activated: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation[1](activated).chunk(2, dim=1)
         return self.linear(_modulate(self.norm_final(x), shift, scale))
 
 
@@ -212,10 +217,11 @@ class DiTNetwork(nn.Module):
         With checkpointing, the blocks' activations are not stored but recomputed in the backward pass.
         """
         tokens = self.x_embedder(x) + self.pos_embed.to(x.dtype)
-        condition = self.t_embedder(time) + label.to(x.dtype)  # computed once per forward; every block reads it
+        # every block starts with the SiLU of the condition, computed once here: 28 fewer launches each way in a DiT-XL
+        activated = F.silu(self.t_embedder(time) + label.to(x.dtype))
         for block in self.blocks:
-            tokens = checkpoint(block, tokens, condition, use_reentrant=False) if checkpointing else block(tokens, condition)
-        tokens = self.final_layer(tokens, condition)
+            tokens = checkpoint(block, tokens, activated, use_reentrant=False) if checkpointing else block(tokens, activated)
+        tokens = self.final_layer(tokens, activated)
         side, p = self.input_size // self.patch_size, self.patch_size
         grid = tokens.reshape(-1, side, side, p, p, self.out_channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.input_size, self.input_size)

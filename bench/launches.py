@@ -1,0 +1,106 @@
+"""Counts the launches of one FAST image of DiT-XL/2 and ConvNeXt-T at 256 pixels, on fake CUDA tensors: no GPU is needed.
+
+    python bench/launches.py [--json FILE]
+
+A launch is an operator that is no view and no allocation. On a GPU an operator may be several kernels (a reduction in two passes) or none
+(a reshape that copies nothing), so the count is an estimate of what the host issues; bench/gpu.py measures it. The image is adapted
+(3 steps), and two answers are compared; latents are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections import Counter as Tally
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from diffusers import DDPMScheduler
+
+from dtta_fast import presets
+from dtta_fast.denoisers.dit import DiT
+from dtta_fast.denoisers.dit_network import DiTNetwork
+from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.measure.counting import Counter
+from dtta_fast.session.engine import Engine
+from dtta_fast.tasks import Classification
+from dtta_fast.tasks.transforms import timm_transforms
+
+FAKES = Path(__file__).parents[1] / "tests" / "fake" / "fake_cuda.py"
+STEPS = 3  # FAST's
+ANSWERS = 2
+
+
+def parts() -> tuple[torch.nn.Module, DiT]:
+    with torch.device("meta"):
+        network = DiTNetwork(32, 2, 4, 1152, 28, 16, num_classes=1000, learn_sigma=True)
+        model = timm.create_model("convnext_tiny", num_classes=1000).eval()
+    return model, DiT(network, NoiseProcess.from_scheduler(DDPMScheduler(1000, beta_schedule="linear")))
+
+
+def counts() -> dict[str, dict[str, Any]]:
+    """Launches of a call by part, with those of each operator."""
+    spec = importlib.util.spec_from_file_location("fake_cuda", FAKES)
+    assert spec is not None
+    assert spec.loader is not None
+    fakes = importlib.util.module_from_spec(spec)
+    sys.modules["fake_cuda"] = fakes
+    spec.loader.exec_module(fakes)
+    config = presets.FAST.replace(timesteps="stratified", match="off", precheck="off")
+    model, denoiser = parts()
+    timm_transforms(model)  # made once per model, from numbers
+    found: dict[str, dict[str, Any]] = {}
+    with fakes.fake_cuda() as mode:
+        engine = Engine(fakes.to_cuda(mode, model), fakes.to_cuda(mode, denoiser), Classification(), config)
+        images, ids = torch.rand(1, 3, 224, 224, device="cuda"), torch.arange(1, device="cuda")
+        latents = torch.rand(1, 4, 32, 32, device="cuda")
+        engine.refresh()
+        program = engine.program
+
+        def counted(name: str, work: Any, times: int = 1) -> Any:
+            with Counter() as counter:
+                result = work()
+            operators, phases = Tally[str](), Tally[str]()
+            for (phase, operator), count in counter.counts.items():
+                if operator == "prim::device":  # a question of the fake mode
+                    continue
+                operators[operator] += count.calls
+                phases[phase] += count.calls
+            found[name] = {
+                "launches": sum(operators.values()),
+                "times": times,
+                "phases": dict(phases),
+                "operators": dict(operators.most_common()),
+            }
+            return result
+
+        program.step(*program.begin(images, ids, latents), 0)  # constants reach the device, and the first run's checks are over
+        with torch.enable_grad(), engine.context():
+            state, batch = counted("start", lambda: program.begin(images, ids, latents))
+            counted("step", lambda: program.step(state, batch, 0), STEPS)
+            answers = counted("finish", lambda: program.finish(state, batch))
+            losses = counted("guard", lambda: program.losses(state, batch, answers, [[True], [True], [False]]))
+            counted("decide", lambda: program.decide(batch, answers, losses))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    found = counts()
+    total = sum(part["launches"] * part["times"] for part in found.values())
+    for name, part in found.items():
+        print(f"{name}: {part['launches']} x {part['times']}, {part['phases']}")
+        print("   ", ", ".join(f"{operator} {count}" for operator, count in list(part["operators"].items())[:24]))
+    print(f"total: {total}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"total": total, "parts": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
