@@ -22,7 +22,7 @@ ABI_VERSION = 1  # dtta_ops.h
 BAD_TIMESTEP, BAD_IMAGE_ID = 2, 3  # dtta_ops.h
 
 
-class _Draws(ctypes.Structure):
+class _PairsStruct(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x0", "table", "timesteps", "image_ids", "noise")),
         *((name, c_int64) for name in ("table_rows", "images", "pairs", "elements")),
@@ -78,7 +78,7 @@ def _matches(native: ctypes.CDLL) -> bool:
     if not hasattr(native, "dtta_abi"):
         return False
     native.dtta_abi.restype = c_int64
-    return bool(native.dtta_abi() == ABI_VERSION * 10**6 + ctypes.sizeof(_Draws) * 1000 + ctypes.sizeof(_Mixture))
+    return bool(native.dtta_abi() == ABI_VERSION * 10**6 + ctypes.sizeof(_PairsStruct) * 1000 + ctypes.sizeof(_Mixture))
 
 
 def missing() -> str:
@@ -168,21 +168,21 @@ def _ran(code: int) -> None:
         raise RuntimeError(f"{NAME} refused the call with code {code}; dtta_ops.h names it")
 
 
-def _draws(pairs: Pairs) -> _Draws:
+def _struct(pairs: Pairs) -> _PairsStruct:
     x0, table, timesteps, image_ids, seed, step, pair0, noise = pairs
     if not 0 <= int(step) < 2**32:
         raise ValueError(f"step has values {int(step)}; give 0 .. 2^32 - 1")
     words = _pointer(timesteps, torch.int64), _pointer(image_ids, torch.int64)
     pointers = _pointer(x0, *TYPES), _pointer(table, torch.float32), *words, _pointer(noise, *TYPES)
     sizes = len(table), *timesteps.shape, x0[0].numel()
-    return _Draws(*pointers, *sizes, int(step), pair0, seed, _type(x0), _type(noise))
+    return _PairsStruct(*pointers, *sizes, int(step), pair0, seed, _type(x0), _type(noise))
 
 
 def add_noise(pairs: Pairs, dtype: torch.dtype) -> Tensor:
     """Computes reference.add_noise for contiguous float32, bfloat16 and float16 tensors."""
     x_t = torch.empty((pairs.timesteps.numel(), *pairs.x0.shape[1:]), dtype=dtype, device="cpu")
-    draws = _draws(pairs)
-    _ran(_loaded().dtta_add_noise(ctypes.byref(draws), _pointer(x_t, dtype), TYPES[dtype], torch.get_num_threads()))
+    given = _struct(pairs)
+    _ran(_loaded().dtta_add_noise(ctypes.byref(given), _pointer(x_t, dtype), TYPES[dtype], torch.get_num_threads()))
     return x_t
 
 
@@ -190,10 +190,10 @@ def denoising_loss(prediction: Tensor, pairs: Pairs, l1: bool, upstream: Tensor 
     """Computes reference.denoising_loss for contiguous float32, bfloat16 and float16 tensors."""
     loss = torch.empty(pairs.timesteps.shape, dtype=torch.float32, device="cpu")
     gradient = None if upstream is None else torch.empty_like(prediction)
-    draws, stride = _draws(pairs), prediction[0].numel()
+    given, stride = _struct(pairs), prediction[0].numel()
     rows = _pointer(prediction, *TYPES), _type(prediction), stride, l1
     written = _pointer(loss, torch.float32), _pointer(upstream, torch.float32), _pointer(gradient, prediction.dtype), stride
-    _ran(_loaded().dtta_denoising_loss(ctypes.byref(draws), *rows, *written, torch.get_num_threads()))
+    _ran(_loaded().dtta_denoising_loss(ctypes.byref(given), *rows, *written, torch.get_num_threads()))
     return loss, gradient
 
 

@@ -186,8 +186,9 @@ def test_models_that_vmap_cannot_batch_run_one_by_one(denoiser, images):
     torch.manual_seed(0)
     model, denoiser, images = Branching(), denoiser.float(), images.float()
     adapter = Adapter(model, denoiser, CONFIG.replace(guard=0))
-    with pytest.warns(UserWarning, match="run one by one: vmap fails"):
+    with pytest.warns(UserWarning, match="run one by one: vmap fails") as caught:
         first = adapter.adapt(images)
+    assert [told.filename for told in caught] == [__file__]  # it points to the line that called
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
         adapter.adapt(images)

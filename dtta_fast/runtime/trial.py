@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dtta_fast.runtime.warn import warn
 
 
 @contextmanager
@@ -42,10 +43,9 @@ def warning_of_random_numbers(module: nn.Module, device: torch.device) -> Iterat
     before = states()
     yield
     if states() != before:
-        warnings.warn(
+        warn(
             f"model, a {type(module).__name__}, draws random numbers in eval mode, as F.dropout(x, p) does without training=self.training: "
-            "its results do not repeat, and torch's random state moves",
-            stacklevel=6,
+            "its results do not repeat, and torch's random state moves"
         )
 
 
@@ -93,9 +93,8 @@ def warn_of_weights_elsewhere(module: nn.Module) -> None:
             parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else (value,)
             if not attribute.startswith("_") and any(isinstance(p, nn.Parameter) and id(p) in weights for p in parts):
                 where = f"{name}.{attribute}" if name else attribute
-                warnings.warn(
-                    f"model keeps weights in {where} as well as in its parameters; if its forward reads them from there, they do not adapt",
-                    stacklevel=5,
+                warn(
+                    f"model keeps weights in {where} as well as in its parameters; if its forward reads them from there, they do not adapt"
                 )
 
 

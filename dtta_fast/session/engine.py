@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from dtta_fast.runtime.private import PrivateCopy
 from dtta_fast.runtime.streams import StreamOrder
 from dtta_fast.runtime.torch_state import TorchState, interrupt_behind
 from dtta_fast.runtime.trial import warn_of_weights_elsewhere
+from dtta_fast.runtime.warn import warn
 from dtta_fast.session.planning import Planner
 from dtta_fast.session.precision import private_denoiser, products
 from dtta_fast.session.program import ModuleProgram
@@ -182,7 +182,7 @@ class Engine:
         self.check_copies()  # a signal handler may raise anything, even while weights are swapped
         if self._compile != "off" and compiling.is_failure(error) and os.environ.get("DTTA_FAST_STRICT") != "1":
             reason = str(error).strip().splitlines()[0]
-            warnings.warn(f"compile is {self._compile!r}, and the compilation failed: {reason} Going on in eager mode", stacklevel=4)
+            warn(f"compile is {self._compile!r}, and the compilation failed: {reason} Going on in eager mode")
             self._compile, self._stale = "off", True
             return True
         if self._planner.shrink(error):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -27,6 +26,7 @@ from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.reads import Checks
 from dtta_fast.runtime.torch_state import interrupt_behind
 from dtta_fast.runtime.trial import refusing_kept_tensors, refusing_recomputation, warning_of_random_numbers
+from dtta_fast.runtime.warn import warn
 from dtta_fast.session.checks import Request
 from dtta_fast.session.loop import Batch, Decision, Outcome, Program
 from dtta_fast.session.memory import Needs, out_of_memory
@@ -205,7 +205,7 @@ class ModuleProgram(Program):
             if out_of_memory(error) or isinstance(error, OSError) or interrupt_behind(error, outer) is not None:
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            warnings.warn(f"images with weights of their own run one by one: vmap fails ({reason})", stacklevel=5)
+            warn(f"images with weights of their own run one by one: vmap fails ({reason})")
             self.problem = dataclasses.replace(self.problem, loop=True)
         else:
             self._batched = True
