@@ -251,7 +251,7 @@ def _attention(run: dict[str, Any]) -> tuple[str, str]:
 
 def _bandwidth(run: dict[str, Any]) -> tuple[str, str]:
     rows = []
-    for kind in ("copy", "modulated normalisation"):
+    for kind in ("copy", "gated normalisation"):
         for name, found in group(run, "ceilings", kind).items():
             if "seconds" in found:
                 seconds = found["seconds"]["median"]

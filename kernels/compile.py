@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dtta_fast.kernels import machine_code
-from dtta_fast.kernels.triton import mix, noise, timesteps
+from dtta_fast.kernels.triton import mix, noise, norm, timesteps
 
 TARGETS = (*(GPUTarget("cuda", arch, 32) for arch in (80, 89, 90, 100, 120)), GPUTarget("hip", "gfx942", 64))
 PAIRS, ELEMENTS = 180, 4 * 64 * 64  # workload of the predicted time, for one image
@@ -36,13 +36,14 @@ class Variant:
     types: dict[str, str | None]
     constants: dict[str, Any]
     warps: int | None
-    """None means as many as noise.THREADS requires."""
+    """None means as many as `threads` take."""
     loads: tuple[str, ...] = ()
     """Tensors read element by element, for the straight-line noise kernels."""
     stores: tuple[str, ...] = ()
+    threads: int = noise.THREADS
 
     def warps_on(self, target: GPUTarget) -> int:
-        return self.warps or noise.THREADS // target.warp_size
+        return self.warps or max(1, self.threads // target.warp_size)
 
     def size(self, name: str) -> int:
         return SIZE[str(self.types[name]).removeprefix("*")]
@@ -120,6 +121,25 @@ def _timestep_variants() -> list[Variant]:
     ]
 
 
+def _norm_variants() -> list[Variant]:
+    found = []
+    floats: dict[str, str | None] = {"mean": "*fp32", "rstd": "*fp32", "eps": "fp32"}
+    for dtype, numbers, gated in (("bf16", 1152, True), ("bf16", 1152, False), ("bf16", 384, True), ("fp32", 1152, True)):
+        streams = dict.fromkeys(("x", "total", "normed", "modulation", "to_total", "to_normed", "to_x", "to_branch"), f"*{dtype}")
+        types = {**streams, **floats, "branch": f"*{dtype}", "partial": "*fp32"}
+        if not gated:
+            types |= {"branch": None, "to_branch": None}
+        constants = {"BLOCK": norm.width(numbers)}
+        threads, tail = norm.threads(numbers), f"{dtype}, {numbers} numbers{'' if gated else ', without a branch'}"
+        forward = types if gated else {**types, "total": None}
+        found.append(Variant(f"gated_norm {tail}", norm.gated_norm_kernel, forward, constants, None, threads=threads))
+        without = {**forward, "mean": None, "rstd": None}
+        found.append(Variant(f"gated_norm {tail}, no gradient", norm.gated_norm_kernel, without, constants, None, threads=threads))
+        found.append(Variant(f"gated_norm_backward {tail}", norm.gated_norm_backward_kernel, types, constants, None, threads=threads))
+    types, constants = {"partial": "*fp32", "to_modulation": "*bf16"}, {"PARTS": norm.PARTS, "WIDTH": norm.WIDTH}
+    return [*found, Variant("modulation_sum", norm.modulation_sum_kernel, types, constants, None, threads=norm.WIDTH // norm.THREAD)]
+
+
 def variants() -> list[Variant]:
     """Returns every kernel in the variants that the launchers use.
 
@@ -128,7 +148,7 @@ def variants() -> list[Variant]:
     """
     if not isinstance(noise.add_noise_kernel, triton.runtime.JITFunction):
         raise RuntimeError("TRITON_INTERPRET is set, so the kernels are not compiled; unset it")
-    return [*_noise_variants(), *_mix_variants(), *_timestep_variants()]
+    return [*_noise_variants(), *_mix_variants(), *_timestep_variants(), *_norm_variants()]
 
 
 def build(variant: Variant, target: GPUTarget) -> Any:

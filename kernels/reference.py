@@ -127,3 +127,19 @@ def mix_condition_backward(
         return to_logits.to(logits.dtype), None
     to_table = weights[:, :, None] * flat[:, None] if per_image else weights.T @ flat
     return to_logits.to(logits.dtype), to_table.view_as(embeddings).to(embeddings.dtype)
+
+
+def gated_norm(x: Tensor, branch: Tensor | None, modulation: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Computes total = x + gate · branch and LN(total) · (1 + scale) + shift, both [N, T, D], from the modulation (gate, shift, scale).
+
+    Each operator rounds to the dtype of x. Without a branch, total is x, and the modulation has no gate.
+    """
+    *gate, shift, scale = modulation.unflatten(1, (-1, 1, x.shape[2])).unbind(1)
+    if branch is not None:
+        x = _plus_product(x, gate[0], branch)
+    return x, _plus_product(shift, 1 + scale, torch.nn.functional.layer_norm(x, x.shape[2:], eps=eps))
+
+
+def _plus_product(x: Tensor, factor: Tensor, other: Tensor) -> Tensor:
+    """Computes x + factor · other: in one pass without gradients; the backward of addcmul would multiply both factors by 1 first."""
+    return x + factor * other if torch.is_grad_enabled() else torch.addcmul(x, factor, other)

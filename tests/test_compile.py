@@ -29,12 +29,18 @@ def cosines(x, WIDTH: tl.constexpr):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_code(name: str) -> None:
-    """Every kernel, and in one compilation each, the noise kernels' streams."""
+    """Every kernel, in one compilation each; and the noise kernels' streams."""
     wrong = []
     for row in kernels.reports([NAMES[name]]):
         variant, code = row.variant, row.code
         if code.stack or code.spills:
             wrong.append((variant.name, "stack or spills", code))
+        if {"normed", "to_normed", "to_modulation"} & set(variant.types):
+            # a token's statistics are the only numbers that are read and written by themselves
+            narrow = [sum(count for bits, count in counts.items() if bits < 128) for counts in (code.loads, code.stores)]
+            statistics = 2 if variant.types.get("mean") else 0
+            if narrow[0] > statistics or narrow[1] > statistics or 128 not in code.stores:
+                wrong.append((variant.name, "accesses of less than 16 bytes", code))
         if not variant.loads:
             continue
         # 16-byte accesses of a thread; the learned variance's zeros are a second store of the gradient's size

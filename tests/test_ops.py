@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.kernels import Pairs, add_noise, denoising_loss, mix_condition
+from dtta_fast.kernels import Pairs, add_noise, denoising_loss, gated_norm, mix_condition
 from dtta_fast.kernels.philox import normal
 
 pytestmark = pytest.mark.quick
@@ -97,6 +97,37 @@ def test_mix_condition_gradient_numerically():
     logits = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
     table = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda a, b: mix_condition(a, b, 3, 2.0), (logits, table))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_gated_norm(device, gated):
+    """Against its formula, spelled out, and its gradient numerically (on a GPU too, since float64 takes plain operators there)."""
+    x, branch = (torch.randn(2, 3, 5, dtype=torch.float64, device=device, requires_grad=True) for _ in range(2))
+    modulation = torch.randn(2, 15 if gated else 10, dtype=torch.float64, device=device, requires_grad=True)
+    given = (x, branch if gated else None, modulation)
+    total, normed = gated_norm(*given, eps=1e-3)
+    *gate, shift, scale = modulation[:, None].split(5, dim=2)
+    expected = x + gate[0] * branch if gated else x
+    centred = expected - expected.mean(2, keepdim=True)
+    unit = centred / (centred.square().mean(2, keepdim=True) + 1e-3).sqrt()
+    torch.testing.assert_close((total, normed), (expected, unit * (1 + scale) + shift))
+    assert torch.autograd.gradcheck(lambda *tensors: gated_norm(*tensors, eps=1e-3)[0 if gated else 1], given)
+    assert torch.autograd.gradcheck(lambda *tensors: gated_norm(*tensors, eps=1e-3)[1], given)
+    with torch.no_grad():
+        torch.testing.assert_close(gated_norm(*given, eps=1e-3), (total.detach(), normed.detach()))
+
+
+def test_bad_tokens_are_named():
+    x = torch.zeros(2, 3, 4)
+    for given, message in (
+        ((x[0], None, x[0]), "x is torch.float32 "),
+        ((x, x[:, :2], torch.zeros(2, 12)), "branch has shape "),
+        ((x, x, torch.zeros(2, 8)), r"modulation has shape \(2, 8\); give \(2, 12\)"),
+        ((x, None, torch.zeros(2, 12)), r"modulation has shape \(2, 12\); give \(2, 8\)"),
+        ((x, x.double(), torch.zeros(2, 12)), "branch is torch.float64 on cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gated_norm(*given)
 
 
 def test_operator_checks(device):

@@ -114,3 +114,48 @@ def test_weights_are_cast_again_only_where_they_were_written(denoiser):
     copied.recast()
     assert copied.refresh()
     assert torch.equal(held[other], weights[other].bfloat16())
+
+
+def test_modulations_of_a_frozen_dit_are_one_product(denoiser, monkeypatch):
+    """Stored one behind the other, they give the same prediction, and follow what the caller writes."""
+    source = denoiser.float()
+    joined, apart = (precision.private_denoiser(source, "bf16", CPU, frozen) for frozen in (True, False))
+    x_t, timesteps = torch.randn(3, *source.latent_shape).bfloat16(), torch.tensor([1, 500, 900])
+    conditions = source.class_embeddings({})[:3].detach()
+
+    def predictions() -> list[torch.Tensor]:
+        products: list[int] = []
+        linear = torch.nn.functional.linear
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *weights: (products.append(1), linear(x, *weights))[1])
+        found = []
+        for copied in (joined, apart):
+            with torch.no_grad():
+                found.append(copied.module(x_t, timesteps, conditions))
+            found.append(torch.tensor(len(products)))
+            products.clear()
+        monkeypatch.undo()
+        return found
+
+    together, few, one_by_one, many = predictions()
+    assert many - few == len(source.network.blocks)
+    torch.testing.assert_close(together, one_by_one, rtol=2**-7, atol=2**-7)
+    with torch.no_grad():
+        for block in source.network.blocks:
+            block.adaLN_modulation[1].weight.normal_()
+            block.adaLN_modulation[1].bias.add_(1)
+    assert joined.refresh()
+    assert apart.refresh()
+    after, _, expected, _ = predictions()
+    assert not torch.allclose(after, together, atol=0.1)
+    torch.testing.assert_close(after, expected, rtol=2**-7, atol=2**-6)
+
+
+def test_a_modulation_that_is_no_plain_layer_stays_by_itself(denoiser):
+    class Halved(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) / 2
+
+    assert denoiser.joinable()
+    denoiser.network.blocks[1].adaLN_modulation[1] = Halved(*reversed(denoiser.network.blocks[1].adaLN_modulation[1].weight.shape))
+    assert denoiser.joinable() == []
+    assert not precision.private_denoiser(denoiser.double(), "bf16", CPU, True).joined

@@ -11,7 +11,8 @@ from diffusers import DDPMScheduler
 
 from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.kernels import Pairs, reference
-from dtta_fast.kernels.triton import launchers, philox
+from dtta_fast.kernels import norm as autograd
+from dtta_fast.kernels.triton import launchers, norm, philox
 
 
 @triton.jit
@@ -110,6 +111,36 @@ for classes, tail, dtype in itertools.product((11, 1500), ((37,), (3, 50)), [tor
         for name, a, b, c in zip(names, (*found, *slopes[0]), (*plain, *slopes[1]), (*truth, *slopes[2]), strict=False):
             if b is not None:
                 held((name, classes, tail, dtype, given[1:]), a, b, c, 2e-7)
+norm.PROGRAMS = 8  # programs take several tokens of these few: 1, 15, 8 and 1
+for (shape, dtype), gated in itertools.product(
+    [((2, 5, 37), torch.float32), ((3, 40, 24), torch.float32), ((2, 33, 8), torch.bfloat16), ((2, 7, 1152), torch.float16)], (True, False)
+):
+    x, branch, to_total, to_normed = (scale * rand(*shape).to(dtype) for scale in (2, 1, 1, 1))
+    wide = rand(shape[0], 5 * shape[2]).to(dtype)
+    modulation = wide[:, shape[2] : (4 if gated else 3) * shape[2]]  # a slice of longer rows
+    given = (x + 1, branch, modulation) if gated else (x + 1, modulation)
+
+    def gated_norm(kind, given=given, gated=gated, slopes=(to_total, to_normed)):
+        leaves = [tensor.to(kind).requires_grad_() for tensor in given]
+        found = reference.gated_norm(leaves[0], leaves[1] if gated else None, leaves[-1], 1e-6)
+        return [*(x.detach() for x in found), *torch.autograd.grad(found, leaves, [slope.to(kind) for slope in slopes])]
+
+    total, normed, mean, rstd = launchers.gated_norm(given[0], branch if gated else None, modulation, 1e-6, True)
+    slopes = launchers.gated_norm_backward(to_total, to_normed, total, branch if gated else None, modulation, mean, rstd, True)
+    found = [total, normed, *(slope for slope in slopes if slope is not None)]
+    for i, (a, b, c) in enumerate(zip(found, gated_norm(dtype), gated_norm(torch.float64), strict=True)):
+        held(("gated_norm", shape, dtype, gated, i), a, b, c)
+    without = launchers.gated_norm(given[0], branch if gated else None, modulation, 1e-6, False)
+    assert torch.equal(without[1], normed)
+    assert without[2] is None
+    alone = launchers.gated_norm_backward(None, to_normed, total, branch if gated else None, modulation, mean, rstd, False)
+    assert alone[0] is None
+    leaves = [tensor.detach().requires_grad_() for tensor in given]
+    through = autograd._GatedNorm.apply(leaves[0], leaves[1] if gated else None, leaves[-1], 1e-6)
+    for a, b in zip([*through, *torch.autograd.grad(through, leaves, [to_total, to_normed])], found, strict=True):
+        assert torch.equal(a, b)
+    zero = launchers.gated_norm_backward(to_total * 0, to_normed, total, branch if gated else None, modulation, mean, rstd, True)
+    assert torch.equal(alone[2], zero[2])
 for counter, key, expected in json.loads((Path(__file__).parent / "philox_known_answers.json").read_text()):
     words = torch.zeros(4, dtype=torch.uint32)
     words_kernel[(1,)](torch.tensor(counter, dtype=torch.uint32), words, *key)

@@ -1,7 +1,8 @@
-"""Stage 6, ceilings: what the DiT's products, its attention, its modulated normalisation and a copy reach by themselves."""
+"""Stage 6, ceilings: what the DiT's products, its attention, its gated normalisation and a copy reach by themselves."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.gpu_stages.recording import Record, Setting, first_line
 from bench.gpu_stages.timing import of_kernels, summary
+from dtta_fast.kernels import gated_norm, reference
 
 LINEARS = ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))  # of a block: qkv, projection, fc1, fc2
 ROWS = (6144, 16384, 1024)  # tokens: a guard of 24 pairs, 64 pairs, one step of 4
@@ -41,14 +43,15 @@ def run(setting: Setting, record: Record) -> None:
     for images in (1,) if small else (64, 24, 4):
         for name in BACKENDS:
             record.measure("attention", f"{name}, {images} rows", lambda given=(name, images): attention(*given, device))
-    for form in ("eager", "compiled"):
-        for backward in (False, True):
-            label = f"{form}, forward{' and backward' if backward else ''}"
-            if small and form == "compiled":
-                record.put("modulated normalisation", label, {"left out": "takes a minute on a CPU"})
-            else:
-                given = (form, backward, 1 if small else 64, device)
-                record.measure("modulated normalisation", label, lambda given=given: normalisation(*given))
+    for rows in (1,) if small else (64, 4):
+        for form in ("plain", "compiled", "op"):
+            for backward in (False, True):
+                label = f"{form}, {rows} rows, forward{' and backward' if backward else ''}"
+                if small and form == "compiled":
+                    record.put("gated normalisation", label, {"left out": "takes a minute on a CPU"})
+                else:
+                    given = (form, backward, rows, device)
+                    record.measure("gated normalisation", label, lambda given=given: normalisation(*given))
 
 
 def copy(size: int, device: torch.device) -> dict[str, Any]:
@@ -110,21 +113,22 @@ def attention(name: str, rows: int, device: torch.device) -> dict[str, Any]:
         }
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """The DiT's normalisation with its modulation."""
-    return torch.addcmul(shift[:, None], F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale[:, None])
-
-
 def normalisation(form: str, backward: bool, rows: int, device: torch.device) -> dict[str, Any]:
-    """Bytes are the least: x read and the result written; in the backward, x and the gradient read and another written."""
-    x = torch.randn(rows, TOKENS, HEADS * HEAD, device=device).bfloat16()
-    shift, scale = (torch.randn(rows, HEADS * HEAD, device=device).bfloat16() for _ in range(2))
-    function = modulated if form == "eager" else torch.compile(modulated, fullgraph=True, dynamic=False)
-    leaves = [tensor.requires_grad_(backward) for tensor in (x, shift, scale)]
-    upstream = torch.randn_like(x)
+    """The sum of tokens and gated branch, and its normalisation, by plain operators, by those compiled, or by the kernel.
+
+    Bytes are the least: the tokens and the branch read, the sum and the normalised tokens written; in the backward, the gradients of both
+    read, the sum and the branch too, and two gradients written.
+    """
+    x, branch = (torch.randn(rows, TOKENS, HEADS * HEAD, device=device).bfloat16() for _ in range(2))
+    modulation = torch.randn(rows, 3 * HEADS * HEAD, device=device).bfloat16()
+    plain = functools.partial(reference.gated_norm, eps=1e-6)
+    function = {"op": gated_norm, "plain": plain, "compiled": torch.compile(plain, fullgraph=True, dynamic=False)}[form]
+    leaves = [tensor.requires_grad_(backward) for tensor in (x, branch, modulation)]
+    upstream = [torch.randn_like(x) for _ in range(2)]
 
     def work() -> Any:
-        found = function(*leaves)
-        return torch.autograd.grad(found, leaves, upstream) if backward else found
+        with torch.set_grad_enabled(backward):
+            found = function(*leaves)
+            return torch.autograd.grad(found, leaves, upstream) if backward else found
 
-    return {"bytes": (5 if backward else 2) * x.nbytes, "seconds": summary(of_kernels(work, device))}
+    return {"bytes": (10 if backward else 4) * x.nbytes, "seconds": summary(of_kernels(work, device))}

@@ -68,6 +68,17 @@ class Denoiser(nn.Module, ABC):
         """Submodules to compile separately; those with the same structure can share one compilation. Default: the whole denoiser."""
         return [self]
 
+    def joinable(self) -> list[list[str]]:
+        """Returns groups of parameters that one tensor may hold, as its rows: weights that multiply the same input, and their biases.
+
+        The session stores frozen weights that it converts in this form, and passes the tensors, one for each group, to use_joined().
+        """
+        return []
+
+    def use_joined(self, tensors: list[Tensor]) -> None:
+        """Makes one product take the place of many."""
+        raise NotImplementedError(f"{type(self).__name__} has joinable() weights and no use_joined()")
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the activations: that of the first floating-point parameter that mixed precision converts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -29,24 +29,34 @@ class PrivateCopy:
     refresh() brings them up to date. Functions that were patched into the module refer to the copy. Gradient checkpointing is off, since
     it would run parts of the forward again in the backward, when the adapted weights are no longer in place.
 
+    joined: groups of parameters; those of a group that are all converted become the rows of one tensor, in this order. The tensors are
+    in the attribute of the same name, one for each group, or it is empty, if a parameter of a group is not converted.
+
     Raises:
         TypeError: the module cannot be copied, or contains something that still refers to the original module.
     """
 
-    def __init__(self, source: nn.Module, dtype: torch.dtype | None = None, converted: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        source: nn.Module,
+        dtype: torch.dtype | None = None,
+        converted: Collection[str] = (),
+        joined: Sequence[Sequence[str]] = (),
+    ) -> None:
         self._source = source
         self._identity = _identity(source)
         # pairs of source tensor and copied tensor that do not share memory
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._converted: list[tuple[Tensor, Tensor]] = []
         memo: dict[int, Any] = {}
+        self.joined, places = _joined(source, dtype, converted, joined)
         for name, p in source.named_parameters():
             constant = p.detach()
             if p.is_inference():  # autograd refuses to save inference tensors
                 constant = constant.clone()
                 self._converted.append((p, constant))
             if dtype is not None and name in converted and p.dtype != dtype:
-                constant = constant.to(dtype)
+                constant = places[name].copy_(constant) if name in places else constant.to(dtype)
                 self._converted = [pair for pair in self._converted if pair[0] is not p] + [(p, constant)]
             memo[id(p)] = nn.Parameter(constant, requires_grad=False) if is_plain(p) else p
         for name, buffer in source.named_buffers():
@@ -127,6 +137,21 @@ class PrivateCopy:
     def _counted(self) -> list[int | None]:
         """Returns the write count of each converted weight; None for weights made under torch.inference_mode(), which have no count."""
         return [None if p.is_inference() else p._version for p, _ in self._converted]
+
+
+def _joined(
+    source: nn.Module, dtype: torch.dtype | None, converted: Collection[str], groups: Sequence[Sequence[str]]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Returns a new tensor for each group of parameters, and by name the rows of it that are to hold a parameter."""
+    held = dict(source.named_parameters())
+    if dtype is None or not all(name in held and name in converted and held[name].dtype != dtype for names in groups for name in names):
+        return [], {}
+    tensors, places = [], dict[str, Tensor]()
+    for names in groups:
+        parts = [held[name] for name in names]
+        tensors.append(torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=dtype, device=parts[0].device))
+        places |= zip(names, tensors[-1].split([len(part) for part in parts]), strict=True)
+    return tensors, places
 
 
 TIED = "_dtta_tied_names"  # attribute of a private copy that stores the result of tied_names()

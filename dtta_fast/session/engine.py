@@ -73,7 +73,7 @@ class Engine:
             self.program.forget_states()  # before the copies are made, which take memory too
         self.device = anchor(self.model).device
         self._model = PrivateCopy(self.model)
-        self._denoiser = private_denoiser(self.denoiser, config.precision, self.device)
+        self._denoiser = private_denoiser(self.denoiser, config.precision, self.device, config.denoiser_parameters == "frozen")
         denoiser: Any = self._denoiser.module
         if config.parameters == "lora":
             lora.attach(self._model.module, config.lora_rank, config.lora_targets, "model", config.seed)

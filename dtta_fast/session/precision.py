@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -37,9 +38,10 @@ def products(precision: Precision, device: torch.device) -> AbstractContextManag
     return float32_products.within(device, tf32=precision != "fp32")
 
 
-def private_denoiser(denoiser: Denoiser, precision: Precision, device: torch.device) -> PrivateCopy:
+def private_denoiser(denoiser: Denoiser, precision: Precision, device: torch.device, frozen: bool) -> PrivateCopy:
     """Makes a private copy with all floating-point tensors in the given precision, except those that the denoiser keeps in float32.
 
+    frozen: whether no call adapts the denoiser's weights. Then those that it can join are joined.
     torch.autocast is not used, since it casts frozen weights again in every forward.
     """
     dtype = denoiser_dtype(precision, denoiser.dtype, device)
@@ -47,4 +49,8 @@ def private_denoiser(denoiser: Denoiser, precision: Precision, device: torch.dev
         return PrivateCopy(denoiser)
     tensors = (*denoiser.named_parameters(), *denoiser.named_buffers())
     names = {name for name, tensor in tensors if tensor.is_floating_point()} - set(denoiser.keep_in_float32)
-    return PrivateCopy(denoiser, dtype, names)
+    copy = PrivateCopy(denoiser, dtype, names, denoiser.joinable() if frozen else ())
+    if copy.joined:
+        own: Any = copy.module
+        own.use_joined(copy.joined)
+    return copy

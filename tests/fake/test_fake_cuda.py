@@ -313,6 +313,28 @@ def test_a_guard_of_one_image_is_one_forward(answers, guarded):
         assert sum(count.calls for count in counter.counts.values()) > 100
 
 
+def test_a_dit_block_is_eight_operators_and_back_nine():
+    """Four products, attention, GELU and two normalisations; back, attention's three gradients are joined for their product too."""
+    counts = []
+    for depth in (2, 3):
+        made = DiTNetwork(8, 2, 3, 32, depth, 2, num_classes=10).bfloat16().requires_grad_(False)
+        joined = [torch.zeros(32 * (6 * depth + 2), *tail, dtype=torch.bfloat16) for tail in ((32,), ())]
+        with fakes.fake_cuda() as mode:
+            network: Any = fakes.to_cuda(mode, made)
+            network.joined_modulation = [fakes.to_cuda(mode, tensor) for tensor in joined]
+            x, time = torch.zeros(2, 3, 8, 8, device="cuda", dtype=torch.bfloat16), torch.zeros(2, device="cuda")
+            label = torch.zeros(2, 32, device="cuda", requires_grad=True)
+            with Counter() as forward:
+                predicted = network(x, time, label)
+            with Counter() as backward:
+                torch.autograd.grad(predicted.sum(), label)
+            with Counter() as without, torch.no_grad():
+                network(x, time, label)
+        calls = [{name: count.calls for (_, name), count in counter.counts.items()} for counter in (forward, backward, without)]
+        counts.append([sum(count for name, count in of.items() if name != "prim::device") for of in calls])
+    assert [after - before for before, after in zip(*counts, strict=True)] == [8, 9, 8]
+
+
 class _Event:
     """A CUDA event without a GPU."""
 

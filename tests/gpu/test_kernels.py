@@ -5,7 +5,7 @@ On a GPU the Triton kernels serve them. The cases cover every branch of the kern
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dtta_fast.kernels import Pairs, add_noise, backends, denoising_loss, denoising_loss_and_gradient, mix_condition, reference
+from dtta_fast.kernels import Pairs, add_noise, backends, denoising_loss, denoising_loss_and_gradient, gated_norm, mix_condition, reference
 
 pytestmark = pytest.mark.gpu
 FLOAT, BF16, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -173,15 +173,49 @@ def test_mix_condition(device, kind, dtype, classes, tail, top_k, logit_scale, p
         assert_as_exact(found, plain, truth)
 
 
+NORMS = [(FLOAT, (2, 5, 37), True), (BF16, (3, 700, 24), True), (HALF, (2, 7, 1152), False), (BF16, (64, 256, 1152), True)]
+
+
+def normalised(
+    x: Tensor, branch: Tensor | None, modulation: Tensor, slopes: list[Tensor], run: Callable[..., tuple[Tensor, Tensor]]
+) -> list[Tensor]:
+    """The sum, the normalised tokens, and the gradients of all that is given."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, branch, modulation) if tensor is not None]
+    found = run(leaves[0], None if branch is None else leaves[1], leaves[-1], 1e-6)
+    return [*(tensor.detach() for tensor in found), *torch.autograd.grad(found, leaves, slopes)]
+
+
+@pytest.mark.parametrize(("kind", "shape", "gated"), NORMS)
+def test_gated_norm(device, kind, shape, gated):
+    if device == "cpu" and shape[0] == 64:
+        shape = (2, *shape[1:])
+    x, branch, *slopes = (rand(*shape, seed=seed).to(device, kind) for seed in range(4))
+    x = 2 * x + 1
+    wide = rand(shape[0], 5 * shape[2], seed=4).to(device, kind)
+    given = (x, branch if gated else None, wide[:, shape[2] : (4 if gated else 3) * shape[2]])  # a slice of longer rows
+    with poisoned():
+        found = normalised(*given, slopes, gated_norm)
+    plain = normalised(*given, slopes, reference.gated_norm)
+    exact = [None if tensor is None else tensor.double().cpu() for tensor in given]
+    truth = normalised(*exact, [slope.double().cpu() for slope in slopes], reference.gated_norm)
+    for one, other, right in zip(found, plain, truth, strict=True):
+        assert_as_exact(one, other, right)
+    with torch.no_grad():
+        for one, other, right in zip(gated_norm(*given), plain, truth, strict=False):
+            assert_as_exact(one, other, right)
+
+
 def test_kernels_add_up_in_a_fixed_order(device):
     """The same call gives the same bits: no sum is made by atomics."""
     prediction, upstream = rand(6, *RAGGED).to(device), rand(2, 3).to(device)
     given = setting(rand(2, *RAGGED), device)
     logits, table = rand(3, 1500).to(device).requires_grad_(), rand(1500, 37, seed=1).to(device).requires_grad_()
+    tokens = [rand(*shape, seed=2).to(device) for shape in ((3, 700, 24), (3, 700, 24), (3, 72))]
     runs = []
     for _ in range(3):
         mixed = mix_condition(logits, table, None, 3.0)
         slopes = torch.autograd.grad(mixed, [logits, table], torch.ones_like(mixed))
-        runs.append((*denoising_loss_and_gradient(prediction, upstream, Pairs(**given)), mixed, *slopes))
+        normed = normalised(*tokens, [tokens[1], tokens[0]], gated_norm)
+        runs.append((*denoising_loss_and_gradient(prediction, upstream, Pairs(**given)), mixed, *slopes, *normed))
     for again in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
