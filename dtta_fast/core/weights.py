@@ -13,7 +13,7 @@ from dtta_fast.config import AdaptConfig, ParameterSet
 from dtta_fast.core import lora
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime.attention import vmappable_attention
-from dtta_fast.runtime.private import TIED, tied_names
+from dtta_fast.runtime.private import Names
 
 Parameters = dict[str, Tensor]
 
@@ -97,8 +97,8 @@ def copies(parameters: Mapping[str, Tensor], images: int | None, batched: bool =
 
 def in_dtypes_of(module: nn.Module, moving: Mapping[str, Tensor]) -> Parameters:
     """Casts the tensors to the dtypes of the module's own parameters of the same names."""
-    own = dict(module.named_parameters())
-    return {name: p.to(own[name].dtype) for name, p in moving.items()}
+    dtypes = Names.of(module).dtypes
+    return {name: p.to(dtypes[name]) for name, p in moving.items()}
 
 
 def under_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> Parameters:
@@ -107,8 +107,7 @@ def under_all_names(module: nn.Module, tensors: Mapping[str, Tensor]) -> Paramet
     A module that is registered twice holds its weights once, so it is listed under one name only: torch's
     functional_call(tie_weights=True) would swap its weights twice and leave the second swap in place.
     """
-    known = vars(module).get(TIED)  # stored on a private copy, since a trace cannot compute them
-    others = tied_names(module) if known is None else known
+    others = Names.of(module).tied  # recorded on a private copy, since a trace cannot compute them
     return {name: tensor for first, tensor in tensors.items() for name in (first, *others.get(first, ()))}
 
 
@@ -140,7 +139,7 @@ def call(module: nn.Module, moving: Mapping[str, Tensor], *inputs: Tensor, per_i
     per_image: `moving` and every input have a leading image dimension, and image i is computed with its own weights: one after the
     other with `loop`, all at once otherwise. If the module writes to its buffers, it writes to copies.
     """
-    constants = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    constants = {name: held[leaf].clone() for name, held, leaf in Names.of(module).buffers if held[leaf] is not None}
     if not per_image:
         output: Tensor = functional_call(module, under_all_names(module, {**constants, **moving}), inputs, tie_weights=False)
         return output
