@@ -35,12 +35,7 @@ FAKES = Path(__file__).parents[1] / "tests" / "fake" / "fake_cuda.py"
 STEPS = 3  # FAST's
 ANSWERS = 2
 NO_LAUNCHES = {"prim::device", "aten::promote_types"}  # questions that the fake mode sees as operators
-MORE_KERNELS = {  # of an operator, beyond its first; see kernels/triton
-    "dtta_fast::gated_norm_backward": 1,
-    "dtta_fast::denoising_loss": 1,
-    "dtta_fast::denoising_loss_and_gradient": 1,
-    "dtta_fast::mix_condition_backward": 1,
-}
+MORE_KERNELS = {"dtta_fast::gated_norm_backward": 1, "dtta_fast::mix_condition_backward": 1}  # beyond the first; see kernels/triton
 
 
 def parts() -> tuple[torch.nn.Module, DiT]:

@@ -83,11 +83,14 @@ def _noise_variants() -> list[Variant]:
     for prediction, x0, gradient, l1 in [*cases, ("bf16", "fp32", True, True)]:
         given = f"*{prediction}" if gradient else None
         types = {**DRAWS, "prediction": f"*{prediction}", "x0": f"*{x0}", "partial": "*fp32", "gradient": given}
-        types["upstream"] = "*fp32" if gradient else None
+        types |= {"upstream": "*fp32" if gradient else None, "loss": None}
         name = f"denoising_loss {prediction}, x0 {x0}{', L1' * l1}{', gradient' * gradient}"
         stores = ("gradient",) if gradient else ()
         values = {**constants(prediction), "L1": l1}
         found.append(Variant(name, noise.denoising_loss_kernel, types, values, None, ("prediction", "x0"), stores))
+        if x0 == "fp32" and prediction != "fp16":
+            whole = {**types, "partial": None, "loss": "*fp32"}
+            found.append(Variant(f"{name}, whole row", noise.denoising_loss_kernel, whole, values, None))
     types = {"partial": "*fp32", "table": "*fp32", "timesteps": "*i64", "loss": "*fp32"}
     return [*found, Variant("loss_sum", noise.loss_sum_kernel, types, {"BLOCK": 128}, 1)]
 
