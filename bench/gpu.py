@@ -45,7 +45,7 @@ STAGES = (
     Stage("step", 60, "forwards by rows, CUDA graphs of step and guard, a trace"),
     Stage("ceilings", 60, "products, attention, normalisation and a copy by themselves"),
     Stage("ops", 40, "the project's kernels"),
-    Stage("compiled", 110, "FAST with compile='regional'"),
+    Stage("compiled", 110, "FAST as CUDA graphs, and compiled"),
     Stage("stable_diffusion", 60, "Stable Diffusion 1.5 and CLIP ViT-L/14 with LoRA"),
 )
 

@@ -19,7 +19,7 @@ ParameterSet = Literal["all", "norm", "head", "logits", "lora"]
 DenoiserParameters = Literal["frozen", "all", "lora"]
 Optimizer = Literal["sgd", "adam", "adamw", "adam8bit"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-Compile = Literal["off", "regional", "step"]
+Compile = Literal["off", "regional", "step", "graphs", "regional+graphs"]
 
 
 class AtLeast(NamedTuple):
@@ -159,8 +159,9 @@ class AdaptConfig:
             under auto. Losses, the accumulated gradients of the condition, optimizers and adapted weights are always float32; the
             weights are cast for each step. The model keeps its own precision: an update of 1e-5 would be lost in a bfloat16 weight.
         compile: what torch.compile compiles: nothing (off); the denoiser's blocks and the model separately (regional); or the whole step
-            as one graph (step), whose compile time is proportional to the number of chunks in a step. Meant for sessions: see
-            Adapter.warmup.
+            as one graph (step), whose compile time is proportional to the number of chunks in a step. With "graphs" and
+            "regional+graphs", the model's forwards, the steps and the guard are recorded as CUDA graphs, for each batch size, and
+            replayed: this saves the time of launching their kernels. Meant for sessions: see Adapter.warmup.
         memory_budget: bytes for activations, and for the weights, gradients and optimizer state of images that have their own; limits
             first the chunk and then how many images of a batch run at once. None is four fifths of the free memory on a GPU, and
             unlimited on the CPU. Frozen weights are not counted. Does not affect the result beyond rounding.
@@ -237,6 +238,10 @@ class AdaptConfig:
             raise ValueError(f"method is {self.method!r} with mode 'online', and nothing is carried on: use episodic")
         if self.optimizer == "adam8bit" and self.compile == "step":
             raise ValueError("optimizer is 'adam8bit' with compile 'step', and bitsandbytes' kernels cannot be traced: use regional")
+        if self.optimizer == "adam8bit" and "graphs" in self.compile:
+            raise ValueError(
+                f"optimizer is 'adam8bit' with compile {self.compile!r}, and bitsandbytes reads the step on the host: use adam"
+            )
         if self.mode == "online" and self.parameters == "logits":
             raise ValueError("parameters is 'logits' with mode 'online'; free logits belong to one image: use episodic")
 

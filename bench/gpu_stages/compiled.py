@@ -1,10 +1,18 @@
-"""Stage 8, compiled code: FAST in bfloat16 with compile="regional", as stage 3 measures it without."""
+"""Stage 8, graphs and compiled code: FAST in bfloat16 with compile="graphs", "regional" and both, as stage 3 measures it without."""
 
 from __future__ import annotations
 
 from bench.gpu_stages.recording import Record, Setting
 
-SECONDS = {16: 5.0, 1: 8.0, 64: 5.0}  # by images; compilation gains most where there are several
+# what is compiled, images, seconds of calls, and what all of it takes at least: graphs gain most for one image, compilation for several
+FORMS = (
+    ("graphs", 1, 6.0, 0.0),
+    ("graphs", 16, 4.0, 0.0),
+    ("regional", 16, 5.0, 0.0),
+    ("regional", 1, 6.0, 20.0),
+    ("regional+graphs", 1, 6.0, 12.0),  # its kernels are in the cache by then
+    ("regional", 64, 5.0, 20.0),
+)
 
 
 def run(setting: Setting, record: Record) -> None:
@@ -14,7 +22,7 @@ def run(setting: Setting, record: Record) -> None:
         return
     from bench.gpu_stages.engine import LATENCY, Calls, fast  # here, since its libraries take seconds to import
 
-    calls = Calls(setting, record, max(SECONDS))
+    calls = Calls(setting, record, max(images for _, images, *_ in FORMS))
     calls.peak("bf16")
-    for images, seconds in SECONDS.items():
-        calls.measure("FAST", fast("bf16", "regional"), images, LATENCY, seconds, takes=0.0 if images == 16 else 20.0)
+    for form, images, seconds, takes in FORMS:
+        calls.measure("FAST", fast("bf16", form), images, LATENCY, seconds, takes=takes)

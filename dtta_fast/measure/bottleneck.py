@@ -68,7 +68,8 @@ def bottleneck(phases: Sequence[Row], config: AdaptConfig, peak: Peak, device: t
         return f"{found}bound by memory bandwidth; {_fewer_bytes(row.name, config)} would shorten it."
     at_peak = f"{1e6 * each:,.0f} µs each on average, of which the peaks would take {1e6 * each * row.attained:,.0f}"
     if each * row.attained < SMALL:
-        remedy = "more images at once" + (" or compile='regional'" if config.compile == "off" else "")
+        better = "graphs" if device.type == "cuda" else "regional"
+        remedy = "more images at once" + (f" or compile={better!r}" if config.compile == "off" else "")
         return f"{found}bound by the overhead of many small operators ({row.calls:,}, {at_peak}); {remedy} may shorten it."
     return f"{found}bound by none of them; its {row.calls:,} operators are not small ({at_peak}): their kernels are slow here."
 

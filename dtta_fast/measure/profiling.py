@@ -109,8 +109,11 @@ def profile(
         trace: path for the Chrome trace of the profiled run, which includes the phases (chrome://tracing, ui.perfetto.dev).
 
     Raises:
-        ValueError: bad input.
+        ValueError: bad input, or the adapter replays CUDA graphs, whose phases and operators cannot be told apart.
     """
+    if "graphs" in adapter.config.compile:
+        remedy = "profile with 'off' or 'regional'"
+        raise ValueError(f"compile is {adapter.config.compile!r}, and the parts of a graph cannot be told apart: {remedy}")
     given: dict[str, Any] = {"image_ids": image_ids, "latents": latents, "timesteps": timesteps, "noise": noise}
     state, compiled = adapter.state_dict(), adapter.config.compile != "off"
     on_cuda = images.device.type == "cuda"

@@ -157,7 +157,7 @@ class Adapter:
         unchanged = None if rows is None else (batch.before, program.predictions(batch.before, batch))
         forwards = problem.forwards() * (config.pairs if request.timesteps is None else request.timesteps.shape[2])
         result = AdaptResult(**assembled(rows, outcomes, unchanged, forwards), clock=clock)
-        return state if outcomes and outcomes[-1].keep else None, result
+        return program.own(state) if state is not None and outcomes and outcomes[-1].keep else None, result
 
     def crop(self, images: Tensor) -> Tensor:
         """Crops images [B, 3, H, W] in [0, 1] to what the model and denoiser see. adapt() also crops, and leaves a crop unchanged."""

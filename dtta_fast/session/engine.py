@@ -17,7 +17,7 @@ from dtta_fast.core.draws import cumulative_density
 from dtta_fast.core.problem import Problem
 from dtta_fast.core.weights import anchor
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.runtime import compiling
+from dtta_fast.runtime import compiling, graphs
 from dtta_fast.runtime.attention import math_attention
 from dtta_fast.runtime.clock import Paces
 from dtta_fast.runtime.float32 import float32_products
@@ -30,6 +30,7 @@ from dtta_fast.runtime.warn import warn
 from dtta_fast.session.planning import Planner
 from dtta_fast.session.precision import private_denoiser, products
 from dtta_fast.session.program import ModuleProgram
+from dtta_fast.session.recorded import RecordedProgram
 from dtta_fast.tasks.base import Task
 
 ATTEMPTS = 20  # running out of memory halves the chunk, a failed compilation falls back to eager mode; neither retries forever
@@ -83,7 +84,8 @@ class Engine:
         problem = Problem(
             self._model.module, denoiser, self.task, config, lr, denoiser_lr, loop=loop, cumulative=self._cumulative(self.device)
         )
-        self.program = ModuleProgram(problem, self.model, self.denoiser, self._planner, self._compile)
+        kind = RecordedProgram if "graphs" in self._compile and graphs.there_are_on(self.device) else ModuleProgram
+        self.program = kind(problem, self.model, self.denoiser, self._planner, self._compile)
         warn_of_weights_elsewhere(self._model.module)
         self._model.seal()
         self._denoiser.seal()
@@ -139,7 +141,7 @@ class Engine:
             torch.autocast(self.device.type, enabled=False),
             self._order.within(self.device) as moved,
             products(self.config.precision, self.device),
-            nullcontext() if self._compile == "off" else compiling.tracing(),
+            compiling.tracing() if self.program.compiles else nullcontext(),
         ):
             if moved:
                 self.program.forget_states()  # their memory belongs to the other stream, which may reuse it once it is freed
@@ -180,7 +182,7 @@ class Engine:
         if not isinstance(error, Exception):
             self._stale = True
         self.check_copies()  # a signal handler may raise anything, even while weights are swapped
-        if self._compile != "off" and compiling.is_failure(error) and os.environ.get("DTTA_FAST_STRICT") != "1":
+        if self.program.compiles and compiling.is_failure(error) and os.environ.get("DTTA_FAST_STRICT") != "1":
             reason = str(error).strip().splitlines()[0]
             warn(f"compile is {self._compile!r}, and the compilation failed: {reason} Going on in eager mode")
             self._compile, self._stale = "off", True

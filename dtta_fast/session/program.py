@@ -18,7 +18,7 @@ from dtta_fast.core import diffusion_classifier, guard, step
 from dtta_fast.core.guard import Answers, usable, where
 from dtta_fast.core.problem import Problem, RowCounts, Schedule
 from dtta_fast.core.step import State
-from dtta_fast.core.weights import anchor, source_weights
+from dtta_fast.core.weights import Parameters, anchor, source_weights
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime import compiling
 from dtta_fast.runtime.clock import Clock
@@ -39,13 +39,15 @@ class ModuleProgram(Program):
     Attributes:
         problem, schedule: what the steps are computed from, and how they are split; plan() updates the schedule.
         compile: what is compiled, as in AdaptConfig; compiled code takes batches of one size.
+        compiles: whether torch.compile compiles any of it.
     """
 
     def __init__(self, problem: Problem, model: nn.Module, denoiser: Denoiser, planner: Planner, compile: Compile) -> None:
         """model, denoiser: the caller's, whose weights are adapted; `problem` holds their private copies."""
         self._step, self._forward = step.adaptation_step, step.forward
         row_counts: RowCounts = "few" if anchor(problem.model).device.type == "cuda" else "any"
-        if compile != "off":
+        self.compiles = compile not in ("off", "graphs")
+        if self.compiles:
             row_counts = "one"
             compiling.compile_regions(problem.denoiser.regions())
             self._forward = compiling.compiled(step.forward)
@@ -102,11 +104,15 @@ class ModuleProgram(Program):
         answers = [problem.task.decision(found, problem.denoiser) for found in (before, matched_outputs)]
         return (answers[0] != answers[1]).flatten(1).any(1)
 
+    def outputs(self, theta: Parameters, inputs: Tensor) -> Tensor:
+        """Runs the model with the weights `theta` in place of its own."""
+        with phase("classifier"):
+            outputs: Tensor = self._forward(self.problem, theta, inputs)
+        return outputs
+
     def plain_outputs(self, inputs: Tensor) -> Tensor:
         """Runs the source model."""
-        with phase("classifier"):
-            outputs: Tensor = self._forward(self.problem, {}, inputs)
-        return outputs
+        return self.outputs({}, inputs)
 
     @torch.no_grad()
     def checked_outputs(self, inputs: Tensor, checks: Checks) -> Tensor:
@@ -170,7 +176,7 @@ class ModuleProgram(Program):
             return None, batch
         if online is not None:
             with phase("restore"):
-                state: State = pytree.tree_map(torch.clone, online)  # steps write in place, and a failed call must leave no trace
+                state = self.copied(online)  # steps write in place, and a failed call must leave no trace
             return state, _with_outputs(batch, functools.partial(self.forward, state))
         if batch.matched_outputs is None:
             batch = _with_outputs(batch, self.plain_outputs)
@@ -179,8 +185,8 @@ class ModuleProgram(Program):
             held = self._storage.get(images == 1)
             kept = None if held is None else step.first_images(held, images, exactly=problem.config.optimizer == "adam8bit")
             if kept is None:
-                held = self._storage.pop(images == 1, None)
-                del held  # free it before the new one is allocated
+                del held  # before the new one is allocated
+                self.forget_state(images == 1)
                 kept = step.initial_state(problem, theta, phi, batch.matched_outputs)
                 if problem.per_image:
                     self._storage[images == 1] = kept
@@ -210,13 +216,27 @@ class ModuleProgram(Program):
         else:
             self._batched = True
 
+    def copied(self, online: State) -> State:
+        """Copies an online state."""
+        state: State = pytree.tree_map(torch.clone, online)
+        return state
+
+    def own(self, state: State) -> State:
+        """Returns an online state that no later call writes to."""
+        return state
+
+    def forget_state(self, of_one: bool) -> None:
+        """Frees the storage of states of one image, or of several."""
+        self._storage.pop(of_one, None)
+
     def forget_states(self) -> None:
-        """Frees the storage of states."""
-        self._storage.clear()
+        """Frees the storage of all states."""
+        for of_one in list(self._storage):
+            self.forget_state(of_one)
 
     def step(self, state: State, batch: Batch, number: int) -> Tensor:
         """Updates the state in place; returns the loss [B] before the update."""
-        tried = self._stepped or self.compile != "off"
+        tried = self._stepped or self.compiles
         with (
             phase("step (compiled)") if self.compile == "step" else nullcontext(),
             nullcontext() if tried else refusing_recomputation(self.problem.model),
@@ -229,9 +249,7 @@ class ModuleProgram(Program):
     @torch.no_grad()
     def forward(self, state: State, inputs: Tensor) -> Tensor:
         """Returns the model's outputs [B, ...] under the state's weights."""
-        with phase("classifier"):
-            outputs: Tensor = self._forward(self.problem, state.theta, inputs)
-        return outputs
+        return self.outputs(state.theta, inputs)
 
     def finish(self, state: State, batch: Batch) -> Answers:
         return guard.compare(self.problem, batch.before, self.forward(state, batch.inputs), batch.matched_outputs)

@@ -1,7 +1,7 @@
 """add_noise and denoising_loss on the GPU: kernels generate the noise and regenerate it whenever it is needed again.
 
-Each program processes WIDTH elements of one (image, pair) row, or for the loss of a small latent all of them. A timestep outside the table yields NaN and never an out-of-bounds read,
-because a check on the host would have to wait for the GPU.
+Each program processes WIDTH elements of one (image, pair) row, or for the loss of a small latent all of them. A timestep outside the table
+yields NaN and never an out-of-bounds read, because a check on the host would have to wait for the GPU.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def denoising_loss(prediction: Tensor, pairs: Pairs, l1: bool, upstream: Tensor 
     sizes = (len(table), timesteps.shape[1], elements, prediction[0].numel(), seed, pair0)
     with torch.cuda.device_of(x0):
         denoising_loss_kernel[(rows, blocks)](
-            prediction, x0, table, timesteps, image_ids, step, noise, upstream, loss if partial is None else None, partial, gradient, *sizes,
+            prediction, x0, table, timesteps, image_ids, step, noise, upstream, None if blocks > 1 else loss, partial, gradient, *sizes,
             L1=l1, WIDTH=WIDTH, VECTOR=_vector(prediction), num_warps=WARPS
         )  # fmt: skip
         if partial is not None:

@@ -22,7 +22,7 @@ from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.tasks import Depth, Segmentation, Task
 
 # the most valuable files come first, in case time runs out; files that are not named here come last
-ORDER = ("kernels", "engine", "precision", "presets", "waits", "vmap", "optimizers", "failures", "memory", "compile")
+ORDER = ("kernels", "engine", "precision", "presets", "waits", "vmap", "optimizers", "failures", "memory", "graphs", "compile")
 
 
 def _rank(item: pytest.Item) -> int:

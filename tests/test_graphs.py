@@ -1,0 +1,249 @@
+"""Recorded sessions on the CPU: a tape takes the place of a CUDA graph. Like one, it knows addresses, not values."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from dtta_fast import AdaptConfig, Adapter, presets
+from dtta_fast.measure.counting import Counter
+from dtta_fast.runtime import graphs
+from dtta_fast.session import recorded
+
+RESULTS = ("outputs", "outputs_before", "predictions", "predictions_before", "loss", "accepted", "evaluations")
+
+
+class Tape(TorchDispatchMode):
+    """Records operators with the very tensors that they get and return, and undoes what they wrote: a graph's capture runs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing: a value is read")
+        kwargs = kwargs or {}
+        for tensor in (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)):
+            if (storage := tensor.untyped_storage()._cdata) not in self._made and tensor.data_ptr() not in self._before:
+                self._before[tensor.data_ptr()] = tensor, tensor.clone()
+        found = func(*args, **kwargs)
+        outputs = [leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
+        known = {tensor.untyped_storage()._cdata for tensor, _ in self._before.values()}
+        self._made |= {storage for tensor in outputs if (storage := tensor.untyped_storage()._cdata) not in known}
+        self.operators.append((func, args, kwargs, outputs))
+        return found
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        for tensor, values in self._before.values():
+            if not torch.equal(tensor, values):
+                tensor.copy_(values)
+        self._before.clear()
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, outputs in self.operators:
+            again = [leaf for leaf in tree_leaves(func(*args, **kwargs)) if isinstance(leaf, Tensor)]
+            for old, new in zip(outputs, again, strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Counted:
+    """A recorder that counts what it recorded and replayed."""
+
+    def __init__(self) -> None:
+        self.recordings = self.replays = 0
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        tape = Tape()
+        with tape:
+            found = function()
+        tape.undo()
+        self.recordings += 1
+
+        def replay() -> None:
+            self.replays += 1
+            with _disable_current_modes():
+                tape.replay()
+
+        return found, replay
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    """Sessions that ask for graphs record on tapes."""
+    made = Counted()
+    monkeypatch.setattr(graphs, "there_are_on", lambda device: True)
+    monkeypatch.setattr(recorded, "Graphs", functools.partial(graphs.Graphs, made))
+    return made
+
+
+FAST = presets.FAST.replace(timesteps="stratified", match="off", precheck="off", guard=6, guard_threshold=0.5, lr=5e-3)
+CASES = {
+    "FAST": (FAST, 1),
+    "several images": (FAST, 3),
+    "all weights": (FAST.replace(denoiser_parameters="all", optimizer="sgd", momentum=0.9), 2),
+    "LoRA": (FAST.replace(parameters="norm", denoiser_parameters="lora"), 1),
+    "half precision in chunks": (FAST.replace(precision="bf16", chunk=2, antithetic=True), 2),
+    "without a guard": (FAST.replace(guard=0, guard_threshold=0.0), 1),
+    "online": (FAST.replace(mode="online", optimizer="adamw", weight_decay=0.1), 2),
+    "noise mixing": (FAST.replace(objective="noise_mix", top_k=3, drawn_classes=2, guard=4), 1),
+    "logits": (FAST.replace(parameters="logits", lr=0.1), 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replays_give_what_plain_calls_give(case, tapes, model, denoiser):
+    """Bit for bit, for images after the one that was recorded, and again after another batch size."""
+    config, count = CASES[case]
+    model, denoiser = model.float(), denoiser.float()
+    generator = torch.Generator().manual_seed(3)
+    plain, session = Adapter(model, denoiser, config), Adapter(model, denoiser, config.replace(compile="graphs"))
+    kept = []
+    for call, images in enumerate((count, count, count, 1, count)):
+        given, ids = torch.rand(images, 3, 8, 8, generator=generator), torch.arange(images) + 10 * call
+        expected, found = (one.adapt(given, image_ids=ids) for one in (plain, session))
+        kept.append((found, expected))
+        if call == 1:
+            before = tapes.recordings
+            assert tapes.replays > 0
+        if call == 2 and config.guard == 0:
+            assert tapes.recordings == before
+    for found, expected in kept:  # no later call writes to a result
+        for name in RESULTS:
+            assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    states = [one.state_dict() for one in (plain, session)]
+    assert all(torch.equal(a, b) for a, b in zip(*(tree_leaves(state) for state in states), strict=True) if isinstance(a, Tensor))
+
+
+def test_an_image_takes_twelve_replays_and_copies(tapes, model, denoiser):
+    """A copy of the image, of its latent and id, of the source's answer out of its recording and into the next, and of what the guard
+    compares; some small operators run as they are: preparing the image, resetting the weights, deciding."""
+    session = Adapter(model.float(), denoiser.float(), FAST.replace(compile="graphs", guard_threshold=0.0))
+    compared = 0
+    session.adapt(torch.rand(1, 3, 8, 8))
+    session.adapt(torch.rand(1, 3, 8, 8))
+    for image in torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)):
+        before = tapes.replays
+        with Counter() as counter:
+            result = session.adapt(image[None])
+        replays = tapes.replays - before
+        guarded = int(result.evaluations[0]) > FAST.steps * FAST.pairs
+        compared += guarded
+        calls = {name: count.calls for (_, name), count in counter.counts.items()}
+        assert replays == 1 + FAST.steps + 1 + guarded
+        assert replays + calls["aten::copy_"] + 1 <= 12  # the one is the answer's, by clone()
+        assert sum(calls.values()) < 90
+    assert compared
+
+
+def test_writes_of_the_caller_are_seen(tapes, model, denoiser):
+    model, denoiser = model.float(), denoiser.float()
+    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    session = Adapter(model, denoiser, FAST.replace(compile="graphs"))
+    first = session.adapt(images)
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *denoiser.parameters()):
+            parameter.mul_(1.25)
+    again, expected = session.adapt(images), Adapter(model, denoiser, FAST).adapt(images)
+    assert torch.equal(again.outputs, expected.outputs)
+    assert not torch.equal(again.outputs, first.outputs)
+
+
+def test_a_failed_call_leaves_an_online_state_alone(tapes, model, denoiser, monkeypatch):
+    config = FAST.replace(mode="online", compile="graphs")
+    session = Adapter(model.float(), denoiser.float(), config)
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    session.adapt(images)
+    session.adapt(images)
+    kept = [leaf.clone() for leaf in tree_leaves(session.state_dict()) if isinstance(leaf, Tensor)]
+    with monkeypatch.context() as patch:
+        patch.setattr(recorded.RecordedProgram, "finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.adapt(images)
+    after = [leaf for leaf in tree_leaves(session.state_dict()) if isinstance(leaf, Tensor)]
+    assert all(map(torch.equal, kept, after))
+    expected = Adapter(model.float(), denoiser.float(), config.replace(compile="off"))
+    for _ in range(2):
+        expected.adapt(images)
+    assert torch.equal(session.adapt(images).outputs, expected.adapt(images).outputs)
+
+
+class Reading(nn.Module):
+    """A model that reads a value from the device."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * (2 if float(x.detach().mean()) > -1 else 1)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is_with_one_warning(tapes, model, denoiser):
+    model = Reading(model.float())
+    session = Adapter(model, denoiser.float(), FAST.replace(compile="graphs"))
+    images = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="recording one failed: operation not permitted .* Going on without graphs") as warned:
+        found = [session.adapt(image[None]) for image in images]
+    assert len(warned) == 1
+    plain = Adapter(model, denoiser.float(), FAST)
+    for one, image in zip(found, images, strict=True):
+        assert torch.equal(one.outputs, plain.adapt(image[None]).outputs)
+
+
+def test_given_pairs_run_as_they_are(tapes, model, denoiser):
+    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    sessions = [Adapter(model.float(), denoiser.float(), FAST.replace(compile=kind)) for kind in ("off", "graphs")]
+    for seed in range(3):
+        timesteps = torch.randint(0, 1000, (1, FAST.steps, 5), generator=torch.Generator().manual_seed(seed))
+        expected, found = (session.adapt(images, timesteps=timesteps) for session in sessions)
+        assert torch.equal(found.outputs, expected.outputs)
+        assert torch.equal(found.loss, expected.loss)
+
+
+def test_a_recording_keeps_what_it_reads_and_not_what_it_makes():
+    held, given = torch.ones(4), torch.zeros(4)
+    with graphs._Inputs() as inputs:
+        made = (held + given).view(2, 2)
+        made.mul_(2)
+        given.add_(made.flatten())
+    storages = {tensor.untyped_storage()._cdata for tensor in inputs.tensors.values()}
+    assert storages == {held.untyped_storage()._cdata, given.untyped_storage()._cdata}
+
+
+def test_the_oldest_recordings_are_dropped():
+    recorder = Counted()
+    session = graphs.Graphs(recorder)
+    numbers = [torch.full((3,), float(i)) for i in range(graphs.SHAPES + 1)]
+    for number in numbers:
+        assert torch.equal(session.run("twice", lambda number=number: number * 2, number), number * 2)
+    assert recorder.recordings == len(numbers)
+    assert torch.equal(session.run("twice", lambda: numbers[-1] * 2, numbers[-1]), numbers[-1] * 2)
+    assert (recorder.recordings, recorder.replays) == (len(numbers), 1)
+    session.run("twice", lambda: numbers[0] * 2, numbers[0])
+    assert recorder.recordings == len(numbers) + 1
+
+
+def test_without_a_gpu_it_runs_as_it_is(model, denoiser):
+    images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match="CUDA graphs, and the model is on cpu"):
+        session = Adapter(model.float(), denoiser.float(), FAST.replace(compile="graphs"))
+    assert torch.equal(session.adapt(images).outputs, Adapter(model.float(), denoiser.float(), FAST).adapt(images).outputs)
+
+
+def test_bitsandbytes_cannot_be_recorded():
+    for kind in ("graphs", "regional+graphs"):
+        with pytest.raises(ValueError, match=r"optimizer is 'adam8bit' with compile '.*graphs'"):
+            AdaptConfig(optimizer="adam8bit", compile=kind)
