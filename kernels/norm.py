@@ -78,6 +78,36 @@ class _GatedNorm(torch.autograd.Function):
         return found[0] if wanted else None, None if branch is None else found[1], found[2], None
 
 
+class _Unbatched(torch.autograd.Function):
+    """Runs the B calls that vmap has batched as one call with B · N rows.
+
+    The tensors are unwrapped first, so autograd records the plain call, and backward() below is never called.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, branch: Tensor | None, modulation: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return gated_norm(x, branch, modulation, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Saves nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise NotImplementedError("gated_norm was differentiated inside torch.vmap")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *given: Any) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+        *tensors, eps = given
+        rows = [
+            None if tensor is None else (tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0))
+            for tensor, dim in zip(tensors, in_dims, strict=False)
+        ]
+        flat: list[Any] = [None if tensor is None else tensor.flatten(0, 1) for tensor in rows]
+        found = gated_norm(flat[0], flat[1], flat[2], eps)
+        return tuple(tensor.unflatten(0, (info.batch_size, -1)) for tensor in found), (0, 0)
+
+
 def _check(x: Tensor, branch: Tensor | None, modulation: Tensor) -> None:
     if x.ndim != 3 or x.numel() == 0 or not x.is_floating_point():
         raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; give a non-empty, floating-point [N, T, D]")
@@ -109,7 +139,12 @@ def gated_norm(x: Tensor, branch: Tensor | None, modulation: Tensor, eps: float 
     _check(x, branch, modulation)
     given = (x, modulation) if branch is None else (x, branch, modulation)
     traced = torch.compiler.is_compiling()  # the compiler fuses plain operators, and knows nothing of a kernel's insides
-    if traced or x.device.type == "cpu" or backends.choose(x.dtype, *given) is reference:
+    if traced or x.device.type == "cpu":
+        return reference.gated_norm(x, branch, modulation, eps)
+    if any(torch._C._functorch.is_batchedtensor(tensor) for tensor in given):
+        unwrapped: tuple[Tensor, Tensor] = _Unbatched.apply(x, branch, modulation, eps)
+        return unwrapped
+    if backends.choose(x.dtype, *given) is reference:
         return reference.gated_norm(x, branch, modulation, eps)
     x, branch = x.contiguous(), None if branch is None else branch.contiguous()
     if modulation.stride(1) != 1:

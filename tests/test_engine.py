@@ -313,6 +313,47 @@ def test_a_budget_holds(floats, denoiser_parameters, tmp_path):
     assert peaks[0] < peaks[1]  # room is used
 
 
+WITH_ADAPTERS = CONFIG.replace(denoiser_parameters="lora", lora_targets=("qkv", "fc1"), guard=0, optimizer="sgd", lr=0.02, denoiser_lr=0.02)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chunk": 2},
+        {"objective": "noise_mix", "top_k": 2, "drawn_classes": 1},
+        {"objective": "noise_mix", "top_k": 2, "null_condition": True, "loss": "l1"},
+    ],
+    ids=["embedding", "noise mixing", "null condition"],
+)
+def test_adapters_of_a_batch_run_together_as_they_would_image_by_image(model, denoiser, images, change):
+    session = Adapter(model, denoiser, WITH_ADAPTERS.replace(**change, parameters="norm"))
+    expected = [session.adapt(images[i : i + 1], image_ids=torch.tensor([i])) for i in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = session.adapt(images[:3])
+    assert not session.engine.program.problem.denoiser_loop
+    for i, one in enumerate(expected):
+        torch.testing.assert_close(found.outputs[i : i + 1], one.outputs)
+        torch.testing.assert_close(found.loss[i : i + 1], one.loss)
+    assert (found.outputs - found.outputs_before).abs().max() > 1e-3
+
+
+def test_adapters_run_image_by_image_where_vmap_fails(model, denoiser, images):
+    class Reading(type(denoiser)):
+        def forward(self, x_t, timesteps, condition):
+            return super().forward(x_t, timesteps, condition) * (1 if float(x_t.detach().mean()) > -100 else 2)
+
+    expected = Adapter(model, denoiser, WITH_ADAPTERS).adapt(images[:3])
+    denoiser.__class__ = Reading
+    session = Adapter(model, denoiser, WITH_ADAPTERS)
+    with pytest.warns(UserWarning, match="run one by one: vmap fails") as warned:
+        found = [session.adapt(images[:3]) for _ in range(2)][1]
+    assert len(warned) == 1
+    assert session.engine.program.problem.denoiser_loop
+    assert not session.engine.program.problem.loop
+    torch.testing.assert_close(found.outputs, expected.outputs)
+
+
 @pytest.mark.parametrize("denoiser_parameters", ["all", "lora"])
 @pytest.mark.parametrize("mode", ["episodic", "online"])
 def test_activations_that_are_made_again_see_the_adapted_weights(floats, monkeypatch, denoiser_parameters, mode):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.kernels import Pairs, add_noise, denoising_loss, gated_norm, mix_condition
+from dtta_fast.kernels import Pairs, add_noise, denoising_loss, gated_norm, mix_condition, norm
 from dtta_fast.kernels.philox import normal
 
 pytestmark = pytest.mark.quick
@@ -115,6 +115,22 @@ def test_gated_norm(device, gated):
     assert torch.autograd.gradcheck(lambda *tensors: gated_norm(*tensors, eps=1e-3)[1], given)
     with torch.no_grad():
         torch.testing.assert_close(gated_norm(*given, eps=1e-3), (total.detach(), normed.detach()))
+
+
+@pytest.mark.parametrize("dims", [(0, 0, 0), (0, 1, None), (None, None, 0)])
+def test_gated_norm_of_a_batch_is_one_call(dims):
+    """The form that a GPU takes under vmap, whose kernel has no rule of its own: rows of all calls together, with their gradients."""
+    shapes = [(2, 4, 5), (2, 4, 5), (2, 15)]
+    tensors = []
+    for shape, dim in zip(shapes, dims, strict=True):
+        whole = shape if dim is None else (*shape[:dim], 3, *shape[dim:])
+        tensors.append(torch.randn(whole, dtype=torch.float64, requires_grad=True))
+    found = torch.vmap(lambda *given: norm._Unbatched.apply(*given, 1e-6), dims)(*tensors)
+    each = [[tensor if dim is None else tensor.select(dim, i) for tensor, dim in zip(tensors, dims, strict=True)] for i in range(3)]
+    expected = [torch.stack(parts) for parts in zip(*(gated_norm(*given) for given in each), strict=True)]
+    torch.testing.assert_close(list(found), expected)
+    slopes = [torch.randn_like(part) for part in expected]
+    torch.testing.assert_close(torch.autograd.grad(found, tensors, slopes), torch.autograd.grad(expected, tensors, slopes))
 
 
 def test_bad_tokens_are_named():

@@ -48,32 +48,38 @@ def pair_losses(
 
 
 class Noised(NamedTuple):
-    """The rows of a chunk: x_t [N, C, h, w] and timesteps [N], with N = images * pairs."""
+    """The rows of a chunk: x_t [N, C, h, w] and timesteps [N], with N = images * pairs.
+
+    own_weights: whether the denoiser's weights have a leading image dimension.
+    """
 
     x_t: Tensor
     timesteps: Tensor
     images: int
     pairs: int
+    own_weights: bool = False
 
     def denoised(self, denoiser: Denoiser, weights: Parameters, conditions: Tensor) -> Tensor:
         """Returns predictions [N, M, C', h, w] for every row under each of its image's conditions [B, M, ...]."""
         images, pairs, count = self.images, self.pairs, conditions.shape[1]
         if count == 1:
-            return _prediction(denoiser, weights, self.x_t, self.timesteps, conditions[:, 0])[:, None]
+            return self._predictions(denoiser, weights, self.x_t, self.timesteps, conditions)[:, None]
         x_t, timesteps = (  # an image's rows, repeated for each condition: what a condition's pairs share is computed once
             rows.unflatten(0, (images, pairs))[:, None].expand(images, count, pairs, *rows.shape[1:]).flatten(0, 2)
             for rows in (self.x_t, self.timesteps)
         )
-        found = _prediction(denoiser, weights, x_t, timesteps, conditions.flatten(0, 1))
+        found = self._predictions(denoiser, weights, x_t, timesteps, conditions)
         return found.unflatten(0, (images, count, pairs)).transpose(1, 2).flatten(0, 1)
 
-
-def _prediction(denoiser: Denoiser, weights: Parameters, x_t: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
-    """Calls the denoiser under the adapted weights, or if there are none directly: looking for its buffers alone takes a millisecond."""
-    if weights:
-        return call(denoiser, weights, x_t, timesteps, conditions, per_image=False)
-    prediction: Tensor = denoiser(x_t, timesteps, conditions)
-    return prediction
+    def _predictions(self, denoiser: Denoiser, weights: Parameters, x_t: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
+        """Calls the denoiser under the adapted weights, or directly if there are none."""
+        if self.own_weights:
+            rows, times = (given.unflatten(0, (self.images, -1)) for given in (x_t, timesteps))
+            return call(denoiser, weights, rows, times, conditions, per_image=True).flatten(0, 1)
+        if weights:
+            return call(denoiser, weights, x_t, timesteps, conditions.flatten(0, 1), per_image=False)
+        prediction: Tensor = denoiser(x_t, timesteps, conditions.flatten(0, 1))
+        return prediction
 
 
 # maps heads, which the task derives from the model's outputs, to predictions [N, C', h, w] to compare with the target; only the first
@@ -120,9 +126,11 @@ def accumulated_gradients(
     chunk: int,
     l1: bool,
     per_image: bool,
+    batched: bool = False,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], float]:
     """Computes the loss of `predict`'s predictions, averaged over the pairs, and its gradients.
 
+    batched: whether weights phi of an image's own run together with those of the others, and not image by image.
     Pairs run in chunks of `chunk` per image. A chunk keeps only its contribution to the gradients, so peak memory is that of one chunk.
 
     Returns:
@@ -131,7 +139,8 @@ def accumulated_gradients(
         images if per_image is set, and of their mean otherwise (one set of weights for the batch).
     """
     images, pairs = drawn.timesteps.shape
-    if per_image and phi:
+    own_weights = per_image and bool(phi)
+    if own_weights and (not batched or denoiser.checkpointing):  # vmap cannot recompute
         return _image_by_image(predict, denoiser, phi, heads, drawn, chunk, l1)
     leaves = [leaf(head) if head.requires_grad else head.detach() for head in heads]
     # cast once per step, not once per chunk
@@ -149,7 +158,9 @@ def accumulated_gradients(
             with phase("noising"):
                 x_t = add_noise(part, dtype)
             with phase("denoiser forward"):
-                predictions = predict(denoiser, weights, leaves, Noised(x_t, part.timesteps.flatten(), *part.timesteps.shape))
+                predictions = predict(
+                    denoiser, weights, leaves, Noised(x_t, part.timesteps.flatten(), images, part.timesteps.shape[1], own_weights)
+                )
             with phase("loss"):
                 upstream = torch.full_like(part.timesteps, scale / divisor, dtype=torch.float64)
                 found = [denoising_loss_and_gradient(p.detach(), upstream, part, l1) for p in predictions]

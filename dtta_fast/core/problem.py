@@ -22,7 +22,8 @@ class Problem:
     """Everything that stays constant from step to step. The modules are private copies.
 
     lr, denoiser_lr: 0-dim, on the modules' device, in the dtype that optimizers.rate() gives. row_counts: which row counts a forward pass
-    of the guard may have, see guard.forward_rows(). loop: whether images with separate weights run one by one. forward: the compiled
+    of the guard may have, see guard.forward_rows(). loop: whether images with separate weights of the model run one by one.
+    denoiser_loop: the same for the denoiser's adapters. forward: the compiled
     version of step.forward(), if there is one. cumulative: the timesteps' cumulative density, if they are calibrated.
     """
 
@@ -34,12 +35,18 @@ class Problem:
     denoiser_lr: Tensor
     row_counts: RowCounts = "any"
     loop: bool = False
+    denoiser_loop: bool = False
     forward: Callable[..., Tensor] | None = None
     cumulative: Tensor | None = None
 
     @property
     def per_image(self) -> bool:
         return self.config.mode == "episodic"
+
+    @property
+    def batches_denoiser(self) -> bool:
+        """Whether an image's own weights of the denoiser run together with those of others: adapters do, as they are little of the work."""
+        return self.config.denoiser_parameters == "lora" and not self.denoiser_loop
 
     @property
     def class_task(self) -> ClassTask:

@@ -115,7 +115,7 @@ def gradients(
         )
     drawn = Pairs(x0, denoiser.process.table, timesteps, image_ids, config.seed, draws.step(state.step), noise=noise)
     loss, to_heads, to_phi, scale = accumulated_gradients(
-        predict, denoiser, phi, heads, drawn, schedule.chunk, config.loss == "l1", problem.per_image
+        predict, denoiser, phi, heads, drawn, schedule.chunk, config.loss == "l1", problem.per_image, problem.batches_denoiser
     )
     with phase("classifier"):
         moving, through_heads = [*theta.values(), *phi.values()], [head for head in heads if head.requires_grad]

@@ -111,8 +111,8 @@ class Planner:
         """
         config, together = self._config, len(inputs)
         forwards = problem.forwards()
-        # a denoiser with separate weights for each image runs image by image
-        abreast = 1 if problem.per_image and config.denoiser_parameters != "frozen" else together
+        own = problem.per_image and config.denoiser_parameters != "frozen"  # weights of the denoiser, for each image
+        abreast = 1 if own and not problem.batches_denoiser else together
         rows, checkpoint = ROWS_AT_ONCE if config.chunk == "auto" else config.chunk * abreast * forwards, False
         if self._budget is not None:
             most = pairs if config.chunk == "auto" else min(pairs, config.chunk)
@@ -124,7 +124,7 @@ class Planner:
                 rows = min(rows, max(ROWS_AT_ONCE, forwards * together))
         rows = self._limits["step"].of(rows)
         together = min(max(1, rows // forwards), together)
-        abreast = min(abreast, together)
+        abreast = 1 if own and checkpoint else min(abreast, together)
         fitting = max(1, rows // (abreast * forwards))
         chunk = fitting if config.chunk == "auto" else min(config.chunk, fitting)
         self._at_once, self._least = abreast * forwards * min(chunk, pairs), forwards

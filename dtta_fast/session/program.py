@@ -18,7 +18,7 @@ from dtta_fast.core import diffusion_classifier, guard, step
 from dtta_fast.core.guard import Answers, usable, where
 from dtta_fast.core.problem import Problem, RowCounts, Schedule
 from dtta_fast.core.step import State
-from dtta_fast.core.weights import Parameters, anchor, source_weights
+from dtta_fast.core.weights import Parameters, anchor, call, in_dtypes_of, source_weights
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime import compiling
 from dtta_fast.runtime.clock import Clock
@@ -51,6 +51,7 @@ class ModuleProgram(Program):
             row_counts = "one"
             compiling.compile_regions(problem.denoiser.regions())
             self._forward = compiling.compiled(step.forward)
+            problem = dataclasses.replace(problem, denoiser_loop=True)  # its blocks are compiled for plain tensors
             if compile == "step":
                 self._step = compiling.compiled(step.adaptation_step)
             else:
@@ -63,7 +64,7 @@ class ModuleProgram(Program):
         self.compile = compile
         self._planner = planner
         self._ran = self._stepped = False  # the first run's checks are done
-        self._batched = False  # vmap is known to work on these modules
+        self._tried: set[str] = set()  # the modules of which is known whether vmap can batch them
         # one for a single image, one for several: their weights have different layouts, and so round differently
         self._storage: dict[bool, State] = {}
 
@@ -192,29 +193,46 @@ class ModuleProgram(Program):
                     self._storage[images == 1] = kept
             else:
                 step.restore_(kept, theta, phi, batch.matched_outputs)
-        if problem.per_image and images > 1 and not (problem.loop or self._batched):
-            self._try_batching(kept, batch.inputs)
+        if problem.per_image and images > 1:
+            self._try_batching(kept, batch)
         return kept, batch
 
+    def _try_batching(self, state: State, batch: Batch) -> None:
+        """Tests whether vmap can batch the forward and backward passes of images with weights of their own; if not, they run one by one."""
+        problem = self.problem
+        if not problem.loop and "model" not in self._tried:
+            fails = self._fails(problem.model, state.theta, lambda theta: step.forward(problem, theta, batch.inputs))
+            self.problem = dataclasses.replace(self.problem, loop=fails)
+            self._tried.add("model")
+        if problem.batches_denoiser and not problem.denoiser.checkpointing and "denoiser" not in self._tried:
+            conditions = problem.task.decision(batch.matched_outputs, problem.denoiser)[:, None]
+            rows = batch.x0[:, None].to(problem.denoiser.dtype), torch.zeros_like(batch.image_ids)[:, None], conditions
+
+            def denoised(phi: Parameters) -> Tensor:
+                return call(problem.denoiser, in_dtypes_of(problem.denoiser, phi), *rows, per_image=True)
+
+            self.problem = dataclasses.replace(self.problem, denoiser_loop=self._fails(problem.denoiser, state.phi, denoised))
+            self._tried.add("denoiser")
+
+    @staticmethod
     @torch.enable_grad()
-    def _try_batching(self, state: State, inputs: Tensor) -> None:
-        """Tests whether vmap can batch the model's forward and backward passes; if it cannot, images run one by one."""
-        theta = {name: p.detach().requires_grad_() for name, p in state.theta.items()}
+    def _fails(module: nn.Module, weights: Parameters, run: Callable[[Parameters], Tensor]) -> bool:
+        """Returns whether run(weights) fails under vmap, forward or backward, with a warning that says why."""
+        leaves = {name: p.detach().requires_grad_() for name, p in weights.items()}
         outer = sys.exc_info()[1]
         try:
-            with refusing_kept_tensors(self.problem.model):
-                outputs = step.forward(self.problem, theta, inputs)
+            with refusing_kept_tensors(module):
+                outputs = run(leaves)
                 if outputs.requires_grad:
-                    torch.autograd.grad(outputs, list(theta.values()), torch.ones_like(outputs), allow_unused=True)
+                    torch.autograd.grad(outputs, list(leaves.values()), torch.ones_like(outputs), allow_unused=True)
         except Exception as error:  # whatever a module raises under vmap
             # a TimeoutError belongs to the caller
             if out_of_memory(error) or isinstance(error, OSError) or interrupt_behind(error, outer) is not None:
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             warn(f"images with weights of their own run one by one: vmap fails ({reason})")
-            self.problem = dataclasses.replace(self.problem, loop=True)
-        else:
-            self._batched = True
+            return True
+        return False
 
     def copied(self, online: State) -> State:
         """Copies an online state."""

@@ -161,6 +161,7 @@ CASES = [
     ("subset", "DUSA", presets.DUSA),
     ("vit", "FAST", presets.FAST),
     ("vit", "FAST lora", presets.FAST.replace(parameters="lora")),
+    ("vit", "FAST both by lora", presets.FAST.replace(parameters="lora", denoiser_parameters="lora")),
     ("vit", "PAPER lora", PAPER.replace(denoiser_parameters="frozen", parameters="lora")),
     ("zero_shot", "FAST", presets.FAST.replace(timesteps="stratified")),
     ("zero_shot", "FAST lora", presets.FAST.replace(timesteps="stratified", parameters="lora")),
@@ -169,7 +170,12 @@ CASES = [
     *[(kind, "DENSE, denoiser too", DENSE.replace(denoiser_parameters="all", mode="online", precheck="off")) for kind in sorted(MAPS)],
 ]
 TRACED = [case for case in CASES if case[1] in (*CLASSES, "FAST lora", "DENSE") and case[:2] != ("zero_shot", "FAST lora")]
-FIRST = {*(f"classification-{name}" for name in CLASSES), "subset-FAST", "vit-FAST lora"}  # the others are marked slow
+FIRST = {
+    *(f"classification-{name}" for name in CLASSES),
+    "subset-FAST",
+    "vit-FAST lora",
+    "vit-FAST both by lora",
+}  # the others are marked slow
 
 
 def _named(cases: list[Any]) -> list[Any]:
