@@ -1,4 +1,4 @@
-"""The engine's ops: noising, loss and condition mixing. See schema.py for their signatures."""
+"""The engine's ops: draws, noising, loss and condition mixing (schema.py), and the normalisation of a DiT's tokens (norm.py)."""
 
 from dtta_fast.kernels.norm import gated_norm
 from dtta_fast.kernels.pairs import Pairs

@@ -64,7 +64,11 @@ class _GatedNorm(torch.autograd.Function):
         total, normed, mean, rstd = torch.ops.dtta_fast.gated_norm(x, branch, modulation, eps, True)
         ctx.save_for_backward(x if branch is None else total, branch, modulation, mean, rstd)
         ctx.set_materialize_grads(False)
-        return (x.view_as(x) if branch is None else total), normed
+        if branch is None:
+            total = x.view_as(x)
+            if not ctx.needs_input_grad[0]:
+                ctx.mark_non_differentiable(total)
+        return total, normed
 
     @staticmethod
     @once_differentiable

@@ -14,7 +14,7 @@ from dtta_fast.core.guard import held_out_losses
 from dtta_fast.core.loss import pair_losses
 from dtta_fast.core.problem import Schedule
 from dtta_fast.kernels import Pairs
-from dtta_fast.session.memory import out_of_memory
+from dtta_fast.runtime.failures import out_of_memory
 
 CONFIG = AdaptConfig(steps=2, pairs=4, lr=1e-2)
 

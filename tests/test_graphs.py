@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from dtta_fast import AdaptConfig, Adapter, presets
+from dtta_fast import AdaptConfig, Adapter, presets, zoo
 from dtta_fast.measure.counting import Counter
 from dtta_fast.runtime import graphs
 from dtta_fast.session import recorded
@@ -65,10 +66,10 @@ class Counted:
     def __init__(self) -> None:
         self.recordings = self.replays = 0
 
-    def __call__(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    def __call__(self, function: Callable[[], Any]) -> Callable[[], None]:
         tape = Tape()
         with tape:
-            found = function()
+            function()
         tape.undo()
         self.recordings += 1
 
@@ -77,7 +78,7 @@ class Counted:
             with _disable_current_modes():
                 tape.replay()
 
-        return found, replay
+        return replay
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> Counted:
     """Sessions that ask for graphs record on tapes."""
     made = Counted()
     monkeypatch.setattr(graphs, "there_are_on", lambda device: True)
-    monkeypatch.setattr(recorded, "Graphs", functools.partial(graphs.Graphs, made))
+    monkeypatch.setattr(recorded, "Graphs", functools.partial(graphs.Graphs, record=made))
     return made
 
 
@@ -203,6 +204,96 @@ def test_what_cannot_be_recorded_runs_as_it_is_with_one_warning(tapes, model, de
         assert torch.equal(one.outputs, plain.adapt(image[None]).outputs)
 
 
+@pytest.mark.parametrize("error", [AssertionError(), TimeoutError("alarm"), RuntimeError("CUDA out of memory")])
+def test_an_error_while_recording(error):
+    """What the recording raises turns recordings off; a timeout and memory are for others to handle."""
+
+    def record(function: Callable[[], Any]) -> Callable[[], None]:
+        raise error
+
+    session, number = graphs.Graphs(torch.device("cpu"), False, record), torch.ones(3)
+    if isinstance(error, AssertionError):
+        with pytest.warns(UserWarning, match="recording one failed: AssertionError Going on without graphs"):
+            assert torch.equal(session.run("twice", lambda: number * 2, number), number * 2)
+        assert session.failed
+        assert torch.equal(session.run("twice", lambda: number * 2, number), number * 2)
+    else:
+        with pytest.raises(type(error), match=str(error)):
+            session.run("twice", lambda: number * 2, number)
+        assert not session.failed
+
+
+def test_compiled_code_is_not_watched_while_it_is_recorded(model, denoiser, monkeypatch):
+    """torch runs no compiled code while operators are watched. The recorder here runs the function again in place of a replay."""
+    calls = []
+
+    def again(function: Callable[[], Any]) -> Callable[[], None]:
+        calls.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(graphs, "there_are_on", lambda device: True)
+    monkeypatch.setattr(recorded, "Graphs", functools.partial(graphs.Graphs, record=again))
+    torch._dynamo.reset()
+    session = Adapter(model.float(), denoiser.float(), FAST.replace(compile="regional+graphs"))
+    plain = Adapter(model.float(), denoiser.float(), FAST)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*(recording one failed|compilation failed)")
+        for image in torch.rand(3, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0)):
+            torch.testing.assert_close(session.adapt(image).outputs, plain.adapt(image).outputs, rtol=1e-4, atol=1e-5)
+    assert calls
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("mode", ["episodic", "online"])
+def test_after_a_warm_up_nothing_is_recorded(mode, tapes, model, denoiser):
+    config = FAST.replace(match="both", mode=mode, compile="graphs", guard_threshold=0.0)
+    denoiser = denoiser.float()
+    denoiser.calibration = zoo.load("digits")[1].calibration
+    session = Adapter(model.float(), denoiser, config)
+    session.warmup(torch.rand(3, 3, 16, 16))
+    before, asked = tapes.recordings, set()
+    for images in torch.rand(8, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) ** 3:
+        asked.add(int(session.adapt(images).evaluations.sum()))
+    session.reset()
+    session.adapt(images)
+    assert tapes.recordings == before
+    assert len(asked) > 1
+
+
+def test_a_batch_adapts_the_images_that_the_pre_check_selects(tapes, model, denoiser):
+    denoiser = denoiser.float()
+    denoiser.calibration = zoo.load("digits")[1].calibration
+    config = FAST.replace(match="both", precheck="answer", guard=0, guard_threshold=0.0)
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)) ** 3
+    plain, session = (Adapter(model.float(), denoiser, config.replace(compile=kind)) for kind in ("off", "graphs"))
+    for _ in range(2):
+        expected, found = plain.adapt(images), session.adapt(images)
+        assert torch.equal(found.outputs, expected.outputs)
+        assert torch.equal(found.evaluations, expected.evaluations)
+    assert 0 < int((expected.evaluations > 0).sum()) < 6
+
+
+def test_memory_of_recordings_is_given_up_first(tapes, model, denoiser, monkeypatch):
+    """A call that runs out of memory is made again without the recordings, on as many rows."""
+    session = Adapter(model.float(), denoiser.float(), FAST.replace(compile="graphs"))
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = session.adapt(images)
+    chunk, step, failures = session.engine.program.schedule.chunk, recorded.RecordedProgram.step, []
+
+    def failing(*given: Any) -> Tensor:
+        if not failures:
+            failures.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(*given)
+
+    monkeypatch.setattr(recorded.RecordedProgram, "step", failing)
+    before = tapes.recordings
+    assert torch.equal(session.adapt(images).outputs, expected.outputs)
+    assert tapes.recordings > before
+    assert session.engine.program.schedule.chunk == chunk
+
+
 def test_given_pairs_run_as_they_are(tapes, model, denoiser):
     images = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     sessions = [Adapter(model.float(), denoiser.float(), FAST.replace(compile=kind)) for kind in ("off", "graphs")]
@@ -225,15 +316,23 @@ def test_a_recording_keeps_what_it_reads_and_not_what_it_makes():
 
 def test_the_oldest_recordings_are_dropped():
     recorder = Counted()
-    session = graphs.Graphs(recorder)
-    numbers = [torch.full((3,), float(i)) for i in range(graphs.SHAPES + 1)]
-    for number in numbers:
-        assert torch.equal(session.run("twice", lambda number=number: number * 2, number), number * 2)
-    assert recorder.recordings == len(numbers)
-    assert torch.equal(session.run("twice", lambda: numbers[-1] * 2, numbers[-1]), numbers[-1] * 2)
+    session = graphs.Graphs(torch.device("cpu"), False, recorder)
+    numbers = [torch.full((3,), float(i)) for i in range(graphs.RECORDINGS + 1)]
+
+    def twice(i: int) -> None:
+        assert torch.equal(session.run("twice", lambda: numbers[i] * 2, numbers[i]), numbers[i] * 2)
+
+    for i in range(graphs.RECORDINGS):
+        twice(i)
+    twice(0)  # now the one used last
+    twice(graphs.RECORDINGS)
     assert (recorder.recordings, recorder.replays) == (len(numbers), 1)
-    session.run("twice", lambda: numbers[0] * 2, numbers[0])
-    assert recorder.recordings == len(numbers) + 1
+    twice(0)
+    assert (recorder.recordings, recorder.replays) == (len(numbers), 2)
+    twice(1)
+    assert (recorder.recordings, recorder.replays) == (len(numbers) + 1, 2)
+    assert session.forget()
+    assert not session.forget()
 
 
 def test_without_a_gpu_it_runs_as_it_is(model, denoiser):

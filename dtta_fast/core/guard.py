@@ -91,12 +91,12 @@ def selected_losses(
     problem: Problem, schedule: Schedule, conditions: Tensor, x0: Tensor, image_ids: Tensor, step: Tensor, wanted: list[list[bool]]
 ) -> list[Tensor]:
     """Returns held_out_losses() [B, guard] under each of the conditions [A, B, ...]; zero where wanted[answer][image] is false."""
-    answers, images = places(wanted).to(x0.device, non_blocking=True)
+    answers, images = wanted_indices(wanted).to(x0.device, non_blocking=True)
     found = held_out_losses(problem, schedule, conditions[answers, images], x0[images], image_ids[images], step)
     return list(found.new_zeros(*conditions.shape[:2], found.shape[1]).index_put((answers, images), found))
 
 
-def places(wanted: list[list[bool]]) -> Tensor:
+def wanted_indices(wanted: list[list[bool]]) -> Tensor:
     """Returns the answer and the image [2, N] of each wanted loss, on the CPU: image by image, so that an image's run in one forward."""
     chosen = [(answer, image) for image, column in enumerate(zip(*wanted, strict=True)) for answer, ask in enumerate(column) if ask]
     return torch.tensor([list(column) for column in zip(*chosen, strict=True)], dtype=torch.int64, device="cpu")
@@ -146,10 +146,10 @@ def forward_rows(images: int, pairs: int, most: int, row_counts: RowCounts) -> l
     if row_counts == "one" or not together:
         return [most] * -(-rows // most)
     whole, rest = divmod(images, together)
-    return [together * pairs] * whole + [min(together, few(rest)) * pairs] * (rest > 0)
+    return [together * pairs] * whole + [min(together, padded_count(rest)) * pairs] * (rest > 0)
 
 
-def few(count: int) -> int:
+def padded_count(count: int) -> int:
     """Returns the least of 1, 2, 3, 4, 6, 8, 12 .. that is at least `count`."""
     power = 1 << (count - 1).bit_length()
     return power * 3 // 4 if count <= power * 3 // 4 and power > 2 else power

@@ -72,14 +72,10 @@ class Noised(NamedTuple):
         return found.unflatten(0, (images, count, pairs)).transpose(1, 2).flatten(0, 1)
 
     def _predictions(self, denoiser: Denoiser, weights: Parameters, x_t: Tensor, timesteps: Tensor, conditions: Tensor) -> Tensor:
-        """Calls the denoiser under the adapted weights, or directly if there are none."""
-        if self.own_weights:
-            rows, times = (given.unflatten(0, (self.images, -1)) for given in (x_t, timesteps))
-            return call(denoiser, weights, rows, times, conditions, per_image=True).flatten(0, 1)
-        if weights:
+        if not self.own_weights:
             return call(denoiser, weights, x_t, timesteps, conditions.flatten(0, 1), per_image=False)
-        prediction: Tensor = denoiser(x_t, timesteps, conditions.flatten(0, 1))
-        return prediction
+        rows, times = (given.unflatten(0, (self.images, -1)) for given in (x_t, timesteps))
+        return call(denoiser, weights, rows, times, conditions, per_image=True).flatten(0, 1)
 
 
 # maps heads, which the task derives from the model's outputs, to predictions [N, C', h, w] to compare with the target; only the first

@@ -82,13 +82,13 @@ class DiT(Denoiser):
     def joinable(self) -> list[list[str]]:
         """The modulations of all blocks and of the final layer: each is a product with the same condition."""
         parts = [*(f"network.blocks.{i}" for i in range(len(self.network.blocks))), "network.final_layer"]
-        layers = {name: self.get_submodule(name) for name in (f"{part}.adaLN_modulation.1" for part in parts)}
+        names, known = [f"{part}.adaLN_modulation.1" for part in parts], dict(self.named_modules())
+        layers = [known.get(name) for name in names]
         if any(
-            type(layer) is not nn.Linear or "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
-            for layer in layers.values()
+            type(layer) is not nn.Linear or "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks for layer in layers
         ):
             return []  # adapters, quantised layers and patched ones compute something else
-        return [[f"{name}.{kind}" for name in layers] for kind in ("weight", "bias")]
+        return [[f"{name}.{kind}" for name in names] for kind in ("weight", "bias")]
 
     def use_joined(self, tensors: list[Tensor]) -> None:
         weight, bias = tensors

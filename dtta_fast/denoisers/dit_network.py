@@ -95,6 +95,10 @@ class _FinalLayer(nn.Module):
         self.linear = nn.Linear(hidden_size, out_features)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
+    def forward(self, normed: Tensor) -> Tensor:
+        output: Tensor = self.linear(normed)
+        return output
+
 
 class _TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequency_size: int = 256) -> None:
@@ -212,8 +216,11 @@ class DiTNetwork(nn.Module):
         tokens, normed = gated_norm(tokens, None, first)
         for block, middle, last in zip(self.blocks, others[::2], others[1::2], strict=True):
             given = (tokens, normed, middle, last)
-            tokens, normed = checkpoint(block, *given, use_reentrant=False) if checkpointing else block(*given)
-        tokens = self.final_layer.linear(normed)
+            if checkpointing:  # no random numbers are drawn, and a CUDA graph could not save their generator's state
+                tokens, normed = checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens, normed = block(*given)
+        tokens = self.final_layer(normed)
         side, p = self.input_size // self.patch_size, self.patch_size
         grid = tokens.reshape(-1, side, side, p, p, self.out_channels)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, self.out_channels, self.input_size, self.input_size)

@@ -17,8 +17,8 @@ from dtta_fast.runs.config import RunConfig
 from dtta_fast.runs.content import digest
 from dtta_fast.runs.models import image_size, load_models
 from dtta_fast.runs.records import Record, rounded
+from dtta_fast.runtime.failures import out_of_memory
 from dtta_fast.session.adapter import Adapter
-from dtta_fast.session.memory import out_of_memory
 from dtta_fast.session.result import AdaptResult
 from dtta_fast.tasks.base import ClassTask
 

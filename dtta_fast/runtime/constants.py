@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch._guards import detect_fake_mode
@@ -15,6 +17,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+_NOTED: ContextVar[list[Any] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def noting(constants: list[Any]) -> Iterator[None]:
+    """Appends to the list every constant that is asked for, since the cache may let go of it."""
+    token = _NOTED.set(constants)
+    try:
+        yield
+    finally:
+        _NOTED.reset(token)
+
+
 def kept(make: Callable[P, T]) -> Callable[P, T]:
     """Caches the results of `make` for the latest arguments, which must be hashable. Tensors made during a trace are not cached."""
     remembered = functools.lru_cache(maxsize=32)(torch.inference_mode(False)(make))
@@ -23,7 +38,10 @@ def kept(make: Callable[P, T]) -> Callable[P, T]:
     def get(*args: P.args, **kwargs: P.kwargs) -> T:
         if is_tracing() or detect_fake_mode() is not None:
             return make(*args, **kwargs)
-        return remembered(*args, **kwargs)  # type: ignore[arg-type]
+        found = remembered(*args, **kwargs)  # type: ignore[arg-type]
+        if (noted := _NOTED.get()) is not None:
+            noted.append(found)
+        return found
 
     get.forget = remembered.cache_clear  # type: ignore[attr-defined]
     return get

@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, TypeVar
+from contextlib import nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dtta_fast.runtime.constants import noting
+from dtta_fast.runtime.failures import is_not_of_the_trial, reason
 from dtta_fast.runtime.warn import warn
 
 T = TypeVar("T")
-# runs a function once and returns its result, and what computes the result again, in the same memory, from what the inputs then hold
-Recorder = Callable[[Callable[[], Any]], tuple[Any, Callable[[], None]]]
-SHAPES = 24  # recordings that are kept: a recording holds all the memory that its function needs
+# takes a function that writes its results to tensors that exist already, and returns one that launches the same kernels again
+Recorder = Callable[[Callable[[], Any]], Callable[[], None]]
+RECORDINGS, PLACES, TOKENS = 64, 1024, 4096  # that a session keeps
+_CAPTURING = threading.Lock()  # a capture waits for the whole device, which would break another one
+
+
+class CudaGraphs:
+    """A Recorder of CUDA graphs on one device, which share memory: none of them runs while another does.
+
+    Capturing runs no kernel. The stream is the session's own: cuBLAS keeps a workspace for each stream, which kernels of two sessions
+    must not share.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: tuple[torch.cuda.Stream, Any] | None = None
+
+    def __call__(self, function: Callable[[], Any]) -> Callable[[], None]:
+        with _CAPTURING, torch.cuda.device(self._device), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="The CUDA Graph is empty")
+            if self._made is None:
+                self._made = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
+            (stream, pool), graph = self._made, torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                function()
+        return graph.replay
+
+
+class Recording(NamedTuple):
+    """found: the results, in the same memory each time. held: every tensor that the kernels read: a graph knows only addresses."""
+
+    found: Any
+    replay: Callable[[], None]
+    held: list[Any]
 
 
 class _Inputs(TorchDispatchMode):
@@ -40,94 +78,103 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
     return (leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout == torch.strided)
 
 
-def cuda_graph(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-    """Captures a function's kernels in a CUDA graph, with memory of its own. Capturing does not run them.
-
-    A graph holds addresses, not tensors, so the result of this function keeps every tensor that the kernels use alive.
-    """
-    graph, inputs = torch.cuda.CUDAGraph(), _Inputs()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"), inputs:
-        found = function()
-    held = inputs.tensors
-
-    def replay(held: dict[int, Tensor] = held) -> None:
-        graph.replay()
-
-    return found, replay
-
-
 class Graphs:
-    """The recordings of a session, each for one function with tensors at fixed addresses.
+    """The recordings of a session. Each is for one function, and tensors at fixed addresses.
 
-    A recording's results lie in the same memory each time: they are valid until the function runs again.
+    compiled: whether torch.compile compiled parts of the functions. Compiled code keeps its own constants alive, and does not run while
+    operators are watched.
     """
 
-    def __init__(self, record: Recorder = cuda_graph) -> None:
-        self._record = record
-        self._recordings: dict[Hashable, tuple[Any, Callable[[], None]]] = {}
-        self._fixed: dict[Hashable, Tensor] = {}
+    def __init__(self, device: torch.device, compiled: bool, record: Recorder | None = None) -> None:
+        self._device, self._compiled = device, compiled
+        self._record = CudaGraphs(device) if record is None else record
+        self._recordings: dict[Hashable, Recording] = {}  # the one used last is last
+        self._places: dict[Hashable, Tensor] = {}
+        self._tokens: dict[Hashable, int] = {}
+        self._next = itertools.count()
         self.failed = False
 
-    def place(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def place(self, name: str, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
         """Returns an unwritten tensor, at an address that is the same for each name, shape and dtype."""
-        key = name, torch.Size(shape), dtype
-        if key not in self._fixed:
-            self._fixed[key] = torch.empty(shape, dtype=dtype, device=device)
-        return self._fixed[key]
+        key = name, tuple(shape), dtype
+        if key not in self._places:
+            if len(self._places) >= PLACES:
+                self.clear()
+            self._places[key] = torch.empty(key[1], dtype=dtype, device=self._device)
+        return self._places[key]
 
     @torch.no_grad()
-    def fixed(self, name: str, tensor: Tensor, device: torch.device | None = None) -> Tensor:
-        """Returns the tensor's values at an address that is the same for every tensor of this name, shape and dtype.
-
-        device: where to; None is the tensor's own.
-        """
-        held = self.place(name, tensor.shape, tensor.dtype, device or tensor.device)
+    def placed(self, name: str, tensor: Tensor) -> Tensor:
+        """Copies a tensor, of any device, to the place() of this name."""
+        held = self.place(name, tensor.shape, tensor.dtype)
         if held.data_ptr() != tensor.data_ptr() or held.stride() != tensor.stride():
             held.copy_(tensor, non_blocking=True)
         return held
 
-    def run(self, key: Hashable, function: Callable[[], T], *tensors: Tensor) -> T:
+    def token(self, tensors: Iterable[Tensor]) -> int:
+        """Returns a number that stands for the shapes and addresses of tensors: for many of them, run() would take a millisecond."""
+        key = tuple((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
+        if key not in self._tokens:
+            if len(self._tokens) >= TOKENS:
+                self._tokens.clear()
+            self._tokens[key] = next(self._next)
+        return self._tokens[key]
+
+    def run(self, name: str, function: Callable[[], T], *tensors: Tensor, given: Hashable = ()) -> T:
         """Computes function(): as it is the first time, which loads and compiles what it needs, and is then recorded; later by a replay.
 
-        key: the function's name, and whatever else its recording depends on. tensors: what it reads and writes; a recording is for
-        their shapes and addresses. If a function cannot be recorded, all of them run as they are from then on, with one warning.
+        Its results are copied to places of the function's name: they are valid until a function of this name runs again. If a function
+        cannot be recorded, all of them run as they are from then on, with a warning.
+
+        tensors: what the function reads and writes; a recording is for their shapes and addresses. given: whatever else it depends on.
         """
         if self.failed:
             return function()
-        signature = (key, *((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors))
+        signature = name, given, self.token(tensors)
         if signature in self._recordings:
-            found, replay = self._recordings[signature]
-            replay()
-            known: T = found
+            recording = self._recordings[signature] = self._recordings.pop(signature)
+            recording.replay()
+            known: T = recording.found
             return known
-        first = function()
-        while len(self._recordings) >= SHAPES:
-            del self._recordings[next(iter(self._recordings))]
-        try:
-            self._recordings[signature] = self._record(function)
-        except torch.OutOfMemoryError:
-            raise  # fewer images at once may fit
-        except Exception as error:  # whatever an operator raises that waits for the device, or allocates on the host
-            self.clear()
-            self.failed = True
-            warn(f"compile asks for CUDA graphs, and recording one failed: {str(error).strip().splitlines()[0]} Going on without graphs")
-            return first
-        found = self._recordings[signature][0]
-        with torch.no_grad():  # at the addresses that the other functions' recordings are to read
-            for own, values in zip(_tensors(found), _tensors(first), strict=True):
-                if own.data_ptr() != values.data_ptr():
-                    own.copy_(values)
-        result: T = found
-        return result
 
-    def forget(self) -> None:
-        """Frees all recordings."""
+        def recorded() -> T:
+            leaves, form = pytree.tree_flatten(function())
+            found: T = pytree.tree_unflatten([self._result(f"{name} {i}", leaf) for i, leaf in enumerate(leaves)], form)
+            return found
+
+        first = recorded()
+        while len(self._recordings) >= RECORDINGS:
+            del self._recordings[next(iter(self._recordings))]
+        held: list[Any] = [function, *tensors]
+        inputs, outer = _Inputs(), sys.exc_info()[1]
+        try:
+            with noting(held), nullcontext() if self._compiled else inputs:
+                replay = self._record(recorded)
+        except Exception as error:  # whatever an operator raises that waits for the device, or allocates on the host
+            if is_not_of_the_trial(error, outer):
+                raise
+            self.forget()
+            self.failed = True
+            warn(f"compile asks for CUDA graphs, and recording one failed: {reason(error)} Going on without graphs")
+            return first
+        self._recordings[signature] = Recording(first, replay, [*held, *inputs.tensors.values()])
+        return first
+
+    def _result(self, name: str, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or any(leaf is place for place in self._places.values()):
+            return leaf
+        return self.placed(name, leaf)
+
+    def forget(self) -> bool:
+        """Frees all recordings; returns whether there were any."""
+        found = bool(self._recordings)
         self._recordings.clear()
+        return found
 
     def clear(self) -> None:
-        """Frees all recordings and the tensors at fixed addresses."""
+        """Frees all recordings and places."""
         self.forget()
-        self._fixed.clear()
+        self._places.clear()
 
 
 def there_are_on(device: torch.device) -> bool:

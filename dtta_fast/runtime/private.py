@@ -145,7 +145,8 @@ def _joined(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Returns a new tensor for each group of parameters, and by name the rows of it that are to hold a parameter."""
     held = dict(source.named_parameters())
-    if dtype is None or not all(name in held and name in converted and held[name].dtype != dtype for names in groups for name in names):
+    fits = (name in held and name in converted and is_plain(held[name]) and held[name].dtype != dtype for names in groups for name in names)
+    if dtype is None or not all(fits):
         return [], {}
     tensors, places = [], dict[str, Tensor]()
     for names in groups:
@@ -159,7 +160,7 @@ NAMES = "_dtta_names"  # attribute of a private copy that holds its Names
 
 
 class Names(NamedTuple):
-    """What the calls of a module need of its tensors: finding it takes about as long as launching a forward's kernels.
+    """The names that every call of a module looks up: walking through a module's parts takes a millisecond.
 
     tied: as in tied_names(). dtypes: of the parameters. buffers: the name of each, with the dictionary that holds it and its key.
     """

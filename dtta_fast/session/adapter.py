@@ -142,7 +142,7 @@ class Adapter:
                 batch = program.answered(batch, crop, checks)
         asked = checks.settle(*([] if batch.asked is None else [batch.asked]))
         rows = None if self._warming or not asked or all(asked[0]) else indices(asked[0], crop.device)
-        part = batch if rows is None or program.compile != "off" else batch.of(rows)
+        part = batch if rows is None or program.compiles else batch.of(rows)
         if rows is None or len(rows):
             with clock.phase("encode"):
                 part = program.encoded(part)

@@ -20,6 +20,7 @@ from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime import compiling, graphs
 from dtta_fast.runtime.attention import math_attention
 from dtta_fast.runtime.clock import Paces
+from dtta_fast.runtime.failures import out_of_memory
 from dtta_fast.runtime.float32 import float32_products
 from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.private import PrivateCopy
@@ -120,7 +121,7 @@ class Engine:
         with suppress(RuntimeError):  # the original error is more informative
             self._check_sources()
         interrupt = interrupt_behind(error, attempt.outer)
-        again = self._failed(error if interrupt is None else interrupt)
+        again = self._failed(error if interrupt is None else interrupt, attempt.number)
         if again or interrupt is not None:
             self.paces.clear()  # later runs take a different time
         try:
@@ -177,7 +178,7 @@ class Engine:
             self._model.check_source()
             self._denoiser.check_source()
 
-    def _failed(self, error: BaseException) -> bool:
+    def _failed(self, error: BaseException, number: int) -> bool:
         """Returns whether another attempt may succeed. The next refresh() copies anew what the failed call may have left half done."""
         if not isinstance(error, Exception):
             self._stale = True
@@ -186,6 +187,8 @@ class Engine:
             reason = str(error).strip().splitlines()[0]
             warn(f"compile is {self._compile!r}, and the compilation failed: {reason} Going on in eager mode")
             self._compile, self._stale = "off", True
+            return True
+        if number == 0 and out_of_memory(error) and self.program.frees_memory():
             return True
         if self._planner.shrink(error):
             self.program.forget_states()  # they were allocated for all of the images

@@ -106,15 +106,6 @@ class _LiveBytes(TorchDispatchMode):
         self._now -= self._alive.pop(storage, 0)
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Returns whether an allocation failed, on a GPU or on the CPU (where torch raises a plain RuntimeError)."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    # messages of the CPU allocator on Windows and Linux, of the C++ library, and of CUDA's libraries, which bypass torch's cache
-    said = ("not enough memory", "can't allocate memory", "std::bad_alloc", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
-
-
 class Needs:
     """Measures the modules of a program on the first inputs it receives."""
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.core.problem import Problem, Schedule
-from dtta_fast.session.memory import Needs, out_of_memory
+from dtta_fast.runtime.failures import out_of_memory
+from dtta_fast.session.memory import Needs
 
 ROWS_AT_ONCE = 64  # rows per denoiser forward without a budget; more did not run faster
 GUARD_ROWS = {"cpu": ROWS_AT_ONCE, "cuda": 256}  # the same for a forward without gradient, by device

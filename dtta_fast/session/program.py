@@ -22,14 +22,14 @@ from dtta_fast.core.weights import Parameters, anchor, call, in_dtypes_of, sourc
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime import compiling
 from dtta_fast.runtime.clock import Clock
+from dtta_fast.runtime.failures import is_not_of_the_trial, reason
 from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.reads import Checks
-from dtta_fast.runtime.torch_state import interrupt_behind
 from dtta_fast.runtime.trial import refusing_kept_tensors, refusing_recomputation, warning_of_random_numbers
 from dtta_fast.runtime.warn import warn
 from dtta_fast.session.checks import Request
 from dtta_fast.session.loop import Batch, Decision, Outcome, Program
-from dtta_fast.session.memory import Needs, out_of_memory
+from dtta_fast.session.memory import Needs
 from dtta_fast.session.planning import Planner
 
 
@@ -226,11 +226,9 @@ class ModuleProgram(Program):
                 if outputs.requires_grad:
                     torch.autograd.grad(outputs, list(leaves.values()), torch.ones_like(outputs), allow_unused=True)
         except Exception as error:  # whatever a module raises under vmap
-            # a TimeoutError belongs to the caller
-            if out_of_memory(error) or isinstance(error, OSError) or interrupt_behind(error, outer) is not None:
+            if is_not_of_the_trial(error, outer):
                 raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            warn(f"images with weights of their own run one by one: vmap fails ({reason})")
+            warn(f"images with weights of their own run one by one: vmap fails ({reason(error)})")
             return True
         return False
 
@@ -242,6 +240,10 @@ class ModuleProgram(Program):
     def own(self, state: State) -> State:
         """Returns an online state that no later call writes to."""
         return state
+
+    def frees_memory(self) -> bool:
+        """Gives up memory that a call does not need; returns whether there was any."""
+        return False
 
     def forget_state(self, of_one: bool) -> None:
         """Frees the storage of states of one image, or of several."""

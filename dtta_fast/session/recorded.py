@@ -23,29 +23,42 @@ NAMES = "original", "matched", "x0", "image_ids"  # the tensors of a batch that 
 class RecordedProgram(ModuleProgram):
     """A program whose recordings read a batch and a state at fixed addresses; what leaves it is copied out of their memory.
 
-    A call with `timesteps` or `noise` of its own makes its steps without them.
+    A call with `timesteps` or `noise` of its own makes its steps without them. A call on another stream than the one before records anew.
     """
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
-        self._graphs = Graphs()
-        self._number = torch.zeros((), dtype=torch.int64, device=anchor(self.problem.model).device)  # of the next step
+        device = anchor(self.problem.model).device
+        self._graphs = Graphs(device, self.compiles)
+        self._number = torch.zeros((), dtype=torch.int64, device=device)  # of the next step
+        self._online: State | None = None  # the storage of online states
+        self._token: tuple[State | None, int] = None, -1  # the last state that was asked for, and what stands for its addresses
 
     def views(self, crop: Tensor, request: Request) -> Batch:
         return self._placed(super().views(crop, request), "original", "matched")
 
     def start(self, batch: Batch, online: State | None) -> tuple[State | None, Batch]:
         self._number.zero_()
-        return super().start(self._placed(batch, *NAMES), online)
+        state, batch = super().start(self._placed(batch, *NAMES), online)
+        if online is None and state is not None and self.online:
+            state = self.copied(state)
+        return state, batch
 
     def _placed(self, batch: Batch, *names: str) -> Batch:
         held = {name: getattr(batch, name) for name in names}
-        return batch._replace(**{name: self._graphs.fixed(name, value) for name, value in held.items() if value is not None})
+        return batch._replace(**{name: self._graphs.placed(name, value) for name, value in held.items() if value is not None})
 
+    @torch.no_grad()
     def copied(self, online: State) -> State:
-        leaves, form = pytree.tree_flatten(online)
-        state: State = pytree.tree_unflatten([self._graphs.fixed(f"state {i}", leaf) for i, leaf in enumerate(leaves)], form)
-        return state
+        if self._online is None:
+            self._online = super().copied(online)
+        else:
+            for place, values in zip(pytree.tree_leaves(self._online), pytree.tree_leaves(online), strict=True):
+                place.copy_(values)
+        return self._online
+
+    def own(self, state: State) -> State:
+        return super().copied(state)
 
     def forget_state(self, of_one: bool) -> None:
         if of_one in self._storage:
@@ -55,22 +68,31 @@ class RecordedProgram(ModuleProgram):
     def forget_states(self) -> None:
         super().forget_states()
         self._graphs.clear()
+        self._online = None
+
+    def frees_memory(self) -> bool:
+        return self._graphs.forget()
+
+    def _known(self, state: State) -> int:
+        if state is not self._token[0]:
+            self._token = state, self._graphs.token(pytree.tree_leaves(state))
+        return self._token[1]
 
     def plain_outputs(self, inputs: Tensor) -> Tensor:
-        return self._replayed_forward({}, inputs)
+        return self._forward_of({}, inputs, ())
+
+    def forward(self, state: State, inputs: Tensor) -> Tensor:
+        return self._forward_of(state.theta, inputs, self._known(state))
 
     @torch.no_grad()
-    def forward(self, state: State, inputs: Tensor) -> Tensor:
-        return self._replayed_forward(state.theta, inputs)
-
-    def _replayed_forward(self, theta: Parameters, inputs: Tensor) -> Tensor:
-        return self._graphs.run("forward", lambda: self.outputs(theta, inputs), *theta.values(), inputs).clone()
+    def _forward_of(self, theta: Parameters, inputs: Tensor, given: Any) -> Tensor:
+        return self._graphs.run("forward", lambda: self.outputs(theta, inputs), inputs, given=given).clone()
 
     def step(self, state: State, batch: Batch, number: int) -> Tensor:
         if batch.timesteps is not None or batch.noise is not None:
             return super().step(state, batch, number)
         steps, dtype = self.problem.config.steps, torch.promote_types(batch.x0.dtype, torch.float32)
-        losses = self._graphs.place("losses", (steps, len(batch.x0)), dtype, batch.x0.device)
+        losses = self._graphs.place("losses", (steps, len(batch.x0)), dtype)
 
         def stepped() -> Tensor:
             loss = super(RecordedProgram, self).step(state, batch, number)
@@ -78,41 +100,60 @@ class RecordedProgram(ModuleProgram):
             self._number.add_(1).remainder_(steps)
             return losses
 
-        key = "step", self.schedule, self.problem.denoiser.checkpointing
-        tensors = [*pytree.tree_leaves(state), batch.inputs, batch.x0, batch.image_ids, losses]
-        return self._graphs.run(key, stepped, *tensors)[number]
+        given = self._known(state), self.schedule, self.problem.denoiser.checkpointing
+        return self._graphs.run("step", stepped, batch.inputs, batch.x0, batch.image_ids, losses, given=given)[number]
 
+    @torch.no_grad()
     def finish(self, state: State, batch: Batch) -> Answers:
-        before = self._graphs.fixed("before", batch.before)
-        matched = before if batch.matched is None else self._graphs.fixed("matched outputs", batch.matched_outputs)
+        before = self._graphs.placed("before", batch.before)
+        matched = before if batch.matched is None else self._graphs.placed("matched outputs", batch.matched_outputs)
 
         def compared() -> Answers:
             return guard.compare(self.problem, before, self.outputs(state.theta, batch.inputs), matched)
 
-        return self._graphs.run("finish", compared, *state.theta.values(), batch.inputs, before, matched)
+        return self._graphs.run("finish", compared, batch.inputs, before, matched, given=self._known(state))
 
     def losses(self, state: State, batch: Batch, answers: Answers, wanted: list[list[bool]]) -> list[Tensor]:
-        conditions = answers.conditions
+        conditions, indices = answers.conditions, guard.wanted_indices(wanted)
         assert conditions is not None
-        found = guard.places(wanted)
-        count, device = found.shape[1], batch.x0.device
-        padded = torch.cat([found, found[:, -1:].expand(-1, guard.few(count) - count)], dim=1)  # few recordings for all counts
-        which, images = self._graphs.fixed("places", padded, device)
+        count = indices.shape[1]
+        values, places = self._held_out(state, batch, conditions, indices)
+        answer, image = places[:, :count]
+        return list(values.new_zeros(*conditions.shape[:2], self.guard).index_put((answer, image), values[:count]))
+
+    def _held_out(self, state: State, batch: Batch, conditions: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the losses [N, guard] at indices [2, N] of answer and image, and the indices on the device; the last one is repeated, to
+        one of a few numbers N."""
+        count = indices.shape[1]
+        padded = torch.cat([indices, indices[:, -1:].expand(-1, self._padded(count) - count)], dim=1)
+        places = self._graphs.placed("indices", padded)
 
         def held_out() -> Tensor:
-            given = conditions[which, images], batch.x0[images], batch.image_ids[images]
+            answer, image = places
+            given = conditions[answer, image], batch.x0[image], batch.image_ids[image]
             return guard.held_out_losses(self.problem, self.schedule, *given, state.step)
 
         with self._forwards(padded.shape[1] * self.guard):
-            values = self._graphs.run(("guard", self.schedule), held_out, conditions, batch.x0, batch.image_ids, state.step, which, images)
-        scattered = values.new_zeros(*conditions.shape[:2], self.guard)
-        return list(scattered.index_put((which[:count], images[:count]), values[:count]))
+            read = conditions, batch.x0, batch.image_ids, state.step, places
+            return self._graphs.run("guard", held_out, *read, given=self.schedule), places
+
+    def _padded(self, count: int) -> int:
+        """Returns of how many images the guard's forwards for `count` of them are."""
+        return sum(guard.forward_rows(count, self.guard, self.schedule.guard_rows, self.problem.row_counts)) // self.guard
+
+    def rehearse(self, state: State, batch: Batch) -> list[list[bool]]:
+        """Records the guard for every number of answers that it may have to compare."""
+        images, matching = len(batch.image_ids), self.problem.config.match == "both"
+        if not self.guard:
+            return []
+        conditions = self.finish(state, batch).conditions
+        assert conditions is not None
+        for count in sorted({self._padded(count) for count in range(1, (2 + matching) * images + 1)}):
+            indices = torch.arange(count, dtype=torch.int64, device="cpu") % images
+            self._held_out(state, batch, conditions, torch.stack([torch.zeros_like(indices), indices]))
+        return [[True] * images] * 2 + [[matching] * images]
 
     def decide(self, batch: Batch, answers: Answers, losses: list[Tensor]) -> Decision:
         if not losses:  # these leave as they are
             answers = answers._replace(standing=answers.standing.clone(), accepted=answers.accepted.clone())
         return super().decide(batch, answers, losses)
-
-    def own(self, state: State) -> State:
-        kept: State = pytree.tree_map(torch.clone, state)
-        return kept

@@ -1,0 +1,30 @@
+"""Tells whose an error is: the caller's, or one that another way of running avoids."""
+
+from __future__ import annotations
+
+import torch
+
+from dtta_fast.runtime.torch_state import interrupt_behind
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Returns whether an allocation failed, on a GPU or on the CPU (where torch raises a plain RuntimeError)."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # messages of the CPU allocator on Windows and Linux, of the C++ library, and of CUDA's libraries, which bypass torch's cache
+    said = ("not enough memory", "can't allocate memory", "std::bad_alloc", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
+
+
+def is_not_of_the_trial(error: Exception, outer: BaseException | None) -> bool:
+    """Returns whether an error of something tried has another cause: memory, Ctrl-C, or a TimeoutError, which belongs to the caller.
+
+    outer: the exception that was being handled before the trial.
+    """
+    return out_of_memory(error) or isinstance(error, OSError) or interrupt_behind(error, outer) is not None
+
+
+def reason(error: Exception) -> str:
+    """Returns the first line of an error's message, or the name of its type if there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
