@@ -1,0 +1,53 @@
+"""Reads CIFAR-10 (Krizhevsky 2009) for training and measuring: torchvision's folder, or JPEG files in .npz parts."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+TRAINING = 45_000  # images; the 5,000 after them are for validation
+
+Split = Literal["train", "validation", "test"]
+
+
+def load(root: Path, split: Split) -> tuple[Tensor, Tensor]:
+    """Returns images [N, 3, 32, 32], uint8, and labels [N] of 45,000 images for training, 5,000 for validation or 10,000 for tests.
+
+    root: a folder with torchvision's cifar-10-batches-py, or with test.npz and train0.npz, train1.npz, .. that hold `jpeg`, all files one
+        after the other, `offsets` [N + 1] into it, and `labels` [N]. The validation split is the last 5,000 of all 50,000 for training.
+
+    Raises:
+        FileNotFoundError: neither is in the folder.
+    """
+    name = "test" if split == "test" else "train"
+    parts = [root / "test.npz"] if split == "test" else sorted(root.glob("train*.npz"))
+    if (root / "cifar-10-batches-py").is_dir():
+        from torchvision.datasets import CIFAR10
+
+        found = CIFAR10(str(root), train=name == "train", download=False)
+        images, labels = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
+    elif parts and all(part.is_file() for part in parts):
+        arrays = [np.load(part) for part in parts]
+        images = torch.stack([image for part in arrays for image in _decoded(part["jpeg"], part["offsets"])])
+        labels = torch.cat([torch.from_numpy(part["labels"].astype(np.int64)) for part in arrays])
+    else:
+        raise FileNotFoundError(f"{root} holds neither cifar-10-batches-py nor {name}*.npz; give the folder that does as --root")
+    if split == "test":
+        return images, labels
+    here = slice(TRAINING, None) if split == "validation" else slice(TRAINING)
+    return images[here], labels[here]
+
+
+def _decoded(jpeg: np.ndarray, offsets: np.ndarray) -> Iterator[Tensor]:
+    for first, end in itertools.pairwise(offsets):
+        image = Image.open(io.BytesIO(jpeg[first:end].tobytes())).convert("RGB")
+        yield torch.from_numpy(np.array(image)).permute(2, 0, 1)
