@@ -63,12 +63,13 @@ class RecordedProgram(ModuleProgram):
     def forget_state(self, of_one: bool) -> None:
         if of_one in self._storage:
             self._graphs.forget()  # they hold the storage, and write to it
+            self._token = None, -1
         super().forget_state(of_one)
 
     def forget_states(self) -> None:
         super().forget_states()
         self._graphs.clear()
-        self._online = None
+        self._online, self._token = None, (None, -1)
 
     def frees_memory(self) -> bool:
         return self._graphs.forget()
