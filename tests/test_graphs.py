@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -79,6 +82,25 @@ class Counted:
                 tape.replay()
 
         return replay
+
+    def fresh(self) -> None:
+        """Has no memory of its own."""
+
+
+class Again:
+    """A recorder whose replays run the function again, or that raises errors."""
+
+    def __init__(self, *errors: BaseException) -> None:
+        self.errors, self.calls = list(errors), 0
+
+    def __call__(self, function: Callable[[], Any]) -> Callable[[], None]:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return function
+
+    def fresh(self) -> None:
+        """Has no memory of its own."""
 
 
 @pytest.fixture
@@ -204,16 +226,20 @@ def test_what_cannot_be_recorded_runs_as_it_is_with_one_warning(tapes, model, de
         assert torch.equal(one.outputs, plain.adapt(image[None]).outputs)
 
 
-@pytest.mark.parametrize("error", [AssertionError(), TimeoutError("alarm"), RuntimeError("CUDA out of memory")])
+def _instead_of_a_timeout() -> RuntimeError:
+    error = RuntimeError("capture failed")
+    error.__context__ = TimeoutError("alarm")
+    return error
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError(), TimeoutError("alarm"), _instead_of_a_timeout(), RuntimeError("CUDA out of memory")], ids=range(4)
+)
 def test_an_error_while_recording(error):
-    """What the recording raises turns recordings off; a timeout and memory are for others to handle."""
-
-    def record(function: Callable[[], Any]) -> Callable[[], None]:
-        raise error
-
-    session, number = graphs.Graphs(torch.device("cpu"), False, record), torch.ones(3)
-    if isinstance(error, AssertionError):
-        with pytest.warns(UserWarning, match="recording one failed: AssertionError Going on without graphs"):
+    """It turns recordings off, except for a timeout, which is the caller's, also where another error has taken its place."""
+    session, number = graphs.Graphs(torch.device("cpu"), False, Again(error)), torch.ones(3)
+    if not isinstance(error.__context__ or error, TimeoutError):
+        with pytest.warns(UserWarning, match=f"recording one failed: {str(error) or 'AssertionError'} Going on without graphs"):
             assert torch.equal(session.run("twice", lambda: number * 2, number), number * 2)
         assert session.failed
         assert torch.equal(session.run("twice", lambda: number * 2, number), number * 2)
@@ -225,12 +251,7 @@ def test_an_error_while_recording(error):
 
 def test_compiled_code_is_not_watched_while_it_is_recorded(model, denoiser, monkeypatch):
     """torch runs no compiled code while operators are watched. The recorder here runs the function again in place of a replay."""
-    calls = []
-
-    def again(function: Callable[[], Any]) -> Callable[[], None]:
-        calls.append(function)
-        return function
-
+    again = Again()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(graphs, "there_are_on", lambda device: True)
     monkeypatch.setattr(recorded, "Graphs", functools.partial(graphs.Graphs, record=again))
@@ -241,8 +262,78 @@ def test_compiled_code_is_not_watched_while_it_is_recorded(model, denoiser, monk
         warnings.filterwarnings("error", message=".*(recording one failed|compilation failed)")
         for image in torch.rand(3, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0)):
             torch.testing.assert_close(session.adapt(image).outputs, plain.adapt(image).outputs, rtol=1e-4, atol=1e-5)
-    assert calls
+    assert again.calls
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def test_memory_that_lacks_for_one_recording_comes_from_the_others():
+    lacking = torch.OutOfMemoryError("CUDA out of memory")
+    recorder, numbers = Again(), [torch.full((3,), float(i)) for i in range(3)]
+    session = graphs.Graphs(torch.device("cpu"), False, recorder)
+
+    def twice(i: int) -> None:
+        assert torch.equal(session.run("twice", lambda: numbers[i] * 2, numbers[i]), numbers[i] * 2)
+
+    twice(0)
+    recorder.errors = [lacking]
+    twice(1)
+    assert recorder.calls == 3
+    twice(0)  # was given up
+    assert recorder.calls == 4
+    recorder.errors = [lacking, lacking]
+    with pytest.warns(UserWarning, match="recording one failed: CUDA out of memory"):
+        twice(2)
+    assert session.failed
+
+
+def test_places_that_overflow_are_dropped_between_calls(monkeypatch):
+    monkeypatch.setattr(graphs, "PLACES", 2)
+    session, number = graphs.Graphs(torch.device("cpu"), False, Counted()), torch.arange(3.0)
+    for _ in range(2):
+        for _ in range(3):
+            number += 1
+            found = session.run("some", lambda number=number: [number * k for k in range(2, 6)], number)
+            assert [torch.equal(one, number * k) for one, k in zip(found, range(2, 6), strict=True)] == [True] * 4
+        session.begin()
+        assert not session._places
+
+
+def test_a_dropped_session_is_freed_at_once(tapes, model, denoiser):
+    session = Adapter(model.float(), denoiser.float(), FAST.replace(compile="graphs"))
+    for images in torch.rand(2, 1, 3, 8, 8):
+        session.adapt(images)
+    private = weakref.ref(session.engine.program.problem.model)
+    gc.collect()
+    gc.disable()
+    try:
+        del session
+        assert private() is None
+    finally:
+        gc.enable()
+
+
+def test_a_copied_session_records_its_own(tapes, model, denoiser):
+    session = Adapter(model.float(), denoiser.float(), FAST.replace(compile="graphs"))
+    images = torch.rand(3, 1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    session.adapt(images[0])
+    other = copy.deepcopy(session)
+    before = tapes.recordings
+    for one in images:
+        assert torch.equal(other.adapt(one).outputs, session.adapt(one).outputs)
+    assert tapes.recordings > before
+
+
+def test_a_failure_is_remembered_when_modules_are_copied_anew(tapes, model, denoiser):
+    model = Reading(model.float())
+    session = Adapter(model, denoiser.float(), FAST.replace(compile="graphs"))
+    with pytest.warns(UserWarning, match="recording one failed"):
+        session.adapt(torch.rand(1, 3, 8, 8))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*recording one failed")
+        for _ in range(2):
+            model.inner.stem[0].weight = nn.Parameter(model.inner.stem[0].weight.detach().clone())
+            session.adapt(torch.rand(1, 3, 8, 8))
+    assert session.engine.program.compile == "off"
 
 
 @pytest.mark.parametrize("mode", ["episodic", "online"])

@@ -16,12 +16,17 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
-def is_not_of_the_trial(error: Exception, outer: BaseException | None) -> bool:
-    """Returns whether an error of something tried has another cause: memory, Ctrl-C, or a TimeoutError, which belongs to the caller.
+def is_the_callers(error: BaseException, outer: BaseException | None) -> bool:
+    """Returns whether an error is Ctrl-C or an OSError such as a timeout, or has taken the place of one, and so belongs to the caller.
 
-    outer: the exception that was being handled before the trial.
+    outer: the exception that was being handled before.
     """
-    return out_of_memory(error) or isinstance(error, OSError) or interrupt_behind(error, outer) is not None
+    found: BaseException | None = error
+    while found is not outer and found is not None:
+        if isinstance(found, OSError):
+            return True
+        found = found.__context__
+    return interrupt_behind(error, outer) is not None
 
 
 def reason(error: Exception) -> str:

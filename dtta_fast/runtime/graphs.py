@@ -7,8 +7,8 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterable
-from contextlib import nullcontext
-from typing import Any, NamedTuple, TypeVar
+from contextlib import nullcontext, suppress
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,36 +16,55 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtta_fast.runtime.constants import noting
-from dtta_fast.runtime.failures import is_not_of_the_trial, reason
+from dtta_fast.runtime.failures import is_the_callers, out_of_memory, reason
 from dtta_fast.runtime.warn import warn
 
 T = TypeVar("T")
-# takes a function that writes its results to tensors that exist already, and returns one that launches the same kernels again
-Recorder = Callable[[Callable[[], Any]], Callable[[], None]]
 RECORDINGS, PLACES, TOKENS = 64, 1024, 4096  # that a session keeps
-_CAPTURING = threading.Lock()  # a capture waits for the whole device, which would break another one
+_CAPTURING = threading.RLock()  # a capture waits for the whole device, which would break another one
 
 
-class CudaGraphs:
-    """A Recorder of CUDA graphs on one device, which share memory: none of them runs while another does.
+class Recorder(Protocol):
+    """Records functions that write their results to tensors which exist already."""
 
-    Capturing runs no kernel. The stream is the session's own: cuBLAS keeps a workspace for each stream, which kernels of two sessions
-    must not share.
-    """
+    def __call__(self, function: Callable[[], Any]) -> Callable[[], None]:
+        """Returns a function that launches the same kernels on the same memory. Recording itself changes no tensor."""
+
+    def fresh(self) -> None:
+        """Begins anew, after all recordings are gone."""
+
+
+class CudaGraphs(Recorder):
+    """Records CUDA graphs on one device. They share memory, since none of them runs while another does."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._made: tuple[torch.cuda.Stream, Any] | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
 
     def __call__(self, function: Callable[[], Any]) -> Callable[[], None]:
-        with _CAPTURING, torch.cuda.device(self._device), warnings.catch_warnings():
-            warnings.filterwarnings("error", message="The CUDA Graph is empty")
-            if self._made is None:
-                self._made = torch.cuda.Stream(self._device), torch.cuda.graph_pool_handle()
-            (stream, pool), graph = self._made, torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                function()
+        # if a capture fails, torch leaves its stream in place: the outer context puts the caller's back
+        with _CAPTURING, torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
+            self._stream = self._stream or torch.cuda.Stream(self._device)
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            torch._C._cuda_clearCublasWorkspaces()  # so that this graph uses one in its own memory, and not another session's
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("error", message="The CUDA Graph is empty")
+                    with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                        function()
+            except BaseException:
+                with suppress(Exception):  # torch 2.11 goes on allocating to the pool of a capture that failed
+                    torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+                raise
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
         return graph.replay
+
+    def fresh(self) -> None:
+        torch.cuda.synchronize(self._device)  # the last replay may be running
+        self._pool = None  # torch refuses a pool that no graph uses any more
 
 
 class Recording(NamedTuple):
@@ -81,25 +100,31 @@ def _tensors(tree: Any) -> Iterable[Tensor]:
 class Graphs:
     """The recordings of a session. Each is for one function, and tensors at fixed addresses.
 
-    compiled: whether torch.compile compiled parts of the functions. Compiled code keeps its own constants alive, and does not run while
-    operators are watched.
+    compiled: whether torch.compile compiled parts of the functions. Compiled code does not run while operators are watched, so the tensors
+    that it reads are those given to run().
     """
 
     def __init__(self, device: torch.device, compiled: bool, record: Recorder | None = None) -> None:
-        self._device, self._compiled = device, compiled
-        self._record = CudaGraphs(device) if record is None else record
+        self._device, self._compiled, self._given = device, compiled, record
+        self._record: Recorder = CudaGraphs(device) if record is None else record
         self._recordings: dict[Hashable, Recording] = {}  # the one used last is last
         self._places: dict[Hashable, Tensor] = {}
         self._tokens: dict[Hashable, int] = {}
         self._next = itertools.count()
         self.failed = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
+        return Graphs(self._device, self._compiled, self._given)  # a graph is of its own tensors
+
+    def begin(self) -> None:
+        """Begins a call: frees everything if many shapes have left their places behind."""
+        if len(self._places) > PLACES:
+            self.clear()
+
     def place(self, name: str, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
         """Returns an unwritten tensor, at an address that is the same for each name, shape and dtype."""
         key = name, tuple(shape), dtype
         if key not in self._places:
-            if len(self._places) >= PLACES:
-                self.clear()
             self._places[key] = torch.empty(key[1], dtype=dtype, device=self._device)
         return self._places[key]
 
@@ -120,13 +145,18 @@ class Graphs:
             self._tokens[key] = next(self._next)
         return self._tokens[key]
 
-    def run(self, name: str, function: Callable[[], T], *tensors: Tensor, given: Hashable = ()) -> T:
+    def run(
+        self, name: str, function: Callable[[], T], *tensors: Tensor, given: Hashable = (), held: Callable[[], Iterable[Tensor]] = tuple
+    ) -> T:
         """Computes function(): as it is the first time, which loads and compiles what it needs, and is then recorded; later by a replay.
 
         Its results are copied to places of the function's name: they are valid until a function of this name runs again. If a function
         cannot be recorded, all of them run as they are from then on, with a warning.
 
-        tensors: what the function reads and writes; a recording is for their shapes and addresses. given: whatever else it depends on.
+        Args:
+            tensors: what the function reads and writes; a recording is for their shapes and addresses.
+            given: whatever else it depends on.
+            held: returns other tensors that it reads. They are kept alive.
         """
         if self.failed:
             return function()
@@ -136,29 +166,44 @@ class Graphs:
             recording.replay()
             known: T = recording.found
             return known
+        leaves, form = pytree.tree_flatten(function())
+        results = [self._result(f"{name} {i}", leaf) for i, leaf in enumerate(leaves)]
+        first: T = pytree.tree_unflatten(results, form)
 
-        def recorded() -> T:
-            leaves, form = pytree.tree_flatten(function())
-            found: T = pytree.tree_unflatten([self._result(f"{name} {i}", leaf) for i, leaf in enumerate(leaves)], form)
-            return found
+        def recorded() -> None:
+            found = pytree.tree_leaves(function())
+            with torch.no_grad():
+                for place, leaf in zip(results, found, strict=True):
+                    if isinstance(leaf, Tensor) and leaf is not place:
+                        place.copy_(leaf)
 
-        first = recorded()
         while len(self._recordings) >= RECORDINGS:
             del self._recordings[next(iter(self._recordings))]
-        held: list[Any] = [function, *tensors]
-        inputs, outer = _Inputs(), sys.exc_info()[1]
+        kept: list[Any] = [*tensors, *held()]
+        outer = sys.exc_info()[1]
         try:
-            with noting(held), nullcontext() if self._compiled else inputs:
-                replay = self._record(recorded)
+            try:
+                replay = self._recorded(recorded, kept)
+            except Exception as error:
+                if not out_of_memory(error) or not self.forget():
+                    raise
+                replay = self._recorded(recorded, kept)  # without the memory of the others
         except Exception as error:  # whatever an operator raises that waits for the device, or allocates on the host
-            if is_not_of_the_trial(error, outer):
+            if is_the_callers(error, outer):
                 raise
             self.forget()
             self.failed = True
             warn(f"compile asks for CUDA graphs, and recording one failed: {reason(error)} Going on without graphs")
             return first
-        self._recordings[signature] = Recording(first, replay, [*held, *inputs.tensors.values()])
+        self._recordings[signature] = Recording(first, replay, kept)
         return first
+
+    def _recorded(self, function: Callable[[], None], kept: list[Any]) -> Callable[[], None]:
+        inputs = _Inputs()
+        with noting(kept), nullcontext() if self._compiled else inputs:
+            replay = self._record(function)
+        kept += inputs.tensors.values()
+        return replay
 
     def _result(self, name: str, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or any(leaf is place for place in self._places.values()):
@@ -169,6 +214,8 @@ class Graphs:
         """Frees all recordings; returns whether there were any."""
         found = bool(self._recordings)
         self._recordings.clear()
+        if found:
+            self._record.fresh()
         return found
 
     def clear(self) -> None:

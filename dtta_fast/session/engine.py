@@ -73,6 +73,8 @@ class Engine:
         self._stale = True  # until everything is built
         if "program" in vars(self):
             self.program.forget_states()  # before the copies are made, which take memory too
+            if self.program.gave_up():
+                self._compile = "regional" if self.program.compiles else "off"
         self.device = anchor(self.model).device
         self._model = PrivateCopy(self.model)
         self._denoiser = private_denoiser(self.denoiser, config.precision, self.device, config.denoiser_parameters == "frozen")

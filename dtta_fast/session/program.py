@@ -22,7 +22,7 @@ from dtta_fast.core.weights import Parameters, anchor, call, in_dtypes_of, sourc
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime import compiling
 from dtta_fast.runtime.clock import Clock
-from dtta_fast.runtime.failures import is_not_of_the_trial, reason
+from dtta_fast.runtime.failures import is_the_callers, out_of_memory, reason
 from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.reads import Checks
 from dtta_fast.runtime.trial import refusing_kept_tensors, refusing_recomputation, warning_of_random_numbers
@@ -226,7 +226,7 @@ class ModuleProgram(Program):
                 if outputs.requires_grad:
                     torch.autograd.grad(outputs, list(leaves.values()), torch.ones_like(outputs), allow_unused=True)
         except Exception as error:  # whatever a module raises under vmap
-            if is_not_of_the_trial(error, outer):
+            if out_of_memory(error) or is_the_callers(error, outer):
                 raise
             warn(f"images with weights of their own run one by one: vmap fails ({reason(error)})")
             return True
@@ -240,6 +240,10 @@ class ModuleProgram(Program):
     def own(self, state: State) -> State:
         """Returns an online state that no later call writes to."""
         return state
+
+    def gave_up(self) -> bool:
+        """Returns whether recording failed, so that a program without it does as well."""
+        return False
 
     def frees_memory(self) -> bool:
         """Gives up memory that a call does not need; returns whether there was any."""

@@ -13,6 +13,7 @@ from dtta_fast.core.guard import Answers
 from dtta_fast.core.step import State
 from dtta_fast.core.weights import Parameters, anchor
 from dtta_fast.runtime.graphs import Graphs
+from dtta_fast.runtime.private import named_tensors
 from dtta_fast.session.checks import Request
 from dtta_fast.session.loop import Batch, Decision
 from dtta_fast.session.program import ModuleProgram
@@ -24,6 +25,7 @@ class RecordedProgram(ModuleProgram):
     """A program whose recordings read a batch and a state at fixed addresses; what leaves it is copied out of their memory.
 
     A call with `timesteps` or `noise` of its own makes its steps without them. A call on another stream than the one before records anew.
+    The caller's forward hooks run while something is recorded, and in no replay.
     """
 
     def __init__(self, *given: Any) -> None:
@@ -35,6 +37,7 @@ class RecordedProgram(ModuleProgram):
         self._token: tuple[State | None, int] = None, -1  # the last state that was asked for, and what stands for its addresses
 
     def views(self, crop: Tensor, request: Request) -> Batch:
+        self._graphs.begin()
         return self._placed(super().views(crop, request), "original", "matched")
 
     def start(self, batch: Batch, online: State | None) -> tuple[State | None, Batch]:
@@ -71,8 +74,16 @@ class RecordedProgram(ModuleProgram):
         self._graphs.clear()
         self._online, self._token = None, (None, -1)
 
+    def gave_up(self) -> bool:
+        return self._graphs.failed
+
     def frees_memory(self) -> bool:
         return self._graphs.forget()
+
+    def _held(self, state: State | None = None) -> list[Tensor]:
+        """Returns the tensors of the modules and of a state."""
+        modules = self.problem.model, self.problem.denoiser
+        return [*(tensor for module in modules for _, tensor in named_tensors(module)), self._number, *pytree.tree_leaves(state)]
 
     def _known(self, state: State) -> int:
         if state is not self._token[0]:
@@ -87,7 +98,7 @@ class RecordedProgram(ModuleProgram):
 
     @torch.no_grad()
     def _forward_of(self, theta: Parameters, inputs: Tensor, given: Any) -> Tensor:
-        return self._graphs.run("forward", lambda: self.outputs(theta, inputs), inputs, given=given).clone()
+        return self._graphs.run("forward", lambda: self.outputs(theta, inputs), inputs, given=given, held=self._held).clone()
 
     def step(self, state: State, batch: Batch, number: int) -> Tensor:
         if batch.timesteps is not None or batch.noise is not None:
@@ -102,7 +113,8 @@ class RecordedProgram(ModuleProgram):
             return losses
 
         given = self._known(state), self.schedule, self.problem.denoiser.checkpointing
-        return self._graphs.run("step", stepped, batch.inputs, batch.x0, batch.image_ids, losses, given=given)[number]
+        read = batch.inputs, batch.x0, batch.image_ids, losses
+        return self._graphs.run("step", stepped, *read, given=given, held=lambda: self._held(state))[number]
 
     @torch.no_grad()
     def finish(self, state: State, batch: Batch) -> Answers:
@@ -112,44 +124,51 @@ class RecordedProgram(ModuleProgram):
         def compared() -> Answers:
             return guard.compare(self.problem, before, self.outputs(state.theta, batch.inputs), matched)
 
-        return self._graphs.run("finish", compared, batch.inputs, before, matched, given=self._known(state))
+        return self._graphs.run("finish", compared, batch.inputs, before, matched, given=self._known(state), held=lambda: self._held(state))
 
     def losses(self, state: State, batch: Batch, answers: Answers, wanted: list[list[bool]]) -> list[Tensor]:
-        conditions, indices = answers.conditions, guard.wanted_indices(wanted)
+        conditions = answers.conditions
         assert conditions is not None
-        count = indices.shape[1]
-        values, places = self._held_out(state, batch, conditions, indices)
-        answer, image = places[:, :count]
-        return list(values.new_zeros(*conditions.shape[:2], self.guard).index_put((answer, image), values[:count]))
+        found = conditions.new_zeros(*conditions.shape[:2], self.guard, dtype=torch.promote_types(batch.x0.dtype, torch.float32))
+        for indices in guard.wanted_indices(wanted).split(self._together, dim=1):
+            values, places = self._held_out(state, batch, conditions, indices)
+            answer, image = places[:, : indices.shape[1]]
+            found.index_put_((answer, image), values[: indices.shape[1]])
+        return list(found)
+
+    @property
+    def _together(self) -> int:
+        """The number of answers whose losses one forward of the guard computes."""
+        return max(1, self.schedule.guard_rows // self.guard)
 
     def _held_out(self, state: State, batch: Batch, conditions: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the losses [N, guard] at indices [2, N] of answer and image, and the indices on the device; the last one is repeated, to
-        one of a few numbers N."""
+        """Returns the losses [N, guard] at indices [2, N] of answer and image, and the indices on the device.
+
+        The last one is repeated, to one of a few numbers N: each has a recording of its own.
+        """
         count = indices.shape[1]
-        padded = torch.cat([indices, indices[:, -1:].expand(-1, self._padded(count) - count)], dim=1)
-        places = self._graphs.placed("indices", padded)
+        most = self._together
+        padded = most if self.problem.row_counts == "one" else min(most, guard.padded_count(count))
+        places = self._graphs.placed("indices", torch.cat([indices, indices[:, -1:].expand(-1, padded - count)], dim=1))
 
         def held_out() -> Tensor:
             answer, image = places
             given = conditions[answer, image], batch.x0[image], batch.image_ids[image]
             return guard.held_out_losses(self.problem, self.schedule, *given, state.step)
 
-        with self._forwards(padded.shape[1] * self.guard):
+        with self._forwards(padded * self.guard):
             read = conditions, batch.x0, batch.image_ids, state.step, places
-            return self._graphs.run("guard", held_out, *read, given=self.schedule), places
-
-    def _padded(self, count: int) -> int:
-        """Returns of how many images the guard's forwards for `count` of them are."""
-        return sum(guard.forward_rows(count, self.guard, self.schedule.guard_rows, self.problem.row_counts)) // self.guard
+            return self._graphs.run("guard", held_out, *read, given=self.schedule, held=self._held), places
 
     def rehearse(self, state: State, batch: Batch) -> list[list[bool]]:
-        """Records the guard for every number of answers that it may have to compare."""
+        """Records the guard for every number of answers that a forward of it may compare."""
         images, matching = len(batch.image_ids), self.problem.config.match == "both"
         if not self.guard:
             return []
         conditions = self.finish(state, batch).conditions
         assert conditions is not None
-        for count in sorted({self._padded(count) for count in range(1, (2 + matching) * images + 1)}):
+        most = min(self._together, (2 + matching) * images)
+        for count in sorted({min(most, guard.padded_count(count)) for count in range(1, most + 1)}):
             indices = torch.arange(count, dtype=torch.int64, device="cpu") % images
             self._held_out(state, batch, conditions, torch.stack([torch.zeros_like(indices), indices]))
         return [[True] * images] * 2 + [[matching] * images]
