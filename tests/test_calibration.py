@@ -354,7 +354,7 @@ def test_the_pre_check_selects_images_whether_code_is_compiled_or_not():
     assert not asked.all()
     rows: list[int] = []
     session.engine.program.problem.denoiser.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    session.engine.program.compile = "regional"  # of which only this rule counts here
+    session.engine.program.compiles = True  # of which only this rule counts here
     found = session.adapt(images)
     assert rows[0] == len(images) * session.config.pairs
     assert torch.equal(found.evaluations > 0, asked)
