@@ -249,6 +249,13 @@ def test_an_error_while_recording(error):
         assert not session.failed
 
 
+def test_a_failure_is_an_error_where_that_is_asked_for(monkeypatch):
+    monkeypatch.setenv("DTTA_FAST_STRICT", "1")
+    session, number = graphs.Graphs(torch.device("cpu"), False, Again(RuntimeError("no capture"))), torch.ones(3)
+    with pytest.raises(RuntimeError, match="no capture"):
+        session.run("twice", lambda: number * 2, number)
+
+
 def test_compiled_code_is_not_watched_while_it_is_recorded(model, denoiser, monkeypatch):
     """torch runs no compiled code while operators are watched. The recorder here runs the function again in place of a replay."""
     again = Again()

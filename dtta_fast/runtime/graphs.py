@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import threading
 import warnings
@@ -151,7 +152,7 @@ class Graphs:
         """Computes function(): as it is the first time, which loads and compiles what it needs, and is then recorded; later by a replay.
 
         Its results are copied to places of the function's name: they are valid until a function of this name runs again. If a function
-        cannot be recorded, all of them run as they are from then on, with a warning.
+        cannot be recorded, all of them run as they are from then on, with a warning. With DTTA_FAST_STRICT=1 the error is raised.
 
         Args:
             tensors: what the function reads and writes; a recording is for their shapes and addresses.
@@ -189,7 +190,7 @@ class Graphs:
                     raise
                 replay = self._recorded(recorded, kept)  # without the memory of the others
         except Exception as error:  # whatever an operator raises that waits for the device, or allocates on the host
-            if is_the_callers(error, outer):
+            if is_the_callers(error, outer) or os.environ.get("DTTA_FAST_STRICT") == "1":
                 raise
             self.forget()
             self.failed = True
