@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +37,7 @@ def load(root: Path, split: Split) -> tuple[Tensor, Tensor]:
         found = CIFAR10(str(root), train=name == "train", download=False)
         images, labels = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(found.targets)
     elif parts and all(part.is_file() for part in parts):
-        arrays = [np.load(part) for part in parts]
+        arrays = [dict(np.load(part)) for part in parts]
         images = torch.stack([image for part in arrays for image in _decoded(part["jpeg"], part["offsets"])])
         labels = torch.cat([torch.from_numpy(part["labels"].astype(np.int64)) for part in arrays])
     else:
@@ -48,6 +49,9 @@ def load(root: Path, split: Split) -> tuple[Tensor, Tensor]:
 
 
 def _decoded(jpeg: np.ndarray, offsets: np.ndarray) -> Iterator[Tensor]:
-    for first, end in itertools.pairwise(offsets):
-        image = Image.open(io.BytesIO(jpeg[first:end].tobytes())).convert("RGB")
-        yield torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    def image(ends: tuple[int, int]) -> Tensor:
+        found = Image.open(io.BytesIO(jpeg[slice(*ends)].tobytes())).convert("RGB")
+        return torch.from_numpy(np.array(found)).permute(2, 0, 1)
+
+    with ThreadPoolExecutor() as pool:
+        yield from pool.map(image, itertools.pairwise(offsets.tolist()), chunksize=256)
