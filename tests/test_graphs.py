@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from dtta_fast import AdaptConfig, Adapter, presets, zoo
 from dtta_fast.measure.counting import Counter
 from dtta_fast.runtime import graphs
+from dtta_fast.runtime.float32 import Switches
 from dtta_fast.session import recorded
 
 RESULTS = ("outputs", "outputs_before", "predictions", "predictions_before", "loss", "accepted", "evaluations")
@@ -291,6 +292,16 @@ def test_memory_that_lacks_for_one_recording_comes_from_the_others():
     with pytest.warns(UserWarning, match="recording one failed: CUDA out of memory"):
         twice(2)
     assert session.failed
+
+
+def test_other_kernels_for_float32_products_are_recorded_anew(monkeypatch):
+    recorder, number = Counted(), torch.ones(3)
+    session = graphs.Graphs(torch.device("cpu"), False, recorder)
+    for precision, recordings in (("highest", 1), ("high", 2), ("highest", 2)):
+        monkeypatch.setattr(Switches, "now", classmethod(lambda cls, precision=precision: precision))
+        session.begin()
+        session.run("twice", lambda: number * 2, number)
+        assert recorder.recordings == recordings
 
 
 def test_places_that_overflow_are_dropped_between_calls(monkeypatch):

@@ -29,7 +29,7 @@ def is_the_callers(error: BaseException, outer: BaseException | None) -> bool:
     return interrupt_behind(error, outer) is not None
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Returns the first line of an error's message, or the name of its type if there is none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

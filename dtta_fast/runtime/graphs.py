@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtta_fast.runtime.constants import noting
 from dtta_fast.runtime.failures import is_the_callers, out_of_memory, reason
+from dtta_fast.runtime.float32 import Switches
 from dtta_fast.runtime.warn import warn
 
 T = TypeVar("T")
@@ -112,15 +113,17 @@ class Graphs:
         self._places: dict[Hashable, Tensor] = {}
         self._tokens: dict[Hashable, int] = {}
         self._next = itertools.count()
+        self._switches = Switches.now()  # which kernels compute float32 products; another thread's session may have changed them
         self.failed = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
         return Graphs(self._device, self._compiled, self._given)  # a graph is of its own tensors
 
     def begin(self) -> None:
-        """Begins a call: frees everything if many shapes have left their places behind."""
+        """Begins a call: frees everything if many shapes have left their places behind, and looks at torch's switches."""
         if len(self._places) > PLACES:
             self.clear()
+        self._switches = Switches.now()
 
     def place(self, name: str, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
         """Returns an unwritten tensor, at an address that is the same for each name, shape and dtype."""
@@ -161,7 +164,7 @@ class Graphs:
         """
         if self.failed:
             return function()
-        signature = name, given, self.token(tensors)
+        signature = name, given, self.token(tensors), self._switches
         if signature in self._recordings:
             recording = self._recordings[signature] = self._recordings.pop(signature)
             recording.replay()

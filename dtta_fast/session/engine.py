@@ -20,7 +20,7 @@ from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime import compiling, graphs
 from dtta_fast.runtime.attention import math_attention
 from dtta_fast.runtime.clock import Paces
-from dtta_fast.runtime.failures import out_of_memory
+from dtta_fast.runtime.failures import out_of_memory, reason
 from dtta_fast.runtime.float32 import float32_products
 from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.private import PrivateCopy
@@ -186,9 +186,8 @@ class Engine:
             self._stale = True
         self.check_copies()  # a signal handler may raise anything, even while weights are swapped
         if self.program.compiles and compiling.is_failure(error) and os.environ.get("DTTA_FAST_STRICT") != "1":
-            reason = str(error).strip().splitlines()[0]
-            warn(f"compile is {self._compile!r}, and the compilation failed: {reason} Going on in eager mode")
-            self._compile, self._stale = "off", True
+            warn(f"compile is {self._compile!r}, and the compilation failed: {reason(error)} Going on in eager mode")
+            self._compile, self._stale = "graphs" if self._compile == "regional+graphs" else "off", True
             return True
         if number == 0 and out_of_memory(error) and self.program.frees_memory():
             return True
