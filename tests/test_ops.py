@@ -117,6 +117,30 @@ def test_gated_norm(device, gated):
         torch.testing.assert_close(gated_norm(*given, eps=1e-3), (total.detach(), normed.detach()))
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_gated_norm_s_kernel_is_called_with_what_it_takes(gated, monkeypatch):
+    """The way that a GPU takes, on tensors without values: contiguous tokens, rows of a modulation, and gradients where they are wanted."""
+    monkeypatch.setattr(norm.backends, "choose", lambda *_: norm)
+
+    def given(shape: tuple[int, ...], wanted: bool) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=wanted)
+
+    for tokens_wanted in (True, False):
+        x, branch = given((2, 5, 3), tokens_wanted).transpose(1, 2), given((2, 3, 5), True)
+        modulation = given((2, 20), True)[:, 5 : 20 if gated else 15]
+        total, normed = gated_norm(x, branch if gated else None, modulation)
+        assert total.shape == normed.shape == (2, 3, 5)
+        assert total.requires_grad == (gated or tokens_wanted)
+        leaves = [tensor for tensor in (x, branch if gated else None, modulation) if tensor is not None and tensor.requires_grad]
+        for outputs in ([total, normed], [normed]):
+            chosen = [output for output in outputs if output.requires_grad]
+            found = torch.autograd.grad(chosen, leaves, [torch.empty_like(output) for output in chosen], retain_graph=True)
+            assert [(slope.shape, slope.dtype) for slope in found] == [(leaf.shape, leaf.dtype) for leaf in leaves]
+        with torch.no_grad():
+            total, normed = gated_norm(x, branch if gated else None, modulation.mT.contiguous().mT)
+        assert (total.shape, normed.shape, normed.is_contiguous()) == ((2, 3, 5), (2, 3, 5), True)
+
+
 @pytest.mark.parametrize("dims", [(0, 0, 0), (0, 1, None), (None, None, 0)])
 def test_gated_norm_of_a_batch_is_one_call(dims):
     """The form that a GPU takes under vmap, whose kernel has no rule of its own: rows of all calls together, with their gradients."""
