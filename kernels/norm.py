@@ -121,8 +121,8 @@ def _check(x: Tensor, branch: Tensor | None, modulation: Tensor) -> None:
     if modulation.shape != expected:
         raise ValueError(f"modulation has shape {tuple(modulation.shape)}; give {expected}")
     for name, value in (("branch", branch), ("modulation", modulation)):
-        if value is not None and (value.dtype, value.device) != (x.dtype, x.device):
-            raise ValueError(f"{name} is {value.dtype} on {value.device}; give those of x, {x.dtype} on {x.device}")
+        if value is not None and (value.device != x.device or not value.is_floating_point()):
+            raise ValueError(f"{name} is {value.dtype} on {value.device}; give a floating-point one on that of x, {x.device}")
 
 
 def gated_norm(x: Tensor, branch: Tensor | None, modulation: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
@@ -134,16 +134,18 @@ def gated_norm(x: Tensor, branch: Tensor | None, modulation: Tensor, eps: float 
         modulation: gate, shift and scale, [N, 3·D]; without a branch shift and scale, [N, 2·D].
         eps: what LN, which has no weights of its own, adds to the variance.
 
+    Tensors of several types are computed by plain operators, which promote them.
+
     Returns:
         total and the normalised tokens, both [N, T, D]. Differentiable once on a GPU, with respect to all three tensors.
 
     Raises:
-        ValueError: a shape, a dtype or a device does not fit.
+        ValueError: a shape or a device does not fit, or a tensor is not floating-point.
     """
     _check(x, branch, modulation)
     given = (x, modulation) if branch is None else (x, branch, modulation)
     traced = torch.compiler.is_compiling()  # the compiler fuses plain operators, and knows nothing of a kernel's insides
-    if traced or x.device.type == "cpu":
+    if traced or x.device.type == "cpu" or any(tensor.dtype != x.dtype for tensor in given):  # several types: under torch.autocast
         return reference.gated_norm(x, branch, modulation, eps)
     if any(torch._C._functorch.is_batchedtensor(tensor) for tensor in given):
         unwrapped: tuple[Tensor, Tensor] = _Unbatched.apply(x, branch, modulation, eps)

@@ -157,6 +157,18 @@ def test_gated_norm_of_a_batch_is_one_call(dims):
     torch.testing.assert_close(torch.autograd.grad(found, tensors, slopes), torch.autograd.grad(expected, tensors, slopes))
 
 
+def test_gated_norm_takes_the_types_of_autocast():
+    """Under torch.autocast products are bfloat16, and the sums of tokens float32."""
+    x, branch, modulation = torch.randn(2, 3, 4), torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 12).bfloat16()
+    total, normed = gated_norm(x, branch, modulation)
+    expected = gated_norm(x, branch.float(), modulation.float())
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, expected[0], rtol=2**-6, atol=2**-6)
+    torch.testing.assert_close(normed.float(), expected[1], rtol=2**-5, atol=2**-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bool(gated_norm(x, branch, modulation)[1].isfinite().all())
+
+
 def test_bad_tokens_are_named():
     x = torch.zeros(2, 3, 4)
     for given, message in (
@@ -164,7 +176,8 @@ def test_bad_tokens_are_named():
         ((x, x[:, :2], torch.zeros(2, 12)), "branch has shape "),
         ((x, x, torch.zeros(2, 8)), r"modulation has shape \(2, 8\); give \(2, 12\)"),
         ((x, None, torch.zeros(2, 12)), r"modulation has shape \(2, 12\); give \(2, 8\)"),
-        ((x, x.double(), torch.zeros(2, 12)), "branch is torch.float64 on cpu"),
+        ((x, x.long(), torch.zeros(2, 12)), "branch is torch.int64 on cpu"),
+        ((x, x, torch.zeros(2, 12, device="meta")), "modulation is torch.float32 on meta; give a floating-point one on that of x, cpu"),
     ):
         with pytest.raises(ValueError, match=message):
             gated_norm(*given)
