@@ -1,4 +1,4 @@
-"""gated_norm, what lies between the products of a DiT block: one kernel on a GPU, plain operators on a CPU and in compiled code.
+"""gated_norm computes what lies between the products of a DiT block: one kernel on a GPU, plain operators on a CPU and in compiled code.
 
 The op is registered without torch.library.custom_op, whose calls take 12 microseconds longer: a DiT-XL/2 makes 57 of them each way.
 """

@@ -23,7 +23,7 @@ from dtta_fast.denoisers.noise_process import NoiseProcess
 
 
 def mebibytes(field: str) -> int:
-    """Of this process, VmHWM (highest) or VmRSS (resident); getrusage would start at what the parent had."""
+    """Reads VmHWM (highest) or VmRSS (resident) of this process; getrusage would start at what the parent had."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0]) // 1024
 

@@ -126,8 +126,8 @@ def accumulated_gradients(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], float]:
     """Computes the loss of `predict`'s predictions, averaged over the pairs, and its gradients.
 
-    batched: whether weights phi of an image's own run together with those of the others, and not image by image.
     Pairs run in chunks of `chunk` per image. A chunk keeps only its contribution to the gradients, so peak memory is that of one chunk.
+    If each image has its own weights phi, images run one by one, or all at once if `batched` is set.
 
     Returns:
         loss [B]; the gradients with respect to those `heads` [B, ...] that require one, in order; the gradients with respect to phi's

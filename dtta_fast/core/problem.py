@@ -23,8 +23,8 @@ class Problem:
 
     lr, denoiser_lr: 0-dim, on the modules' device, in the dtype that optimizers.rate() gives. row_counts: which row counts a forward pass
     of the guard may have, see guard.forward_rows(). loop: whether images with separate weights of the model run one by one.
-    denoiser_loop: the same for the denoiser's adapters. forward: the compiled
-    version of step.forward(), if there is one. cumulative: the timesteps' cumulative density, if they are calibrated.
+    denoiser_loop: the same for the denoiser's adapters. forward: the compiled version of step.forward(), if there is one. cumulative: the
+    timesteps' cumulative density, if they are calibrated.
     """
 
     model: nn.Module
@@ -45,7 +45,7 @@ class Problem:
 
     @property
     def batches_denoiser(self) -> bool:
-        """Whether an image's own weights of the denoiser run together with those of others: adapters do, as they are little of the work."""
+        """True if the denoiser's own weights for each image run as one batch. Adapters do, because they are little of the work."""
         return self.config.denoiser_parameters == "lora" and not self.denoiser_loop
 
     @property

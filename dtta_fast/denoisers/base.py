@@ -76,7 +76,7 @@ class Denoiser(nn.Module, ABC):
         return []
 
     def use_joined(self, tensors: list[Tensor]) -> None:
-        """Uses the joined tensors in forward(): one product with each of them, in place of one with each of its rows' parameters."""
+        """Uses the joined tensors in forward(), so that one product replaces many."""
         raise NotImplementedError(f"{type(self).__name__} has joinable() weights and no use_joined()")
 
     @property

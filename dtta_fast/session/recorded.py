@@ -24,7 +24,7 @@ NAMES = "original", "matched", "x0", "image_ids"  # the tensors of a batch that 
 class RecordedProgram(ModuleProgram):
     """A program whose recordings read a batch and a state at fixed addresses; what leaves it is copied out of their memory.
 
-    A call with `timesteps` or `noise` of its own makes its steps without them. A call on another stream than the one before records anew.
+    If a call is given `timesteps` or `noise`, its steps are not recorded. A call on a different stream than the last one records everything anew.
     The caller's forward hooks run while something is recorded, and in no replay.
     """
 

@@ -1,6 +1,6 @@
 """gated_norm on the GPU, forward and backward: what lies between the products of a DiT block, in one pass over the tokens each way.
 
-A program holds the modulation of one row and works through TOKENS of its tokens, one after the other. The gradient of the modulation is
+A program holds the modulation of one row and works through some of its tokens, one after the other. The gradient of the modulation is
 summed over the tokens of a program in registers, and over the programs in a fixed order by a second kernel.
 """
 
@@ -157,7 +157,7 @@ def gated_norm_backward(
     rstd: Tensor,
     with_x: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Computes reference.gated_norm_backward for contiguous tensors of one type of 32 or 16 bits; without a branch, total is x."""
+    """Computes the gradients of reference.gated_norm for contiguous tensors of one type of 32 or 16 bits; without a branch, total is x."""
     rows, tokens, numbers = total.shape
     to_x, to_branch = torch.empty_like(total) if with_x else None, None if branch is None else torch.empty_like(total)
     group, grid = _split(rows, tokens)
