@@ -24,8 +24,8 @@ NAMES = "original", "matched", "x0", "image_ids"  # the tensors of a batch that 
 class RecordedProgram(ModuleProgram):
     """A program whose recordings read a batch and a state at fixed addresses; what leaves it is copied out of their memory.
 
-    If a call is given `timesteps` or `noise`, its steps are not recorded. A call on a different stream than the last one records everything anew.
-    The caller's forward hooks run while something is recorded, and in no replay.
+    If a call is given `timesteps` or `noise`, its steps are not recorded. A call on a different stream than the last one records everything
+    anew. The caller's forward hooks run during a recording, but not during a replay.
     """
 
     def __init__(self, *given: Any) -> None:
