@@ -114,7 +114,7 @@ def clip_l14(device: torch.device | str = "cpu") -> nn.Module:
 
 
 def weight_bytes(unet: nn.Module) -> dict[str, int]:
-    """Measures the UNet's weights as they are, and with its linear layers in int8 (a scale a row) and NF4 (a scale of 64)."""
+    """Counts the bytes of the UNet's weights as they are, and with its linear layers in int8 (a scale a row) and NF4 (a scale of 64)."""
     linear = sum(m.weight.numel() for m in unet.modules() if isinstance(m, nn.Linear))
     rows = sum(m.out_features for m in unet.modules() if isinstance(m, nn.Linear))
     everything = sum(p.numel() for p in unet.parameters())
