@@ -107,3 +107,23 @@ def test_images_run_one_by_one_where_vmap_has_no_backward(denoiser, images):
     assert torch.equal(together.outputs, again.outputs)
     alone = Adapter(model, denoiser, config).adapt(images[1:2], image_ids=torch.tensor([1]))
     torch.testing.assert_close(together.outputs[1:2], alone.outputs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_norm_takes_maps_of_any_layout(size, affine):
+    """A map of one pixel is contiguous with the strides of channels_last, so contiguous() alone does not settle its layout."""
+    x = torch.randn(3, 2, *size, 8).movedim(-1, 2).requires_grad_()  # channels_last for each image
+    weight = torch.randn(3, 8, requires_grad=True) if affine else None
+
+    def norm(x: Tensor, weight: Tensor | None) -> Tensor:
+        with vmappable_attention():
+            return F.group_norm(x, 4, weight=weight, bias=weight, eps=1e-3)
+
+    leaves = [x] if weight is None else [x, weight]
+    batched = torch.vmap(norm, in_dims=(0, None if weight is None else 0))(x, weight)
+    alone = torch.stack([F.group_norm(x[i], 4, *([weight[i]] * 2 if affine else [None] * 2), 1e-3) for i in range(3)])
+    torch.testing.assert_close(batched, alone)
+    target = torch.randn_like(alone)
+    for found, expected in zip(torch.autograd.grad(batched, leaves, target), torch.autograd.grad(alone, leaves, target), strict=True):
+        torch.testing.assert_close(found, expected)

@@ -1,4 +1,4 @@
-"""Attention under torch.vmap, whose built-in rules lose the gradient or run one image at a time."""
+"""Attention and group normalisation under torch.vmap, whose own rules lose the gradient, run one image at a time or raise."""
 
 from __future__ import annotations
 
@@ -44,7 +44,18 @@ class _VmappableAttention(TorchFunctionMode):
         if function is F.multi_head_attention_forward:  # it calls attention internally, hidden from modes
             with math_attention:
                 return function(*args, **kwargs)
+        if function is F.group_norm:
+            return _group_norm(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def _group_norm(input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Computes F.group_norm, which torch 2.11 on a CPU refuses for a batched tensor whose strides look like channels_last."""
+    if input.is_cpu and torch._C._functorch.is_batchedtensor(input):
+        images, channels = input.shape[:2]
+        positions = input[0, 0].numel()
+        return torch.native_group_norm(input.contiguous(), weight, bias, images, channels, positions, num_groups, eps)[0]
+    return F.group_norm(input, num_groups, weight, bias, eps)
 
 
 def _attention(

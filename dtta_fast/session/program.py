@@ -206,7 +206,10 @@ class ModuleProgram(Program):
             self._tried.add("model")
         if problem.batches_denoiser and not problem.denoiser.checkpointing and "denoiser" not in self._tried:
             conditions = problem.task.decision(batch.matched_outputs, problem.denoiser)[:, None]
-            rows = batch.x0[:, None].to(problem.denoiser.dtype), torch.zeros_like(batch.image_ids)[:, None], conditions
+            rows = tuple(
+                x.repeat_interleave(2, dim=1)  # two rows: the strides of one do not say which memory format it has
+                for x in (batch.x0[:, None].to(problem.denoiser.dtype), torch.zeros_like(batch.image_ids)[:, None], conditions)
+            )
 
             def denoised(phi: Parameters) -> Tensor:
                 return call(problem.denoiser, in_dtypes_of(problem.denoiser, phi), *rows, per_image=True)
