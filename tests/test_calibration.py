@@ -19,7 +19,7 @@ from dtta_fast import AdaptConfig, Adapter, Calibration, adapt, presets, zoo
 from dtta_fast.core.calibrate import BINS, PAIRS, RIVALS, class_signal
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import load_digits
-from dtta_fast.denoisers.calibration import _distances_to_the_others, fingerprint
+from dtta_fast.denoisers.calibration import EDGE, _distances_to_the_others, fingerprint
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.kernels.philox import normal
@@ -38,26 +38,60 @@ def calibration(clean) -> Calibration:
     return Calibration.measure(nn.Linear(2, 2), clean)
 
 
-def test_power_is_that_of_a_direct_sum(clean, calibration):
-    """Parseval: the powers of all frequencies, each as often as it occurs, add up to the variance, 1."""
+def test_typical_statistics_are_those_of_a_direct_sum(clean, calibration):
+    """Statistics by numpy's full transform in float64, ring by ring."""
+    values = clean.double()
+    deviation, mean = torch.std_mean(values, dim=(1, 2, 3), keepdim=True, correction=0)
+    power = torch.fft.fft2((values - mean) / deviation, norm="forward").abs().square().mean(1)
     rows = torch.fft.fftfreq(32, 1 / 32)
     ring = torch.hypot(rows[:, None], rows[None, :]).round().long().clamp(max=16)
-    total = sum(calibration.power[int(r)] for r in ring.flatten())
-    assert total == pytest.approx(1, abs=0.02)  # two columns of rfft2 count a little wrong
-    assert calibration.mean == pytest.approx(float(clean.mean()))
+    expected = torch.stack([mean.flatten(), deviation.log().flatten(), *(power[:, ring == r].mean(1).log() for r in range(1, 17))], dim=1)
+    torch.testing.assert_close(torch.tensor(calibration.typical).double(), expected.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.tensor(calibration.scatter).double(), expected.std(0), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (48, 33)])
-def test_matched_images_have_the_statistics(clean, calibration, size):
-    images = F.interpolate(clean, size=size, mode="bilinear") * 0.2 + 0.7  # low contrast, bright, another size
+def test_matched_images_come_to_the_edge_of_the_usual_range(clean, calibration, size):
+    images = F.interpolate(clean, size=size, mode="bilinear") * 0.1 + 0.85  # low contrast, bright, another size
     matched = calibration.match(images)
     assert matched.shape == images.shape
-    torch.testing.assert_close(matched.mean((1, 2, 3)), torch.full((16,), calibration.mean), rtol=0, atol=1e-5)
-    torch.testing.assert_close(matched.std((1, 2, 3), correction=0), torch.full((16,), calibration.deviation), rtol=0, atol=1e-5)
+    mean, deviation = matched.mean((1, 2, 3)), matched.std((1, 2, 3), correction=0).log()
+    edges = [calibration.typical[0] + EDGE * calibration.scatter[0], calibration.typical[1] - EDGE * calibration.scatter[1]]
+    torch.testing.assert_close(mean, torch.full((16,), edges[0]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(deviation, torch.full((16,), edges[1]), rtol=0, atol=1e-3)
 
 
-def test_matching_does_not_see_contrast_and_brightness(clean, calibration):
-    torch.testing.assert_close(calibration.match(clean * 0.1 + 0.5), calibration.match(clean), rtol=0, atol=2e-4)
+def test_a_frequency_is_moved_to_the_nearer_edge_and_no_further(clean, calibration):
+    """Frequencies of 4 to 10 cycles are raised threefold: matching lowers those in the middle to the upper edge, where neighbours agree."""
+    spectrum = torch.fft.rfft2(clean.double())
+    rows, columns = torch.fft.fftfreq(32, 1 / 32), torch.arange(17)
+    radius = torch.hypot(rows[:, None], columns[None, :])
+    ring, band = radius.round() == 7, (radius > 4) & (radius < 10)
+    images = torch.fft.irfft2(torch.where(band, spectrum * 3, spectrum))
+
+    def powers(images: torch.Tensor) -> torch.Tensor:
+        deviation, mean = torch.std_mean(images, dim=(1, 2, 3), keepdim=True, correction=0)
+        return torch.fft.rfft2((images - mean) / deviation, norm="forward").abs().square().mean(1)[:, ring].mean(1).log()
+
+    edge = calibration.typical[2 + 6] + EDGE * calibration.scatter[2 + 6]
+    before, after = powers(images), powers(calibration.match(images.float()).double())
+    assert bool((before > edge).all())
+    torch.testing.assert_close(after, torch.full_like(after, edge), rtol=0, atol=0.3)  # normalising again moves all rings a little
+
+
+def test_a_usual_image_is_returned_bit_for_bit(clean, calibration):
+    wide = dataclasses.replace(calibration, scatter=tuple(5 * value for value in calibration.scatter))
+    assert torch.equal(wide.match(clean), clean)
+    half = clean.bfloat16()
+    assert torch.equal(wide.match(half), half)
+    mixed = torch.cat([clean[:2], clean[:1] * 0.05])
+    moved = (wide.match(mixed) != mixed).flatten(1).any(1)
+    assert moved.tolist() == [False, False, True]
+
+
+def test_matching_takes_away_contrast_and_brightness_that_are_unusual(clean, calibration):
+    faint, fainter = (calibration.match(clean * factor + 0.5) for factor in (0.1, 0.05))
+    torch.testing.assert_close(faint, fainter, rtol=0, atol=2e-4)
 
 
 def test_matching_gives_back_what_blur_took(clean, calibration):
@@ -87,7 +121,7 @@ def test_files(tmp_path, calibration):
         with pytest.raises(ValueError, match="belongs to another denoiser"):
             Calibration.load(tmp_path / "c.json", other)
     written = json.loads((tmp_path / "c.json").read_text())
-    for damage in ({"deviation": 0.0}, {"power": [1.0]}, {"mean": "grey"}, {"power": [float("nan")] * 5}, {"limit": 0.0}):
+    for damage in ({"scatter": []}, {"typical": [1.0]}, {"limit": "grey"}, {"typical": [float("nan")] * 5}, {"limit": 0.0}):
         (tmp_path / "c.json").write_text(json.dumps({**written, **damage}))
         with pytest.raises(ValueError, match="is no calibration"):
             Calibration.load(tmp_path / "c.json", denoiser)
@@ -95,17 +129,14 @@ def test_files(tmp_path, calibration):
 
 NAN, INFINITY = float("nan"), float("inf")
 BAD = [  # a field, where in it, and what it is not
-    *(("mean", None, value) for value in (-0.1, 1.5, 1e300, NAN, "0.5", None, True, [0.5], 10**400)),
-    *(("deviation", None, value) for value in (0.0, -1.0, 2.0, 1e-300, NAN, INFINITY)),
-    *(("power", 3, value) for value in (-1e-9, 1e30, NAN, INFINITY, "1", None, True)),
-    *(("typical", 3, value) for value in (1e30, -1e30, NAN)),
+    *(("limit", None, value) for value in (-0.1, 1e300, NAN, INFINITY, "0.5", None, True, [0.5], 10**400)),
+    *(("typical", 3, value) for value in (1e30, -1e30, NAN, INFINITY, "1", None, True)),
     *(("scatter", 3, value) for value in (0.0, -1.0, 1e-40, 1e30, NAN)),
-    *(("limit", None, value) for value in (-1.0, 1e300, NAN, INFINITY, "1")),
     *(("signal", 3, value) for value in (1e300, -1e300, NAN, INFINITY)),
     *(("spread", 3, value) for value in (0.0, -1.0, 1e-300, 1e300, NAN)),
     *(
         (name, None, value)
-        for name in ("power", "typical", "signal", "spread")
+        for name in ("typical", "scatter", "signal", "spread")
         for value in ("123", 5, {"a": 1}, [[1.0]] * 17, [1.0] * 2**17)
     ),
     *(("fingerprint", None, value) for value in (5, None, "x", "g" * 12, "a" * 300)),
@@ -130,13 +161,12 @@ def test_a_file_of_absurd_numbers_is_refused_by_its_field(tmp_path, field, at, v
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"power": [1.0, 0.5]}, "power has 2 values, and 3 are the least"),
-        ({"typical": [0.1] * 5}, "typical has 5 values for the 17 of power"),
-        ({"scatter": [0.1] * 5}, "scatter has 5 values, and typical 17"),
+        ({"typical": [0.1] * 3, "scatter": [0.1] * 3}, "typical has 3 values, and 4 are the least"),
+        ({"scatter": [0.1] * 5}, "scatter has 5 values, and typical 18"),
         ({"spread": [0.1] * 5}, "spread has 5 values, and signal 20"),
-        ({"limit": 0.0}, "limit is 0 beside typical"),
+        ({"limit": 0.0}, "limit is 0: it is the distance"),
         ({"signal": [0.1] * 1001, "spread": [0.1] * 1001}, "signal has 1001 values, and the denoiser 1000 timesteps"),
-        ({"mean": ...}, "mean is missing"),
+        ({"limit": ...}, "limit is missing"),
         ({"fingerprint": ...}, "fingerprint is missing"),
     ],
 )
@@ -267,7 +297,7 @@ def test_the_zoo_s_is_of_its_training_images():
     _, denoiser = zoo.load("digits")
     again = Calibration.measure(denoiser, load_digits("train")[0])
     assert again.fingerprint == denoiser.calibration.fingerprint
-    torch.testing.assert_close(torch.tensor(again.power), torch.tensor(denoiser.calibration.power), rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(torch.tensor(again.typical), torch.tensor(denoiser.calibration.typical), rtol=1e-3, atol=1e-3)
 
 
 def test_matching_takes_low_contrast_away_from_the_digits():
@@ -336,11 +366,6 @@ def test_the_pre_check_by_statistics_leaves_alone_what_is_usual():
     assert torch.equal(found.outputs[:3], found.outputs_before[:3])
     assert not found.evaluations[:3].any()
     assert bool((found.evaluations[3:] > 0).all())
-    denoiser.calibration = dataclasses.replace(calibration, typical=(), scatter=())
-    with pytest.raises(ValueError, match="no calibration with typical statistics"):
-        Adapter(model, denoiser, presets.FAST.replace(precheck="statistics"))
-    with pytest.raises(ValueError, match="has no typical statistics"):
-        denoiser.calibration.distance(clean)
 
 
 def test_the_pre_check_selects_images_whether_code_is_compiled_or_not():

@@ -98,7 +98,7 @@ def test_calibrate_writes_what_the_denoiser_then_loads(tmp_path, capsys):
     assert json.loads((tmp_path / "found.json").read_text())["calibration"]["mean"] == pytest.approx(found.mean)
     again = Calibration.measure(DiT.from_pretrained(denoiser), (load_digits("train")[0][:8] * 255).round() / 255)
     assert found.mean == pytest.approx(again.mean, abs=1e-3)
-    assert found.power[:6] == pytest.approx(again.power[:6], rel=0.02)
+    assert found.typical[:6] == pytest.approx(again.typical[:6], rel=0.02)
     for arguments, message in (
         (["calibrate", str(denoiser), str(tmp_path / "nowhere")], "is no folder"),
         (["calibrate", str(denoiser), str(denoiser / "scheduler")], "holds no file"),

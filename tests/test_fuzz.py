@@ -151,7 +151,7 @@ def test_calibration(place, seed, value):
     for content in (json.dumps(changed(whole, value, seed)).encode(), damaged(json.dumps(whole).encode(), seed), DEEP.encode()):
         path.write_bytes(content)
         found = held(lambda: Calibration.load(path, _denoiser()), str(path), root=path.parent)
-        assert found is None or all(isinstance(power, float) for power in found.power)
+        assert found is None or all(isinstance(value, float) for value in found.typical)
 
 
 KEPT: list[DiT] = []

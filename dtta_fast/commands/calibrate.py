@@ -62,7 +62,7 @@ class Calibrate:
         if self.out is None and path.is_symlink():
             raise ValueError(f"{shown(path)} is a link, which may lead anywhere; remove it, or say where to write by --out FILE")
         # an existing file of that name in the denoiser's folder is replaced, even if it is damaged
-        check_path("out", path, (lambda path: True) if self.out is None else holds("power", "mean", "deviation"))
+        check_path("out", path, (lambda path: True) if self.out is None else holds("typical", "scatter"))
         check_path("json", self.json, holds("denoiser", "calibration"))
         check_apart(out=path, json=self.json)
         device = checked_device(self.device)

@@ -22,17 +22,14 @@ from dtta_fast.runtime.files import read_text
 
 LEAST = 8  # minimum images to measure on: with fewer, single images dominate the mean power
 MOST_GAIN = 4.0  # largest factor by which a frequency is raised or lowered: what blur has removed completely cannot be recovered
-NOTHING = 1e-12  # added to powers, so that the gain is 1 where both are zero
+EDGE = 1.0  # the usual range of a statistic ends this many standard deviations from its mean; chosen on validation images (docs/log.md)
 NO_POWER = 1e-10  # lower bound of a power in a statistic
 SHARPNESS = 8  # exponent of the timestep density, chosen on the validation split of digits-C
 USUAL = 0.95  # share of a denoiser's own images that are not outliers: this quantile of their distances is the limit
 LEAST_SCATTER = 1e-3  # lower bound, for a statistic that is the same in all images
 PIECE = 64  # coefficients summed at once; a table of whole rings would be mostly empty, since the outer ring has thousands
 MOST_VALUES = 2**16  # maximum length of a list in a file
-RANGES = {  # valid ranges of the values in a file: images lie in [0, 1], and the powers of images with deviation 1 sum to 1
-    "mean": (0.0, 1.0),
-    "deviation": (1e-4, 1.0),
-    "power": (0.0, 2.0),
+RANGES = {  # valid ranges of the values in a file
     "typical": (-50.0, 50.0),
     "scatter": (1e-4, 100.0),
     "limit": (0.0, 1e6),
@@ -47,26 +44,22 @@ class Calibration:
     """Statistics of clean images from a denoiser's domain, and the fingerprint of the denoiser they belong to.
 
     A denoising loss compares a corrupted image with what the denoiser learned from clean ones, so it reacts first of all to the
-    corruption: contrast, brightness, blur. Matching removes these differences and leaves the class.
+    corruption: contrast, brightness, blur. Matching moves what is unusual to the edge of the usual range, and leaves the class.
 
     Attributes:
         fingerprint: the denoiser's fingerprint (see fingerprint()).
-        mean, deviation: mean and standard deviation of an image's values in [0, 1] over pixels and channels, averaged over images.
-        power: mean power by spatial frequency, 0, 1, 2 .. cycles per image side, of images normalised to mean 0 and deviation 1.
-        typical, scatter: mean and standard deviation over images of an image's statistics (its mean, and the logarithms of its deviation
-            and of its power at 1, 2 .. cycles).
+        typical, scatter: mean and standard deviation over images of an image's statistics: the mean of its values in [0, 1], the
+            logarithm of their standard deviation, and the logarithms of its power at 1, 2 .. cycles per image side after normalisation to
+            mean 0 and deviation 1. The last power is that of half the image's height in cycles and beyond.
         limit: the distance() below which 95 % of these images lie.
         signal, spread: mean and standard deviation, in equal parts of the noise process, of how much higher the loss is under a rival
             class than under an image's own class (see calibrate()); empty if not measured.
     """
 
     fingerprint: str
-    mean: float
-    deviation: float
-    power: tuple[float, ...]
-    typical: tuple[float, ...] = ()
-    scatter: tuple[float, ...] = ()
-    limit: float = 0.0
+    typical: tuple[float, ...]
+    scatter: tuple[float, ...]
+    limit: float
     signal: tuple[float, ...] = ()
     spread: tuple[float, ...] = ()
 
@@ -88,20 +81,16 @@ class Calibration:
                 "give floating point in [0, 1], not normalised"
             )
         images = images.float()
-        unit, mean, deviation = _standardised(images)
-        if float(deviation.mean()) < FLAT:
+        deviation = float(_standardised(images)[2].mean())
+        if deviation < FLAT:
             raise ValueError(
-                f"images have no contrast: their standard deviation is {float(deviation.mean()):.2g}, and {FLAT:g} is the least; "
+                f"images have no contrast: their standard deviation is {deviation:.2g}, and {FLAT:g} is the least; "
                 "give photographs, not blank images"
             )
-        power = _power(torch.fft.rfft2(unit, norm="forward")).mean(0)
         statistics = _statistics(images)
         scatter, typical = torch.std_mean(statistics, dim=0)
         return cls(
             fingerprint(denoiser),
-            float(mean.mean()),
-            float(deviation.mean()),
-            tuple(power.tolist()),
             tuple(typical.tolist()),
             tuple(scatter.clamp(min=LEAST_SCATTER).tolist()),
             limit=float(_distances_to_the_others(statistics).quantile(USUAL)),
@@ -112,12 +101,7 @@ class Calibration:
         """Returns the distance [B] of each image's [B, C, H, W] statistics from those of the denoiser's own images.
 
         The distance is the root mean square over the statistics, in standard deviations.
-
-        Raises:
-            ValueError: the typical statistics were not measured.
         """
-        if not self.typical:
-            raise ValueError("the denoiser's calibration has no typical statistics; measure them by calibrate() or `dtta calibrate`")
         found = _statistics(images.float())
         known = min(found.shape[1], len(self.typical))  # images of a different size also have different frequencies
         typical, scatter = (numbers(values[:known], images.device, torch.float32) for values in (self.typical, self.scatter))
@@ -125,23 +109,30 @@ class Calibration:
 
     @torch.no_grad()
     def match(self, images: Tensor) -> Tensor:
-        """Matches each image [B, C, H, W], of any size, to the mean, deviation and radial power spectrum of these statistics.
+        """Moves each image's [B, C, H, W] unusual statistics to the edge of their usual range: typical ± EDGE · scatter.
 
-        Each frequency gets one gain, from 1/4 to 4, shared by all of the image's channels. Phases, and so shapes and positions, are
-        preserved. Values may leave [0, 1].
+        The images may have any size. Each frequency gets one gain, from 1/4 to 4, shared by all of the image's channels. Phases, and so
+        shapes and positions, are preserved. Values may leave [0, 1]. An image whose statistics are all usual is returned unchanged.
         """
-        unit, _, _ = _standardised(images.float())
+        values = images.float()
+        unit, mean, deviation = _standardised(values)
         spectrum = torch.fft.rfft2(unit, norm="forward")
-        rings = _rings(spectrum.shape[-2], spectrum.shape[-1], images.device)
+        power = _power(spectrum, images.shape[-1])[:, 1:].clamp(min=NO_POWER).log()
+        typical, scatter = (numbers(found, images.device, torch.float32) for found in (self.typical, self.scatter))
+        usual = [_extended(found[2:], power.shape[1]) for found in (typical, scatter)]
+        changes = _to_edge(power, *usual) - power
+        gain = (changes / 2).exp().clamp(1 / MOST_GAIN, MOST_GAIN)
+        rings = _rings(*images.shape[-2:], images.device)
         lower = rings.radius.long()
         bins = int(math.hypot(*(side // 2 for side in images.shape[-2:]))) + 2  # beyond the highest frequency
-        wanted = _extended(numbers(self.power, images.device, torch.float32), bins)
-        found = _extended(_power(spectrum), bins)
-        gain = ((wanted + NOTHING) / (found + NOTHING)).sqrt().clamp(1 / MOST_GAIN, MOST_GAIN)
+        gain = _extended(F.pad(gain, (1, 0), value=1.0), bins)
         share = rings.radius - lower
         gains = gain[:, lower] * (1 - share) + gain[:, lower + 1] * share
         unit, _, _ = _standardised(torch.fft.irfft2(spectrum * gains[:, None], s=images.shape[-2:], norm="forward"))
-        return (unit * self.deviation + self.mean).to(images.dtype)
+        contrast = deviation.clamp(min=FLAT).log()
+        wanted = _to_edge(mean, typical[0], scatter[0]), _to_edge(contrast, typical[1], scatter[1])
+        usual_already = (wanted[0] == mean) & (wanted[1] == contrast) & (changes == 0).all(1).view(-1, 1, 1, 1)
+        return torch.where(usual_already, values, unit * wanted[1].exp() + wanted[0]).to(images.dtype)
 
     def density(self, rows: int) -> Tensor:
         """Returns the proposal density [rows] of timesteps, up to a constant, for a noise process with `rows` timesteps:
@@ -224,15 +215,13 @@ def _field(found: dict[str, Any], field: dataclasses.Field[Any]) -> Any:
 
 def _check_lengths(read: Calibration, denoiser: nn.Module) -> None:
     """Raises ValueError if the fields' lengths do not match, or `signal` has more parts than the denoiser has timesteps."""
-    if len(read.power) < 3:
-        raise ValueError(f"power has {len(read.power)} values, and 3 are the least")
-    if len(read.typical) not in (0, len(read.power)):
-        raise ValueError(f"typical has {len(read.typical)} values for the {len(read.power)} of power: they have one length")
+    if len(read.typical) < 4:
+        raise ValueError(f"typical has {len(read.typical)} values, and 4 are the least")
     for one, other in (("scatter", "typical"), ("spread", "signal")):
         if len(getattr(read, one)) != len(getattr(read, other)):
             raise ValueError(f"{one} has {len(getattr(read, one))} values, and {other} {len(getattr(read, other))}: they have one length")
-    if read.typical and not read.limit:
-        raise ValueError("limit is 0 beside typical: it is the distance that usual images are under")
+    if not read.limit:
+        raise ValueError("limit is 0: it is the distance that usual images are under")
     process: Any = getattr(denoiser, "process", None)
     if process is not None and len(read.signal) > len(process):
         raise ValueError(f"signal has {len(read.signal)} values, and the denoiser {len(process)} timesteps")
@@ -264,9 +253,9 @@ def _standardised(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _statistics(images: Tensor) -> Tensor:
-    """Returns each image's [B, C, H, W] mean, log deviation and log power at 1, 2 .. whole cycles, [B, S]."""
+    """Returns each image's [B, C, H, W] mean, log deviation and log power at 1, 2 .. cycles, [B, S], as Calibration.typical has them."""
     unit, mean, deviation = _standardised(images)
-    power = _power(torch.fft.rfft2(unit, norm="forward"))[:, 1:-1]  # the last holds all higher frequencies
+    power = _power(torch.fft.rfft2(unit, norm="forward"), images.shape[-1])[:, 1:]
     return torch.cat([mean.flatten(1), deviation.clamp(min=FLAT).log().flatten(1), power.clamp(min=NO_POWER).log()], dim=1)
 
 
@@ -294,11 +283,13 @@ class _Rings(NamedTuple):
 
 
 @kept
-def _rings(height: int, columns: int, device: torch.device) -> _Rings:
+def _rings(height: int, width: int, device: torch.device) -> _Rings:
     rows = np.fft.fftfreq(height, 1 / height)
-    radius = np.hypot(rows[:, None], np.arange(columns)[None, :])
+    radius = np.hypot(rows[:, None], np.arange(width // 2 + 1)[None, :])
     weight = np.full(radius.shape, 2.0)  # rfft2 leaves out one of each conjugate pair
     weight[:, 0] = 1.0
+    if width % 2 == 0:
+        weight[:, -1] = 1.0
     ring = np.rint(radius).astype(np.int64).clip(max=height // 2).ravel()
     members = [np.flatnonzero(ring == number) for number in range(height // 2 + 1)]
     pieces = [[own[first : first + PIECE] for first in range(0, len(own), PIECE)] for own in members]
@@ -328,11 +319,16 @@ def _ring_sums(values: Tensor, rings: _Rings) -> Tensor:
     return values
 
 
-def _power(spectrum: Tensor) -> Tensor:
+def _power(spectrum: Tensor, width: int) -> Tensor:
     """Returns the mean power [B, R] of coefficients [B, C, H, W/2+1] by integer radius; the last entry is half the height and beyond."""
-    rings = _rings(spectrum.shape[-2], spectrum.shape[-1], spectrum.device)
+    rings = _rings(spectrum.shape[-2], width, spectrum.device)
     power = (spectrum.abs().square().mean(1) * rings.weight).flatten(1)
     return _ring_sums(power, rings) / _ring_sums(rings.weight.flatten()[None], rings)
+
+
+def _to_edge(values: Tensor, typical: Tensor, scatter: Tensor) -> Tensor:
+    """Clamps statistics to their usual range."""
+    return torch.minimum(torch.maximum(values, typical - EDGE * scatter), typical + EDGE * scatter)
 
 
 def _extended(power: Tensor, bins: int) -> Tensor:

@@ -74,9 +74,9 @@ def check_denoiser(denoiser: Denoiser, config: AdaptConfig) -> None:
     if config.match != "off" and denoiser.calibration is None:
         remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or match='off'"
         raise ValueError(f"match is {config.match!r}, and the denoiser has no calibration; {remedy}")
-    if config.precheck == "statistics" and (denoiser.calibration is None or not denoiser.calibration.typical):
+    if config.precheck == "statistics" and denoiser.calibration is None:
         remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or precheck='off'"
-        raise ValueError(f"precheck is 'statistics', and the denoiser has no calibration with typical statistics; {remedy}")
+        raise ValueError(f"precheck is 'statistics', and the denoiser has no calibration; {remedy}")
     if config.timesteps == "calibrated" and (denoiser.calibration is None or not denoiser.calibration.signal):
         remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or timesteps='stratified'"
         raise ValueError(f"timesteps is 'calibrated', and the denoiser has no calibration of its timesteps; {remedy}")
