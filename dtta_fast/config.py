@@ -133,9 +133,11 @@ class AdaptConfig:
         match: what gets images matched to the statistics of the denoiser's own images (see Calibration.match): nothing (off), the
             denoiser, or the model as well (both). Needs a denoiser with a calibration.
         precheck: which images are left unadapted, at no denoiser evaluations, because adaptation would do more harm than good
-            (docs/log.md): none (off); those for which the source model gives the same answer with and without matching (answer, needs
-            match both); or those whose statistics are typical of the denoiser's own images (statistics, see Calibration.distance).
-            Compiled code is specialised to one batch size, so it adapts the whole batch if any of its images needs adaptation.
+            (docs/log.md): none (off); those for which the source model gives the same answer with and without matching and, if matching
+            changes the image, is at least 80 % sure of it (answer, needs match both); or those whose statistics are typical of the
+            denoiser's own images (statistics, see Calibration.distance). If the denoiser's loss tells nothing about the class
+            (Calibration.trust is 0), both leave all images unadapted. Compiled code is specialised to one batch size, so it adapts the
+            whole batch if any of its images needs adaptation.
         parameters: which of the model's weights are adapted: all, its norm layers, its head, LoRA adapters (its own if it has any, new
             ones otherwise), or the logits themselves. Their requires_grad flags are ignored.
         denoiser_parameters: which of the denoiser's weights are adapted: none (frozen), all, or those of LoRA adapters (lora).
@@ -148,10 +150,11 @@ class AdaptConfig:
         momentum: momentum of sgd, from 0 to below 1; the other optimizers ignore it.
         weight_decay: weight decay for any optimizer, applied to both the model and the denoiser; decoupled for adamw and adam8bit.
         mode: episodic starts every image from the source weights; online carries the weights and optimizer state through the stream.
-        guard: number of pairs on which the answers before and after adaptation are compared; unless the loss is lower after it, the
-            original answer is kept. 0 turns the guard off.
-        guard_threshold: how much lower the loss after adaptation has to be: the mean of the pairs' differences (after minus before)
-            must be below minus this many standard errors (a paired test).
+        guard: number of pairs on which answers are compared. The unadapted model's answer to the matched image stands (to the image
+            itself without match both); the adapted one, and the answer to the unmatched image, replace it only if their loss is lower.
+            0 turns the guard off: adapted answers are accepted.
+        guard_threshold: how much lower the loss has to be: the mean of the pairs' differences, times Calibration.trust, must be below
+            minus this many standard errors (a paired test). 3 asks for odds of 20 to 1 that the new answer is the right one of the two.
         precision: number format of the denoiser's weights and activations, which account for nearly all of the work. auto is bf16 on a
             GPU (fp16 if it lacks bfloat16) for a float32 denoiser, and the denoiser's own format otherwise. fp32 is full float32
             everywhere: slow on a GPU, and the only setting there that keeps the model and the denoiser off the tensor cores. tf32 keeps

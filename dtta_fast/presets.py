@@ -16,7 +16,7 @@ PAPER = AdaptConfig(
     momentum=0.9,
 )
 
-# Chosen on the validation split of digits-C (bench/quality/choose.py, docs/log.md). Needs a denoiser with a calibration.
+# Chosen on the validation splits of digits-C and Fashion-C (bench/quality/choose.py, docs/log.md). Needs a denoiser with a calibration.
 FAST = AdaptConfig(
     steps=3,
     pairs=4,
@@ -27,7 +27,7 @@ FAST = AdaptConfig(
     optimizer="adam",
     lr=5e-4,
     guard=24,
-    guard_threshold=1.75,
+    guard_threshold=3.0,
 )
 
 # For streams: one set of weights, one update per batch, no guard. Chosen like FAST; needs a denoiser with a calibration.

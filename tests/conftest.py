@@ -137,7 +137,7 @@ def guarded():
         answers = guard.compare(program.problem, before, after, matched)
         compared = torch.cat([answers.fresh.any(0)[None], answers.fresh])
         losses = program.losses(SimpleNamespace(step=at), batch, answers, compared.tolist() if wanted is None else wanted)
-        outputs, accepted = guard.decide(program.problem.config, answers, matched, losses)
+        outputs, accepted = guard.decide(program.problem.config, answers, before, losses)
         return outputs, accepted, program.guard * compared.sum(0)
 
     return guarded

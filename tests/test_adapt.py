@@ -350,7 +350,7 @@ def test_the_guard_chooses_the_answer_with_the_lowest_held_out_loss(model, denoi
     engine = Engine(model, denoiser, Classification(), config)
     x0, ids, at = denoiser.encode(images), torch.arange(4), torch.tensor(3)
     engine.program.plan(images, x0, 4)
-    answers = torch.tensor([[0, 1, 2], [3, 3, 4], [5, 6, 6], [2, 2, 2]])  # before, first and second candidate, an image a row
+    answers = torch.tensor([[0, 1, 2], [3, 3, 4], [5, 6, 6], [2, 2, 2]])  # original, adapted, matched; an image a row
     outputs = [F.one_hot(column, 7).double() for column in answers.T]
     found, accepted, evaluations = guarded(engine.program, outputs[0], outputs[1:], x0, ids, at)
     assert evaluations.tolist() == [15, 10, 10, 0]
@@ -365,9 +365,9 @@ def test_the_guard_chooses_the_answer_with_the_lowest_held_out_loss(model, denoi
         losses.append(denoising_loss(prediction, Pairs(**draw)))
     for i, row in enumerate(answers):
         scores = [0.0]
-        for k in (1, 2):
-            change = losses[k][i] - losses[0][i]
+        for k in (1, 0):
+            change = losses[k][i] - losses[2][i]
             scores.append(float(change.mean() + 0.5 * change.std() / 5**0.5))
         best = int(torch.tensor(scores).argmin())
-        assert found[i].argmax() == row[best]
-        assert accepted[i] == (best > 0 or row[1] == row[0])
+        assert found[i].argmax() == row[(2, 1, 0)[best]]
+        assert accepted[i] == (best == 1 or (best == 0 and row[1] == row[2]))

@@ -16,13 +16,15 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from dtta_fast import AdaptConfig, Adapter, Calibration, adapt, presets, zoo
-from dtta_fast.core.calibrate import BINS, PAIRS, RIVALS, class_signal
+from dtta_fast.core.calibrate import BINS, PAIRS, RIVALS, _logistic_slope, calibrate, class_scores, class_signal
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import load_digits
 from dtta_fast.denoisers.calibration import EDGE, _distances_to_the_others, fingerprint
 from dtta_fast.denoisers.dit import DiT
-from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.denoisers.dit_network import DiTNetwork
+from dtta_fast.denoisers.noise_process import NOISE, SIGNAL, NoiseProcess
 from dtta_fast.kernels.philox import normal
+from dtta_fast.session.program import SURE
 
 
 @pytest.fixture
@@ -240,7 +242,7 @@ def test_a_gain_is_at_most_4(calibration):
 def test_how_surely_timesteps_tell_classes_apart(denoiser, images):
     """Two parts of the process by a plain loop in float64: an image's own class is the best of all, its rivals the next ones."""
     x0 = denoiser.encode(images)
-    signal, spread = class_signal(denoiser, x0)
+    signal, spread = class_signal(denoiser, x0, class_scores(denoiser, x0))
     table, width = denoiser.class_embeddings({}), 1000 // BINS
 
     def losses(i: int, k: int, timesteps: torch.Tensor, step: int) -> torch.Tensor:
@@ -324,25 +326,28 @@ def test_matching_takes_low_contrast_away_from_the_digits():
 
 def test_the_pre_check_leaves_alone_what_the_source_says_twice():
     model, denoiser = zoo.load("digits")
-    images, _ = (part[:12] for part in load_digits("validation"))
-    images = corrupt(images, "gaussian_blur", 5)
+    images = load_digits("validation")[0][:16]
+    images = torch.cat([corrupt(images, "gaussian_blur", 5)[:10], corrupt(images, "motion_blur", 3)[10:]])
     config = presets.FAST.replace(steps=1)
     whole = adapt(model, denoiser, images, config=config.replace(precheck="off"))
     found = adapt(model, denoiser, images, config=config)
     with torch.no_grad():
-        matched = model(denoiser.calibration.match(images) * 2 - 1).argmax(1)
-    asked = matched != found.predictions_before
-    assert 0 < int(asked.sum()) < 12
+        logits = model(denoiser.calibration.match(images) * 2 - 1)
+    matched = logits.argmax(1)
+    asked = (matched != found.predictions_before) | (logits.softmax(1).amax(1) < SURE)
+    assert bool((asked != (matched != found.predictions_before)).any())
+    assert 0 < int(asked.sum()) < 16
     assert torch.equal(found.evaluations > 0, asked)
     assert torch.equal(found.loss.isnan()[:, 0], ~asked)
     torch.testing.assert_close(found.outputs[asked], whole.outputs[asked], rtol=1e-3, atol=1e-3)
-    assert torch.equal(found.outputs[~asked], found.outputs_before[~asked])
+    assert torch.equal(found.predictions[~asked], matched[~asked])
+    assert torch.equal(found.predictions[~asked], found.predictions_before[~asked])
     assert not found.accepted[~asked].any()
     none = adapt(model, denoiser, images[~asked], config=config)
     assert none.steps_run == 0
     assert none.loss.shape == (int((~asked).sum()), 0)
     assert not none.evaluations.any()
-    timesteps = torch.randint(300, 800, (12, 1, 4))
+    timesteps = torch.randint(300, 800, (16, 1, 4))
     given = adapt(model, denoiser, images, config=config, timesteps=timesteps)
     same = adapt(model, denoiser, images, config=config.replace(precheck="off"), timesteps=timesteps)
     torch.testing.assert_close(given.loss[asked], same.loss[asked])
@@ -363,7 +368,8 @@ def test_the_pre_check_by_statistics_leaves_alone_what_is_usual():
     images = torch.cat([clean[far <= calibration.limit][:3], corrupt(clean[:3], "gaussian_blur", 5)])
     found = adapt(model, denoiser, images, config=presets.FAST.replace(steps=1, guard=4, precheck="statistics"))
     assert torch.equal(found.loss.isnan()[:, 0], torch.tensor([True] * 3 + [False] * 3))
-    assert torch.equal(found.outputs[:3], found.outputs_before[:3])
+    with torch.no_grad():
+        torch.testing.assert_close(found.outputs[:3], model(calibration.match(images[:3]) * 2 - 1))
     assert not found.evaluations[:3].any()
     assert bool((found.evaluations[3:] > 0).all())
 
@@ -383,5 +389,83 @@ def test_the_pre_check_selects_images_whether_code_is_compiled_or_not():
     found = session.adapt(images)
     assert rows[0] == len(images) * session.config.pairs
     assert torch.equal(found.evaluations > 0, asked)
-    assert torch.equal(found.outputs[~asked], plain.outputs_before[~asked])
+    assert torch.equal(found.outputs[~asked], plain.outputs[~asked])
     torch.testing.assert_close(found.outputs, plain.outputs, rtol=1e-3, atol=1e-3)
+
+
+def _tiny_dit(seed: int) -> DiT:
+    torch.manual_seed(seed)
+    network = DiTNetwork(
+        input_size=32, in_channels=3, patch_size=8, hidden_size=64, depth=2, num_heads=2, num_classes=10, learn_sigma=False
+    )
+    process = NoiseProcess.from_scheduler(DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="sample"))
+    return DiT(network, process)
+
+
+def _random_weights() -> DiT:
+    denoiser, generator = _tiny_dit(0), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in denoiser.parameters():  # adaLN's zeros too, without which every class gives the same loss
+            weight.copy_(torch.randn(weight.shape, generator=generator) * (0.1 if weight.ndim < 2 else 0.7 / weight[0].numel() ** 0.5))
+    return denoiser.eval()
+
+
+def _trained_for_seconds() -> DiT:
+    """Knows what digits look like, and hardly anything about their classes."""
+    denoiser = _tiny_dit(0)
+    images, labels = load_digits("train")
+    optimizer = torch.optim.Adam(denoiser.parameters(), 2e-3)
+    for _ in range(150):
+        rows, timesteps = torch.randint(len(images), (32,)), torch.randint(1000, (32,))
+        x0 = denoiser.encode(images[rows])
+        signal, noise = (denoiser.process.table[timesteps][:, column, None, None, None] for column in (SIGNAL, NOISE))
+        predicted = denoiser(signal * x0 + noise * torch.randn_like(x0), timesteps, denoiser.class_embeddings({})[labels[rows]])
+        optimizer.zero_grad()
+        F.mse_loss(predicted, x0).backward()
+        optimizer.step()
+    return denoiser.eval()
+
+
+@pytest.mark.parametrize("make", [_random_weights, _trained_for_seconds])
+def test_a_denoiser_that_knows_no_classes_does_no_harm(make):
+    """FAST gives the answers of matching alone, though this denoiser's loss favours some classes on every image."""
+    model, denoiser = zoo.load("digits")[0], make()
+    clean, labels = load_digits("train")
+    with torch.no_grad():
+        answers = model(clean[:32] * 2 - 1).argmax(1)
+    denoiser.calibration = calibrate(denoiser, clean[:32], answers)
+    blind = dataclasses.replace(denoiser.calibration, trust=1.0)
+    images, labels = (part[:25] for part in load_digits("validation"))
+    changed = 0
+    for name in ("gaussian_blur", "contrast"):
+        seen = corrupt(images, name, DIGITS_C[name])
+        with torch.no_grad():
+            matched = (model(denoiser.calibration.match(seen) * 2 - 1).argmax(1) == labels).sum()
+        found = adapt(model, denoiser, seen, config=presets.FAST)
+        assert int((found.predictions == labels).sum()) >= int(matched)
+        believing = copy.copy(denoiser)
+        believing.calibration = blind
+        changed += int((adapt(model, believing, seen, config=presets.FAST).predictions != found.predictions).sum())
+    assert changed > 3  # what it would do if its loss were taken at its word
+    assert denoiser.calibration.trust < 0.3
+
+
+def test_trust_is_the_slope_of_a_logistic_regression():
+    z = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
+    for slope in (0.2, 0.6):
+        right = torch.rand(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64) < torch.sigmoid(slope * z)
+        lower = torch.where(right, z, -z)  # how much lower the loss of the right answer is
+        found = _logistic_slope(lower)
+        grid = torch.linspace(0, 1, 2001, dtype=torch.float64)
+        assert found == pytest.approx(float(grid[F.logsigmoid(grid[:, None] * lower).sum(1).argmax()]), abs=1e-3)
+        assert found == pytest.approx(slope, abs=0.1)
+    assert _logistic_slope(torch.zeros(8)) == 0  # a loss that ignores the class
+    assert _logistic_slope(-z.abs()) == 0
+    assert _logistic_slope(z.abs()) == 1
+
+
+@pytest.mark.parametrize("answers", [torch.zeros(15, dtype=torch.int64), torch.zeros(16), torch.full((16,), 10), torch.full((16,), -1)])
+def test_answers_that_are_none_are_refused(answers):
+    _, denoiser = zoo.load("digits")
+    with pytest.raises(ValueError, match="give one class index for each of the 16 images, from 0 to 9"):
+        calibrate(denoiser, load_digits("train")[0][:16], answers)

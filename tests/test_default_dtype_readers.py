@@ -13,7 +13,7 @@ from PIL import Image
 
 from dtta_fast import AdaptConfig, Adapter, Calibration, zoo
 from dtta_fast.core import calibrate as calibrating
-from dtta_fast.core.calibrate import class_signal
+from dtta_fast.core.calibrate import class_scores, class_signal
 from dtta_fast.data.corruptions import corrupt
 from dtta_fast.data.folder import read_image, read_images, read_pixels
 from dtta_fast.data.images import open_images
@@ -116,7 +116,8 @@ def test_a_calibration(process, random_network, monkeypatch, standing):
     images = zoo.example("digits")[0][:8]
 
     def measured() -> tuple[Calibration, list[torch.Tensor]]:
-        found = [kept.match(images), kept.distance(images), kept.density(1000), *class_signal(denoiser, denoiser.encode(images[:1]))]
+        x0 = denoiser.encode(images[:1])
+        found = [kept.match(images), kept.distance(images), kept.density(1000), *class_signal(denoiser, x0, class_scores(denoiser, x0))]
         return Calibration.measure(denoiser, images), found
 
     expected = measured()

@@ -44,7 +44,7 @@ def main() -> None:
         draw = dit_batches(network, images, labels)
         network = train_denoiser(network, draw, NoiseProcess.from_scheduler(scheduler), 29, args.iterations)
         denoiser = DiT(network.half(), NoiseProcess.from_scheduler(scheduler))
-        denoiser.calibration = calibrate(denoiser.float(), images[:1000])
+        denoiser.calibration = calibrate(denoiser.float(), images[:1000], labels[:1000])
         denoiser.half().save_pretrained(args.out / "denoiser", scheduler)
 
 

@@ -218,7 +218,7 @@ def main() -> None:
             file.unlink()
         write_tokenizer(diffusion / "tokenizer")
         denoiser = StableDiffusion.from_pretrained(diffusion).with_classes([f"a photo of a {word}." for word in WORDS])
-        calibrate(denoiser, images).save(diffusion / "calibration.json")
+        calibrate(denoiser, images, labels).save(diffusion / "calibration.json")
 
     for name, train in (("clip", clip), ("vae", vae), ("unet", unet)):
         part(name, train)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import torch
 import tyro
+from torch import Tensor, nn
 
 from dtta_fast.commands.common import (
     OutFile,
@@ -23,8 +24,10 @@ from dtta_fast.commands.common import (
 )
 from dtta_fast.core.calibrate import calibrate
 from dtta_fast.data.folder import read_images
-from dtta_fast.runs.models import load_denoiser, takes_prompts
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.runs.models import load_classifier, load_denoiser, takes_prompts
 from dtta_fast.runs.writing import check_name, write_whole
+from dtta_fast.tasks.classification import Classification
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Calibrate:
     """Folder of at least 8 clean images similar to the denoiser's training data; subfolders are searched too."""
     classes: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help_behavior_hint="(default: none)")] = None
     """What the images show, for Stable Diffusion: at least two names separated by commas, such as "cat, car"."""
+    model: Annotated[str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: none)")] = None
+    """The timm classifier that will be adapted, for a DiT: its answers show how far the denoiser's loss can be trusted."""
     most: int = 256
     """Maximum number of images to read, in order of their names; at least 1."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,12 +74,28 @@ class Calibrate:
         names = [] if self.classes is None else names_of(self.classes)
         if names and not takes_prompts(self.denoiser):
             raise ValueError(f"classes is {self.classes!r}, and denoiser {self.denoiser!r} has classes of its own: leave --classes out")
+        if self.model is not None and takes_prompts(self.denoiser):
+            raise ValueError(f"model is {self.model!r}, a timm classifier, and denoiser {self.denoiser!r} takes texts: leave --model out")
         quiet()
         with terminal(stderr=True).status("loading") as status:
             denoiser = load_denoiser(self.denoiser, names, calibration=False).to(device)
             images = read_images(self.images, denoiser.image_size, self.most)
             status.update(f"measuring on {len(images)} images")
-            found = calibrate(denoiser, images.to(device))
+            answers = None if self.model is None else _answers(load_classifier(self.model).to(device), denoiser, images.to(device))
+            found = calibrate(denoiser, images.to(device), answers)
         write_whole(path, found.to_json())
         write_json(self.json, {"denoiser": self.denoiser, "images": len(images), "calibration": asdict(found)})
         print(f"{shown(path)}: written")
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, denoiser: Denoiser, images: Tensor) -> Tensor:
+    """Returns the classifier's answers [N] to images [N, 3, H, W]; raises ValueError if it has other classes than the denoiser."""
+    task = Classification()
+    outputs = torch.cat([model(task.normalise(model, task.crop(model, part))) for part in images.split(64)])
+    classes = len(denoiser.class_embeddings({}))
+    if outputs.ndim != 2 or outputs.shape[1] != classes:
+        raise ValueError(
+            f"model gives outputs of shape {tuple(outputs.shape)}, and the denoiser has {classes} classes: name its classifier"
+        )
+    return outputs.argmax(1)

@@ -1,4 +1,4 @@
-"""The guard: keeps an adapted answer only if held-out pairs give it a lower denoising loss than the original answer."""
+"""The guard: keeps an adapted answer only if held-out pairs give it a lower denoising loss than the answer that stands."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Answers(NamedTuple):
     """The answers to B images, before any two of them are compared.
 
     after: outputs [B, ...] under the adapted weights. standing: the outputs that are accepted if nothing is compared. accepted: [B] bool,
-    whether these come from the adaptation. fresh: [2, B] bool, whether `after` and the matched image's answer must be compared with the
-    original answer. conditions: [3, B, ...], the conditions of the original answer, of `after` and of the matched image's answer; None if
+    whether these come from the adapted weights. fresh: [2, B] bool, whether `after` and the original image's answer must be compared with
+    the standing one. conditions: [3, B, ...], the conditions of the standing answer, of `after` and of the original image's answer; None if
     they are not known here.
     """
 
@@ -32,31 +32,28 @@ class Answers(NamedTuple):
 
 
 def unchanged(before: Tensor, matched: Tensor) -> Answers:
-    """Returns the answers when no step was made: `before` stands."""
+    """Returns the answers when no step was made: the one to the matched image stands, which is `before` itself without matching."""
     accepted = torch.zeros(len(before), dtype=torch.bool, device=before.device)
-    return Answers(matched, before, accepted, torch.stack([accepted, accepted]))
+    standing = before if matched is before else where(usable(matched, before), matched, before)
+    return Answers(matched, standing, accepted, torch.stack([accepted, accepted]))
 
 
 @torch.no_grad()
 def compare(problem: Problem, before: Tensor, after: Tensor, matched: Tensor) -> Answers:
-    """Compares the answers given by outputs [B, ...]: the original ones, those after adaptation, and the matched image's before it.
+    """Compares the answers given by outputs [B, ...]: to the original images, after adaptation, and to the matched images before it.
 
-    Each distinct answer is compared with the original one only once. Outputs that are not finite are never accepted. Without a guard,
-    the outputs after adaptation are accepted wherever they are finite.
+    The answer to the matched image stands, because matching alone does no harm (docs/log.md). Each distinct other answer is compared with
+    it once. Outputs that are not finite are never accepted. Without a guard, the outputs after adaptation are accepted wherever they are
+    finite.
     """
-    task, candidates = problem.task, (after, matched)
-    finite = [usable(outputs, before) for outputs in candidates]
+    task, standing = problem.task, before if matched is before else where(usable(matched, before), matched, before)
+    fine = usable(after, before)
     if not problem.config.guard:
-        return Answers(after, where(finite[0], after, before), finite[0], torch.zeros_like(torch.stack(finite)))
-    source, *answers = (task.decision(outputs, problem.denoiser) for outputs in (before, after, matched))
-    fresh = []
-    for k, (answer, fine) in enumerate(zip(answers, finite, strict=True)):
-        seen = _equal(answer, source)
-        for other, other_fine in zip(answers[:k], finite[:k], strict=True):
-            seen = seen | (other_fine & _equal(answer, other))
-        fresh.append(fine & ~seen)
-    same = finite[0] & _equal(answers[0], source)  # the adapted weights give the same answer
-    return Answers(after, where(same, after, before), same, torch.stack(fresh), torch.stack([source, *answers]))
+        return Answers(after, where(fine, after, standing), fine, torch.zeros_like(torch.stack([fine, fine])))
+    stands, adapted, original = (task.decision(outputs, problem.denoiser) for outputs in (standing, after, before))
+    same = fine & _equal(adapted, stands)  # the adapted weights give the same answer
+    fresh = fine & ~same, ~_equal(original, stands) & ~(fine & _equal(original, adapted))
+    return Answers(after, where(same, after, standing), same, torch.stack(fresh), torch.stack([stands, adapted, original]))
 
 
 def _equal(answer: Tensor, other: Tensor) -> Tensor:
@@ -64,26 +61,29 @@ def _equal(answer: Tensor, other: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decide(config: AdaptConfig, answers: Answers, matched: Tensor, losses: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns the accepted outputs [B, ...] and whether each comes from the adaptation, [B] bool.
+def decide(config: AdaptConfig, answers: Answers, before: Tensor, losses: list[Tensor], trust: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Returns the accepted outputs [B, ...] and whether each comes from the adapted weights, [B] bool.
 
-    An answer that is `fresh` replaces the original one if its loss is lower by a paired test: the mean difference plus guard_threshold
-    standard errors is below 0. If both answers pass, the one with the lower sum wins.
+    An answer that is `fresh` replaces the standing one if its loss is lower by a paired test: the mean difference, times `trust`, plus
+    guard_threshold standard errors is below 0. If both answers pass, the one with the lower sum wins.
 
     Args:
-        answers: compare()'s. matched: the outputs for the matched images [B, ...]. losses: held_out_losses() [B, guard] under the original
-            answer, under that after adaptation, and under the matched image's; empty if nothing was compared.
+        answers: compare()'s. before: the outputs for the original images [B, ...]. losses: held_out_losses() [B, guard] under the standing
+            answer, under that after adaptation, and under the original image's; empty if nothing was compared. trust: that of the
+            denoiser's Calibration.
     """
     _, standing, accepted, fresh, _ = answers
     if not losses:
         return standing, accepted
+    reference = losses[0]
     score = torch.zeros(len(standing), dtype=torch.float64, device=standing.device)
-    for outputs, wanted, others in zip((answers.after, matched), fresh, losses[1:], strict=True):
-        change = others - losses[0]
+    for outputs, wanted, others, adapted in zip((answers.after, before), fresh, losses[1:], (True, False), strict=True):
+        change = others - reference
         standard_error = change.std(1) / config.guard**0.5 if config.guard_threshold else torch.zeros_like(score)
-        found = (change.mean(1) + config.guard_threshold * standard_error).double()
+        found = (trust * change.mean(1) + config.guard_threshold * standard_error).double()
         better = wanted & (found < score)
-        standing, score, accepted = where(better, outputs, standing), torch.where(better, found, score), accepted | better
+        standing, score = where(better, outputs, standing), torch.where(better, found, score)
+        accepted = accepted | better if adapted else accepted & ~better
     return standing, accepted
 
 

@@ -24,7 +24,7 @@ class Problem:
     lr, denoiser_lr: 0-dim, on the modules' device, in the dtype that optimizers.rate() gives. row_counts: which row counts a forward pass
     of the guard may have, see guard.forward_rows(). loop: whether images with separate weights of the model run one by one.
     denoiser_loop: the same for the denoiser's adapters. forward: the compiled version of step.forward(), if there is one. cumulative: the
-    timesteps' cumulative density, if they are calibrated.
+    timesteps' cumulative density, if they are calibrated. trust: how far the guard trusts a difference of losses, see Calibration.
     """
 
     model: nn.Module
@@ -38,6 +38,7 @@ class Problem:
     denoiser_loop: bool = False
     forward: Callable[..., Tensor] | None = None
     cumulative: Tensor | None = None
+    trust: float = 1.0
 
     @property
     def per_image(self) -> bool:

@@ -33,6 +33,7 @@ RANGES = {  # valid ranges of the values in a file
     "typical": (-50.0, 50.0),
     "scatter": (1e-4, 100.0),
     "limit": (0.0, 1e6),
+    "trust": (0.0, 1.0),
     "signal": (-1e6, 1e6),
     "spread": (1e-30, 1e6),  # (signal / spread)^8 stays finite
 }
@@ -54,6 +55,8 @@ class Calibration:
         limit: the distance() below which 95 % of these images lie.
         signal, spread: mean and standard deviation, in equal parts of the noise process, of how much higher the loss is under a rival
             class than under an image's own class (see calibrate()); empty if not measured.
+        trust: how much the log odds that an answer is right rise when its loss is one standard error lower than another's; 1 at most,
+            and 1 if not measured. 0 says that the loss tells nothing (see calibrate()).
     """
 
     fingerprint: str
@@ -62,6 +65,7 @@ class Calibration:
     limit: float
     signal: tuple[float, ...] = ()
     spread: tuple[float, ...] = ()
+    trust: float = 1.0
 
     @classmethod
     @torch.no_grad()
@@ -122,7 +126,7 @@ class Calibration:
         usual = [_extended(found[2:], power.shape[1]) for found in (typical, scatter)]
         changes = _to_edge(power, *usual) - power
         gain = (changes / 2).exp().clamp(1 / MOST_GAIN, MOST_GAIN)
-        rings = _rings(*images.shape[-2:], images.device)
+        rings = _rings(images.shape[-2], images.shape[-1], images.device)
         lower = rings.radius.long()
         bins = int(math.hypot(*(side // 2 for side in images.shape[-2:]))) + 2  # beyond the highest frequency
         gain = _extended(F.pad(gain, (1, 0), value=1.0), bins)

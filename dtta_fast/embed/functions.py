@@ -40,9 +40,9 @@ class Functions:
     step(state, inputs, x0, image_ids) -> loss                  one update, in place in the state; loss [B]
     finish(state, inputs, before, matched_outputs, asked) -> after, standing, accepted, fresh
                                                                 outputs; the result without a guard; mask [2, B] of the answers `after` and
-                                                                `matched_outputs` to compare with the answer before
+                                                                `before` to compare with the standing one
     losses(outputs, x0, image_ids, step) -> losses [B, guard]   held-out losses under the answer of the outputs; only with a guard
-    decide(before, after, matched_outputs, standing, accepted, fresh, losses, losses_after, losses_matched)
+    decide(before, after, standing, accepted, fresh, losses, losses_after, losses_before)
         -> outputs, accepted, predictions, predictions_before
 
     A host that calls them in the order of session.loop.run() gets the same results as Adapter.adapt.
@@ -66,7 +66,7 @@ class Functions:
             "step": Function(_unbound(self.step), [*leaves, inputs, x0, image_ids]),
             "finish": Function(_unbound(self.finish), [*leaves, inputs, before, matched_outputs, asked]),
             "losses": Function(_unbound(self.losses), [before, x0, image_ids, state.step]),
-            "decide": Function(_unbound(self.decide), [before, after, matched_outputs, standing, accepted, fresh, *known]),
+            "decide": Function(_unbound(self.decide), [before, after, standing, accepted, fresh, *known]),
         }
         if not config.guard:
             del self.by_name["losses"]
@@ -100,7 +100,7 @@ class Functions:
         inputs, before, matched_outputs, asked = given[self._count :]
         after = step.forward(self._program.problem, self._restored(given).theta, inputs)
         answers = guard.compare(self._program.problem, before, after, matched_outputs)
-        standing = guard.where(asked, answers.standing, before)
+        standing = guard.where(asked, answers.standing, guard.unchanged(before, matched_outputs).standing)
         return [after.clone(), standing, answers.accepted & asked, answers.fresh & asked]
 
     @torch.no_grad()
@@ -110,9 +110,9 @@ class Functions:
         return [guard.held_out_losses(problem, program.schedule, conditions, x0, image_ids, at)]
 
     @torch.no_grad()
-    def decide(self, before: Tensor, after: Tensor, matched_outputs: Tensor, *given: Tensor) -> Tensors:
+    def decide(self, before: Tensor, after: Tensor, *given: Tensor) -> Tensors:
         standing, accepted, fresh, *known = given
-        program, config = self._program, self._program.problem.config
+        problem = self._program.problem
         answers = Answers(after, standing.clone(), accepted.clone(), fresh)
-        outputs, accepted = guard.decide(config, answers, matched_outputs, known if config.guard else [])
-        return [outputs, accepted, *(program.problem.task.predict(which, self._size) for which in (outputs, before))]
+        outputs, accepted = guard.decide(problem.config, answers, before, known if problem.config.guard else [], problem.trust)
+        return [outputs, accepted, *(problem.task.predict(which, self._size) for which in (outputs, before))]

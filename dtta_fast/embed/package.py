@@ -88,13 +88,13 @@ class PackageProgram(Program):
 
     def losses(self, state: list[Tensor], batch: Batch, answers: Answers, wanted: list[list[bool]]) -> list[Tensor]:
         found = self._no_losses(batch)
-        for i, outputs in enumerate((batch.before, answers.after, batch.matched_outputs)):
+        for i, outputs in enumerate((answers.standing, answers.after, batch.before)):
             if any(wanted[i]):
                 (found[i],) = self.run("losses", outputs, batch.x0, batch.image_ids, state[-1])
         return found
 
     def decide(self, batch: Batch, answers: Answers, losses: list[Tensor]) -> Decision:
-        given = batch.before, answers.after, batch.matched_outputs, answers.standing, answers.accepted, answers.fresh
+        given = batch.before, answers.after, answers.standing, answers.accepted, answers.fresh
         return Decision(*self.run("decide", *given, *(losses or self._no_losses(batch))))
 
     def _no_losses(self, batch: Batch) -> list[Tensor]:
@@ -163,8 +163,8 @@ class Package:
         outcome = run(program, state, batch, call, manifest.steps if adapted else 0)
         if outcome.keep and not call.warming:
             self._state = state
-        unchanged = outcome.before, outcome.predictions_before
-        return AdaptResult(**assembled(rows, [outcome] if adapted else [], unchanged, manifest.evaluations), clock=call.clock)
+        unadapted = (outcome.outputs, outcome.predictions), (outcome.before, outcome.predictions_before)
+        return AdaptResult(**assembled(rows, [outcome] if adapted else [], unadapted, manifest.evaluations), clock=call.clock)
 
     def warmup(self, images: Tensor) -> dict[str, float]:
         """Runs and times everything that adapt() may run, three times, without changing an online state.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dtta_fast import presets
 from dtta_fast.config import AdaptConfig
 from dtta_fast.core import lora
+from dtta_fast.core.guard import unchanged
 from dtta_fast.core.step import State
 from dtta_fast.core.weights import select
 from dtta_fast.denoisers.base import Denoiser
@@ -154,9 +155,12 @@ class Adapter:
                     continue
                 pace = self.engine.paces.of(len(here.image_ids), None if here.timesteps is None else here.timesteps.shape[2])
                 outcomes.append(run(program, state, here, Call(clock, pace, request.deadline, self._warming), config.steps))
-        unchanged = None if rows is None else (batch.before, program.predictions(batch.before, batch))
+        unadapted = None
+        if rows is not None:
+            answers = unchanged(batch.before, batch.matched_outputs).standing, batch.before
+            unadapted = tuple((outputs, program.predictions(outputs, batch)) for outputs in answers)
         forwards = problem.forwards() * (config.pairs if request.timesteps is None else request.timesteps.shape[2])
-        result = AdaptResult(**assembled(rows, outcomes, unchanged, forwards), clock=clock)
+        result = AdaptResult(**assembled(rows, outcomes, unadapted, forwards), clock=clock)
         return program.own(state) if state is not None and outcomes and outcomes[-1].keep else None, result
 
     def crop(self, images: Tensor) -> Tensor:

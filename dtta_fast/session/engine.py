@@ -84,8 +84,17 @@ class Engine:
         if config.denoiser_parameters == "lora":
             lora.attach(denoiser.network_to_adapt(), config.lora_rank, config.lora_targets, "denoiser", config.seed)
         lr, denoiser_lr = (optimizers.rate(value, self.device) for value in (config.lr, config.denoiser_lr))
+        calibration = self.denoiser.calibration
         problem = Problem(
-            self._model.module, denoiser, self.task, config, lr, denoiser_lr, loop=loop, cumulative=self._cumulative(self.device)
+            self._model.module,
+            denoiser,
+            self.task,
+            config,
+            lr,
+            denoiser_lr,
+            loop=loop,
+            cumulative=self._cumulative(self.device),
+            trust=1.0 if calibration is None else calibration.trust,
         )
         kind = RecordedProgram if "graphs" in self._compile and graphs.there_are_on(self.device) else ModuleProgram
         self.program = kind(problem, self.model, self.denoiser, self._planner, self._compile)

@@ -93,7 +93,7 @@ class Program(Protocol):
         """Computes the outputs under the adapted weights and compares the answers."""
 
     def losses(self, state: Any, batch: Batch, answers: Answers, wanted: list[list[bool]]) -> list[Tensor]:
-        """Computes the held-out losses [B, guard] under the original answer, the adapted one and the matched image's.
+        """Computes the held-out losses [B, guard] under the standing answer, the adapted one and the original image's.
 
         wanted: for each of the three, the images whose losses are needed. The others' values do not matter.
         """
@@ -135,7 +135,6 @@ def run(program: Program, state: Any, batch: Batch, call: Call, steps: int) -> O
     clock, pace = call.clock, call.pace
     timed = call.warming or call.deadline is not None or not clock.waits
     losses: list[Tensor] = []
-    answers = unchanged(batch.before, batch.matched_outputs)
     with clock.phase("adapt"):
         while len(losses) < steps and call.has_time(pace.step, pace.end, pace.guard):
             with pace.step.timed(clock, timed):
@@ -143,6 +142,8 @@ def run(program: Program, state: Any, batch: Batch, call: Call, steps: int) -> O
         if losses:
             with pace.end.timed(clock, timed):
                 answers = program.finish(state, batch)
+        else:
+            answers = unchanged(batch.before, batch.matched_outputs)
     most = program.rehearse(state, batch) if call.warming and losses else []
     in_time = call.has_time(pace.guard)
     if not in_time:

@@ -32,6 +32,8 @@ from dtta_fast.session.loop import Batch, Decision, Outcome, Program
 from dtta_fast.session.memory import Needs
 from dtta_fast.session.planning import Planner
 
+SURE = 0.8  # probability from which the pre-check takes an answer that matching does not change; chosen on validation images (docs/log.md)
+
 
 class ModuleProgram(Program):
     """A program on one set of private modules; the engine makes a new one when it copies the modules again.
@@ -98,12 +100,15 @@ class ModuleProgram(Program):
         before, matched_outputs: the source model's outputs for the original and the matched images. crop: [B, 3, H, W] in [0, 1].
         """
         problem, calibration = self.problem, self._denoiser.calibration
-        if problem.config.precheck == "statistics" and calibration is not None:
-            return calibration.distance(crop) > calibration.limit
         if problem.config.precheck == "off":
             return None
+        if problem.trust == 0 and problem.config.guard:  # the guard would accept no answer
+            return torch.zeros(len(crop), dtype=torch.bool, device=crop.device)
+        if problem.config.precheck == "statistics" and calibration is not None:
+            return calibration.distance(crop) > calibration.limit
         answers = [problem.task.decision(found, problem.denoiser) for found in (before, matched_outputs)]
-        return (answers[0] != answers[1]).flatten(1).any(1)
+        unsure = (before != matched_outputs).any(1) & (matched_outputs.softmax(1).amax(1) < SURE)  # moved by the matching, too
+        return (answers[0] != answers[1]).flatten(1).any(1) | unsure
 
     def outputs(self, theta: Parameters, inputs: Tensor) -> Tensor:
         """Runs the model with the weights `theta` in place of its own."""
@@ -289,7 +294,7 @@ class ModuleProgram(Program):
             return guard.selected_losses(self.problem, self.schedule, *given)
 
     def decide(self, batch: Batch, answers: Answers, losses: list[Tensor]) -> Decision:
-        outputs, accepted = guard.decide(self.problem.config, answers, batch.matched_outputs, losses)
+        outputs, accepted = guard.decide(self.problem.config, answers, batch.before, losses, self.problem.trust)
         return Decision(outputs, accepted, self.predictions(outputs, batch), self.predictions(batch.before, batch))
 
     def predictions(self, outputs: Tensor, batch: Batch) -> Tensor:

@@ -17,12 +17,12 @@ class AdaptResult:
     """The per-image results of an adaptation.
 
     Attributes:
-        outputs, outputs_before: the model's outputs [B, ...] after and before adaptation (logits, for a classifier). If the guard
-            rejected the change, the outputs after equal those before; with match "both" they may also be the source model's outputs
-            for the matched image.
+        outputs, outputs_before: the model's outputs [B, ...] after adaptation, and the unadapted model's for the original image (logits,
+            for a classifier). Where the guard rejects the change or the pre-check excludes the image, the outputs are the unadapted
+            model's: for the matched image with match "both", and for the original image otherwise.
         predictions, predictions_before: the task's answers: [B] class indices, or labels or depth [B, H, W] at the task's crop.
         loss: [B, steps_run], the denoising loss before each update; NaN for an image that the pre-check excluded.
-        accepted: [B] bool, False where the original answer was kept.
+        accepted: [B] bool, whether the outputs come from the adapted weights.
         steps_run: number of updates made.
         evaluations: [B], the image's denoiser evaluations, each for one (timestep, noise, condition), including the guard's.
         clock: the source of `seconds`.
@@ -50,11 +50,14 @@ def indices(mask: list[bool], device: torch.device) -> Tensor:
     return torch.tensor(positions, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
-def assembled(rows: Tensor | None, outcomes: list[Outcome], unchanged: tuple[Tensor, Tensor] | None, forwards: int) -> dict[str, Any]:
-    """Assembles AdaptResult's fields for all images: those in `rows` from the outcomes, the others unchanged.
+def assembled(
+    rows: Tensor | None, outcomes: list[Outcome], unadapted: tuple[tuple[Tensor, Tensor], ...] | None, forwards: int
+) -> dict[str, Any]:
+    """Assembles AdaptResult's fields for all images: those in `rows` from the outcomes, the others unadapted.
 
     rows: [A], the images selected for adaptation; None is all. The outcomes hold either these or all images.
-    unchanged: the source model's outputs and predictions [B, ...], needed if some images were not adapted.
+    unadapted: the source model's outputs and predictions [B, ...], those that stand and those for the original images, needed if some
+        images were not adapted.
     forwards: denoiser forward passes per image and step.
     """
     names = Outcome._fields[1:]
@@ -64,13 +67,14 @@ def assembled(rows: Tensor | None, outcomes: list[Outcome], unchanged: tuple[Ten
         found = {name: values[rows] for name, values in found.items()}
     if found:
         found["evaluations"] = found["evaluations"] + steps * forwards
-    if rows is not None and unchanged is not None:
-        (outputs, predictions), images = unchanged, len(unchanged[0])
+    if rows is not None and unadapted is not None:
+        (outputs, predictions), (before, predictions_before) = unadapted
+        images = len(outputs)
         whole = {
-            "before": outputs,
+            "before": before,
             "outputs": outputs.clone(),
             "predictions": predictions.clone(),
-            "predictions_before": predictions,
+            "predictions_before": predictions_before,
             "loss": outputs.new_full((images, steps), torch.nan, dtype=torch.promote_types(outputs.dtype, torch.float32)),
             "accepted": torch.zeros(images, dtype=torch.bool, device=outputs.device),
             "evaluations": torch.zeros(images, dtype=torch.int64, device=outputs.device),

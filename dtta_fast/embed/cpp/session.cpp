@@ -243,7 +243,7 @@ struct Session::Impl {
     };
     const Tensors prepared = started(working);
     const Tensor &inputs = prepared[0], &x0 = prepared[1], &matched = prepared[3], &asked = prepared[4];
-    Tensor before = prepared[2], after = matched, standing = before;
+    Tensor before = prepared[2], after = matched, standing = chosen_rows(usable(matched, before), matched, before);
     Tensor accepted = at::zeros_like(asked), fresh = at::zeros({2, m.batch}, at::kBool);
     const size_t steps = warming || asked.any().item<bool>() ? static_cast<size_t>(m.steps) : 0;
     Result result;
@@ -267,14 +267,14 @@ struct Session::Impl {
     const Tensors no_losses(3, at::zeros({m.batch, std::max<int64_t>(1, m.guard)}, x0.options()));
     Tensors held_out = no_losses;
     if (m.guard > 0 && (warming || fresh.any().item<bool>())) {
-      const Tensor answers[] = {before, after, matched};
+      const Tensor answers[] = {standing, after, before};
       for (size_t i = 0; i < 3; ++i)
         if (warming || i == 0 || fresh[static_cast<int64_t>(i) - 1].any().item<bool>())
           held_out[i] = run("losses", {answers[i], x0, ids, working.back()})[0];
       guard.note(seconds_since(start));
     }
     const auto decide = [&](const Tensor& changed, const Tensors& known) {
-      return run("decide", {before, after, matched, standing, accepted, changed, known[0], known[1], known[2]});
+      return run("decide", {before, after, standing, accepted, changed, known[0], known[1], known[2]});
     };
     Tensors decided = decide(fresh, held_out);
     if (!sound_before) {  // the state is useless for these images: they get the source model's answers
