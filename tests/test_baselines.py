@@ -7,8 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
+
+from dtta_fast import zoo
 
 spec = importlib.util.spec_from_file_location("baselines", Path(__file__).parents[1] / "bench" / "quality" / "baselines.py")
 baselines = importlib.util.module_from_spec(spec)
@@ -287,3 +290,69 @@ def test_memo(linear, x):
         shift = linear[0].bias.detach() - 0.05 * (to_z @ linear[1].weight.detach()).sum(0)
         own = (x[i] - x[i].mean()) / (x[i].var(correction=0) + 1e-5).sqrt()
         torch.testing.assert_close(found[i], weight @ (own * scale + shift), rtol=1e-7, atol=1e-9)
+
+
+class Embedding(nn.Module):
+    """A classifier as timm's, whose images are the embeddings [B, 4] of its linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3).double()
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def forward_head(self, features: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return features if pre_logits else self.fc(features)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+@torch.no_grad()
+def test_neo_is_the_plain_classifier_where_the_mean_is_the_origin(x):
+    model = Embedding()
+    neo, centred = baselines.Neo(model), torch.cat([x, -x])
+    torch.testing.assert_close(neo(centred), model(centred))
+    assert not torch.allclose(neo(x), model(x))
+
+
+@torch.no_grad()
+def test_neo_removes_a_shift_of_all_embeddings(x):
+    model, shift = Embedding(), torch.tensor([3.0, -1.0, 0.5, 20.0], dtype=torch.float64)
+    plain, shifted = baselines.Neo(model), baselines.Neo(model)
+    for batch in x.split((4, 2)):
+        torch.testing.assert_close(shifted(batch + shift), plain(batch))
+
+
+@torch.no_grad()
+def test_neo_starts_again_with_a_reset(x):
+    neo = baselines.Neo(Embedding())
+    first, second = neo(x), neo(x + 1)
+    assert not torch.allclose(neo(x), first)
+    neo.reset()
+    assert torch.equal(neo(x), first)
+    assert torch.equal(neo(x + 1), second)
+
+
+def timms(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5, **({"img_size": 32} if name.startswith("vit") else {}))  # in training mode
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto", "vit_tiny_patch16_224", "digits"])
+@torch.no_grad()
+def test_neo_centres_the_logits_of_timms_models(name):
+    """A linear layer's answer to centred embeddings is its answer to the plain ones, less their mean so far, plus the bias."""
+    model = zoo.load_model("digits") if name == "digits" else timms(name)
+    nn.init.normal_(model.get_classifier().weight)
+    nn.init.normal_(model.get_classifier().bias)
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) + 1
+    neo = baselines.Neo(model)
+    found = [neo(batch) for batch in images.split((2, 6))]
+    logits, bias = model.eval()(images), model.get_classifier().bias
+    torch.testing.assert_close(found[0], logits[:2] - logits[:2].mean(0) + bias, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[1], logits[2:] - logits.mean(0) + bias, rtol=1e-4, atol=1e-4)

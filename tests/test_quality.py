@@ -129,3 +129,35 @@ def test_fast_is_compared_on_the_images_and_seeds_that_both_have(monkeypatch):
     fast, other = record(4, "1100", "0000"), record(2, "01")
     assert readme.advantage(fast, other) == "+50.0 (+0.0 .. +100.0)"  # of the first seed's first two images one is gained
     assert readme.advantage(fast, record(4, "1100", "1000")) == "-12.5 (-37.5 .. +0.0)"
+
+
+@pytest.fixture
+def plot(monkeypatch):
+    pytest.importorskip("matplotlib").use("Agg")
+    monkeypatch.syspath_prepend(str(QUALITY))
+    return importlib.import_module("plot")
+
+
+def plotted(images: int, accuracy: float, gain: float, passes: float) -> dict:
+    figures = {"accuracy": accuracy, "gain": gain, "gain_interval": [gain - 0.02, gain + 0.02], "forwards": passes, "backwards": 0.0}
+    return {"images": images, "corrupted": figures}
+
+
+def test_a_method_on_fewer_images_stands_at_the_source_plus_its_gain(plot, tmp_path):
+    records = {"FAST": plotted(500, 0.80, 0.10, 20), "PAPER": plotted(25, 0.95, 0.05, 1800), "NEO": plotted(500, 0.71, 0.01, 0)}
+    assert [point.name for point in plot.points(records)] == ["FAST", "PAPER", "NEO"]
+    assert [point.accuracy for point in plot.points(records)] == pytest.approx([80, 75, 71])  # the source, which was not run alone, is 70
+    for draw in (plot.summary, plot.whole):  # most methods are missing
+        draw(records, "CIFAR-10-C", tmp_path / f"{draw.__name__}.svg")
+        assert (tmp_path / f"{draw.__name__}.svg").stat().st_size > 1000
+
+
+def test_names_at_near_points_do_not_cover_each_other(plot):
+    names = [f"method {k}" for k in range(6)]
+    found = [plot.Point(name, 20.0 + k % 3, 10.0, 80 - k / 10, 79 - k / 10, 81 - k / 10) for k, name in enumerate(names)]
+    figure, axis = plot.plt.subplots(figsize=(8, 5))
+    plot.draw(axis, found, 70.0, names, ["black"] * 6)
+    boxes = [plot.Text.get_window_extent(text) for text in axis.texts]  # without the lines that lead to the names; the source's too
+    plot.plt.close(figure)
+    assert len(boxes) == 7
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])

@@ -1,9 +1,10 @@
-"""Test-time adaptation without a diffusion model: TENT, EATA, SAR, CoTTA and MEMO, each written from its paper, to measure against.
+"""Test-time adaptation without a diffusion model: TENT, EATA, SAR, CoTTA, MEMO and NEO, each written from its paper, to measure against.
 
 Each wraps a copy of a classifier for normalised inputs: images [B, 3, H, W] in, logits [B, K] out, adapting as it goes; reset() starts
 again from the source, and from the same draws. The answer to a batch is what the model said before that batch's update, except MEMO's,
-which adapts to each image and answers after it. Settings are the papers' but for the learning rate, which bench/quality takes from the
-validation split, and EATA's optimizer (Adam, as TENT's); constants that depend on the number of classes are those for ten, or scaled by it.
+which adapts to each image and answers after it, and NEO's, whose mean includes the batch that it answers. Settings are the papers' but
+for the learning rate, which bench/quality takes from the validation split, and EATA's optimizer (Adam, as TENT's); constants that depend
+on the number of classes are those for ten, or scaled by it.
 """
 
 from __future__ import annotations
@@ -231,3 +232,29 @@ class Memo(Baseline):
             with torch.no_grad():
                 answers.append(self.model(image[None]))
         return torch.cat(answers)
+
+
+class Neo(Baseline):
+    """Re-centring of the embeddings at the origin, without a gradient (NEO, ICLR 2026, arXiv 2510.05635).
+
+    Keeps the mean of the embeddings of all images since the reset, and subtracts it from a batch's embeddings before the classifier
+    layer. An embedding is what enters that layer. The mean includes the batch itself, every image counts the same, and neither the
+    source's mean nor a learning rate is used: the authors' NEO layer (github.com/awesomealex1/NEO, neo_layers.py) does the same, and
+    their NEO_Continual, a moving average for streams that change, is another method. Since the layer is linear, this subtracts the
+    stream's mean from the logits and adds the layer's bias.
+
+    The model is one of timm with a single linear classifier.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, lr=0.0)
+
+    def restore(self) -> None:
+        self.model = copy.deepcopy(self.source).eval()
+        self.total, self.count = torch.zeros(()), 0  # sum of the embeddings, and how many they are
+
+    def __call__(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            embeddings = self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+            self.total, self.count = self.total + embeddings.sum(0), self.count + len(embeddings)
+            return self.model.get_classifier()(embeddings - self.total / self.count)

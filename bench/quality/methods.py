@@ -4,7 +4,7 @@ Settings of the presets are the library's; learning rates and timesteps of the o
 bench/quality/choose.py, and are the same on every benchmark.
 
 When a stream's method answers: TENT, EATA, SAR, CoTTA and DUSA say what they know before the batch's own update, as in their papers;
-ONLINE, our own protocol, updates on the batch first and answers after it.
+NEO, as in its paper, and ONLINE, our own protocol, update on the batch first and answer after it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from baselines import Baseline, Cotta, Eata, Memo, Sar, Source, Tent, fisher_information
+from baselines import Baseline, Cotta, Eata, Memo, Neo, Sar, Source, Tent, fisher_information
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -159,6 +159,10 @@ def memo(lr: float) -> Callable[[Setting], Baseline]:
     return lambda setting: Memo(setting.model, lr, augmented, setting.seed)
 
 
+def neo(setting: Setting) -> Baseline:
+    return Neo(setting.model)
+
+
 FAST, ONLINE, DUSA, PAPER = presets.FAST, presets.ONLINE, presets.DUSA, presets.PAPER
 CLASSIFIER = FAST.replace(method="diffusion_classifier", match="denoiser", precheck="off", guard=0, guard_threshold=0.0)
 BATCH, SINGLE = 50, "single-sample"
@@ -199,6 +203,8 @@ METHODS: dict[str, Method] = {
     "SAR": Method(by_baseline(sar(3e-2)), 10, "online", "SAR"),
     "CoTTA": Method(by_baseline(cotta(1e-2)), 10, "online", "CoTTA"),
     "MEMO": Method(by_baseline(memo(1e-3)), BATCH, SINGLE, "MEMO"),
+    "NEO": Method(by_baseline(neo), 10, "online", "NEO"),
+    "NEO, matched": Method(by_baseline(neo, matched=True), 10, "online", "NEO, matched"),
 }
 
 SEEN = {"templates": ("a photo of the number {}.",), "diffusion_template": "a photo of the number {}."}
