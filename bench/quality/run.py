@@ -1,6 +1,7 @@
 """Accuracy and cost of every method on a corrupted benchmark: one command, one table.
 
     python bench/quality/run.py digits|fashion|open_vocabulary [--images 500] [--seeds 3] [--only NAME ...] [--unseen | --ablations]
+    python bench/quality/run.py cifar_resnet|cifar_convnext --root FOLDER [--denoiser FOLDER] [..]
 
 Each method meets the same images of each corruption, and clean ones; seeds are those of its draws. Writes
 bench/results/quality_BENCHMARK.json, a record a method (a method that is run again takes the place of its record): accuracy by
@@ -15,23 +16,56 @@ import json
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from ablations import ABLATIONS
 from methods import METHODS, ZERO_SHOT, Method, Setting
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtta_fast import zoo
 from dtta_fast.data.corruptions import DIGITS_C, FASHION_C, UNSEEN, corrupt
 from dtta_fast.data.digits import load_digits
 from dtta_fast.data.fashion import load_fashion
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.dit import DiT
 from dtta_fast.metrics import bootstrap_interval, calibration_error
 from dtta_fast.runtime import environment
 
 RESULTS = Path(__file__).parents[1] / "results"
 FASHION = Path(__file__).parents[1] / "zoo" / "fashion_weights"
+CIFAR = Path(__file__).parents[1] / "zoo" / "cifar_weights" / "denoiser"
 LOADERS = {"digits": (load_digits, DIGITS_C), "fashion": (load_fashion, FASHION_C), "open_vocabulary": (load_digits, DIGITS_C)}
+BENCHMARKS = (*LOADERS, "cifar_resnet", "cifar_convnext")
+
+
+class Subject(NamedTuple):
+    """What a benchmark measures on: the models, clean training images, the streams by name, their labels and severities."""
+
+    model: nn.Module
+    denoiser: Denoiser
+    train: Tensor
+    streams: dict[str, Tensor]
+    labels: Tensor
+    severities: dict[str, int]
+
+
+def subject(args: argparse.Namespace) -> Subject:
+    """Loads a benchmark's models and images."""
+    if args.benchmark.startswith("cifar"):
+        import natural
+
+        model = natural.cifar_classifiers.load(args.benchmark.partition("_")[2])
+        train = natural.cifar10.load(args.root, "train")[0][:1000].float() / 255
+        return Subject(
+            model, DiT.from_pretrained(args.denoiser), train, *natural.streams(args.root, args.split, args.images), natural.severities()
+        )
+    load, severities = LOADERS[args.benchmark]
+    severities = UNSEEN if args.unseen else severities
+    clean, labels = (part[: args.images] for part in load(args.split))
+    streams = {**{name: corrupt(clean, name, severity) for name, severity in severities.items()}, "clean": clean}
+    models = zoo.load(FASHION if args.benchmark == "fashion" else args.benchmark)
+    return Subject(*models, load("train")[0][:1000], streams, labels, severities)
 
 
 def measure(method: Method, setting: Setting, streams: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
@@ -84,7 +118,7 @@ def summary(runs: list[dict[str, Any]], source: dict[str, Any], names: list[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("benchmark", choices=LOADERS)
+    parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*")
@@ -92,6 +126,8 @@ def main() -> None:
     kind.add_argument("--unseen", action="store_true", help="the corruptions that nothing was chosen on")
     kind.add_argument("--ablations", action="store_true", help="the paper's ablations instead of the methods")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="validation to choose, test for the table")
+    parser.add_argument("--root", type=Path, help="the folder with CIFAR-10")
+    parser.add_argument("--denoiser", type=Path, default=CIFAR, help="the diffusion model of CIFAR-10")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.ablations and args.benchmark == "open_vocabulary":
@@ -100,12 +136,9 @@ def main() -> None:
     unknown = sorted(set(args.only or ()) - set(methods))
     if unknown:
         parser.error(f"--only names {', '.join(unknown)}; there are {', '.join(methods)}")
-    load, severities = LOADERS[args.benchmark]
-    severities = UNSEEN if args.unseen else severities
-    clean, labels = (part[: args.images] for part in load(args.split))
-    streams = {**{name: corrupt(clean, name, severity) for name, severity in severities.items()}, "clean": clean}
-    model, denoiser = zoo.load(FASHION if args.benchmark == "fashion" else args.benchmark)
-    train = load("train")[0][:1000]
+    if args.benchmark.startswith("cifar") and (args.root is None or args.unseen):
+        parser.error("CIFAR-10 has no --unseen corruptions, and needs --root: the folder that holds it")
+    model, denoiser, train, streams, labels, severities = subject(args)
     suffix = "_unseen" if args.unseen else "_ablations" if args.ablations else ""
     path = args.out or RESULTS / f"quality_{args.benchmark}{suffix}.json"
     records = json.loads(path.read_text()) if path.is_file() else {}
@@ -117,7 +150,7 @@ def main() -> None:
         records[name] = {
             "family": method.family,
             "protocol": method.protocol,
-            "images": len(clean),
+            "images": len(labels),
             "severities": severities,
             "corrupted": summary(runs, source, list(severities)),
             "clean": summary(runs, source, ["clean"]),

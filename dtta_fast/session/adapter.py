@@ -99,7 +99,7 @@ class Adapter:
                 replace the drawn ones.
             deadline_ms: time budget in milliseconds, counted from the call. No step is started if it is expected to finish too late.
                 The estimate is the upper quartile of this session's recent times for batches of this shape. If no time is left for the
-                guard, the original answer is kept. The first call has no timings to estimate from: see warmup.
+                guard, the unadapted model's answer stands. The first call has no timings to estimate from: see warmup.
 
         Raises:
             ValueError: the input is invalid; nothing has changed. RuntimeError: called under torch.inference_mode().
