@@ -74,7 +74,7 @@ GAINS = {
 TITLES = {
     "digits": "digits-C, ConvNeXt + DiT",
     "open_vocabulary": "digits-C, CLIP + Stable Diffusion",
-    "fashion": "Fashion-MNIST-C, settings of digits-C",
+    "fashion": "Fashion-MNIST-C, ConvNeXt + DiT",
     "digits_unseen": "digits-C, corruptions that nothing was chosen on",
 }
 

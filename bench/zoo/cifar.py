@@ -183,7 +183,7 @@ def finish(args: argparse.Namespace) -> None:
     denoiser = DiT(network.eval(), NoiseProcess.from_scheduler(scheduler))
     torch.testing.assert_close(denoiser.process.table, process().table, rtol=1e-4, atol=1e-5)  # as in training
     images, labels = cifar10.load(args.root, "validation")
-    images = images[: args.images].float() / 255
+    images, labels = images[: args.images].float() / 255, labels[: args.images]
     denoiser.calibration = calibrate(denoiser, images[:256], labels[:256])
     denoiser.bfloat16().save_pretrained(args.to, scheduler)
     denoiser.float()
