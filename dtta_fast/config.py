@@ -136,8 +136,8 @@ class AdaptConfig:
             (docs/log.md): none (off); those for which the source model gives the same answer with and without matching and, if matching
             changes the image, is at least 80 % sure of it (answer, needs match both); or those whose statistics are typical of the
             denoiser's own images (statistics, see Calibration.distance). If the denoiser's loss tells nothing about the class
-            (Calibration.trust is 0), both leave all images unadapted. Compiled code is specialised to one batch size, so it adapts the
-            whole batch if any of its images needs adaptation.
+            (Calibration.trust is 0) and there is a guard, both leave all images unadapted. Compiled code is specialised to one batch size,
+            so it adapts the whole batch if any of its images needs adaptation.
         parameters: which of the model's weights are adapted: all, its norm layers, its head, LoRA adapters (its own if it has any, new
             ones otherwise), or the logits themselves. Their requires_grad flags are ignored.
         denoiser_parameters: which of the denoiser's weights are adapted: none (frozen), all, or those of LoRA adapters (lora).

@@ -128,7 +128,7 @@ def guarded():
         at: Tensor,
         wanted: list[list[bool]] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the accepted outputs [B, ...], whether each is a candidate's, and the evaluations [B] that the comparisons took.
+        """Returns the accepted outputs [B, ...], whether each is the adapted one, and the evaluations [B] that the comparisons took.
 
         wanted: for each of the three answers, the images whose losses are computed; None is those that the guard has to compare.
         """
@@ -137,7 +137,7 @@ def guarded():
         answers = guard.compare(program.problem, before, after, matched)
         compared = torch.cat([answers.fresh.any(0)[None], answers.fresh])
         losses = program.losses(SimpleNamespace(step=at), batch, answers, compared.tolist() if wanted is None else wanted)
-        outputs, accepted = guard.decide(program.problem.config, answers, before, losses)
+        outputs, accepted = guard.decide(program.problem.config, answers, before, losses, program.problem.trust)
         return outputs, accepted, program.guard * compared.sum(0)
 
     return guarded

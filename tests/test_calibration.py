@@ -17,6 +17,7 @@ from torch import nn
 
 from dtta_fast import AdaptConfig, Adapter, Calibration, adapt, presets, zoo
 from dtta_fast.core.calibrate import BINS, PAIRS, RIVALS, _logistic_slope, calibrate, class_scores, class_signal
+from dtta_fast.core.guard import compare
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import load_digits
 from dtta_fast.denoisers.calibration import EDGE, _distances_to_the_others, fingerprint
@@ -469,3 +470,36 @@ def test_answers_that_are_none_are_refused(answers):
     _, denoiser = zoo.load("digits")
     with pytest.raises(ValueError, match="give one class index for each of the 16 images, from 0 to 9"):
         calibrate(denoiser, load_digits("train")[0][:16], answers)
+
+
+def test_trust_is_measured_on_images_from_all_over_a_sorted_folder():
+    """Sorted by class, the first images would be those of one class, which a denoiser of random weights may favour on every image."""
+    images, labels = load_digits("train")
+    order = torch.cat([(labels == 8).nonzero()[:64, 0], (labels != 8).nonzero()[:160, 0]])
+    assert calibrate(_random_weights(), images[order], labels[order].int()).trust == 0
+
+
+def test_a_denoiser_that_ignores_its_condition_is_not_trusted(tmp_path):
+    images, labels = (part[:8] for part in load_digits("train"))
+    denoiser = _tiny_dit(0).eval()  # adaLN starts at zero
+    found = calibrate(denoiser, images, labels)
+    assert found.trust == 0
+    found.save(tmp_path / "c.json")
+    assert Calibration.load(tmp_path / "c.json", denoiser) == found
+
+
+def test_a_file_of_an_older_version_is_refused(tmp_path):
+    _, denoiser = _digits()
+    (tmp_path / "c.json").write_text(json.dumps({**dataclasses.asdict(denoiser.calibration), "power": [0.1] * 17}))
+    with pytest.raises(ValueError, match="an older version wrote it; measure one by"):
+        Calibration.load(tmp_path / "c.json", denoiser)
+
+
+def test_answers_that_are_not_finite_are_never_compared(model, denoiser):
+    problem = Adapter(model, denoiser, AdaptConfig(guard=4)).engine.program.problem
+    outputs = torch.eye(7, dtype=torch.float64)[:3]
+    before, after = outputs.roll(1, 0), outputs.roll(2, 0)
+    before[0], after[1] = torch.nan, torch.nan
+    answers = compare(problem, before, after, outputs)
+    assert answers.fresh.tolist() == [[True, False, True], [False, True, True]]
+    assert answers.standing.isfinite().all()

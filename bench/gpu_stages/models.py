@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import timm
@@ -43,8 +44,9 @@ def dit(setting: Setting) -> DiT:
 
 def calibration() -> Calibration:
     """Statistics of photographs, roughly: power falls with the square of the frequency. Timesteps are as good as each other."""
-    power = tuple(1 / (1 + cycles) ** 2 for cycles in range(113))
-    return Calibration("random weights", mean=0.45, deviation=0.25, power=power, signal=(1.0,) * 10, spread=(1.0,) * 10)
+    power = [math.log(0.05 / cycles**2) for cycles in range(1, 113)]
+    scatter = (0.15, 0.4, *(0.6,) * len(power))
+    return Calibration("random weights", (0.45, math.log(0.25), *power), scatter, limit=2.0, signal=(1.0,) * 10, spread=(1.0,) * 10)
 
 
 def classifier(setting: Setting) -> nn.Module:

@@ -89,7 +89,7 @@ class Recorder:
             problem = dataclasses.replace(program.problem, **change)
             given = (answers.conditions, batch.x0, batch.image_ids, state.step, wanted)
             found[name] = guard.selected_losses(problem, program.schedule, *given)
-        predictions = [program.predictions(outputs, batch) for outputs in (batch.before, answers.after, batch.matched_outputs)]
+        predictions = [program.predictions(outputs, batch) for outputs in (answers.standing, answers.after, batch.before)]
         for image, asked in enumerate(zip(*wanted, strict=True)):
             if not any(asked):
                 continue
@@ -101,7 +101,7 @@ class Recorder:
 
 
 def decided(losses: Tensor, asked: Tensor, threshold: float) -> Tensor:
-    """Returns the guard's choice [N], 0 for the original answer, from losses [N, 3, P] and which answers were asked for, [N, 3]."""
+    """Returns the guard's choice [N], 0 for the standing answer, from losses [N, 3, P] and which answers were asked for, [N, 3]."""
     change = losses[:, 1:] - losses[:, :1]
     score = change.mean(2) + threshold * change.std(2) / losses.shape[2] ** 0.5
     score = torch.where(asked[:, 1:], score, torch.inf).clamp(max=1e30)

@@ -34,8 +34,8 @@ from dtta_fast.tasks.classification import Classification
 class Calibrate:
     """Measure a denoiser on clean, unlabeled images: the statistics for matching corrupted images and the timesteps to sample.
 
-    For each of the first 64 images, the timesteps take 1,600 denoiser forwards plus 20 per class (21,600 for the ImageNet classes). For a
-    large denoiser, use a GPU or reduce the number of images with --most.
+    For each of up to 64 of the images, the timesteps take 1,600 denoiser forwards plus 20 per class (21,600 for the ImageNet classes). For
+    a large denoiser, use a GPU or reduce the number of images with --most.
 
     Example: dtta calibrate models/dit clean_images --out calibration.json
     """
@@ -49,7 +49,7 @@ class Calibrate:
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: none)")] = None
     """The timm classifier that will be adapted, for a DiT: its answers show how far the denoiser's loss can be trusted."""
     most: int = 256
-    """Maximum number of images to read, in order of their names; at least 1."""
+    """Maximum number of images to read, evenly spaced in the order of their names; at least 1."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device on which the denoiser runs."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: calibration.json in DENOISER)")] = None

@@ -21,6 +21,7 @@ PAIRS = 16  # pairs per bin and image
 RIVALS = 4  # number of nearest classes that an image's own class is compared with
 IMAGES = 64  # using more changes the density less than a different seed does
 MOST_ERRORS = 100.0  # bound of a difference in standard errors, which is infinite where a denoiser ignores the condition
+LEAST_SPREAD = 1e-30  # what a file of a calibration may hold at least
 ROWS = 64  # rows that the denoiser processes at once
 
 
@@ -28,9 +29,10 @@ ROWS = 64  # rows that the denoiser processes at once
 def calibrate(denoiser: Denoiser, images: Tensor, answers: Tensor | None = None) -> Calibration:
     """Calibrates a denoiser on at least 8 clean images [N, 3, H, W] in [0, 1], similar to its training images and cropped to what it sees.
 
-    The timesteps are measured on the first 64 images: an image's own class is the one with the lowest loss over all timesteps (the
-    diffusion classifier's answer), and each timestep is rated by how far, and how reliably, a set of pairs separates that class from its
-    nearest rivals. A denoiser of maps has no rival classes, so it gets only the statistics, for matching.
+    The timesteps are measured on 64 of the images, evenly spaced, because a folder may be sorted by class: an image's own class is the one
+    with the lowest loss over all timesteps (the diffusion classifier's answer), and each timestep is rated by how far, and how reliably, a
+    set of pairs separates that class from its nearest rivals. A denoiser of maps has no rival classes, so it gets only the statistics, for
+    matching.
 
     Args:
         answers: a classifier's answers to the images, [N] class indices, or their labels. They show how far the loss can be trusted to
@@ -48,21 +50,27 @@ def calibrate(denoiser: Denoiser, images: Tensor, answers: Tensor | None = None)
         return found
     classes = len(denoiser.class_embeddings({}))
     if answers is not None and (
-        answers.shape != (len(images),) or answers.is_floating_point() or not bool(((answers >= 0) & (answers < classes)).all())
+        answers.shape != (len(images),)
+        or answers.is_floating_point()
+        or answers.dtype == torch.bool
+        or not bool(((answers >= 0) & (answers < classes)).all())
     ):
         raise ValueError(
             f"answers is {answers.dtype} with shape {tuple(answers.shape)}; give one class index for each of the {len(images)} images, "
             f"from 0 to {classes - 1}: model(inputs).argmax(1)"
         )
     own: Any = PrivateCopy(denoiser).module  # in eval mode, whatever mode the caller's denoiser is in
-    x0 = own.encode(images[:IMAGES].to(next(denoiser.parameters()).device))
+    count, device = min(IMAGES, len(images)), next(denoiser.parameters()).device
+    rows = torch.arange(count, dtype=torch.int64, device="cpu") * len(images) // count
+    x0 = own.encode(images[rows.to(images.device)].to(device))
     scores = class_scores(own, x0)
     signal, spread = class_signal(own, x0, scores)
     found = dataclasses.replace(found, signal=tuple(signal.tolist()), spread=tuple(spread.tolist()))
     if answers is None:
         return found
     density = found.density(len(own.process))
-    trust = loss_trust(own, x0, scores, answers[:IMAGES].to(x0.device), density) if bool(density.any()) else 0.0
+    answers = answers[rows.to(answers.device)].to(device, torch.int64)
+    trust = loss_trust(own, x0, scores, answers, density) if bool(density.any()) else 0.0
     return dataclasses.replace(found, trust=trust)
 
 
@@ -93,7 +101,7 @@ def class_signal(denoiser: Denoiser, x0: Tensor, scores: Tensor) -> tuple[Tensor
     timesteps = (starts[:, None] + part).long().flatten().clamp(max=len(denoiser.process) - 1)
     losses = _losses(denoiser, x0, _ids(x0), timesteps.expand(len(x0), -1), table[nearest], 1)
     margins = (losses[:, 1:] - losses[:, :1]).unflatten(2, (BINS, PAIRS)).mean(3).flatten(0, 1)
-    return margins.mean(0), margins.std(0)
+    return margins.mean(0), margins.std(0).clamp(min=LEAST_SPREAD)  # 0 where a denoiser ignores its condition
 
 
 @torch.no_grad()

@@ -42,9 +42,9 @@ def unchanged(before: Tensor, matched: Tensor) -> Answers:
 def compare(problem: Problem, before: Tensor, after: Tensor, matched: Tensor) -> Answers:
     """Compares the answers given by outputs [B, ...]: to the original images, after adaptation, and to the matched images before it.
 
-    The answer to the matched image stands, because matching alone does no harm (docs/log.md). Each distinct other answer is compared with
-    it once. Outputs that are not finite are never accepted. Without a guard, the outputs after adaptation are accepted wherever they are
-    finite.
+    The answer to the matched image stands: on validation images, matching alone does a classifier no harm (docs/log.md). Each distinct
+    other answer is compared with it once. Outputs that are not finite are never accepted. Without a guard, the outputs after adaptation are
+    accepted wherever they are finite.
     """
     task, standing = problem.task, before if matched is before else where(usable(matched, before), matched, before)
     fine = usable(after, before)
@@ -52,7 +52,7 @@ def compare(problem: Problem, before: Tensor, after: Tensor, matched: Tensor) ->
         return Answers(after, where(fine, after, standing), fine, torch.zeros_like(torch.stack([fine, fine])))
     stands, adapted, original = (task.decision(outputs, problem.denoiser) for outputs in (standing, after, before))
     same = fine & _equal(adapted, stands)  # the adapted weights give the same answer
-    fresh = fine & ~same, ~_equal(original, stands) & ~(fine & _equal(original, adapted))
+    fresh = fine & ~same, usable(before, before) & ~_equal(original, stands) & ~(fine & _equal(original, adapted))
     return Answers(after, where(same, after, standing), same, torch.stack(fresh), torch.stack([stands, adapted, original]))
 
 

@@ -25,7 +25,7 @@ MOST_PROPORTION = 64  # the largest ratio of the longer to the shorter side; a r
 
 
 def read_images(folder: str | Path, size: int, most: int) -> Tensor:
-    """Reads the first `most` images of a folder and its subfolders, by name, as [N, 3, size, size] in [0, 1].
+    """Reads up to `most` images of a folder and its subfolders, evenly spaced in the order of their names, as [N, 3, size, size] in [0, 1].
 
     The shorter side is resized to `size` and the centre is cropped.
 
@@ -37,7 +37,9 @@ def read_images(folder: str | Path, size: int, most: int) -> Tensor:
     folder = Path(folder)
     if not os.path.isdir(folder):  # Path.is_dir() raises for a name that is too long
         raise ValueError(f"images is {str(folder)!r}, which is no folder")
-    files = sorted(folder / name for name in image_files(folder))[:most]
+    found = sorted(folder / name for name in image_files(folder))
+    count = min(most, len(found))
+    files = [found[i * len(found) // count] for i in range(count)]  # subfolders are often classes
     if not files:
         raise ValueError(f"images is {str(folder)!r}, which holds no file ending in {', '.join(sorted(SUFFIXES))}")
     cropped = (T.center_crop(T.resize(decode(path, str(path)), size, T.InterpolationMode.BICUBIC), [size, size]) for path in files)

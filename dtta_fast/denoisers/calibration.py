@@ -107,15 +107,17 @@ class Calibration:
         The distance is the root mean square over the statistics, in standard deviations.
         """
         found = _statistics(images.float())
-        known = min(found.shape[1], len(self.typical))  # images of a different size also have different frequencies
+        known = min(found.shape[1], len(self.typical))
+        known -= found.shape[1] != len(self.typical)  # of another size: the last holds all higher frequencies of the smaller one
         typical, scatter = (numbers(values[:known], images.device, torch.float32) for values in (self.typical, self.scatter))
         return ((found[:, :known] - typical) / scatter).square().mean(1).sqrt()
 
     @torch.no_grad()
     def match(self, images: Tensor) -> Tensor:
-        """Moves each image's [B, C, H, W] unusual statistics to the edge of their usual range: typical ± EDGE · scatter.
+        """Moves each image's [B, C, H, W] unusual statistics towards the edge of their usual range: typical ± EDGE · scatter.
 
-        The images may have any size. Each frequency gets one gain, from 1/4 to 4, shared by all of the image's channels. Phases, and so
+        The images may have any size. Each frequency gets one gain, shared by all of the image's channels; it is bounded by 1/4 and 4, so
+        that a power far out of range stays outside. Phases, and so
         shapes and positions, are preserved. Values may leave [0, 1]. An image whose statistics are all usual is returned unchanged.
         """
         values = images.float()
@@ -182,6 +184,8 @@ class Calibration:
             found = json.loads(read_text(path))
             if not isinstance(found, dict):
                 raise ValueError("it holds no JSON object")
+            if "power" in found:  # typical had fewer statistics then
+                raise ValueError("an older version wrote it")
             read = cls(**{field.name: _field(found, field) for field in dataclasses.fields(cls)})
             _check_lengths(read, denoiser)
         except (OSError, ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ import torch
 from dtta_fast.config import AdaptConfig
 from dtta_fast.session.engine import Engine
 
-FORMAT = 1  # format of the functions in a package and of its manifest; session.cpp reads the same format
+FORMAT = 2  # format of the functions in a package and of its manifest; session.cpp reads the same format
 CAPABILITIES = ("DEFAULT", "NO AVX", "AVX2", "AVX512")  # of processors; each includes all the previous ones
 EXTENSIONS = ("avx", "amx", "bmi", "f16c", "fma", "gfni", "sha", "sse", "vaes", "vpclmul", "adx", "popcnt", "movbe")
 KEEPER = "decide"  # the function whose metadata stores the manifest

@@ -107,7 +107,9 @@ class ModuleProgram(Program):
         if problem.config.precheck == "statistics" and calibration is not None:
             return calibration.distance(crop) > calibration.limit
         answers = [problem.task.decision(found, problem.denoiser) for found in (before, matched_outputs)]
-        unsure = (before != matched_outputs).any(1) & (matched_outputs.softmax(1).amax(1) < SURE)  # moved by the matching, too
+        possible = problem.class_task.possible(matched_outputs)
+        confidence = matched_outputs.masked_fill(~possible, -torch.inf).softmax(1).amax(1)
+        unsure = (before != matched_outputs).any(1) & (confidence < SURE)  # moved by the matching, too
         return (answers[0] != answers[1]).flatten(1).any(1) | unsure
 
     def outputs(self, theta: Parameters, inputs: Tensor) -> Tensor:

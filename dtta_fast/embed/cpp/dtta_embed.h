@@ -65,12 +65,12 @@ struct Images {
 struct Options {
   std::vector<std::int64_t> image_ids; /* [batch], 0 .. 2^32 - 1, identifies each image's random draws; empty means 0 .. batch - 1 */
   /* Time budget, counted from the call. No step is started if it is expected to end too late; the estimate comes from recent steps (see
-   * warm_up()). If no time is left for the guard, the original answer is kept. */
+   * warm_up()). If no time is left for the guard, the unadapted model's answer stands. */
   std::optional<double> deadline_ms;
 };
 
 struct Result {
-  std::vector<float> outputs, outputs_before;           /* shaped like the manifest's outputs; equal where the original answer was kept */
+  std::vector<float> outputs, outputs_before;           /* shaped like the manifest's outputs */
   std::vector<double> predictions, predictions_before;  /* classes [batch], or labels or depth [batch, height, width] */
   std::vector<float> loss;                              /* [batch, steps_run]; NaN for an image that the pre-check excluded */
   std::vector<bool> accepted;                           /* [batch] */

@@ -29,7 +29,7 @@ using Loader = torch::inductor::AOTIModelPackageLoader;
 using Clock = std::chrono::steady_clock;
 using Metadata = std::unordered_map<std::string, std::string>;
 
-constexpr char kFormat[] = "1";      /* dtta_fast/embed/manifest.py */
+constexpr char kFormat[] = "2";      /* dtta_fast/embed/manifest.py */
 constexpr long long kMost = 1 << 20; /* a size in a manifest is below: batch * 3 * height * width stays in 64 bits */
 constexpr char kKeeper[] = "decide"; /* the function whose metadata the manifest is */
 constexpr int64_t kWords = int64_t{1} << 32;
