@@ -349,6 +349,8 @@ TABLES = {
         "open vocabulary": lambda: quality("open_vocabulary"),
         "open vocabulary by corruption": lambda: by_corruption("open_vocabulary"),
         "ablations": lambda: quality("digits_ablations"),
+        "cifar resnet": lambda: quality("cifar_resnet"),
+        "cifar resnet by corruption": lambda: by_corruption("cifar_resnet"),
         "fashion": lambda: quality("fashion"),
         "digits by corruption": lambda: by_corruption("digits"),
         "fashion by corruption": lambda: by_corruption("fashion"),

@@ -242,7 +242,7 @@ def changed(package, target, **values):
         ({"device": "cuda"}, "it is for device 'cuda'"),
         ({"instructions": "sse2 avx2048f"}, "its code may take avx2048f, which this processor does not have"),
         ({"capability": "AVX2048"}, "its code takes AVX2048, and this processor has"),
-        ({"format": "0"}, "is of format 0, and this version reads 1"),
+        ({"format": "0"}, "is of format 0, and this version reads 2"),
         ({"steps": "many"}, "has a damaged manifest"),
     ],
 )
