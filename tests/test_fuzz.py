@@ -237,7 +237,7 @@ def test_a_compressed_checkpoint(tmp_path):
 
 
 METADATA = {
-    "format": "1", "torch": "2.9.0", "device": "cpu", "capability": "AVX2", "instructions": "avx fma", "weights": "0",
+    "format": "2", "torch": "2.9.0", "device": "cpu", "capability": "AVX2", "instructions": "avx fma", "weights": "0",
     "config": "{}",
     "task": "Classification 0", "batch": "2", "height": "8", "width": "8", "outputs": "2 10",
     "steps": "3", "guard": "0", "evaluations": "4",
