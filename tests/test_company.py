@@ -35,7 +35,7 @@ def test_the_pre_check_s_images_are_left_alone_whatever_runs_beside_them(floats,
     model, denoiser, images = floats
     monkeypatch.setattr(compiling, "compile_regions", lambda _: None)
     monkeypatch.setattr(compiling, "compiled", lambda function: function)
-    monkeypatch.setattr(ModuleProgram, "asked", lambda self, before, start, crop: crop.mean((1, 2, 3)) > threshold)
+    monkeypatch.setattr(ModuleProgram, "asked", lambda self, batch, crop: crop.mean((1, 2, 3)) > threshold)
     threshold = float(images.mean((1, 2, 3)).median())
     wanted = images.mean((1, 2, 3)) > threshold
     assert 0 < wanted.sum() < len(images)

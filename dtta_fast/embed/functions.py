@@ -86,7 +86,7 @@ class Functions:
         batch = program.encoded(program.views(crop, Request(crop, self._image_ids)))
         before = step.forward(problem, theta, batch.original)
         matched_outputs = before if batch.matched is None else step.forward(problem, theta, batch.matched)
-        asked = program.asked(before, matched_outputs, crop)
+        asked = program.asked(batch._replace(before=before, matched_outputs=matched_outputs), crop)
         asked = torch.ones_like(self._image_ids, dtype=torch.bool) if asked is None else asked
         return [batch.inputs.clone(), batch.x0, before.clone(), matched_outputs.clone(), asked]  # outputs must not share memory
 

@@ -100,8 +100,9 @@ class PackageProgram(Program):
     def _no_losses(self, batch: Batch) -> list[Tensor]:
         return [batch.x0.new_zeros(len(batch.x0), max(1, self.guard)) for _ in range(3)]
 
-    def source_outputs(self, batch: Batch) -> Tensor:
-        return self.start(batch.crop, batch.image_ids, self.run("state")).before
+    def source_outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        found = self.start(batch.crop, batch.image_ids, self.run("state"))
+        return found.before, found.matched_outputs
 
     def rehearse(self, state: list[Tensor], batch: Batch) -> list[list[bool]]:
         return [[True] * len(batch.x0)] * 3

@@ -101,8 +101,8 @@ class Program(Protocol):
     def decide(self, batch: Batch, answers: Answers, losses: list[Tensor]) -> Decision:
         """Chooses between the answers by their losses, which are empty if nothing was compared."""
 
-    def source_outputs(self, batch: Batch) -> Tensor:
-        """Computes the unadapted model's outputs [B, ...] for the unchanged images."""
+    def source_outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Computes the unadapted model's outputs [B, ...] for the unchanged images, and for the inputs used for adaptation."""
 
     def rehearse(self, state: Any, batch: Batch) -> list[list[bool]]:
         """Warms up what later batches may need; returns the losses that a guard wants at most, in the form of losses()."""
@@ -159,8 +159,10 @@ def run(program: Program, state: Any, batch: Batch, call: Call, steps: int) -> O
                 pace.guard.note(clock.now() - begun)
     decision = program.decide(batch, answers, held_out)
     if not sound_before:  # the state is useless for these images: they get the source model's answers
-        source = program.source_outputs(batch)
-        outputs, before = (where(usable(found, source), found, source) for found in (decision.outputs, batch.before))
+        source, source_matched = program.source_outputs(batch)
+        stands = unchanged(source, source_matched).standing
+        outputs = where(usable(decision.outputs, source), decision.outputs, stands)
+        before = where(usable(batch.before, source), batch.before, source)
         accepted = decision.accepted & usable(decision.outputs, source)
         batch = batch._replace(before=before)
         answers = answers._replace(standing=outputs, accepted=accepted, fresh=torch.zeros_like(answers.fresh))

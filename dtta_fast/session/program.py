@@ -60,7 +60,7 @@ class ModuleProgram(Program):
                 problem = dataclasses.replace(problem, forward=self._forward)
         self.problem, self.schedule = dataclasses.replace(problem, row_counts=row_counts), Schedule()
         # no method of self in either: a session that is dropped has to free its memory at once
-        self._denoiser = denoiser
+        self._calibration = denoiser.calibration  # as it was when the guard's trust was read
         self.source = functools.partial(source_weights, problem.config, model, denoiser, problem.model, problem.denoiser)
         self.needs = Needs(problem, self.source, self._forward)
         self.compile = compile
@@ -80,7 +80,7 @@ class ModuleProgram(Program):
 
     def views(self, crop: Tensor, request: Request) -> Batch:
         """Prepares what the model and the denoiser see of crops [B, 3, H, W] in [0, 1]: matched as the config says, and normalised."""
-        problem, calibration = self.problem, self._denoiser.calibration
+        problem, calibration = self.problem, self._calibration
         match, dtype = problem.config.match, anchor(problem.model).dtype
         seen = crop if match == "off" or calibration is None else calibration.match(crop)
         original = problem.task.normalise(problem.model, crop.clone()).to(dtype)
@@ -91,26 +91,27 @@ class ModuleProgram(Program):
         """Adds the source model's outputs, checked, and the images that the pre-check selects; crop [B, 3, H, W] as given to views()."""
         before = self.checked_outputs(batch.original, checks)
         matched_outputs = before if batch.matched is None else self.checked_outputs(batch.matched, checks)
-        return batch._replace(before=before, matched_outputs=matched_outputs, asked=self.asked(before, matched_outputs, crop))
+        batch = batch._replace(before=before, matched_outputs=matched_outputs)
+        return batch._replace(asked=self.asked(batch, crop))
 
     @torch.no_grad()
-    def asked(self, before: Tensor, matched_outputs: Tensor, crop: Tensor) -> Tensor | None:
+    def asked(self, batch: Batch, crop: Tensor) -> Tensor | None:
         """Returns which images [B] the pre-check selects for adaptation; None without a pre-check.
 
-        before, matched_outputs: the source model's outputs for the original and the matched images. crop: [B, 3, H, W] in [0, 1].
+        batch: with its outputs before adaptation. crop: [B, 3, H, W] as given to views().
         """
-        problem, calibration = self.problem, self._denoiser.calibration
+        problem, calibration = self.problem, self._calibration
         if problem.config.precheck == "off":
             return None
         if problem.trust == 0 and problem.config.guard:  # the guard would accept no answer
             return torch.zeros(len(crop), dtype=torch.bool, device=crop.device)
         if problem.config.precheck == "statistics" and calibration is not None:
             return calibration.distance(crop) > calibration.limit
-        answers = [problem.task.decision(found, problem.denoiser) for found in (before, matched_outputs)]
-        possible = problem.class_task.possible(matched_outputs)
-        confidence = matched_outputs.masked_fill(~possible, -torch.inf).softmax(1).amax(1)
-        unsure = (before != matched_outputs).any(1) & (confidence < SURE)  # moved by the matching, too
-        return (answers[0] != answers[1]).flatten(1).any(1) | unsure
+        answers = [problem.task.decision(found, problem.denoiser) for found in (batch.before, batch.matched_outputs)]
+        possible = problem.class_task.possible(batch.matched_outputs)
+        confidence = batch.matched_outputs.masked_fill(~possible, -torch.inf).softmax(1).amax(1)
+        moved = (batch.crop != crop).flatten(1).any(1)  # by the matching
+        return (answers[0] != answers[1]).flatten(1).any(1) | moved & (confidence < SURE)
 
     def outputs(self, theta: Parameters, inputs: Tensor) -> Tensor:
         """Runs the model with the weights `theta` in place of its own."""
@@ -303,8 +304,9 @@ class ModuleProgram(Program):
         """Returns the task's predictions for outputs [B, ...], at the size of the batch's crops."""
         return self.problem.task.predict(outputs, (batch.crop.shape[-2], batch.crop.shape[-1]))
 
-    def source_outputs(self, batch: Batch) -> Tensor:
-        return self.checked_outputs(batch.original, Checks())
+    def source_outputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        before = self.checked_outputs(batch.original, Checks())
+        return before, before if batch.matched is None else self.checked_outputs(batch.matched, Checks())
 
     def classified(self, batch: Batch, clock: Clock) -> Outcome:
         """Answers by a training-free method: there is no state, and every finite answer is accepted."""
@@ -314,7 +316,8 @@ class ModuleProgram(Program):
         if problem.config.method == "ensemble":
             found = diffusion_classifier.mean_probability(batch.matched_outputs, found)
         accepted = usable(found, batch.before)
-        outputs = where(accepted, found, batch.before.to(found.dtype))
+        standing = guard.unchanged(batch.before, batch.matched_outputs).standing
+        outputs = where(accepted, found, standing.to(found.dtype))
         predictions = self.predictions(outputs, batch), self.predictions(batch.before, batch)
         loss = batch.x0.new_empty(len(outputs), 0)
         return Outcome(False, batch.before, outputs, *predictions, loss, accepted, evaluations)

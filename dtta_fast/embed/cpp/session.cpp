@@ -278,8 +278,10 @@ struct Session::Impl {
     };
     Tensors decided = decide(fresh, held_out);
     if (!sound_before) {  // the state is useless for these images: they get the source model's answers
-      const Tensor source = started(run("state", {}))[2];
-      standing = chosen_rows(usable(decided[0], source), decided[0], source);
+      const Tensors again = started(run("state", {}));
+      const Tensor &source = again[2], &source_matched = again[3];
+      const Tensor stands = chosen_rows(usable(source_matched, source), source_matched, source);
+      standing = chosen_rows(usable(decided[0], source), decided[0], stands);
       accepted = decided[1] & usable(decided[0], source);
       before = chosen_rows(usable(before, source), before, source);
       decided = decide(at::zeros_like(fresh), no_losses);

@@ -1,0 +1,149 @@
+"""A class-conditional diffusers UNet as a denoiser, with soft classes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.denoisers.reading import CALIBRATION, download, read_calibration, read_json, read_model, read_process
+from dtta_fast.denoisers.unet import UNetDenoiser
+from dtta_fast.runtime.defaults import float32_on_cpu
+
+KIND = "ClassUNet"
+LABEL_TABLE = "unet.class_embedding.weight"
+
+
+class _SoftEmbedding(nn.Embedding):
+    """An embedding whose forward also takes rows that are looked up, or mixed, already."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input if input.is_floating_point() else super().forward(input)
+
+
+class ClassUNet(UNetDenoiser):
+    """A diffusers UNet2DModel with `num_class_embeds`, whose class embeddings are added to the time embedding.
+
+    Args:
+        unet: the UNet. Its class embedding is replaced by one that also takes mixtures of its rows; the weights stay the same tensors.
+        process: its noise process.
+        vae: an AutoencoderKL, or None for pixels.
+        patch_size: the UNet sees each patch_size x patch_size square of x0 as the channels of one pixel (torch's pixel_unshuffle), so it
+            has patch_size² times as many channels in and out. 1 for most models.
+        null_row: whether the last row of the class table stands for "no class", as in training with classifier-free guidance.
+
+    Raises:
+        ValueError: the UNet has no table of classes, or its channels do not fit.
+    """
+
+    keep_in_float32 = (LABEL_TABLE,)  # conditions are mixtures of its rows, and their gradients accumulate over chunks
+
+    def __init__(self, unet: Any, process: NoiseProcess, vae: Any = None, *, patch_size: int = 1, null_row: bool = False) -> None:
+        super().__init__(unet, process, vae)
+        table = getattr(unet, "class_embedding", None)
+        if not isinstance(table, nn.Embedding):
+            raise ValueError(f"unet has the class embedding {type(table).__name__}; give a UNet2DModel with num_class_embeds")
+        if len(table.weight) - null_row < 2:
+            raise ValueError(f"unet has {len(table.weight)} class embeddings, and null_row is {null_row}; at least 2 classes are needed")
+        if type(patch_size) is not int or patch_size < 1:
+            raise ValueError(f"patch_size is {patch_size!r}; give a whole number of 1 or more")
+        self._latent = 3 if vae is None else vae.config.latent_channels
+        inner = self._latent * patch_size**2
+        if unet.config.in_channels != inner or unet.config.out_channels not in (inner, 2 * inner):
+            found = f"unet has {unet.config.in_channels} channels in and {unet.config.out_channels} out"
+            raise ValueError(f"{found}; with patch_size {patch_size} and latents of {self._latent}, it needs {inner} in, and out as many or twice")
+        if not isinstance(table, _SoftEmbedding):
+            unet.class_embedding = _SoftEmbedding(*table.weight.shape, _weight=table.weight.detach())
+            unet.class_embedding.weight = table.weight
+        self.patch_size, self.null_row = patch_size, null_row
+
+    @property
+    def image_size(self) -> int:
+        return super().image_size * self.patch_size
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.unet.config.sample_size * self.patch_size
+        return self._latent, side, side
+
+    def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Returns [K, D], or [B, K, D] if `parameters` holds one table per image; a row for "no class" is excluded."""
+        own = self.unet.class_embedding.weight
+        return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., : own.shape[0] - self.null_row, :]
+
+    def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Returns the last row of the table: [D], or [B, D] if `parameters` holds one table per image.
+
+        Raises:
+            ValueError: the model was trained without such a row.
+        """
+        if not self.null_row:
+            raise ValueError("denoiser has no row for 'no class' (null_row=False): null_condition needs a model trained with one")
+        own = self.unet.class_embedding.weight
+        return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., -1, :]
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """Predicts under conditions [B, D], which are mixtures of class embeddings."""
+        rows = condition.repeat_interleave(len(x_t) // len(condition), dim=0)
+        seen = F.pixel_unshuffle(x_t, self.patch_size)
+        prediction: Tensor = self.unet(seen, self.process.model_time[timesteps], rows, return_dict=False)[0]
+        return F.pixel_shuffle(prediction, self.patch_size)
+
+    @classmethod
+    @float32_on_cpu()
+    def from_pretrained(
+        cls, path: str | Path, *, patch_size: int | None = None, null_row: bool | None = None, calibration: bool = True
+    ) -> ClassUNet:
+        """Loads a folder with unet/ and scheduler/ and, for a latent model, vae/: one written by save_pretrained(), or a diffusers pipeline.
+
+        If path is not a folder, it is treated as a Hugging Face Hub model id.
+
+        Args:
+            patch_size, null_row: same as for ClassUNet; None takes what the folder's config.json says, and without one 1 and False.
+            calibration: False skips the folder's calibration.json.
+
+        Raises:
+            FileNotFoundError, ValueError: a part is missing or damaged; the message names it.
+        """
+        from diffusers import AutoencoderKL, UNet2DModel
+
+        folder = Path(path)
+        if not os.path.isdir(folder):
+            folder = download(str(path), ["*.json", "*.safetensors"])
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {"_class_name": KIND}
+        if config.get("_class_name") != KIND:
+            raise ValueError(f"{folder / 'config.json'} names {config.get('_class_name')!r}; a {KIND}'s folder names {KIND}")
+        told = {"patch_size": config.get("patch_size", 1), "null_row": config.get("null_row", False)}
+        if type(told["patch_size"]) is not int or not 1 <= told["patch_size"] < 64 or type(told["null_row"]) is not bool:
+            raise ValueError(f"{folder / 'config.json'} has {str(told)[:80]}; patch_size is a whole number below 64, null_row true or false")
+        given = {name: value for name, value in (("patch_size", patch_size), ("null_row", null_row)) if value is not None}
+        parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": AutoencoderKL} if (folder / "vae").is_dir() else {})
+        for name, kind in parts.items():
+            parts[name] = read_model(kind, folder / name, use_safetensors=True, torch_dtype=torch.float32)
+        try:
+            denoiser = cls(parts["unet"], read_process(folder), parts.get("vae"), **{**told, **given})
+        except ValueError as error:
+            raise ValueError(f"{folder} holds no {KIND}: {error}") from error
+        if calibration:
+            denoiser.calibration = read_calibration(folder, denoiser)
+        return denoiser.eval()
+
+    def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
+        """Writes config.json, unet/, scheduler/ (the diffusers scheduler used in training), and, if the denoiser has them, vae/ and
+        calibration.json."""
+        folder = Path(folder)
+        self.unet.save_pretrained(folder / "unet")
+        if self.vae is not None:
+            self.vae.save_pretrained(folder / "vae")
+        scheduler.save_pretrained(folder / "scheduler")
+        if self.calibration is not None:
+            self.calibration.save(folder / CALIBRATION)
+        found = {"_class_name": KIND, "patch_size": self.patch_size, "null_row": self.null_row}
+        (folder / "config.json").write_text(json.dumps(found, indent=2) + "\n")
