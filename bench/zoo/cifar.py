@@ -1,4 +1,4 @@
-"""Trains a class-conditional DiT on CIFAR-10's training images (45,000), on a GPU or a CPU.
+"""Trains a class-conditional UNet on CIFAR-10's training images (45,000), on a GPU or a CPU.
 
     python bench/zoo/cifar.py train --root FOLDER --out FOLDER --minutes N [--total N]
     python bench/zoo/cifar.py finish --root FOLDER --out FOLDER --to FOLDER
@@ -6,9 +6,10 @@
 `train` runs for N minutes and leaves OUT/checkpoint.pt, from which the next run goes on. The learning rate falls to 0 over --total, the
 minutes of all runs together. Draws depend on the seed and the iteration alone. It writes the moving average of the weights in bfloat16 to
 OUT/weights0.safetensors, weights1.safetensors, .. of 15 MiB at most, and OUT/training.json. `finish` makes of these a folder for
-DiT.from_pretrained, with a calibration, and measures the diffusion classifier on validation images.
+ClassUNet.from_pretrained, with a calibration, and measures the diffusion classifier on validation images.
 
-Only torch, numpy, PIL and safetensors are needed to train.
+The first part of the training minimises the denoising loss alone. From CONTRAST_FROM on, a second term raises the loss under a wrong class
+above that under the image's own, on the same pair, as in the hard-negative training of Krojer et al. (2023, arXiv 2305.16397).
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import json
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,8 +36,7 @@ import source_tree
 source_tree.use()
 
 from bench import cifar10  # noqa: E402
-from dtta_fast.denoisers.dit import DiT  # noqa: E402
-from dtta_fast.denoisers.dit_network import DiTNetwork  # noqa: E402
+from dtta_fast.denoisers.class_unet import ClassUNet  # noqa: E402
 from dtta_fast.denoisers.noise_process import (  # noqa: E402
     NOISE,
     SIGNAL,
@@ -43,12 +45,14 @@ from dtta_fast.denoisers.noise_process import (  # noqa: E402
     NoiseProcess,
 )
 
-# 18.9 M parameters, 38 MB in bfloat16; a CPU takes larger patches, of which there are a quarter as many
-SIZES = {"input_size": 32, "in_channels": 3, "hidden_size": 320, "depth": 10, "num_heads": 5, "num_classes": 10, "learn_sigma": False}
-PATCH = {"cuda": 2, "cpu": 4}
-BATCH = {"cuda": 512, "cpu": 128}
-TINY = {"hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
-LR, WARM_UP, DECAY, UNLABELLED = 1e-3, 500, 0.9995, 0.1
+CLASSES, PATCH = 10, 2
+# 2.7 M parameters on a CPU; a UNet of this size learned to tell the classes apart faster than a DiT did (docs/log.md)
+CHANNELS = {"cpu": (32, 64, 128), "cuda": (96, 192, 384)}
+BATCH = {"cpu": 64, "cuda": 512}
+TINY = (16, 32)
+LR, WARM_UP, DECAY, UNLABELLED = 1e-3, 200, 0.999, 0.1
+CONTRAST_FROM = 0.6  # share of the training after which wrong classes count
+CONTRAST, SHARPNESS = 0.02, 200.0  # weight of the logistic loss of a wrong class, and the factor of the difference of the two losses
 PART = 15 * 2**20  # bytes of a file of weights
 
 
@@ -62,48 +66,96 @@ def process() -> NoiseProcess:
     return NoiseProcess(torch.stack([a, s, -s, a, torch.ones_like(a)], dim=1))
 
 
-def drawn(images: Tensor, labels: Tensor, table: Tensor, batch: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns x_t, timesteps, classes (one in ten the null class) and targets of images [N, 3, 32, 32], uint8, half of them mirrored."""
+class Draw(NamedTuple):
+    """A batch: x_t and its targets [N, 3, 32, 32], timesteps [N], and the classes [N] of the images and of their rivals. One image in ten
+    has the class CLASSES, "no class"."""
+
+    x_t: Tensor
+    timesteps: Tensor
+    classes: Tensor
+    rivals: Tensor
+    target: Tensor
+
+
+def drawn(images: Tensor, labels: Tensor, table: Tensor, batch: int, seed: int) -> Draw:
+    """Draws from images [N, 3, 32, 32], uint8; half of them are mirrored. Timesteps have a logit-normal density (Esser et al. 2024,
+    arXiv 2403.03206), since the middle of the process tells most about the class."""
     generator = torch.Generator(images.device).manual_seed(seed)
     rows = torch.randint(len(images), (batch,), generator=generator, device=images.device)
     x0 = images[rows].float() / 127.5 - 1
     mirrored, unlabelled = torch.rand(2, batch, generator=generator, device=images.device)
     x0 = torch.where(mirrored[:, None, None, None] < 0.5, x0.flip(3), x0)
-    classes = torch.where(unlabelled < UNLABELLED, SIZES["num_classes"], labels[rows])
-    timesteps = torch.randint(len(table), (batch,), generator=generator, device=images.device)
+    rivals = (labels[rows] + torch.randint(1, CLASSES, (batch,), generator=generator, device=images.device)) % CLASSES
+    classes = torch.where(unlabelled < UNLABELLED, CLASSES, labels[rows])
+    timesteps = (torch.randn(batch, generator=generator, device=images.device).sigmoid() * len(table)).long()
     noise = torch.randn(x0.shape, generator=generator, device=images.device)
     coefficients = table[timesteps][:, :, None, None, None]
     x_t = coefficients[:, SIGNAL] * x0 + coefficients[:, NOISE] * noise
-    return x_t, timesteps, classes, coefficients[:, TARGET_SIGNAL] * x0 + coefficients[:, TARGET_NOISE] * noise
+    return Draw(x_t, timesteps, classes, rivals, coefficients[:, TARGET_SIGNAL] * x0 + coefficients[:, TARGET_NOISE] * noise)
+
+
+def cpu_flags() -> str:
+    """Returns the processor's features as Linux lists them; empty elsewhere. bfloat16 pays only where the processor multiplies in it."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.is_file() else ""
+
+
+def network(channels: Sequence[int]) -> UNet2DModel:
+    """Returns an untrained UNet with three resolutions at most, on squares of 2 x 2 pixels, for ten classes and "no class"."""
+    inner = 3 * PATCH**2
+    return UNet2DModel(
+        sample_size=32 // PATCH,
+        in_channels=inner,
+        out_channels=inner,
+        layers_per_block=1,
+        block_out_channels=tuple(channels),
+        down_block_types=("DownBlock2D",) * len(channels),
+        up_block_types=("UpBlock2D",) * len(channels),
+        num_class_embeds=CLASSES + 1,
+        resnet_time_scale_shift="scale_shift",
+        norm_num_groups=16,
+        attention_head_dim=32 if min(channels) >= 32 else 16,
+    )
 
 
 class Training:
     """A network with its optimizer and moving average, and how far they are."""
 
-    def __init__(self, sizes: dict[str, Any], device: torch.device, seed: int) -> None:
+    def __init__(self, channels: Sequence[int], device: torch.device, seed: int) -> None:
         torch.manual_seed(seed)
-        self.sizes, self.seed, self.device = sizes, seed, device
-        self.network = DiTNetwork(**sizes).to(device)
-        self.average = copy.deepcopy(self.network).requires_grad_(False)
-        fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.99), fused=fused)
+        self.channels, self.seed, self.device = list(channels), seed, device
         self.process = process().to(device)
+        self.network = ClassUNet(network(channels), self.process, patch_size=PATCH, null_row=True).to(device)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+        self.autocast = device.type == "cuda" or "avx512_bf16" in cpu_flags()
         self.iteration, self.seconds = 0, 0.0
-        self.losses: list[tuple[int, float]] = []
+        self.losses: list[tuple[int, float, float]] = []
 
     def compile(self) -> None:
-        """Compiles the blocks on a GPU: one block's code serves all."""
+        """Compiles the network on a GPU."""
         if self.device.type == "cuda":
-            for block in self.network.blocks:
-                block.compile(dynamic=False)
+            self.network.unet.compile(dynamic=False)
+
+    def pair_losses(self, draw: Draw, classes: Tensor) -> Tensor:
+        """Returns each image's loss [N] under the classes [N]."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            predicted = self.network(draw.x_t, draw.timesteps, self.network.unet.class_embedding.weight[classes])
+        return (predicted.float() - draw.target).square().mean((1, 2, 3))
 
     def step(self, images: Tensor, labels: Tensor, batch: int, share: float) -> Tensor:
-        """Makes one iteration, when a share of all the time has passed; returns its loss."""
-        x_t, timesteps, classes, target = drawn(images, labels, self.process.table, batch, (self.seed << 32) + self.iteration)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            condition = self.network.y_embedder.embedding_table(classes)
-            predicted = self.network(x_t, self.process.model_time[timesteps], condition)
-        loss = F.mse_loss(predicted.float(), target)
+        """Makes one iteration, when a share of all the time has passed; returns the denoising loss and how many wrong classes had more."""
+        draw = drawn(images, labels, self.process.table, batch, (self.seed << 32) + self.iteration)
+        if share < CONTRAST_FROM:
+            own = self.pair_losses(draw, draw.classes)
+            loss, found = own.mean(), torch.zeros((), device=self.device)
+        else:
+            twice = Draw(*(torch.cat([part, part]) for part in draw))
+            own, rival = self.pair_losses(twice, torch.cat([draw.classes, draw.rivals])).chunk(2)
+            labelled = draw.classes < CLASSES
+            told = (F.softplus(SHARPNESS * (own - rival)) * labelled).mean()
+            loss, found = own.mean() + CONTRAST * told, (own < rival)[labelled].float().mean()
         for group in self.optimizer.param_groups:
             group["lr"] = LR * min((self.iteration + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * min(1.0, share)))
         self.optimizer.zero_grad(set_to_none=True)
@@ -113,16 +165,16 @@ class Training:
         decay = min(DECAY, (self.iteration + 1) / (self.iteration + 10))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
         self.iteration += 1
-        return loss.detach()
+        return torch.stack([own.mean(), found]).detach()
 
     def save(self, folder: Path) -> None:
         """Writes checkpoint.pt, the parts of the moving average's weights, and training.json; each appears whole or not at all."""
-        state = {name: getattr(self, name) for name in ("sizes", "seed", "iteration", "seconds", "losses")}
+        state = {name: getattr(self, name) for name in ("channels", "seed", "iteration", "seconds", "losses")}
         modules = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
         torch.save({**state, **modules}, folder / "checkpoint.tmp")
         (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
         parts: list[dict[str, Tensor]] = [{}]
-        for name, value in self.average.state_dict().items():
+        for name, value in self.average.unet.state_dict().items():
             small = value.detach().bfloat16().cpu().contiguous()
             if sum(tensor.nbytes for tensor in parts[-1].values()) + small.nbytes > PART:
                 parts.append({})
@@ -135,8 +187,8 @@ class Training:
     def load(self, path: Path) -> None:
         """Goes on from a checkpoint of the same sizes and seed."""
         state = torch.load(path, map_location=self.device, weights_only=True)
-        if (state["sizes"], state["seed"]) != (self.sizes, self.seed):
-            raise ValueError(f"{path} holds a training of {state['sizes']} with seed {state['seed']}; choose another --out")
+        if (state["channels"], state["seed"]) != (self.channels, self.seed):
+            raise ValueError(f"{path} holds a training of {state['channels']} channels with seed {state['seed']}; choose another --out")
         for name in ("network", "average", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         for name in ("iteration", "seconds", "losses"):
@@ -144,25 +196,25 @@ class Training:
 
 
 def train(args: argparse.Namespace) -> None:
-    started, device = time.monotonic(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
-    sizes = {**SIZES, "patch_size": PATCH[device.type], **(TINY if args.tiny else {})}
-    training = Training(sizes, device, args.seed)
+    training = Training(TINY if args.tiny else CHANNELS[device.type], device, args.seed)
     if (args.out / "checkpoint.pt").exists():
         training.load(args.out / "checkpoint.pt")
     images, labels = (part.to(device) for part in cifar10.load(args.root, "train"))
     batch, total = 16 if args.tiny else BATCH[device.type], 60 * (args.total or args.minutes)
-    before, running = training.seconds, list[Tensor]()
+    before, running, started = training.seconds, list[Tensor](), time.monotonic()
     training.compile()
     print(f"{len(images)} images, {sum(p.numel() for p in training.network.parameters()) / 1e6:.1f} M parameters, {device}", flush=True)
     while (elapsed := time.monotonic() - started) < 60 * args.minutes:
         running.append(training.step(images, labels, batch, (before + elapsed) / total))
         if len(running) == 250:  # reading them waits for the device
-            training.losses.append((training.iteration, round(torch.stack(running).mean().item(), 5)))
+            denoising, found = torch.stack(running).mean(0).tolist()
+            training.losses.append((training.iteration, round(denoising, 5), round(found, 4)))
             running.clear()
             training.seconds = before + time.monotonic() - started
-            print(f"{training.iteration} loss {training.losses[-1][1]:.4f} {training.seconds:.0f} s", flush=True)
-            if training.iteration % 5000 == 0:
+            print(f"{training.iteration} loss {denoising:.4f} own class lower {found:.3f} {training.seconds:.0f} s", flush=True)
+            if training.iteration % 1000 == 0:
                 training.save(args.out)
     training.seconds = before + time.monotonic() - started
     training.save(args.out)
@@ -176,11 +228,11 @@ def finish(args: argparse.Namespace) -> None:
     from dtta_fast.core.calibrate import calibrate
 
     about = json.loads((args.out / "training.json").read_text())
-    network = DiTNetwork(**about["sizes"])
+    unet = network(about["channels"])
     parts = [load_file(args.out / f"weights{i}.safetensors") for i in range(about["parts"])]
-    network.load_state_dict({name: value.float() for part in parts for name, value in part.items()})
+    unet.load_state_dict({name: value.float() for part in parts for name, value in part.items()})
     scheduler = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    denoiser = DiT(network.eval(), NoiseProcess.from_scheduler(scheduler))
+    denoiser = ClassUNet(unet, NoiseProcess.from_scheduler(scheduler), patch_size=PATCH, null_row=True).eval()
     torch.testing.assert_close(denoiser.process.table, process().table, rtol=1e-4, atol=1e-5)  # as in training
     images, labels = cifar10.load(args.root, "validation")
     images, labels = images[: args.images].float() / 255, labels[: args.images]
@@ -189,7 +241,7 @@ def finish(args: argparse.Namespace) -> None:
     denoiser.float()
 
     # a classifier has to be there, and has no say
-    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, SIZES["num_classes"]))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, CLASSES))
     config = AdaptConfig(method="diffusion_classifier", steps=1, pairs=args.pairs, timesteps="calibrated")
     session, right = Adapter(model, denoiser, config), 0
     for rows in torch.arange(len(images)).split(16):

@@ -7,13 +7,19 @@ from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
 
 if TYPE_CHECKING:
+    from dtta_fast.denoisers.class_unet import ClassUNet
     from dtta_fast.denoisers.concat_unet import ConcatUNet
     from dtta_fast.denoisers.controlnet import ControlNet
     from dtta_fast.denoisers.stable_diffusion import StableDiffusion
 
-__all__ = ["ConcatUNet", "ControlNet", "Denoiser", "DiT", "StableDiffusion"]
+__all__ = ["ClassUNet", "ConcatUNet", "ControlNet", "Denoiser", "DiT", "StableDiffusion"]
 # imported on first access, because their libraries take seconds to import
-LATE = {"ConcatUNet": "concat_unet", "ControlNet": "controlnet", "StableDiffusion": "stable_diffusion"}
+LATE = {
+    "ClassUNet": "class_unet",
+    "ConcatUNet": "concat_unet",
+    "ControlNet": "controlnet",
+    "StableDiffusion": "stable_diffusion",
+}
 
 
 def __getattr__(name: str) -> Any:

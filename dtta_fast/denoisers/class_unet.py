@@ -58,7 +58,9 @@ class ClassUNet(UNetDenoiser):
         inner = self._latent * patch_size**2
         if unet.config.in_channels != inner or unet.config.out_channels not in (inner, 2 * inner):
             found = f"unet has {unet.config.in_channels} channels in and {unet.config.out_channels} out"
-            raise ValueError(f"{found}; with patch_size {patch_size} and latents of {self._latent}, it needs {inner} in, and out as many or twice")
+            raise ValueError(
+                f"{found}; with patch_size {patch_size} and latents of {self._latent}, it needs {inner} in, and out as many or twice"
+            )
         if not isinstance(table, _SoftEmbedding):
             unet.class_embedding = _SoftEmbedding(*table.weight.shape, _weight=table.weight.detach())
             unet.class_embedding.weight = table.weight
@@ -101,7 +103,7 @@ class ClassUNet(UNetDenoiser):
     def from_pretrained(
         cls, path: str | Path, *, patch_size: int | None = None, null_row: bool | None = None, calibration: bool = True
     ) -> ClassUNet:
-        """Loads a folder with unet/ and scheduler/ and, for a latent model, vae/: one written by save_pretrained(), or a diffusers pipeline.
+        """Loads a folder with unet/, scheduler/ and, for a latent model, vae/, as save_pretrained() or a diffusers pipeline writes it.
 
         If path is not a folder, it is treated as a Hugging Face Hub model id.
 
@@ -122,7 +124,9 @@ class ClassUNet(UNetDenoiser):
             raise ValueError(f"{folder / 'config.json'} names {config.get('_class_name')!r}; a {KIND}'s folder names {KIND}")
         told = {"patch_size": config.get("patch_size", 1), "null_row": config.get("null_row", False)}
         if type(told["patch_size"]) is not int or not 1 <= told["patch_size"] < 64 or type(told["null_row"]) is not bool:
-            raise ValueError(f"{folder / 'config.json'} has {str(told)[:80]}; patch_size is a whole number below 64, null_row true or false")
+            raise ValueError(
+                f"{folder / 'config.json'} has {str(told)[:80]}; give a patch_size below 64, and null_row true or false"
+            )
         given = {name: value for name, value in (("patch_size", patch_size), ("null_row", null_row)) if value is not None}
         parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": AutoencoderKL} if (folder / "vae").is_dir() else {})
         for name, kind in parts.items():

@@ -78,8 +78,8 @@ def load_pair(model: str | None, denoiser: str | None, *, calibration: bool = Tr
     """Loads a classifier and a denoiser on the CPU, in eval mode.
 
     Args:
-        model: a name as for load_classifier. denoiser: folder or hub id of a DiT. Without both, the digits zoo is loaded.
-            calibration: if False, the denoiser's calibration.json is not read.
+        model: a name as for load_classifier. denoiser: folder or hub id of a DiT or a class-conditional UNet. Without both, the digits
+            zoo is loaded. calibration: if False, the denoiser's calibration.json is not read.
 
     Raises:
         ValueError, OSError: only one of the two is given, or one cannot be read.
@@ -92,11 +92,11 @@ def load_pair(model: str | None, denoiser: str | None, *, calibration: bool = Tr
     classifier = load_classifier(model)
     if takes_prompts(denoiser):
         raise ValueError(f"denoiser is {denoiser!r}, which takes prompts, and model {model!r} none: give a DiT of the model's classes")
-    return classifier, DiT.from_pretrained(denoiser, calibration=calibration).eval()
+    return classifier, load_denoiser(denoiser, calibration=calibration).eval()
 
 
-def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = True) -> DiT | StableDiffusion:
-    """Loads a DiT, or a Stable Diffusion with one prompt per name, on the CPU; the model's files decide which.
+def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = True) -> Denoiser:
+    """Loads a DiT, a class-conditional UNet, or a Stable Diffusion with one prompt per name, on the CPU; the model's files decide which.
 
     Args:
         place: a folder or a hub id. names: class names, which Stable Diffusion requires. calibration: if False, calibration.json is
@@ -106,7 +106,11 @@ def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = 
         ValueError, FileNotFoundError: the denoiser cannot be read, or class names are missing.
     """
     if not takes_prompts(place):
-        return DiT.from_pretrained(place, calibration=calibration)
+        if not _is_class_unet(place):
+            return DiT.from_pretrained(place, calibration=calibration)
+        from dtta_fast.denoisers.class_unet import ClassUNet
+
+        return ClassUNet.from_pretrained(place, calibration=calibration)
     from dtta_fast.denoisers.stable_diffusion import StableDiffusion, check_names
 
     if not names:
@@ -124,11 +128,21 @@ def takes_prompts(place: str) -> bool:
         a file name.
     """
     check_name("denoiser", place)
+    return str(_described(place, "model_index.json").get("_class_name", "")).startswith("StableDiffusion")
+
+
+def _is_class_unet(place: str) -> bool:
+    """Returns whether a folder or hub id holds a ClassUNet, or a diffusers pipeline of a UNet2DModel."""
+    part = _described(place, "model_index.json").get("unet")
+    return part == ["diffusers", "UNet2DModel"] or _described(place, "config.json").get("_class_name") == "ClassUNet"
+
+
+def _described(place: str, name: str) -> dict[str, Any]:
+    """Reads a JSON file of a folder or hub id; empty if it has no such file."""
     folder = Path(place)
     if not folder.is_dir():
-        folder = download(place, ["model_index.json"])
-    index = folder / "model_index.json"
-    return index.is_file() and str(read_json(index).get("_class_name", "")).startswith("StableDiffusion")
+        folder = download(place, [name])
+    return read_json(folder / name) if (folder / name).is_file() else {}
 
 
 def class_names(model: nn.Module, classes: int) -> list[str]:
