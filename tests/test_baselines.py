@@ -313,6 +313,41 @@ class Embedding(nn.Module):
 
 
 @torch.no_grad()
+class BatchNorm(nn.Module):
+    """Batch norm with statistics of a training far from the test's, then a linear classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(4).double(), nn.Linear(4, 3).double()
+        self.norm.running_mean.fill_(5.0)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(images))
+
+
+def test_batch_norm_takes_the_statistics_of_the_batch(x):
+    torch.manual_seed(0)
+    model = BatchNorm().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    wanted = model.head((x - x.mean(0)) / (x.var(0, correction=0) + model.norm.eps).sqrt())
+    fisher = baselines.fisher_information(model, x)
+    methods = [
+        baselines.BatchStatistics(model, 0.0),
+        baselines.Tent(model, 0.1),
+        baselines.Eata(model, 0.1, fisher),
+        baselines.Sar(model, 0.1),
+        baselines.Cotta(model, 0.1, lambda images, generator: images),
+    ]
+    for method in methods:
+        torch.testing.assert_close(method(x), wanted)  # what they say before the batch's own update
+        method.reset()
+        torch.testing.assert_close(method(x), wanted)
+    tent = methods[1]
+    assert not torch.allclose(tent(x), tent(x))  # it learns
+    assert not torch.allclose(model(x), wanted)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_neo_is_the_plain_classifier_where_the_mean_is_the_origin(x):
     model = Embedding()
     neo, centred = baselines.Neo(model), torch.cat([x, -x])

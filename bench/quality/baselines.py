@@ -31,8 +31,18 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [p for layer in layers for p in layer.parameters(recurse=False)]
 
 
+def use_batch_statistics(model: nn.Module) -> None:
+    """Makes batch norm normalise by the statistics of the batch instead of the training's, as TENT, EATA, SAR and CoTTA do."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+
+
 class Baseline:
     """A copy of the model whose `moving` parameters are updated by `optimizer`; draws are `generator`'s."""
+
+    batch_statistics = False  # whether batch norm uses the statistics of the batch
 
     def __init__(self, model: nn.Module, lr: float, seed: int = 0) -> None:
         self.source, self.lr, self.seed = model, lr, seed
@@ -46,6 +56,8 @@ class Baseline:
     def restore(self) -> None:
         """The source's weights and empty memory; draws go on."""
         self.model = copy.deepcopy(self.source).eval().requires_grad_(False)
+        if self.batch_statistics:
+            use_batch_statistics(self.model)
         self.moving = self.chosen()
         for p in self.moving:
             p.requires_grad_(True)
@@ -74,8 +86,16 @@ class Source(Baseline):
             return self.model(images)
 
 
+class BatchStatistics(Source):
+    """Batch norm with the statistics of the batch, and no other change (Schneider et al., NeurIPS 2020, arXiv 2006.16971)."""
+
+    batch_statistics = True
+
+
 class Tent(Baseline):
     """Entropy minimisation of the normalisation layers (Wang et al., ICLR 2021, arXiv 2006.10726)."""
+
+    batch_statistics = True
 
     def __call__(self, images: Tensor) -> Tensor:
         logits = self.model(images)
@@ -90,6 +110,7 @@ class Eata(Baseline):
     """
 
     MARGIN = 0.4  # E0 = 0.4 ln K, the paper's for every benchmark
+    batch_statistics = True
     REDUNDANT = 0.4  # ε, limit of the cosine: the authors' for CIFAR-10 (ImageNet 0.05)
     FORGETTING = 1.0  # β, fisher_alpha in the authors' code: theirs for CIFAR-10 (ImageNet 2000)
     MOMENTUM = 0.1  # the paper's weight of the new mean
@@ -135,6 +156,7 @@ class Sar(Baseline):
     arXiv 2302.12400)."""
 
     MARGIN = 0.4  # E0 = 0.4 ln K, EATA's
+    batch_statistics = True
     RADIUS = 0.05  # ρ, the paper's
     COLLAPSED = 0.2 / math.log(1000)  # the paper's 0.2 nats are for ImageNet's 1000 classes: as a share of ln K
     MOMENTUM = 0.1  # the paper's weight of the new loss, 0.9 being the old's
@@ -157,7 +179,7 @@ class Sar(Baseline):
         ascent = [g * (self.RADIUS / (norm + 1e-12)) for g in gradients]
         with torch.no_grad():
             torch._foreach_add_(self.moving, ascent)
-        there = entropy(self.model(images[used]))
+        there = entropy(self.model(images))[used]  # of the whole batch, whose statistics batch norm takes
         kept = there.detach() < limit
         loss = there[kept].mean() if kept.any() else None
         gradients = torch.autograd.grad(loss, self.moving) if loss is not None else ()
@@ -178,6 +200,7 @@ class Cotta(Baseline):
     """A student that follows an averaged teacher, on augmentations where the source is unsure, with weights restored at random
     (Wang et al., CVPR 2022, arXiv 2203.13591). All parameters move."""
 
+    batch_statistics = True
     TEACHER, RESTORE, SURE, VIEWS = 0.999, 0.01, 0.92, 32  # the authors' for CIFAR-10-C
 
     def __init__(self, model: nn.Module, lr: float, augment: Augment, seed: int = 0) -> None:
@@ -189,12 +212,12 @@ class Cotta(Baseline):
 
     def restore(self) -> None:
         super().restore()
-        self.teacher = copy.deepcopy(self.source).eval().requires_grad_(False)
+        self.teacher, self.anchor = (copy.deepcopy(self.model).requires_grad_(False) for _ in range(2))
 
     def __call__(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             target = self.teacher(images)
-            if float(self.source(images).softmax(1).amax(1).mean()) < self.SURE:
+            if float(self.anchor(images).softmax(1).amax(1).mean()) < self.SURE:
                 target = torch.stack([self.teacher(self.augment(images, self.generator)) for _ in range(self.VIEWS)]).mean(0)
         self.step(-(target.softmax(1) * self.model(images).log_softmax(1)).sum(1).mean())
         with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Measures candidate settings on the validation split of digits-C; no test split is read.
+"""Measures candidate settings on the validation split of a benchmark; no test split is read.
 
-    python bench/quality/choose.py [--images 100] [--only WORD ...]
+    python bench/quality/choose.py [BENCHMARK] [--images 100] [--only WORD ...] [--root FOLDER]
 
 Appends a JSON line a candidate to bench/results/choose.jsonl: settings, accuracy a corruption, cost. --only takes the candidates whose
 name begins with one of the words.
@@ -13,12 +13,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-from methods import BATCH, METHODS, SINGLE, Method, Protocol, Setting, by_adapter, by_baseline, cotta, eata, memo, sar, tent
-from run import measure, summary
+from methods import BATCH, MANY, METHODS, SINGLE, Method, Protocol, Setting, by_adapter, by_baseline, cotta, eata, memo, sar, tent
+from run import BENCHMARKS, CIFAR, measure, subject, summary
 
-from dtta_fast import AdaptConfig, presets, zoo
-from dtta_fast.data.corruptions import DIGITS_C, corrupt
-from dtta_fast.data.digits import load_digits
+from dtta_fast import AdaptConfig, presets
 from dtta_fast.runtime import environment
 
 RESULTS = Path(__file__).parents[1] / "results" / "choose.jsonl"
@@ -59,7 +57,9 @@ RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BASELINES = {"TENT": tent, "EATA": eata, "SAR": sar, "CoTTA": cotta, "MEMO": memo}
 
 
-def candidates() -> dict[str, tuple[Method, dict[str, object]]]:
+def candidates(natural: bool) -> dict[str, tuple[Method, dict[str, object]]]:
+    """Returns the candidates and their settings; those without a denoiser take larger batches of natural images."""
+    batch = MANY if natural else 10
     found: dict[str, tuple[Method, dict[str, object]]] = {}
     for name, config in CONFIGS.items():
         online = config.mode == "online"
@@ -68,28 +68,32 @@ def candidates() -> dict[str, tuple[Method, dict[str, object]]]:
     for name, build in BASELINES.items():
         for lr in RATES:
             protocol: Protocol = "single-sample" if name == "MEMO" else "online"
-            found[f"{name} lr {lr}"] = Method(by_baseline(build(lr)), 10, protocol, name), {"lr": lr}
+            found[f"{name} lr {lr}"] = Method(by_baseline(build(lr)), batch, protocol, name), {"lr": lr}
             if name in ("TENT", "EATA"):
-                found[f"{name}, matched lr {lr}"] = Method(by_baseline(build(lr), matched=True), 10, protocol, name), {"lr": lr}
+                found[f"{name}, matched lr {lr}"] = Method(by_baseline(build(lr), matched=True), batch, protocol, name), {"lr": lr}
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", nargs="?", choices=BENCHMARKS, default="digits")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--only", nargs="*", default=[""])
+    parser.add_argument("--root", type=Path, help="the folder with CIFAR-10")
+    parser.add_argument("--denoiser", type=Path, default=CIFAR, help="the diffusion model of CIFAR-10")
     args = parser.parse_args()
-    clean, labels = (part[: args.images] for part in load_digits("validation"))
-    streams = {"clean": clean, **{name: corrupt(clean, name, severity) for name, severity in DIGITS_C.items()}}
-    setting = Setting(*zoo.load("digits"), load_digits("train")[0], 0)
+    args.split, args.unseen = "validation", False
+    model, denoiser, train, streams, labels, severities = subject(args)
+    setting = Setting(model, denoiser, train, 0)
     source = measure(METHODS["source"], setting, streams, labels)
-    for name, (method, settings) in candidates().items():
+    for name, (method, settings) in candidates(args.benchmark.startswith("cifar")).items():
         if not any(name.startswith(word) for word in args.only):
             continue
         rows = measure(method, setting, streams, labels)
-        found = {key: summary([rows], source, names) for key, names in (("corrupted", list(DIGITS_C)), ("clean", ["clean"]))}
+        found = {key: summary([rows], source, names) for key, names in (("corrupted", list(severities)), ("clean", ["clean"]))}
         by_corruption = {corruption: row["accuracy"] for corruption, row in rows.items()}
         record = {
+            "benchmark": args.benchmark,
             "candidate": name,
             "images": args.images,
             "settings": settings,

@@ -1,7 +1,7 @@
 """Every method under one call: images and their ids in, logits and the denoiser's work out.
 
-Settings of the presets are the library's; learning rates and timesteps of the others were chosen on the validation split of digits-C by
-bench/quality/choose.py, and are the same on every benchmark.
+Settings of the presets are the library's, the same on every benchmark; learning rates and timesteps of the others were chosen by
+bench/quality/choose.py on the validation split of digits-C, and for CIFAR-10 on that of CIFAR-10.
 
 When a stream's method answers: TENT, EATA, SAR, CoTTA and DUSA say what they know before the batch's own update, as in their papers;
 NEO, as in its paper, and ONLINE, our own protocol, update on the batch first and answer after it.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from baselines import Baseline, Cotta, Eata, Memo, Neo, Sar, Source, Tent, fisher_information
+from baselines import Baseline, BatchStatistics, Cotta, Eata, Memo, Neo, Sar, Source, Tent, fisher_information
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -159,6 +159,10 @@ def memo(lr: float) -> Callable[[Setting], Baseline]:
     return lambda setting: Memo(setting.model, lr, augmented, setting.seed)
 
 
+def batch_statistics(setting: Setting) -> Baseline:
+    return BatchStatistics(setting.model, 0.0)
+
+
 def neo(setting: Setting) -> Baseline:
     return Neo(setting.model)
 
@@ -205,6 +209,27 @@ METHODS: dict[str, Method] = {
     "MEMO": Method(by_baseline(memo(1e-3)), BATCH, SINGLE, "MEMO"),
     "NEO": Method(by_baseline(neo), 10, "online", "NEO"),
     "NEO, matched": Method(by_baseline(neo, matched=True), 10, "online", "NEO, matched"),
+}
+
+MANY = 100  # images of a batch: batch norm's statistics of ten would be mostly noise; the methods' authors take 200
+
+
+def on_batches(build: Callable[[Setting], Baseline], family: str, matched: bool = False) -> Method:
+    return Method(by_baseline(build, matched), MANY, "online", family)
+
+
+# methods whose settings on CIFAR-10 differ, with the learning rates chosen on its validation split
+CIFAR: dict[str, Method] = {
+    **METHODS,
+    "batch statistics": on_batches(batch_statistics, "batch statistics"),
+    "batch statistics, matched": on_batches(batch_statistics, "batch statistics, matched", matched=True),
+    "TENT": on_batches(tent(1e-3), "TENT"),
+    "TENT, matched": on_batches(tent(1e-3), "TENT, matched", matched=True),
+    "EATA": on_batches(eata(1e-3), "EATA"),
+    "EATA, matched": on_batches(eata(1e-3), "EATA, matched", matched=True),
+    "SAR": on_batches(sar(1e-2), "SAR"),
+    "CoTTA": on_batches(cotta(1e-3), "CoTTA"),
+    "MEMO": Method(by_baseline(memo(1e-4)), BATCH, SINGLE, "MEMO"),
 }
 
 SEEN = {"templates": ("a photo of the number {}.",), "diffusion_template": "a photo of the number {}."}

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from ablations import ABLATIONS
+from methods import CIFAR as CIFAR_METHODS
 from methods import METHODS, ZERO_SHOT, Method, Setting
 from torch import Tensor, nn
 
@@ -27,8 +28,8 @@ from dtta_fast import zoo
 from dtta_fast.data.corruptions import DIGITS_C, FASHION_C, UNSEEN, corrupt
 from dtta_fast.data.digits import load_digits
 from dtta_fast.data.fashion import load_fashion
+from dtta_fast.denoisers import ClassUNet
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.denoisers.dit import DiT
 from dtta_fast.metrics import bootstrap_interval, calibration_error
 from dtta_fast.runtime import environment
 
@@ -36,6 +37,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 FASHION = Path(__file__).parents[1] / "zoo" / "fashion_weights"
 CIFAR = Path(__file__).parents[1] / "zoo" / "cifar_weights" / "denoiser"
 LOADERS = {"digits": (load_digits, DIGITS_C), "fashion": (load_fashion, FASHION_C), "open_vocabulary": (load_digits, DIGITS_C)}
+TABLES = {"open_vocabulary": ZERO_SHOT, "cifar_resnet": CIFAR_METHODS, "cifar_convnext": CIFAR_METHODS}
 BENCHMARKS = (*LOADERS, "cifar_resnet", "cifar_convnext")
 
 
@@ -58,7 +60,11 @@ def subject(args: argparse.Namespace) -> Subject:
         model = natural.cifar_classifiers.load(args.benchmark.partition("_")[2])
         train = natural.cifar10.load(args.root, "train")[0][:1000].float() / 255
         return Subject(
-            model, DiT.from_pretrained(args.denoiser), train, *natural.streams(args.root, args.split, args.images), natural.severities()
+            model,
+            ClassUNet.from_pretrained(args.denoiser),
+            train,
+            *natural.streams(args.root, args.split, args.images),
+            natural.severities(),
         )
     load, severities = LOADERS[args.benchmark]
     severities = UNSEEN if args.unseen else severities
@@ -132,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.ablations and args.benchmark == "open_vocabulary":
         parser.error("--ablations are of a classifier and a DiT; name digits or fashion")
-    methods = ABLATIONS if args.ablations else ZERO_SHOT if args.benchmark == "open_vocabulary" else METHODS
+    methods = ABLATIONS if args.ablations else TABLES.get(args.benchmark, METHODS)
     unknown = sorted(set(args.only or ()) - set(methods))
     if unknown:
         parser.error(f"--only names {', '.join(unknown)}; there are {', '.join(methods)}")
