@@ -1,10 +1,10 @@
-"""Test-time adaptation without a diffusion model: TENT, EATA, SAR, CoTTA, MEMO and NEO, each written from its paper, to measure against.
+"""Test-time adaptation without a diffusion model, written from the papers: TENT, EATA, SAR, CoTTA, MEMO, NEO and batch statistics.
 
-Each wraps a copy of a classifier for normalised inputs: images [B, 3, H, W] in, logits [B, K] out, adapting as it goes; reset() starts
-again from the source, and from the same draws. The answer to a batch is what the model said before that batch's update, except MEMO's,
-which adapts to each image and answers after it, and NEO's, whose mean includes the batch that it answers. Settings are the papers' but
-for the learning rate, which bench/quality takes from the validation split, and EATA's optimizer (Adam, as TENT's); constants that depend
-on the number of classes are those for ten, or scaled by it.
+Each baseline wraps a copy of a classifier. It takes normalised images [B, 3, H, W], returns logits [B, K], and adapts as it goes. reset()
+restores the source weights and the random generator. A batch is answered before the update on it, except by MEMO, which adapts to each
+image and answers afterwards, and by NEO, whose mean includes the current batch. Settings are those of the papers, except for the learning
+rates, which bench/quality chooses on validation images, and EATA's optimizer (Adam, as for TENT). Constants that depend on the number of
+classes are those for ten classes, or are scaled to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]  # images and the draws to change them by
+Augment = Callable[[Tensor, torch.Generator], Tensor]  # takes images and a random generator
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Scales and shifts of the normalisation layers."""
+    """Returns the scales and shifts of the normalisation layers."""
     layers = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
     return [p for layer in layers for p in layer.parameters(recurse=False)]
 
@@ -40,7 +40,7 @@ def use_batch_statistics(model: nn.Module) -> None:
 
 
 class Baseline:
-    """A copy of the model whose `moving` parameters are updated by `optimizer`; draws are `generator`'s."""
+    """A copy of the model. `optimizer` updates the parameters in `moving`, and `generator` makes all random draws."""
 
     batch_statistics = False  # whether batch norm uses the statistics of the batch
 
@@ -49,12 +49,12 @@ class Baseline:
         self.reset()
 
     def reset(self) -> None:
-        """The source's weights, empty memory, and draws from the start."""
+        """Restores the source weights, empties the memory, and restarts the random draws."""
         self.generator = torch.Generator().manual_seed(self.seed)
         self.restore()
 
     def restore(self) -> None:
-        """The source's weights and empty memory; draws go on."""
+        """Restores the source weights and empties the memory; the random draws continue."""
         self.model = copy.deepcopy(self.source).eval().requires_grad_(False)
         if self.batch_statistics:
             use_batch_statistics(self.model)
@@ -122,7 +122,7 @@ class Eata(Baseline):
     def restore(self) -> None:
         super().restore()
         self.start = [p.detach().clone() for p in self.moving]
-        self.average: Tensor | None = None  # of the probabilities that it learnt from
+        self.average: Tensor | None = None  # of the probabilities that it has learned from
 
     def __call__(self, images: Tensor) -> Tensor:
         logits = self.model(images)
@@ -140,7 +140,7 @@ class Eata(Baseline):
 
 
 def fisher_information(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Mean squared gradient of the log-likelihood of the model's own answers, for the normalisation layers' parameters."""
+    """Returns the mean squared gradient of the log-likelihood of the model's own answers, for the parameters of the norm layers."""
     model = copy.deepcopy(model).eval()
     moving = norm_parameters(model)
     total = [torch.zeros_like(p) for p in moving]
@@ -152,8 +152,8 @@ def fisher_information(model: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 class Sar(Baseline):
-    """Sharpness-aware minimisation of the entropy of reliable samples, started again where it collapses (Niu et al., ICLR 2023,
-    arXiv 2302.12400)."""
+    """Sharpness-aware minimisation of the entropy of reliable samples, restarted when it collapses (Niu et al., ICLR 2023, arXiv
+    2302.12400)."""
 
     MARGIN = 0.4  # E0 = 0.4 ln K, EATA's
     batch_statistics = True
@@ -197,8 +197,8 @@ class Sar(Baseline):
 
 
 class Cotta(Baseline):
-    """A student that follows an averaged teacher, on augmentations where the source is unsure, with weights restored at random
-    (Wang et al., CVPR 2022, arXiv 2203.13591). All parameters move."""
+    """A student that learns from its moving average, which sees augmented images if the source is unsure; some weights are restored at
+    random (Wang et al., CVPR 2022, arXiv 2203.13591). All parameters move."""
 
     batch_statistics = True
     TEACHER, RESTORE, SURE, VIEWS = 0.999, 0.01, 0.92, 32  # the authors' for CIFAR-10-C
@@ -231,7 +231,7 @@ class Cotta(Baseline):
 class Memo(Baseline):
     """One step on the entropy of the mean prediction over augmentations of each image (Zhang et al., NeurIPS 2022, arXiv 2110.09506).
 
-    All parameters move, from the source for every image.
+    All parameters move. Every image starts from the source weights.
     """
 
     VIEWS = 32  # the authors' for CIFAR-10
@@ -274,7 +274,7 @@ class Neo(Baseline):
 
     def restore(self) -> None:
         self.model = copy.deepcopy(self.source).eval()
-        self.total, self.count = torch.zeros(()), 0  # sum of the embeddings, and how many they are
+        self.total, self.count = torch.zeros(()), 0  # sum and number of the embeddings
 
     def __call__(self, images: Tensor) -> Tensor:
         with torch.no_grad():

@@ -2,8 +2,8 @@
 
     python bench/quality/choose.py [BENCHMARK] [--images 100] [--only WORD ...] [--root FOLDER]
 
-Appends a JSON line a candidate to bench/results/choose.jsonl: settings, accuracy a corruption, cost. --only takes the candidates whose
-name begins with one of the words.
+Appends one JSON line per candidate to bench/results/choose.jsonl: its settings, accuracy by corruption, and cost. --only selects the
+candidates whose names begin with one of the words.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Every method under one call: images and their ids in, logits and the denoiser's work out.
+"""Gives every method the same interface: images and their ids in, logits and the number of denoiser passes out.
 
 Settings of the presets are the library's, the same on every benchmark; learning rates and timesteps of the others were chosen by
 bench/quality/choose.py on the validation split of digits-C, and for CIFAR-10 on that of CIFAR-10.
 
-When a stream's method answers: TENT, EATA, SAR, CoTTA and DUSA say what they know before the batch's own update, as in their papers;
-NEO, as in its paper, and ONLINE, our own protocol, update on the batch first and answer after it.
+TENT, EATA, SAR, CoTTA and DUSA answer a batch before they update on it, as in their papers. NEO, as in its paper, and ONLINE answer
+after the update.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dtta_fast.tasks import Classification, Task, ZeroShot
 
 
 class Answer(NamedTuple):
-    """logits [B, K]; forwards and backwards of the denoiser, the sums over the images."""
+    """Logits [B, K], and the denoiser's forward and backward passes, summed over the images."""
 
     logits: Tensor
     forwards: int
@@ -32,7 +32,7 @@ class Answer(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a method may look at beside the stream."""
+    """What a method may use besides the stream."""
 
     model: nn.Module
     denoiser: Denoiser
@@ -47,10 +47,11 @@ Run = Callable[[Tensor, Tensor], Answer]
 
 @dataclass(frozen=True)
 class Method:
-    """batch: images a call. family: a curve of the plot.
+    """A method, and how it is run.
 
-    protocol: single-sample, every image from the source; online, what was learnt goes on through the images of a corruption;
-    continual, through all corruptions one after the other, and clean images last.
+    batch: images per call. family: its curve in the plot. protocol: "single-sample" adapts to every image from the source weights;
+    "online" carries the weights on through the images of one corruption; "continual" carries them on through all corruptions, and clean
+    images at the end.
     """
 
     make: Callable[[Setting], tuple[Run, Callable[[], None]]]
@@ -60,14 +61,14 @@ class Method:
 
 
 def bound(setting: Setting) -> Setting:
-    """Model and denoiser as the task takes them."""
+    """Prepares the model and the denoiser for the task."""
     task = setting.task or Classification()
     model, denoiser = task.bind(setting.model, setting.denoiser)
     return setting._replace(model=model, denoiser=denoiser, task=task)
 
 
 def model_inputs(setting: Setting, images: Tensor, matched: bool = False) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] as a bound setting's model takes them, or those matched to the denoiser's own."""
+    """Crops and normalises images [B, 3, H, W] in [0, 1] for a bound setting's model; `matched` applies the calibration first."""
     assert setting.task is not None
     crop = setting.task.crop(setting.model, images)
     if matched:
@@ -77,18 +78,18 @@ def model_inputs(setting: Setting, images: Tensor, matched: bool = False) -> Ten
 
 
 def by_adapter(config: AdaptConfig, answer_first: bool = False) -> Callable[[Setting], tuple[Run, Callable[[], None]]]:
-    """answer_first: the answers to a batch are those from before its update."""
+    """Runs an Adapter. answer_first: answer each batch before the update on it."""
 
     def make(setting: Setting) -> tuple[Run, Callable[[], None]]:
         adapter = Adapter(setting.model, setting.denoiser, config.replace(seed=setting.seed), setting.task)
         own = bound(setting) if answer_first else setting
 
         def run(images: Tensor, ids: Tensor) -> Answer:
-            theta = adapter.state_dict().get("theta", {})  # none before the first batch: the source's
+            theta = adapter.state_dict().get("theta", {})  # empty before the first batch: the source weights
             result = adapter.adapt(images, image_ids=ids)
             logits = result.outputs
             if answer_first and config.match == "both":
-                with torch.no_grad():  # outputs_before are to the images as they are
+                with torch.no_grad():  # outputs_before belong to the unmatched images
                     logits = functional_call(own.model, theta, (model_inputs(own, images, matched=True),))
             elif answer_first:
                 logits = result.outputs_before
@@ -104,7 +105,7 @@ def by_adapter(config: AdaptConfig, answer_first: bool = False) -> Callable[[Set
 
 
 def by_baseline(build: Callable[[Setting], Baseline], matched: bool = False) -> Callable[[Setting], tuple[Run, Callable[[], None]]]:
-    """matched: on images matched to the denoiser's own, by its calibration."""
+    """Runs a baseline. matched: on images that the denoiser's calibration has matched."""
 
     def make(setting: Setting) -> tuple[Run, Callable[[], None]]:
         setting = bound(setting)
@@ -119,7 +120,7 @@ def by_baseline(build: Callable[[Setting], Baseline], matched: bool = False) -> 
 
 
 def zero_shot(method: Callable[[Setting], tuple[Run, Callable[[], None]]], **keywords: object) -> Callable[[Setting], Any]:
-    """A method on CLIP and Stable Diffusion, given the digits' names and ZeroShot's keywords."""
+    """Runs a method on CLIP and Stable Diffusion with the digits' names; `keywords` go to ZeroShot."""
 
     def make(setting: Setting) -> tuple[Run, Callable[[], None]]:
         task = ZeroShot(zoo.DIGITS, zoo.load_processor("open_vocabulary"), **keywords)  # type: ignore[arg-type]
@@ -129,7 +130,7 @@ def zero_shot(method: Callable[[Setting], tuple[Run, Callable[[], None]]], **key
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Small shifts, and noise: what the digits and the clothes bear (flips would change their class)."""
+    """Shifts images by up to two pixels and adds noise. There are no flips, because they would change a digit's class."""
     shifts = torch.randint(-2, 3, (len(images), 2), generator=generator)
     moved = torch.stack([image.roll((int(y), int(x)), (1, 2)) for image, (y, x) in zip(images, shifts, strict=True)])
     return moved + 0.05 * torch.randn(images.shape, generator=generator)
@@ -233,12 +234,12 @@ CIFAR: dict[str, Method] = {
 }
 
 SEEN = {"templates": ("a photo of the number {}.",), "diffusion_template": "a photo of the number {}."}
-UNKNOWN = {"templates": ("my drawing: {}",), "diffusion_template": "my drawing: {}"}  # words that no prompt of the training had
-WHOLE = FAST.replace(guard=14)  # at most 20 evaluations an image: more images than of digits-C ask for a guard
+UNKNOWN = {"templates": ("my drawing: {}",), "diffusion_template": "my drawing: {}"}  # words that no training prompt had
+WHOLE = FAST.replace(guard=14)  # at most 20 evaluations per image: more images need a guard here than on digits-C
 UNMATCHED: dict[str, Any] = {"match": "off", "precheck": "off"}
 LORA = WHOLE.replace(parameters="lora", lr=5e-3)
 
-# on CLIP and Stable Diffusion; "a photo of a {}." is no template of their training, though all of its words are
+# on CLIP and Stable Diffusion; "a photo of a {}." is not one of their training templates, but all of its words were seen in training
 ZERO_SHOT: dict[str, Method] = {
     "source": Method(zero_shot(METHODS["source"].make), BATCH, SINGLE, "source"),
     "matched alone": Method(zero_shot(METHODS["matched alone"].make), BATCH, SINGLE, "matched alone"),

@@ -1,12 +1,12 @@
-"""Accuracy and cost of every method on a corrupted benchmark: one command, one table.
+"""Measures the accuracy and cost of every method on a corrupted benchmark.
 
     python bench/quality/run.py digits|fashion|open_vocabulary [--images 500] [--seeds 3] [--only NAME ...] [--unseen | --ablations]
     python bench/quality/run.py cifar_resnet|cifar_convnext --root FOLDER [--denoiser FOLDER] [..]
 
-Each method meets the same images of each corruption, and clean ones; seeds are those of its draws. Writes
-bench/results/quality_BENCHMARK.json, a record a method (a method that is run again takes the place of its record): accuracy by
-corruption, with every image's answer; forwards and backwards of the denoiser and seconds an image; answers that turned wrong; expected
-calibration error. bench/readme.py makes the table and bench/quality/plot.py the picture.
+All methods see the same corrupted and clean images; a seed sets a method's random draws. The results go to
+bench/results/quality_BENCHMARK.json, with one record per method: the accuracy and every answer by corruption, the denoiser's forward and
+backward passes, seconds per image, how many right answers turned wrong, and the expected calibration error. A method that is run again
+replaces its record. bench/readme.py makes the tables and bench/quality/plot.py the plots.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BENCHMARKS = (*LOADERS, "cifar_resnet", "cifar_convnext")
 
 
 class Subject(NamedTuple):
-    """What a benchmark measures on: the models, clean training images, the streams by name, their labels and severities."""
+    """The models, clean training images, image streams by name, labels and severities of a benchmark."""
 
     model: nn.Module
     denoiser: Denoiser
@@ -75,7 +75,7 @@ def subject(args: argparse.Namespace) -> Subject:
 
 
 def measure(method: Method, setting: Setting, streams: dict[str, Tensor], labels: Tensor) -> dict[str, Any]:
-    """By stream: every image's answer right or wrong as a string of 1 and 0, passes and seconds an image, calibration error."""
+    """Returns, for each stream, its accuracy, which answers are right (a string of 1 and 0), the cost per image and calibration error."""
     run, reset = method.make(setting)
     rows = {}
     for name, images in streams.items():
@@ -98,12 +98,12 @@ def measure(method: Method, setting: Setting, streams: dict[str, Tensor], labels
 
 
 def bits(rows: dict[str, Any], names: list[str]) -> Tensor:
-    """[corruptions, images] 0 or 1."""
+    """Returns which answers are right, as 0 or 1: [corruptions, images]."""
     return torch.tensor([[float(r) for r in rows[name]["right"]] for name in names])
 
 
 def summary(runs: list[dict[str, Any]], source: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """Means over corruptions and seeds, the 95 % interval of accuracy and of gain over images, and answers that turned wrong."""
+    """Averages over corruptions and seeds; adds 95 % intervals over images, and the share of right answers that turned wrong."""
     before, after = bits(source, names), torch.stack([bits(rows, names) for rows in runs])
     mean = {
         key: sum(rows[name][key] for rows in runs for name in names) / (len(runs) * len(names))
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="*")
     kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--unseen", action="store_true", help="the corruptions that nothing was chosen on")
+    kind.add_argument("--unseen", action="store_true", help="corruptions on which no setting was chosen")
     kind.add_argument("--ablations", action="store_true", help="the paper's ablations instead of the methods")
     parser.add_argument("--split", choices=["validation", "test"], default="test", help="validation to choose, test for the table")
     parser.add_argument("--root", type=Path, help="the folder with CIFAR-10")
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.ablations and args.benchmark == "open_vocabulary":
-        parser.error("--ablations are of a classifier and a DiT; name digits or fashion")
+        parser.error("--ablations needs a classifier and a DiT; give digits or fashion")
     methods = ABLATIONS if args.ablations else TABLES.get(args.benchmark, METHODS)
     unknown = sorted(set(args.only or ()) - set(methods))
     if unknown:
