@@ -124,9 +124,7 @@ class ClassUNet(UNetDenoiser):
             raise ValueError(f"{folder / 'config.json'} names {config.get('_class_name')!r}; a {KIND}'s folder names {KIND}")
         told = {"patch_size": config.get("patch_size", 1), "null_row": config.get("null_row", False)}
         if type(told["patch_size"]) is not int or not 1 <= told["patch_size"] < 64 or type(told["null_row"]) is not bool:
-            raise ValueError(
-                f"{folder / 'config.json'} has {str(told)[:80]}; give a patch_size below 64, and null_row true or false"
-            )
+            raise ValueError(f"{folder / 'config.json'} has {str(told)[:80]}; give a patch_size below 64, and null_row true or false")
         given = {name: value for name, value in (("patch_size", patch_size), ("null_row", null_row)) if value is not None}
         parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": AutoencoderKL} if (folder / "vae").is_dir() else {})
         for name, kind in parts.items():

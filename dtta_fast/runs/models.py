@@ -18,9 +18,9 @@ from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.reading import OF_VALUES, download, read_json, read_model
 from dtta_fast.runs.writing import check_name
 from dtta_fast.tasks import Classification, Depth, Segmentation, Task
+from dtta_fast.tasks.transforms import processed_size
 
 if TYPE_CHECKING:
-    from dtta_fast.denoisers.stable_diffusion import StableDiffusion
     from dtta_fast.runs.config import RunConfig
 
 ZOO = {"classification": "digits", "zero_shot": "open_vocabulary", "segmentation": "segmentation", "depth": "depth"}
@@ -167,15 +167,21 @@ def class_names(model: nn.Module, classes: int) -> list[str]:
 
 
 def image_size(task: str, model: str) -> int | None:
-    """Returns the input side length in pixels of a segmentation or depth model; None for other tasks, which crop the image themselves."""
+    """Returns the input side length in pixels of a segmentation or depth model; None for other tasks, which crop the image themselves.
+
+    Raises:
+        ValueError: the model's image processor fails on an image, or makes a square image oblong.
+    """
     if task not in ("segmentation", "depth"):
         return None
     processor = _processor(task, model)
     try:
-        size = processor.size
-        return int(size["height"] if "height" in size else size["shortest_edge"])
+        height, width = processed_size(processor)
     except OF_VALUES as error:
-        raise ValueError(f"model is {model!r}, whose image processor tells no size in preprocessor_config.json: {error}") from error
+        raise ValueError(f"model is {model!r}, whose image processor fails on an image; see preprocessor_config.json: {error}") from error
+    if height != width:
+        raise ValueError(f"model is {model!r}, whose image processor makes a square image {height}x{width}; images and maps need one side")
+    return height
 
 
 def _model(run: RunConfig, names: list[str], outputs: Sequence[int] | None) -> tuple[nn.Module, Task]:

@@ -109,9 +109,9 @@ class Worker:
         self._last_group: str | None = None
 
     def crop(self, image: Tensor) -> Tensor:
-        """Crops an image [3, H, W] to the model's view of it, in [0, 1], and returns a copy."""
+        """Crops an image [3, H, W] to the model's view of it, in [0, 1], and returns a copy. An image with a map has this size already."""
         whole = image[None].float().div_(255) if image.dtype == torch.uint8 else image[None].float()
-        return self.adapter.crop(whole)[0].clone()
+        return (whole if isinstance(self.data, Maps) else self.adapter.crop(whole))[0].clone()
 
     def stacked(self, batch: Fetched) -> Tensor | None:
         """Stacks the crops of the images that could be read into [B, 3, H, W]; None if there are none.
@@ -128,8 +128,8 @@ class Worker:
 
     def adapt(self, batch: Fetched, crops: Tensor | None) -> tuple[list[Record], dict[str, float]]:
         """Adapts to a batch and returns its records and the seconds per phase."""
-        image_ids = sorted([*batch.images, *batch.failed])
-        group = self.data.groups[image_ids[0]]
+        all_ids = sorted([*batch.images, *batch.failed])
+        group = self.data.groups[all_ids[0]]
         if self.run.protocol == "online" and group != self._last_group:
             self.adapter.reset()
         self._last_group = group
@@ -138,7 +138,8 @@ class Worker:
         if crops is not None:
             device, start = self.run.device, time.perf_counter()
             try:
-                result = self.adapter.adapt(crops.to(device), image_ids=torch.tensor([*batch.images], dtype=torch.int64, device=device))
+                image_ids = torch.tensor([*batch.images], dtype=torch.int64, device=device)
+                result = self.adapter.adapt(crops.to(device), image_ids=image_ids, cropped=True)
             except ValueError:
                 answered = self._answered(crops.to(device))
                 if all(answered):
@@ -156,7 +157,7 @@ class Worker:
                     "evaluations": evaluations[k],
                     "seconds": round(took / len(crops), 6),
                 }
-        return [{**self._of_image(i, batch), **found[i]} for i in image_ids], seconds
+        return [{**self._of_image(i, batch), **found[i]} for i in all_ids], seconds
 
     def go_on(self, state: dict[str, Any], group: str) -> None:
         """Resumes from a saved online state, as if the worker had adapted to all earlier batches; group is the group of that state."""

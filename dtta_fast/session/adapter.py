@@ -88,6 +88,7 @@ class Adapter:
         timesteps: Tensor | None = None,
         noise: Tensor | None = None,
         deadline_ms: float | None = None,
+        cropped: bool = False,
     ) -> AdaptResult:
         """Adapts to a batch and predicts.
 
@@ -100,12 +101,13 @@ class Adapter:
             deadline_ms: time budget in milliseconds, counted from the call. No step is started if it is expected to finish too late.
                 The estimate is the upper quartile of this session's recent times for batches of this shape. If no time is left for the
                 guard, the unadapted model's answer stands. The first call has no timings to estimate from: see warmup.
+            cropped: whether images come from crop(). They are not cropped again, since some crops would zoom in twice.
 
         Raises:
             ValueError: the input is invalid; nothing has changed. RuntimeError: called under torch.inference_mode().
         """
         start, engine, checks = time.perf_counter(), self.engine, Checks()
-        request = Request(images, image_ids, latents, timesteps, noise, deadline_ms)
+        request = Request(images, image_ids, latents, timesteps, noise, deadline_ms, cropped)
         request = checked(request, start, engine.model, engine.denoiser, self.config, checks)
         with self._turns.alone() as broken_off:
             if broken_off:  # this process was forked during a call
@@ -136,7 +138,8 @@ class Adapter:
         problem, outcomes, state = program.problem, list[Outcome](), None
         request = checked_pairs(request, problem.denoiser, config, checks)
         with clock.phase("encode"):
-            crop = problem.task.crop(problem.model, request.images.clone())  # this calls the caller's code, which may write to its input
+            crop = request.images.clone()  # the caller's code may write to its input
+            crop = crop if request.cropped else problem.task.crop(problem.model, crop)
             batch = program.views(crop, request)
         if self._state is None:
             with clock.phase("adapt"):
@@ -164,7 +167,7 @@ class Adapter:
         return program.own(state) if state is not None and outcomes and outcomes[-1].keep else None, result
 
     def crop(self, images: Tensor) -> Tensor:
-        """Crops images [B, 3, H, W] in [0, 1] to what the model and denoiser see. adapt() also crops, and leaves a crop unchanged."""
+        """Crops images [B, 3, H, W] in [0, 1] to what the model and denoiser see. Pass the result to adapt() with cropped=True."""
         problem = self.engine.program.problem
         return problem.task.crop(problem.model, images)
 

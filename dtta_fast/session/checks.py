@@ -30,6 +30,7 @@ class Request(NamedTuple):
     timesteps: Tensor | None = None
     noise: Tensor | None = None
     deadline: float | None = None
+    cropped: bool = False
 
 
 def check_arguments(model: Any, denoiser: Any, config: Any, task: Any) -> None:

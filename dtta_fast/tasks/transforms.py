@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from dtta_fast.runtime.constants import numbers
 
 Transform = Callable[[Tensor], Tensor]
+PROBE = 32  # side length of the images that show what a processor does
 
 
 def unchanged(images: Tensor) -> Tensor:
@@ -61,15 +63,69 @@ def _timm_transforms(settings: tuple[tuple[str, Any], ...]) -> tuple[Transform, 
 
 
 def processor_transforms(processor: Any) -> tuple[Transform, Transform]:
-    """Returns the transforms of a transformers image processor; if it does not normalise, the second is the identity."""
+    """Returns the transforms of a transformers image processor: its geometry, and what it does to the values of pixels.
+
+    The second is found by running the processor on images of one colour: scale, offset, normalisation and channel order all show in the
+    result. The crop is in RGB, as the denoiser needs it.
+
+    Raises:
+        ValueError: the processor changes pixel values in a way that is not linear.
+    """
+    # the steps that are not geometry; some processors have only the first two
+    off = dict.fromkeys(("do_rescale", "do_normalize"), False)
+    off |= {name: False for name in ("do_flip_channel_order", "include_top") if hasattr(processor, name)}
 
     def crop(images: Tensor) -> Tensor:
-        found: Tensor = processor(images=images, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
+        found: Tensor = processor(images=images, **off, return_tensors="pt")["pixel_values"]
         return found.to(images.device).clamp(0, 1)  # bicubic overshoots
 
-    if not getattr(processor, "do_normalize", False) or getattr(processor, "image_mean", None) is None:
-        return crop, unchanged
-    return crop, normalising(processor.image_mean, processor.image_std)
+    return crop, _values_transform(processor)
+
+
+def processed_size(processor: Any) -> tuple[int, int]:
+    """Returns the size (height, width) of what a transformers image processor makes of a square image."""
+    height, width = _processed(processor, (0, 0, 0)).shape[-2:]
+    return int(height), int(width)
+
+
+def _processed(processor: Any, colour: tuple[int, int, int]) -> Tensor:
+    """Returns what a processor makes of an image of one colour, [3, h, w]."""
+    image = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).repeat(1, PROBE, PROBE)
+    found: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    return found
+
+
+def _values_transform(processor: Any) -> Transform:
+    def values(*colour: int) -> Tensor:
+        found = _processed(processor, colour)  # type: ignore[arg-type]
+        return found[:, found.shape[-2] // 2, found.shape[-1] // 2].double()  # the centre, since the border may be padding
+
+    shift = values(0, 0, 0)
+    matrix = torch.stack([values(255, 0, 0), values(0, 255, 0), values(0, 0, 255)], dim=1) - shift[:, None]
+    for colour in ((255, 255, 255), (200, 30, 120)):
+        expected = matrix @ torch.tensor(colour, dtype=torch.float64) / 255 + shift
+        if not torch.allclose(values(*colour), expected, rtol=1e-3, atol=1e-3 * float(matrix.abs().max())):
+            raise ValueError(
+                f"processor, a {type(processor).__name__}, changes pixel values in a way that is not linear; give crop= and normalise= "
+                "in its place"
+            )
+    if torch.allclose(matrix, torch.eye(3, dtype=torch.float64), atol=1e-5) and float(shift.abs().max()) < 1e-5:
+        return unchanged
+    scale = matrix.diagonal()
+    if torch.equal(matrix, scale.diag()) and bool((scale > 0).all()):
+        mean, std = -shift / scale, 1 / scale
+        known = [getattr(processor, name, None) for name in ("image_mean", "image_std")]
+        for i, (own, found) in enumerate(zip(known, (mean, std), strict=True)):  # the processor's own numbers are not rounded
+            if own is None or not np.allclose(np.broadcast_to(own, 3), found, atol=1e-5):
+                known[i] = found
+        return normalising(*known)
+    weights, offsets = [tuple(row) for row in matrix.tolist()], tuple(shift.tolist())
+
+    def change(images: Tensor) -> Tensor:
+        rows = [sum(weight * images[:, k] for k, weight in enumerate(row)) + offset for row, offset in zip(weights, offsets, strict=True)]
+        return torch.stack(rows, dim=1)
+
+    return change
 
 
 def open_clip_transforms(clip: Any) -> tuple[Transform, Transform]:
