@@ -1,4 +1,4 @@
-"""Reads CIFAR-10 (Krizhevsky 2009) for training and measuring: torchvision's folder, or JPEG files in .npz parts."""
+"""Reads CIFAR-10 (Krizhevsky 2009) for training and evaluation, from torchvision's folder or from JPEG images in .npz files."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from PIL import Image
 from torch import Tensor
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-TRAINING = 45_000  # images; the 5,000 after them are for validation
+TRAINING = 45_000  # training images; the last 5,000 of the 50,000 are for validation
 
 Split = Literal["train", "validation", "test"]
 
 
 def load(root: Path, split: Split) -> tuple[Tensor, Tensor]:
-    """Returns images [N, 3, 32, 32], uint8, and labels [N] of 45,000 images for training, 5,000 for validation or 10,000 for tests.
+    """Loads images [N, 3, 32, 32], uint8, and labels [N]: 45,000 for training, 5,000 for validation or 10,000 for testing.
 
-    root: a folder with torchvision's cifar-10-batches-py, or with test.npz and train0.npz, train1.npz, .. that hold `jpeg`, all files one
-        after the other, `offsets` [N + 1] into it, and `labels` [N]. The validation split is the last 5,000 of all 50,000 for training.
+    root: a folder with torchvision's cifar-10-batches-py, or with test.npz and train0.npz, train1.npz, .. Each .npz file holds `jpeg` (the
+        concatenated JPEG files), `offsets` [N + 1] into it, and `labels` [N]. The validation split is the last 5,000 of the 50,000 images
+        that CIFAR-10 has for training.
 
     Raises:
-        FileNotFoundError: neither is in the folder.
+        FileNotFoundError: the folder has neither.
     """
     name = "test" if split == "test" else "train"
     parts = [root / "test.npz"] if split == "test" else sorted(root.glob("train*.npz"))

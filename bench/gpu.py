@@ -1,9 +1,9 @@
 """Measures the engine on a GPU, stage by stage: python bench/gpu.py --out FOLDER [--minutes 9] [--stages 1,3] [--commit HASH] [--tiny]
 
-Stages run in the order of their value, each in a process of its own and within its own time and what is left of all. FOLDER/gpu.json is
-written anew after each, with what a stage that failed or was stopped had measured until then; FOLDER/gpu.log holds what they printed, and
-two stages add a trace. It runs from a source tree, installed or not. --tiny runs the same stages on a CPU with small models: a
-test of this program, whose figures mean nothing.
+The most valuable stages run first. Each one runs in its own process and is stopped at its own limit, or when the minutes are used up.
+FOLDER/gpu.json is rewritten after each stage, and includes what a failed or stopped stage had measured so far. FOLDER/gpu.log holds the
+output of the stages, and two of them also write a trace. You can run this from a source tree, whether or not the package is installed.
+--tiny runs the same stages with small models on a CPU. That only tests this program: the figures mean nothing.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 BENCH = Path(__file__).resolve().parent
-LEAST = 8.0  # seconds that a stage is begun with
-GRACE = 2.0  # seconds between asking a stage to end and ending it
-LOG = 8 * 2**20  # bytes of the log that are kept
-PATIENCE = 10  # times its seconds that a stage of --tiny has: it runs on whatever is there, beside whatever runs there
+LEAST = 8.0  # seconds; with less time left, a stage is not started
+GRACE = 2.0  # seconds between asking a stage to exit and killing it
+LOG = 8 * 2**20  # bytes of the log to keep
+PATIENCE = 10  # factor on the limits of the stages with --tiny, because the machine may be slow or busy
 
 
 class Stage(NamedTuple):
-    """module: of bench/gpu_stages. seconds: it is stopped after that."""
+    """A stage: `module` of bench/gpu_stages runs it, and it is stopped after `seconds`."""
 
     module: str
     seconds: float
@@ -38,20 +38,20 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("machine", 30, "versions, clocks, what broke once, attention of head size 72"),
+    Stage("machine", 30, "versions, clocks, code that once broke on a GPU, attention with heads of size 72"),
     Stage("tier", 60, "the tests in tests/gpu"),
-    Stage("engine", 150, "FAST and PAPER with DiT-XL/2, by precision and images"),
+    Stage("engine", 150, "FAST and PAPER with DiT-XL/2, by precision and number of images"),
     Stage("against_naive", 60, "the naive engine on the same models and draws"),
-    Stage("step", 60, "forwards by rows, CUDA graphs of step and guard, a trace"),
-    Stage("ceilings", 60, "products, attention, normalisation and a copy by themselves"),
+    Stage("step", 60, "forwards by number of rows, the step and the guard as CUDA graphs, a trace"),
+    Stage("ceilings", 60, "matrix products, attention, normalisation and a copy, each on its own"),
     Stage("ops", 40, "the project's kernels"),
-    Stage("compiled", 110, "FAST as CUDA graphs, and compiled"),
+    Stage("compiled", 110, "FAST with CUDA graphs, and compiled"),
     Stage("stable_diffusion", 60, "Stable Diffusion 1.5 and CLIP ViT-L/14 with LoRA"),
 )
 
 
 def run(command: list[str], seconds: float, log: Any) -> str:
-    """Runs a command within its time, and ends whatever it started; returns "done", "failed" or "stopped"."""
+    """Runs a command within a time limit and kills every process it started. Returns "done", "failed" or "stopped"."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -65,13 +65,13 @@ def run(command: list[str], seconds: float, log: Any) -> str:
             try:
                 os.killpg(process.pid, number)
                 process.wait(timeout=GRACE)
-                time.sleep(0.1)  # its children end, too
+                time.sleep(0.1)  # its children need a moment to exit
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 pass
 
 
 def commit(given: str | None) -> dict[str, Any]:
-    """The tree's commit, and whether files differ from it; what was given where this is no clone."""
+    """Returns the tree's commit, and whether files differ from it. `given` takes precedence, for a tree that is not a git clone."""
     if given is None and shutil.which("git") is not None:
         git = ["git", "-C", str(BENCH.parent)]
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
@@ -82,7 +82,7 @@ def commit(given: str | None) -> dict[str, Any]:
 
 
 def chosen(text: str) -> list[int]:
-    """Numbers of stages, from 1.
+    """Parses the numbers of stages, which start at 1.
 
     Raises:
         argparse.ArgumentTypeError: there is no such stage.
@@ -94,7 +94,7 @@ def chosen(text: str) -> list[int]:
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """Replaces the file in one step, with a line for each list of numbers."""
+    """Replaces the file atomically, with each list of numbers on one line."""
     text = re.sub(r"\[[-+.e\d,\s]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(results, indent=1))
     new = path.with_name(path.name + ".new")
     new.write_text(text + "\n")
@@ -102,13 +102,13 @@ def write(path: Path, results: dict[str, Any]) -> None:
 
 
 def errors(found: dict[str, Any]) -> list[str]:
-    """Labels of the measurements that raised, with what they said."""
+    """Lists the labels of the measurements that raised, with their messages."""
     every = ((group, name, value) for group, own in found.items() for name, value in own.items() if isinstance(value, dict))
     return [f"{group}, {name}: {value['error']}" for group, name, value in every if "error" in value]
 
 
 def shown(results: dict[str, Any]) -> str:
-    """A line a stage, and what tests, calls, both engines and graphs gave."""
+    """Formats one line per stage, followed by its tests, calls, engine comparisons and graphs."""
     lines = []
     for name, stage in results["stages"].items():
         lines.append(f"{name:17} {stage['status']:8} {stage['seconds']:6.1f} s  {stage.get('error', '')}")
@@ -140,15 +140,15 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="stages: " + "; ".join(f"{number}, {stage.what}" for number, stage in enumerate(STAGES, 1)),
     )
-    parser.add_argument("--out", type=Path, required=True, help="the folder of the results")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all stages together")
-    parser.add_argument("--stages", type=chosen, default=list(range(1, len(STAGES) + 1)), help="their numbers, such as 1,3")
-    parser.add_argument("--commit", help="of this tree, where it is no clone")
-    parser.add_argument("--tiny", action="store_true", help="small models, to test this program on a CPU")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for the results")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit for all stages together")
+    parser.add_argument("--stages", type=chosen, default=list(range(1, len(STAGES) + 1)), help="numbers of the stages to run, such as 1,3")
+    parser.add_argument("--commit", help="the commit of this tree, if it is not a git clone")
+    parser.add_argument("--tiny", action="store_true", help="use small models, to test this program on a CPU")
     given = parser.parse_args()
     begun = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that a stage that runs is ended too
-    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != BENCH]  # bench/kernels is not what libraries look for
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the running stage is killed too
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != BENCH]  # or `import kernels` finds bench/kernels
     if not given.tiny:
         import torch
 
@@ -156,7 +156,7 @@ def main() -> int:
             print("bench/gpu.py: there is no GPU here; --tiny tests the program on a CPU", file=sys.stderr)
             return 2
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "gpu.log").unlink(missing_ok=True)  # of a run before this
+    (given.out / "gpu.log").unlink(missing_ok=True)  # left by an earlier run
     results: dict[str, Any] = {
         "tiny": given.tiny,
         **commit(given.commit),
@@ -175,7 +175,7 @@ def main() -> int:
 
 
 def staged(stage: Stage, left: float, out: Path, tiny: bool, results: dict[str, Any]) -> dict[str, Any]:
-    """Runs a stage within the time that is left; what it measured, also where it did not end well."""
+    """Runs a stage within the time that is left. Returns what it measured, even if it failed or was stopped."""
     file, log = out / "stage.json", out / "gpu.log"
     file.unlink(missing_ok=True)
     seconds = min(stage.seconds * (PATIENCE if tiny else 1), left - GRACE)
@@ -186,7 +186,7 @@ def staged(stage: Stage, left: float, out: Path, tiny: bool, results: dict[str, 
             "error": f"{max(left, 0):.0f} s were left of {results['minutes']:g} minutes",
             "measured": {},
         }
-    print(f"{stage.module}: {stage.what}, {seconds:.0f} s at most", flush=True)
+    print(f"{stage.module}: {stage.what}, at most {seconds:.0f} s", flush=True)
     start = time.monotonic()
     command = [
         sys.executable,
@@ -208,7 +208,7 @@ def staged(stage: Stage, left: float, out: Path, tiny: bool, results: dict[str, 
         lines = [line for line in written.decode(errors="replace").splitlines() if line.strip()]
         found["error"] = f"stopped after {seconds:.0f} s" if status == "stopped" else lines[-1][:400]
     kept = json.loads(file.read_text()) if file.is_file() else {"about": {}, "measured": {}}
-    for leftover in (file, file.with_name(file.name + ".new")):  # the second, where it was stopped in the middle of writing
+    for leftover in (file, file.with_name(file.name + ".new")):  # the second exists if the stage was stopped while writing
         leftover.unlink(missing_ok=True)
     for name, value in kept["about"].items():
         results[name] = results[name] or value

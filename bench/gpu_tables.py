@@ -1,4 +1,4 @@
-"""The GPU tables of README.md and docs/performance.md, from bench/results/gpu_*.json: files that bench/gpu.py wrote on a GPU."""
+"""Makes the GPU tables of README.md and docs/performance.md from bench/results/gpu_*.json, which bench/gpu.py writes on a GPU."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ GIB = 2**30
 
 
 def runs(folder: Path) -> list[dict[str, Any]]:
-    """The results files in a folder, by name.
+    """Loads the results files in a folder, sorted by name.
 
     Raises:
-        ValueError: one was written by --tiny, and its figures are no measurements.
+        ValueError: a file was written by --tiny, so its figures are not measurements.
     """
     found = []
     for path in sorted(folder.glob("gpu_*.json")):
@@ -32,18 +32,18 @@ def runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """In Markdown; nothing where there are no rows."""
+    """Formats a Markdown table. Without rows, the result is empty."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *lines]) if lines else ""
 
 
 def number(value: Any, form: str, factor: float = 1.0) -> str:
-    """A number in a cell, empty where there is none."""
+    """Formats a number for a cell. Anything that is not a number gives an empty cell."""
     return format(factor * value, form) if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
 
 
 def group(run: dict[str, Any], stage: str, name: str) -> dict[str, Any]:
-    """Collects what a stage measured, by label."""
+    """Returns one group of a stage's measurements, by label."""
     found: dict[str, Any] = run["stages"].get(stage, {}).get("measured", {}).get(name, {})
     return found
 
@@ -55,7 +55,7 @@ def calls(run: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def percentiles(samples: list[float]) -> tuple[float, float] | None:
-    """p50 and p99 in ms, of 20 samples and more."""
+    """Returns p50 and p99 in ms, or None for fewer than 20 samples."""
     if len(samples) < 20:
         return None
     cuts = statistics.quantiles(samples, n=100, method="inclusive")
@@ -63,7 +63,7 @@ def percentiles(samples: list[float]) -> tuple[float, float] | None:
 
 
 def rate(run: dict[str, Any], call: dict[str, Any]) -> tuple[str, str]:
-    """TFLOP/s of the denoiser in a call, and the share of what matrix products in that precision reached in the same run."""
+    """Returns the denoiser's TFLOP/s in a call, and their share of what matrix products in that precision reached in the same run."""
     flops, seconds = call.get("flops"), call["seconds"]["median"]
     peak = (group(run, "engine", "peak") | group(run, "compiled", "peak")).get(call["precision"], {}).get("flops")
     if not flops:
@@ -72,7 +72,7 @@ def rate(run: dict[str, Any], call: dict[str, Any]) -> tuple[str, str]:
 
 
 def naive(run: dict[str, Any], work: str, images: int, precision: str = "bf16") -> list[str]:
-    """Divides the naive engine's time, in each of its precisions, by the time that ours takes for the same work in `precision`."""
+    """Divides the naive engine's time, in each of its precisions, by our engine's time for the same work in `precision`."""
     turns = [turn for turn in group(run, "against_naive", "turns").values() if "seconds" in turn and turn["work"] == work]
     own = [t for t in turns if (t["engine"], t["precision"], t["images"]) == ("engine", precision, images)]
     found = []
@@ -84,7 +84,7 @@ def naive(run: dict[str, Any], work: str, images: int, precision: str = "bf16") 
 
 
 def short(folder: Path = RESULTS) -> str:
-    """README's: an image under FAST, 16 of them, and PAPER, in bfloat16 without compilation."""
+    """Makes the README's table: FAST on one image and on 16, and PAPER, in bfloat16 without compilation."""
     found, rows = runs(folder), []
     for run in found:
         for preset, images, work in (("FAST", 1, "steps"), ("FAST", 16, "steps"), ("PAPER", 1, "recipe")):
@@ -104,7 +104,7 @@ def short(folder: Path = RESULTS) -> str:
 
 
 def full(folder: Path = RESULTS) -> str:
-    """docs/performance.md's: all that was measured, a GPU after the other."""
+    """Makes the section of docs/performance.md: all measurements, one GPU after another."""
     return "\n\n".join(_run(run) for run in runs(folder)) or NOTHING
 
 

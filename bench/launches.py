@@ -1,11 +1,11 @@
-"""Counts the launches of one FAST image of DiT-XL/2 and ConvNeXt-T at 256 pixels, on fake CUDA tensors: no GPU is needed.
+"""Counts the launches of one FAST image with DiT-XL/2 and ConvNeXt-T at 256 pixels. The CUDA tensors are fake, so you need no GPU.
 
     python bench/launches.py [--json FILE]
 
-A launch is an operator that is no view and no allocation. On a GPU an operator of torch may be several kernels (a reduction in two
-passes) or none (a reshape that copies nothing), so the count is an estimate of what the host issues; bench/gpu.py measures it. Of the
-project's own operators the number of kernels is known, and added at the end. The image is adapted (3 steps), and two answers are compared;
-latents are given.
+Every operator that is neither a view nor an allocation counts as one launch. On a GPU, one torch operator may run several kernels (a
+reduction in two passes) or none (a reshape that copies nothing), so the count only estimates what the host issues; bench/gpu.py measures
+it. For the project's own operators the number of kernels is known, and kernels beyond the first are added at the end. The image is adapted
+in 3 steps, two answers are compared, and the latents are given.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from dtta_fast.tasks import Classification
 from dtta_fast.tasks.transforms import timm_transforms
 
 FAKES = Path(__file__).parents[1] / "tests" / "fake" / "fake_cuda.py"
-STEPS = 3  # FAST's
+STEPS = 3  # as in FAST
 ANSWERS = 2
-NO_LAUNCHES = {"prim::device", "aten::promote_types"}  # questions that the fake mode sees as operators
-MORE_KERNELS = {"dtta_fast::gated_norm_backward": 1, "dtta_fast::mix_condition_backward": 1}  # beyond the first; see kernels/triton
+NO_LAUNCHES = {"prim::device", "aten::promote_types"}  # queries that the fake mode sees as operators
+MORE_KERNELS = {"dtta_fast::gated_norm_backward": 1, "dtta_fast::mix_condition_backward": 1}  # beyond the first kernel; see kernels/triton
 
 
 def parts() -> tuple[torch.nn.Module, DiT]:
@@ -46,7 +46,7 @@ def parts() -> tuple[torch.nn.Module, DiT]:
 
 
 def counts() -> dict[str, dict[str, Any]]:
-    """Launches of a call by part, with those of each operator."""
+    """Counts the launches of each part of a call, in total and by operator."""
     spec = importlib.util.spec_from_file_location("fake_cuda", FAKES)
     assert spec is not None
     assert spec.loader is not None
@@ -55,7 +55,7 @@ def counts() -> dict[str, dict[str, Any]]:
     spec.loader.exec_module(fakes)
     config = presets.FAST.replace(timesteps="stratified", match="off", precheck="off")
     model, denoiser = parts()
-    timm_transforms(model)  # made once per model, from numbers
+    timm_transforms(model)  # cached; it reads values, so it has to run before the fake mode
     found: dict[str, dict[str, Any]] = {}
     with fakes.fake_cuda() as mode:
         engine = Engine(fakes.to_cuda(mode, model), fakes.to_cuda(mode, denoiser), Classification(), config)
@@ -81,7 +81,7 @@ def counts() -> dict[str, dict[str, Any]]:
             }
             return result
 
-        program.step(*program.begin(images, ids, latents), 0)  # constants reach the device, and the first run's checks are over
+        program.step(*program.begin(images, ids, latents), 0)  # moves constants to the device and runs one-time checks
         with torch.enable_grad(), engine.context():
             state, batch = counted("start", lambda: program.begin(images, ids, latents))
             counted("step", lambda: program.step(state, batch, 0), STEPS)
@@ -103,7 +103,7 @@ def main() -> None:
     more = sum(
         part["times"] * part["operators"].get(operator, 0) * count for part in found.values() for operator, count in MORE_KERNELS.items()
     )
-    print(f"total: {total}, and {more} second kernels of the project's own operators")
+    print(f"total: {total}, plus {more} second kernels of the project's own operators")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"total": total, "second_kernels": more, "parts": found}, indent=2) + "\n")
 

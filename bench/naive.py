@@ -1,8 +1,8 @@
-"""An honest engine with the reference recipe's schedule, to measure the engine against.
+"""The naive engine: a fair baseline for ours, which follows the schedule of the reference recipe.
 
-Micro-batches of 15 pairs, their gradients accumulated; the classifier runs inside every micro-batch; float32; the loss is read by
-.item() in each; for every image the whole state dict is loaded again and the optimizer rebuilt. Written from the paper's description
-(arXiv 2311.16102) and what its reference implementation is known to do.
+It runs in float32 and accumulates gradients over micro-batches of 15 pairs. Every micro-batch runs the classifier and reads the loss with
+.item(). For every image, the whole state dict is loaded again and the optimizer is rebuilt. It is written from the paper's description
+(arXiv 2311.16102) and from what its reference implementation is known to do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KNOWN = ("steps", "pairs", "chunk", "denoiser_parameters", "optimizer", "lr", "d
 
 
 class Naive:
-    """Adapts `model` (and the DiT, where config.denoiser_parameters is "all") in place, one image at a time, with SGD or Adam."""
+    """Adapts `model` in place, and the DiT too if config.denoiser_parameters is "all", one image at a time, with SGD or Adam."""
 
     def __init__(self, model: nn.Module, denoiser: DiT, config: AdaptConfig) -> None:
         for field in dataclasses.fields(config):
@@ -37,7 +37,10 @@ class Naive:
         self.source = copy.deepcopy((model.state_dict(), denoiser.state_dict()))
 
     def adapt(self, inputs: Tensor, x0: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, list[float]]:
-        """inputs [1, 3, H, W], x0 [1, C, h, w], timesteps [steps, P], noise [steps, P, C, h, w] -> logits [1, K], losses by step."""
+        """Adapts to one image; returns the logits [1, K] and the loss of each step.
+
+        inputs [1, 3, H, W], x0 [1, C, h, w], timesteps [steps, P], noise [steps, P, C, h, w].
+        """
         config, process = self.config, self.denoiser.process
         self.model.load_state_dict(self.source[0])
         self.denoiser.load_state_dict(self.source[1])

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/quality.md from the results files; --check fails where they say something else.
+"""Writes the tables of README.md and docs from the results files. --check writes nothing, and fails if a table is out of date.
 
 python bench/readme.py [--check]
 """
@@ -28,13 +28,13 @@ def _records(name: str) -> dict[str, Any]:
 
 
 def _right(record: dict[str, Any], seeds: int, images: int) -> Tensor:
-    """Answers right (1) or wrong (0) on the first seeds and images: means over seeds and corruptions, [images]."""
+    """Returns how often each of the first images is answered correctly: means over the first seeds and all corruptions, [images]."""
     rows = [run[corruption]["right"][:images] for run in record["runs"][:seeds] for corruption in record["severities"]]
     return torch.tensor([[float(answer) for answer in row] for row in rows]).mean(0)
 
 
 def advantage(fast: dict[str, Any], other: dict[str, Any]) -> str:
-    """FAST's accuracy minus another's in points, on the images and seeds that both have, with the interval over those images."""
+    """Formats FAST's accuracy minus another's in points, on the images and seeds that both have, with the interval over those images."""
     seeds, images = min(len(fast["runs"]), len(other["runs"])), min(fast["images"], other["images"])
     change = 100 * (_right(fast, seeds, images) - _right(other, seeds, images))
     low, high = bootstrap_interval(change)
@@ -42,7 +42,7 @@ def advantage(fast: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def quality(name: str) -> str:
-    """A row a method: means over corruptions and seeds, with the 95 % interval over images; FAST beside each, where it was run."""
+    """Makes a row per method: means over corruptions and seeds, 95 % intervals over images, and FAST's advantage if FAST was run."""
     records = _records(name)
     fast = records.get("FAST")
     lines = [
@@ -80,7 +80,7 @@ TITLES = {
 
 
 def gains() -> str:
-    """The rows of the quality tables that README shows, and those of maps."""
+    """Makes the README's table: selected rows of the quality tables."""
     lines = [
         "| data, models | method | images, seeds | corrupted % | gain (95 %) | FAST minus this (95 %) | worst corruption "
         "| clean | evaluations |",
@@ -114,7 +114,7 @@ def speed() -> str:
 
 
 def by_corruption(name: str) -> str:
-    """A row a method, a column a corruption: accuracy in %, the mean over seeds; rows of unlike images do not compare."""
+    """Makes a row per method and a column per corruption: mean accuracy over seeds in %. Rows with different images are not comparable."""
     records = _records(name)
     severities = next(iter(records.values()))["severities"]
     head = " | ".join(f"{corruption} {severity}" for corruption, severity in severities.items())
@@ -127,7 +127,7 @@ def by_corruption(name: str) -> str:
 
 
 def dense(name: str) -> str:
-    """A row a method of a task of maps, in points."""
+    """Makes a row per method for a task that predicts maps. Scores are in points, except for rmse."""
     records = json.loads((RESULTS / f"dense_{name}.json").read_text())
     heads = list(next(iter(records.values()))["corrupted"]["scores"])
     lines = [
@@ -146,7 +146,7 @@ def dense(name: str) -> str:
 
 
 def kernels() -> str:
-    """The ops beside eager torch and the compiled reference, with the share of the copy bandwidth of the same run."""
+    """Compares the ops with eager torch and the compiled reference, and gives the share of the copy bandwidth of the same run."""
     rows: dict[tuple[str, str], dict[str, tuple[float, int]]] = {}
     copies = {}
     for run in json.loads((RESULTS / "kernels_cpu.json").read_text())["benchmarks"]:
@@ -172,7 +172,7 @@ def _benchmarks(name: str) -> list[dict[str, Any]]:
 
 
 def step() -> str:
-    """The step beside the naive engine, with its rate and the share of the matrix products' peak in the same precision and run."""
+    """Compares the step with the naive engine, and gives its rate and its share of the matrix products' peak in that precision and run."""
     runs = {tuple(run["extra_info"]["case"]): run for run in _benchmarks("step")}
     lines = [
         "| models | denoiser | engine | s | times naive | evaluations/s | TFLOP/s | share of peak |",
@@ -189,7 +189,7 @@ def step() -> str:
 
 
 def end_to_end() -> str:
-    """Calls of adapt() on the digits zoo: throughput, latency, first image, memory."""
+    """Makes the table of whole calls: throughput, latency and first image on the digits zoo, and memory."""
     lines, medians = ["| what | how | figure |", "|---|---|---|"], {}
     for run in _benchmarks("end_to_end"):
         info, stats = run["extra_info"], run["stats"]
@@ -222,7 +222,7 @@ def end_to_end() -> str:
 
 
 def classes() -> str:
-    """One image's seconds and evaluations by the number of classes."""
+    """Makes the table of one image's seconds and evaluations, by number of classes."""
     runs = {(run["extra_info"]["form"], run["extra_info"]["classes"]): run for run in _benchmarks("classes")}
     counts = sorted({count for _, count in runs})
     lines = ["| | " + " | ".join(f"{count} classes" for count in counts) + " |", "|---" * (len(counts) + 1) + "|"]
@@ -233,7 +233,7 @@ def classes() -> str:
 
 
 def real_sizes() -> str:
-    """Stable Diffusion at its own sizes: a step as it ran, and what a card of 24 GiB would take."""
+    """Makes the table of Stable Diffusion at its real sizes: a step as measured, and what would fit on a card with 24 GiB."""
     records = json.loads((RESULTS / "real_sizes.json").read_text())
     sizes = list(records)
     gib = 2**30
@@ -257,7 +257,7 @@ def real_sizes() -> str:
 
 
 def own_time() -> str:
-    """Returns the table of what a run costs beside the models."""
+    """Makes the table of the time that a run spends outside the models."""
     found = json.loads((RESULTS / "own_time.json").read_text())
     lines = ["| run | images | models, s | the tool's own, s | share |", "|---|---|---|---|---|"]
     for name in ("one process", "ray"):
@@ -277,7 +277,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def embedding() -> str:
-    """A row a way and precision: step and call, their ratios, and what was held against the engine."""
+    """Makes a row per way and precision: step and call times, their ratios, and the largest difference from the engine's outputs."""
     found = _embedded()
     heads = ("denoiser", "way", "step, ms", "eager's, times that", "that, times compiled Python's", "call, ms", "eager's, times that")
     lines = ["| " + " | ".join((*heads, "farthest output", "loading, ms")) + " |", "|---" * 9 + "|"]
@@ -287,7 +287,7 @@ def embedding() -> str:
         call = {way: 1e3 * median(of["by turns"][way]["call"]) for way in WAYS}
 
         def ratio(what: str, way: str, to: str, turns: dict[str, Any] = of["by turns"]) -> float:
-            """Takes the ratio of each turn, so a machine that slows down for a while slows both sides."""
+            """Takes the median of each turn's ratio: if the machine slows down for a while, both sides of a ratio slow down."""
             return statistics.median(a / b for a, b in zip(turns[to][what], turns[way][what], strict=True))
 
         for way in WAYS:
@@ -373,7 +373,7 @@ def main() -> None:
         for name, table in tables.items():
             begin, end = f"<!-- {name}: written by bench/readme.py -->", f"<!-- {name}: end -->"
             if begin not in new or end not in new:
-                sys.exit(f"{file} has no place for {name}: {begin} ... {end}")
+                sys.exit(f"{file} lacks the markers for the table {name}: {begin} ... {end}")
             before, after = new.split(begin)[0], new.split(end)[1]
             new = f"{before}{begin}\n{table()}\n{end}{after}"
         if check and new != old:

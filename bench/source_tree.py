@@ -1,7 +1,7 @@
-"""Makes `import dtta_fast` and `import bench` find the tree that this file stands in, for scripts that run without an installation.
+"""Makes `import dtta_fast` and `import bench` use the tree that contains this file, for scripts that run without an installation.
 
-The repository's root stays off sys.path: there `import kernels` would find our folder, and transformers, diffusers and peft look for a
-package of that name.
+The repository's root is not put on sys.path, because `import kernels` would then find our folder, and transformers, diffusers and peft look
+for a package with that name.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def use() -> None:
-    """Loads dtta_fast from this tree, also where another copy of it is installed, and makes the folder bench a package.
+    """Loads dtta_fast from this tree, even if another copy is installed, and makes the folder bench a package.
 
-    An editable install of this very tree is imported as usual. A dtta_fast that was imported before stays.
+    An editable install of this tree is imported as usual. If dtta_fast has already been imported, it is left alone.
 
     Raises:
-        RuntimeError: an editable install of another tree answers for parts of dtta_fast.
+        RuntimeError: parts of dtta_fast come from an editable install of another tree.
     """
     if "bench" not in sys.modules:
         spec = importlib.machinery.ModuleSpec("bench", None, is_package=True)

@@ -1,1 +1,1 @@
-"""The stages of bench/gpu.py, a module each, whose run() measures and records as it goes. child.py runs one in a process of its own."""
+"""The stages of bench/gpu.py, one module each. A stage's run() measures and records as it goes; child.py runs it in its own process."""

@@ -1,4 +1,4 @@
-"""Stage 4, the naive engine and ours: the same work on the same models and draws, by precision."""
+"""Stage 4: compares the naive engine with ours on the same work, models and draws, by precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dtta_fast.config import Precision
 from dtta_fast.session.precision import products
 from dtta_fast.tasks import Classification
 
-CALLS = 5  # that are timed, at most
+CALLS = 5  # timed calls, at most
 RECIPE = AdaptConfig(
     steps=1,
     pairs=presets.PAPER.pairs,
@@ -29,7 +29,7 @@ RECIPE = AdaptConfig(
     momentum=presets.PAPER.momentum,
 )
 STEPS = AdaptConfig(steps=presets.FAST.steps, pairs=presets.FAST.pairs, optimizer="adam", lr=presets.FAST.lr)
-# work, engine, precision, images, seconds to measure for; what tells most comes first
+# work, engine, precision, images, seconds to measure for; the most informative come first
 FORMS: tuple[tuple[str, str, Precision, int, float], ...] = (
     ("recipe", "naive", "fp32", 1, 4.0),
     ("recipe", "engine", "bf16", 1, 2.0),
@@ -52,7 +52,7 @@ WHAT = {
 
 
 def under_autocast(module: nn.Module, device: torch.device) -> None:
-    """Runs a module's forwards under autocast to bfloat16, as a user of the recipe would turn it on; what it returns is float32."""
+    """Makes a module run its forwards under bfloat16 autocast, as a user of the recipe would, and return float32."""
     forward = module.forward
 
     def cast(*inputs: Any) -> Any:
@@ -63,7 +63,7 @@ def under_autocast(module: nn.Module, device: torch.device) -> None:
 
 
 class Turns:
-    """Both engines on the same models, images and draws."""
+    """Runs both engines on the same models, images and draws."""
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
@@ -72,9 +72,9 @@ class Turns:
         self._config = {"recipe": RECIPE.replace(pairs=2 * MICRO_BATCH) if setting.tiny else RECIPE, "steps": STEPS}
 
     def measure(self, work: str, engine: str, precision: Precision, images: int, seconds: float) -> dict[str, Any]:
-        """Calls after one that is not counted."""
+        """Times calls after one warm-up call."""
         setting, config = self._setting, self._config[work]
-        model, denoiser = copy.deepcopy(self._model), copy.deepcopy(self._denoiser)  # the naive engine writes to them
+        model, denoiser = copy.deepcopy(self._model), copy.deepcopy(self._denoiser)  # the naive engine changes them
         generator = torch.Generator(setting.device).manual_seed(4)
         shape = (images, config.steps, config.pairs)
         timesteps = torch.randint(0, len(denoiser.process), shape, generator=generator, device=setting.device)
@@ -104,7 +104,7 @@ class Turns:
 
 
 def run(setting: Setting, record: Record) -> None:
-    """In the order of FORMS. The naive engine takes one image at a time."""
+    """Measures in the order of FORMS. The naive engine takes one image at a time."""
     record.put("models", "work", WHAT)
     record.put(
         "models", "precision", "naive in bf16 is autocast around each forward of the model and the DiT; in tf32 torch's own switches"

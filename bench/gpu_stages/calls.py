@@ -1,4 +1,4 @@
-"""Measures a session's calls: the first one, latency, steps, launches and memory, with the denoiser's evaluations beside them."""
+"""Measures a session's calls: the first call, latency, steps, launches, memory and the denoiser's evaluations."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from bench.gpu_stages.timing import by_events, kernels_of, summary, synchronize,
 from dtta_fast import Adapter
 from dtta_fast.session.loop import Batch
 
-STEPS = 20  # that are timed, at most
-SLOW = 10.0  # seconds of a call, after which none is spent on warming up further
+STEPS = 20  # timed steps, at most
+SLOW = 10.0  # seconds; a call that takes longer is the last one to warm up
 
 
 def measured(adapter: Adapter, images: Tensor, latents: Tensor | None, setting: Setting, most: int, seconds: float) -> dict[str, Any]:
-    """At most `most` calls in about `seconds`, after two that are not counted (one, where it is slow); then steps, and a call under the
-    profiler."""
+    """Times at most `most` calls in about `seconds`, after two warm-up calls (one if it is slow); then times steps and profiles a call."""
     device, found = setting.device, {}
 
     def call() -> Any:
         return adapter.adapt(images, latents=latents)
 
-    for name in ("first", "second"):  # libraries plan, code is compiled; nothing of that is in the samples
+    for name in ("first", "second"):  # libraries plan and code is compiled here, outside the samples
         start = time.perf_counter()
         result = call()
         synchronize(device)
@@ -66,7 +65,7 @@ def measured(adapter: Adapter, images: Tensor, latents: Tensor | None, setting: 
 
 
 def _step(adapter: Adapter, images: Tensor, latents: Tensor | None, setting: Setting, seconds: float) -> dict[str, Any]:
-    """Times a step of the images that run at once."""
+    """Times a step with as many images as run at once."""
     with prepared(adapter, images, latents) as (state, batch):
         samples = by_events(lambda: adapter.engine.program.step(state, batch, 0), setting.device, STEPS, seconds)
     return {**summary(samples), "images": len(batch.image_ids)}
@@ -74,7 +73,7 @@ def _step(adapter: Adapter, images: Tensor, latents: Tensor | None, setting: Set
 
 @contextmanager
 def prepared(adapter: Adapter, images: Tensor, latents: Tensor | None) -> Iterator[tuple[Any, Batch]]:
-    """The engine within one of its calls, before the first step: a state, and the batch of what runs at once."""
+    """Puts the engine into a call, before the first step; yields the state, and the batch of images that run at once."""
     engine = adapter.engine
     with torch.enable_grad(), engine.context():
         engine.refresh()
@@ -82,7 +81,7 @@ def prepared(adapter: Adapter, images: Tensor, latents: Tensor | None) -> Iterat
 
 
 def forget() -> None:
-    """Gives back the memory of sessions that are gone: a new one plans by what is free."""
+    """Frees the memory of deleted sessions, because a new session plans with what is free."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

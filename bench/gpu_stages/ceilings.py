@@ -1,4 +1,4 @@
-"""Stage 6, ceilings: what the DiT's products, its attention, its gated normalisation and a copy reach by themselves."""
+"""Stage 6, ceilings: how fast the DiT's matrix products, its attention, its gated normalisation and a copy are, each on its own."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from bench.gpu_stages.recording import Record, Setting, first_line
 from bench.gpu_stages.timing import of_kernels, summary
 from dtta_fast.kernels import gated_norm, reference
 
-LINEARS = ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))  # of a block: qkv, projection, fc1, fc2
-ROWS = (6144, 16384, 1024)  # tokens: a guard of 24 pairs, 64 pairs, one step of 4
+LINEARS = ((1152, 3456), (1152, 1152), (1152, 4608), (4608, 1152))  # inputs and outputs of a block's layers: qkv, projection, fc1, fc2
+ROWS = (6144, 16384, 1024)  # tokens of a guard with 24 pairs, of 64 pairs, and of a step with 4 pairs
 HEADS, HEAD, TOKENS = 16, 72, 256
 BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -24,11 +24,11 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-COPY = 2**30  # bytes: more than a cache holds
+COPY = 2**30  # bytes; more than any cache holds
 
 
 def run(setting: Setting, record: Record) -> None:
-    """Random numbers throughout: products of zeros run faster than those of data."""
+    """Measures everything on random numbers, because products of zeros run faster than products of data."""
     torch.manual_seed(0)
     device, small = setting.device, setting.tiny
     record.measure("copy", "1 GiB" if not small else "64 KiB", lambda: copy(2**16 if small else COPY, device))
@@ -55,14 +55,14 @@ def run(setting: Setting, record: Record) -> None:
 
 
 def copy(size: int, device: torch.device) -> dict[str, Any]:
-    """Bytes read and bytes written count both."""
+    """Times a copy. Both the bytes read and the bytes written count."""
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     return {"bytes": 2 * source.nbytes, "seconds": summary(of_kernels(lambda: target.copy_(source), device))}
 
 
 def product(dtype: str, k: int, n: int, rows: int, device: torch.device) -> dict[str, Any]:
-    """Times rows of k numbers times a weight [n, k]: a linear layer without its bias. In fp8 the cast of x is not timed."""
+    """Times the product of rows of k numbers and a weight [n, k]: a linear layer without bias. In fp8, the cast of x is not timed."""
     x, weight = torch.randn(rows, k, device=device).bfloat16(), torch.randn(n, k, device=device).bfloat16()
     work: Callable[[], Tensor]
     if dtype == "bf16":
@@ -76,18 +76,18 @@ def product(dtype: str, k: int, n: int, rows: int, device: torch.device) -> dict
 
 
 def heads(rows: int, device: torch.device) -> list[Tensor]:
-    """Queries, keys and values [rows, heads, tokens, head size] as the DiT gives them: views of the one tensor that its qkv layer makes."""
+    """Returns queries, keys and values [rows, heads, tokens, head size], which are views of one qkv tensor as in the DiT."""
     qkv = torch.randn(rows, TOKENS, 3, HEADS, HEAD, device=device).bfloat16()
     return [part.detach() for part in qkv.permute(2, 0, 3, 1, 4)]
 
 
 def refused(error: RuntimeError) -> bool:
-    """Tells whether the error says that no allowed backend takes these tensors."""
+    """Tells whether the error says that no allowed backend supports these tensors."""
     return str(error).startswith(("No available kernel", "No viable backend"))
 
 
 def attention(name: str, rows: int, device: torch.device) -> dict[str, Any]:
-    """By one backend, which may refuse."""
+    """Times attention with one backend, or returns why the backend refuses."""
     q, k, v = heads(rows, device)
     flops = 4 * rows * HEADS * TOKENS * TOKENS * HEAD
     leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
@@ -114,10 +114,10 @@ def attention(name: str, rows: int, device: torch.device) -> dict[str, Any]:
 
 
 def normalisation(form: str, backward: bool, rows: int, device: torch.device) -> dict[str, Any]:
-    """The sum of tokens and gated branch, and its normalisation, by plain operators, by those compiled, or by the kernel.
+    """Times the sum of tokens and gated branch with its normalisation, as plain operators, as compiled operators, or as the kernel.
 
-    Bytes are the least: the tokens and the branch read, the sum and the normalised tokens written; in the backward, the gradients of both
-    read, the sum and the branch too, and two gradients written.
+    The bytes are the minimum. The forward reads the tokens and the branch, and writes the sum and the normalised tokens. The backward reads
+    the gradients of both, the sum and the branch, and writes two gradients.
     """
     x, branch = (torch.randn(rows, TOKENS, HEADS * HEAD, device=device).bfloat16() for _ in range(2))
     modulation = torch.randn(rows, 3 * HEADS * HEAD, device=device).bfloat16()

@@ -1,26 +1,26 @@
-"""Stage 8, graphs and compiled code: FAST in bfloat16 with compile="graphs", "regional" and both, as stage 3 measures it without."""
+"""Stage 8, graphs and compilation: measures FAST in bfloat16 with compile="graphs", "regional" and both. Stage 3 measures it without."""
 
 from __future__ import annotations
 
 from bench.gpu_stages.recording import Record, Setting
 
-# what is compiled, images, seconds of calls, and what all of it takes at least: graphs gain most for one image, compilation for several
+# compile, images, seconds of timed calls, least seconds in total; graphs gain most with one image, compilation with several
 FORMS = (
     ("graphs", 1, 6.0, 0.0),
     ("graphs", 16, 4.0, 0.0),
     ("regional", 16, 5.0, 0.0),
     ("regional", 1, 6.0, 20.0),
-    ("regional+graphs", 1, 6.0, 12.0),  # its kernels are in the cache by then
+    ("regional+graphs", 1, 6.0, 12.0),  # its kernels are already in the cache
     ("regional", 64, 5.0, 20.0),
 )
 
 
 def run(setting: Setting, record: Record) -> None:
-    """Each number of images is a compilation of its own, whose seconds are in the first call's."""
+    """Measures in the order of FORMS. Each number of images is compiled separately, and the time is part of the first call."""
     if setting.tiny and setting.device.type == "cpu":
         record.put("calls", "FAST", {"left out": "compiling takes a minute on a CPU, where tests/test_compile.py does it"})
         return
-    from bench.gpu_stages.engine import LATENCY, Calls, fast  # here, since its libraries take seconds to import
+    from bench.gpu_stages.engine import LATENCY, Calls, fast  # here, because its libraries take seconds to import
 
     calls = Calls(setting, record, max(images for _, images, *_ in FORMS))
     calls.peak("bf16")

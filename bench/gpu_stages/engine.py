@@ -1,4 +1,4 @@
-"""Stage 3, the engine: FAST and PAPER with DiT-XL/2 and ConvNeXt-T, by precision and number of images."""
+"""Stage 3, the engine: measures FAST and PAPER with DiT-XL/2 and ConvNeXt-T, by precision and number of images."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dtta_fast.config import Precision
 from dtta_fast.measure.roofline import measured_peak
 from dtta_fast.session.precision import products
 
-LATENCY = 100  # calls of one image, for their p99
-# precision, images, seconds to measure for; what tells most comes first
+LATENCY = 100  # timed calls, at most; enough for a p99
+# precision, images, seconds to measure for; the most informative come first
 FORMS: tuple[tuple[Precision, int, float], ...] = (
     ("bf16", 1, 12.0),
     ("bf16", 16, 5.0),
@@ -31,12 +31,12 @@ DTYPES = {"bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32}
 
 
 def fast(precision: Precision, compile: Any = "off") -> AdaptConfig:
-    """FAST that adapts every image."""
+    """Returns FAST without its pre-check, so that it adapts every image."""
     return presets.FAST.replace(precision=precision, compile=compile, precheck="off")
 
 
 class Calls:
-    """FAST on the same models and images, a session for each measurement."""
+    """Measures calls on the same models and images, with a new session for each measurement."""
 
     def __init__(self, setting: Setting, record: Record, most: int) -> None:
         self._setting, self._record = setting, record
@@ -49,7 +49,7 @@ class Calls:
         record.put("models", "images", {"images": most, "answered otherwise when matched": differing})
 
     def measure(self, preset: str, config: AdaptConfig, images: int, most: int, seconds: float, takes: float = 0.0) -> float:
-        """Records calls under the label of their form; returns an image's median seconds, 0 where there are none."""
+        """Records calls under a label for their form; returns the median seconds per image, or 0 if there are none."""
 
         def work() -> dict[str, Any]:
             adapter = Adapter(self._model, self.denoiser, config)
@@ -62,14 +62,14 @@ class Calls:
         return found["seconds"]["median"] / images if found else 0.0
 
     def _flops(self, config: AdaptConfig, of_steps: int, evaluations: int) -> int | None:
-        """The denoiser's, of a call: steps run backward too, the guard's evaluations forward alone."""
+        """Returns the denoiser's FLOPs in a call. Steps run forward and backward, and the guard's evaluations only forward."""
         if not self.flops:
             return None
         a_step = self.flops["to the weights" if config.denoiser_parameters == "all" else "to the condition"]
         return of_steps * a_step + (evaluations - of_steps) * self.flops["forward"]
 
     def peak(self, precision: Precision) -> None:
-        """Records what matrix products reach in that precision, and what a copy does."""
+        """Records the peak rates of matrix products in that precision and of a copy."""
         device = self._setting.device
 
         def work() -> dict[str, Any]:
@@ -81,14 +81,14 @@ class Calls:
 
 
 def run(setting: Setting, record: Record) -> None:
-    """Measures in the order of FORMS, PAPER after the first two; a peak beside the first form of each precision."""
+    """Measures in the order of FORMS, with PAPER after the first two, and the peak before the first form of each precision."""
     forms = [(precision, min(images, 2), 0.1) for precision, images, _ in FORMS[:4]] if setting.tiny else FORMS
     calls = Calls(setting, record, max(images for _, images, _ in forms))
     per_image: dict[Precision, float] = {}
     for i, (precision, images, seconds) in enumerate(forms):
         if precision not in per_image:
             calls.peak(precision)
-        takes = 4.5 * images * per_image.get(precision, 0.0)  # two calls that are not counted, one that is, steps, one profiled
+        takes = 4.5 * images * per_image.get(precision, 0.0)  # two warm-up calls, a timed one, steps, a profiled call
         found = calls.measure("FAST", fast(precision), images, LATENCY, seconds, takes)
         per_image[precision] = found or per_image.get(precision, 0.0)
         if i == 1:

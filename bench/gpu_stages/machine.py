@@ -1,4 +1,4 @@
-"""Stage 1, the machine: versions, clocks, what broke once on a GPU, and which attention serves heads of 72 numbers."""
+"""Stage 1, the machine: versions, clocks, code that once broke on a GPU, and which attention backend serves heads of 72 numbers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ QUERY = (
     "name,driver_version,vbios_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu,"
     "memory.total,memory.used,compute_mode,clocks_event_reasons.active"
 )
-BUSY = 8192  # side of the matrices whose product warms the GPU up
+BUSY = 8192  # side of the matrices that are multiplied to put the GPU under load
 
 
 def run(setting: Setting, record: Record) -> None:
-    """Reads the card's settings and changes none."""
+    """Runs all checks. They read the card's settings and change none."""
     device = setting.device
     if device.type != "cuda":
         record.needs_gpu("card", "idle")
@@ -46,7 +46,7 @@ def run(setting: Setting, record: Record) -> None:
 
 
 def card() -> dict[str, str]:
-    """Reads nvidia-smi. An old driver does not know the name of the last field."""
+    """Queries nvidia-smi. An old driver does not know the name of the last field."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         raise FileNotFoundError("nvidia-smi is not on the PATH")
@@ -61,7 +61,7 @@ def card() -> dict[str, str]:
 
 
 def properties(device: torch.device) -> dict[str, Any]:
-    """Collects what torch knows about the card, and the libraries that it was built with."""
+    """Collects what torch knows about the card, and its versions of CUDA and cuDNN."""
     found = torch.cuda.get_device_properties(device)
     names = ("major", "minor", "multi_processor_count", "total_memory", "L2_cache_size")
     versions = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
@@ -69,7 +69,7 @@ def properties(device: torch.device) -> dict[str, Any]:
 
 
 def busy(device: torch.device) -> dict[str, str]:
-    """The card after a second of matrix products."""
+    """Queries the card while it works through a second of matrix products."""
     a, b = (torch.randn(BUSY, BUSY, device=device).bfloat16() for _ in range(2))
     for _ in range(600):
         torch.mm(a, b)
@@ -79,8 +79,10 @@ def busy(device: torch.device) -> dict[str, str]:
 
 
 def update(optimizer: Any, device: torch.device) -> dict[str, Any]:
-    """Makes one update with torch's fused kernels, as the engine does, and the same on the CPU in float64. The learning rate used to be a
-    float64 tensor, which the CUDA kernels do not take."""
+    """Makes one update with torch's fused kernels, as the engine does, and compares it with the same update on the CPU in float64.
+
+    The learning rate used to be a float64 tensor, which the CUDA kernels do not accept.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = ((3, 5, 7), (3, 64), (3, 2, 3, 4, 4))  # weights of three images
     own, gradients = ([torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes] for _ in range(2))
@@ -97,7 +99,7 @@ def update(optimizer: Any, device: torch.device) -> dict[str, Any]:
 
 
 def vit(setting: Setting) -> dict[str, Any]:
-    """Two images with weights of their own, together and one by one. (Attention's backward met an empty logsumexp once.)"""
+    """Adapts to two images together and one by one, each with its own weights. Attention's backward once got an empty logsumexp here."""
     torch.manual_seed(0)
     with torch.device(setting.device):
         model = timm.create_model("test_vit", num_classes=models.CLASSES).eval()
@@ -123,7 +125,7 @@ def vit(setting: Setting) -> dict[str, Any]:
 
 
 def attention(name: str | None, device: torch.device) -> dict[str, Any]:
-    """Runs two rows in bfloat16, forward and backward, with that backend or with torch's choice; tells what ran, or why it was refused."""
+    """Runs two rows in bfloat16, forward and backward, with a backend or with torch's choice. Returns what ran, or the refusal."""
     q, k, v = (tensor.requires_grad_() for tensor in heads(2, device))
     upstream = torch.randn_like(q)
     with warnings.catch_warnings(record=True) as caught, nullcontext() if name is None else sdpa_kernel(BACKENDS[name]):
@@ -143,7 +145,7 @@ def attention(name: str | None, device: torch.device) -> dict[str, Any]:
 
 
 def ran(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """Names of the attention operators, and on a GPU of all kernels with their seconds."""
+    """Returns the names of the attention operators and, on a GPU, the longest kernels with their seconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         work()
     operators = sorted({event.name for event in profiler.events() if "attention" in event.name})

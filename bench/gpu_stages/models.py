@@ -1,4 +1,4 @@
-"""DiT-XL/2 at 256 pixels and a timm ConvNeXt-T with random weights, and images that FAST has to compare answers for."""
+"""Makes DiT-XL/2 at 256 pixels and a timm ConvNeXt-T with random weights, and images for which FAST has to compare answers."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from dtta_fast.tasks import Classification
 CLASSES = 1000
 DIT_XL: dict[str, int] = {"input_size": 32, "patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28, "num_heads": 16}
 DIT_TINY: dict[str, int] = {**DIT_XL, "input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2}
-POOL, AT_ONCE = 512, 16  # images that are looked through for some that matching gives another answer
+POOL, AT_ONCE = 512, 16  # images to search for ones that get another answer when matched, and how many to try at once
 
 
 def process(device: torch.device) -> NoiseProcess:
-    """DDPM's linear schedule, predicting the noise: that of the original DiT."""
+    """Returns DDPM's linear schedule with noise prediction, as in the original DiT."""
     alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
     a, s = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
     return NoiseProcess(torch.stack([a, s, torch.zeros_like(a), torch.ones_like(a), torch.ones_like(a)], dim=1)).to(device)
 
 
 def dit(setting: Setting) -> DiT:
-    """In float32, every parameter of deviation 0.02, adaLN's too: as it starts, no gradient would reach the condition."""
+    """Makes a DiT in float32, with a deviation of 0.02 for every parameter.
+
+    This includes adaLN's parameters: with their usual initialisation, no gradient would reach the condition.
+    """
     torch.manual_seed(0)
     with torch.device(setting.device):
         network = DiTNetwork(**(DIT_TINY if setting.tiny else DIT_XL), num_classes=CLASSES)
@@ -43,14 +46,17 @@ def dit(setting: Setting) -> DiT:
 
 
 def calibration() -> Calibration:
-    """Statistics of photographs, roughly: power falls with the square of the frequency. Timesteps are as good as each other."""
+    """Returns rough statistics of photographs: power falls with the square of the frequency. All timesteps are rated the same."""
     power = [math.log(0.05 / cycles**2) for cycles in range(1, 113)]
     scatter = (0.15, 0.4, *(0.6,) * len(power))
     return Calibration("random weights", (0.45, math.log(0.25), *power), scatter, limit=2.0, signal=(1.0,) * 10, spread=(1.0,) * 10)
 
 
 def classifier(setting: Setting) -> nn.Module:
-    """In float32. Layer scales are 1: as they start, at 1e-6, a block does nothing, and half of the gradients would be denormal."""
+    """Makes a ConvNeXt in float32, with layer scales of 1.
+
+    At their usual initial value of 1e-6, a block does nothing, and half of the gradients would be denormal.
+    """
     torch.manual_seed(1)
     name = "test_convnext" if setting.tiny else "convnext_tiny"
     with torch.device(setting.device):
@@ -62,9 +68,9 @@ def classifier(setting: Setting) -> nn.Module:
 
 @torch.no_grad()
 def images(model: nn.Module, count: int, setting: Setting) -> tuple[Tensor, int]:
-    """Images [count, 3, H, W] of random shapes under noise, and to how many of them the model gives another answer matched.
+    """Returns images [count, 3, H, W] of random shapes under noise, and how many of them get another answer when matched.
 
-    Those are what FAST's pre-check lets through, and what makes its guard run. Others fill up where there are too few.
+    Those images pass FAST's pre-check and make its guard run. If there are too few of them, other images fill up the batch.
     """
     task, known = Classification(), calibration()
     side = model.pretrained_cfg["input_size"][-1]  # type: ignore[union-attr, index]
@@ -90,13 +96,13 @@ def images(model: nn.Module, count: int, setting: Setting) -> tuple[Tensor, int]
 
 
 def latents(count: int, denoiser: Any, setting: Setting) -> Tensor:
-    """[count, C, h, w], as an autoencoder would give them: of deviation 1."""
+    """Draws latents [count, C, h, w] with a deviation of 1, as an autoencoder would give them."""
     generator = torch.Generator(setting.device).manual_seed(3)
     return torch.randn(count, *denoiser.latent_shape, generator=generator, device=setting.device)
 
 
 def flops_a_row(denoiser: DiT, setting: Setting) -> dict[str, int]:
-    """Counts the denoiser's FLOPs for one row: a forward; with the backward to the condition; and with the one to the weights too."""
+    """Counts the denoiser's FLOPs for one row: forward only, with the backward to the condition, and with that to the weights too."""
     x_t, time = latents(1, denoiser, setting), torch.full((1,), 500, device=setting.device)
     condition = denoiser.class_embeddings({})[:1].clone()
     found = {}

@@ -1,4 +1,4 @@
-"""Stage 7, the project's kernels: their rate beside a copy's, and their time beside what the machine code predicts."""
+"""Stage 7, the project's kernels: compares their rate with that of a copy, and their time with the prediction from the machine code."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from bench.gpu_stages.recording import Record, Setting
 from bench.gpu_stages.timing import of_kernels, summary
 from dtta_fast.kernels import Pairs, add_noise, backends, mix_condition
 
-PAIRS, SIDE = 180, 64  # what kernels/compile.py predicts: 180 pairs of one latent 4x64x64
-SIZES = ((PAIRS, SIDE), (4, 32), (24, 32))  # pairs and latents' side; the last two are FAST's with DiT-XL/2 at 256
-CLASSES, NUMBERS = 1000, 1152  # of DiT-XL/2's label table
+PAIRS, SIDE = 180, 64  # the size of the predictions in kernels/compile.py: 180 pairs of one latent 4x64x64
+SIZES = ((PAIRS, SIDE), (4, 32), (24, 32))  # pairs, and side of the latents; the last two are FAST's with DiT-XL/2 at 256
+CLASSES, NUMBERS = 1000, 1152  # the shape of DiT-XL/2's label table
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# variant of kernels/compile.py, its op, x_t's or the prediction's dtype, whether there is a gradient
+# variant in kernels/compile.py, its op, the dtype of x_t or of the prediction, whether there is a gradient
 NOISE = (
     ("add_noise fp32 -> bf16", "add_noise", "bf16", False),
     ("denoising_loss bf16, x0 fp32, gradient", "denoising_loss", "bf16", True),
@@ -27,7 +27,7 @@ NOISE = (
 
 
 def run(setting: Setting, record: Record) -> None:
-    """The kernels by their launchers; one op through torch's dispatcher, as the engine calls it; and plain torch beside the mixtures."""
+    """Measures the kernels by their launchers, one op through torch's dispatcher as in the engine, and mix_condition beside plain torch."""
     torch.manual_seed(0)
     device = setting.device
     backend: Any = backends.choose(torch.float32, torch.empty(0, device=device))
@@ -52,7 +52,7 @@ def run(setting: Setting, record: Record) -> None:
 
 
 def copied(pairs: int, side: int, device: torch.device) -> dict[str, Any]:
-    """Times a copy of as many float32 numbers."""
+    """Times a copy of as many float32 numbers as the pairs have."""
     source = torch.randn(pairs, 4, side, side, device=device)
     target = torch.empty_like(source)
     return {"bytes": 2 * source.nbytes, "seconds": summary(of_kernels(lambda: target.copy_(source), device))}
@@ -71,7 +71,7 @@ def drawn(pairs: int, side: int, device: torch.device) -> Pairs:
 
 
 def noised(backend: Any, op: str, dtype: torch.dtype, gradient: bool, pairs: int, side: int, device: torch.device) -> dict[str, Any]:
-    """Bytes: the result, or the prediction and its gradient, and x0 once."""
+    """Times a noise kernel. The bytes are those of the result, or of the prediction and its gradient, and those of x0 once."""
     given = drawn(pairs, side, device)
     elements = pairs * given.x0.numel()
     work: Callable[[], Any]
@@ -87,13 +87,13 @@ def noised(backend: Any, op: str, dtype: torch.dtype, gradient: bool, pairs: int
 
 
 def dispatched(pairs: int, side: int, device: torch.device) -> dict[str, Any]:
-    """Times an op. Where the kernel is shorter than the host's part, the host's part is what is measured."""
+    """Times an op through the dispatcher. If the kernel takes less time than the host, this measures the host."""
     given = drawn(pairs, side, device)
     return {"seconds": summary(of_kernels(lambda: add_noise(given, torch.bfloat16), device))}
 
 
 def mixed(form: str, images: int, device: torch.device) -> dict[str, Any]:
-    """Bytes: the table once each way."""
+    """Times mix_condition, or plain torch, forward and backward. The bytes are those of the table, once in each direction."""
     logits = torch.randn(images, CLASSES, device=device, requires_grad=True)
     table, upstream = torch.randn(CLASSES, NUMBERS, device=device), torch.randn(images, NUMBERS, device=device)
 
@@ -105,7 +105,7 @@ def mixed(form: str, images: int, device: torch.device) -> dict[str, Any]:
 
 
 def predicted(arch: int) -> dict[str, Any]:
-    """Seconds by variant for the GPU that kernels/compile.py knows of this architecture, from the machine code compiled here."""
+    """Predicts the seconds of each variant from machine code compiled here, for the GPUs of this architecture in kernels/compile.py."""
     from triton.backends.compiler import GPUTarget
 
     from dtta_fast.kernels import compile as machine

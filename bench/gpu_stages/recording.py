@@ -1,4 +1,4 @@
-"""The record of what a stage has measured so far, a file that is rewritten after each measurement."""
+"""Records what a stage has measured so far, in a file that is rewritten after each measurement."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 NEEDS_GPU = "needs a GPU"
-DIGITS = 5  # significant ones of a number in the file
+DIGITS = 5  # significant digits of a number in the file
 
 
 def rounded(value: Any) -> Any:
-    """Nested lists and dictionaries with their numbers rounded; a number that is not finite becomes its name, since JSON has none."""
+    """Rounds the numbers in nested lists and dictionaries. Infinities and NaN become strings, because JSON does not have them."""
     if isinstance(value, dict):
         return {str(key): rounded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -30,7 +30,7 @@ def rounded(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replaces the file in one step: a reader, or a kill, never meets half of it."""
+    """Replaces the file atomically: there is never half a file, not even if the process is killed."""
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(rounded(value), indent=1) + "\n")
     os.replace(new, path)
@@ -38,7 +38,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a stage runs. out: the folder for traces. tiny: small models and few repetitions, to test the stages on a CPU."""
+    """How a stage runs. out: the folder for traces. tiny: small models and few repetitions, to test the stages on a CPU."""
 
     device: torch.device
     tiny: bool
@@ -46,7 +46,7 @@ class Setting:
 
 
 class Record:
-    """The measurements of a stage, which ends at time.time() `end`."""
+    """The measurements of a stage that ends when time.time() reaches `end`."""
 
     def __init__(self, path: Path, end: float, about: dict[str, Any]) -> None:
         self._path, self._end = path, end
@@ -62,20 +62,20 @@ class Record:
         return self._end - time.time()
 
     def put(self, group: str, name: str, value: Any) -> None:
-        """Keeps a value as measured[group][name]."""
+        """Records a value as measured[group][name]."""
         self._found["measured"].setdefault(group, {})[name] = value
         self._write()
 
     def measure(self, group: str, name: str, work: Callable[[], Any], takes: float = 0.0) -> Any:
-        """Keeps what `work` returns. An error is kept in its place, with the traceback in the log, and the stage goes on.
+        """Records what `work` returns. If it raises, the error is recorded instead, the log gets the traceback, and the stage goes on.
 
-        takes: seconds that it will take. Where fewer are left it is not begun, and the record says so.
+        takes: the seconds that `work` is expected to take. If fewer are left, it does not start, and the record says so.
 
         Returns:
-            What it returned, or None.
+            What `work` returned, or None.
 
         Raises:
-            RuntimeError: the GPU does not answer after an error, so nothing that followed would run.
+            RuntimeError: the GPU does not respond after an error, so nothing after it would run.
         """
         if self.left < takes:
             self.put(group, name, {"left out": f"takes about {takes:.0f} s, and {max(self.left, 0):.0f} s were left"})
@@ -94,7 +94,7 @@ class Record:
         return found
 
     def needs_gpu(self, group: str, name: str) -> None:
-        """Notes that only a GPU can do this."""
+        """Records that this measurement needs a GPU."""
         self.put(group, name, {"left out": NEEDS_GPU})
 
 

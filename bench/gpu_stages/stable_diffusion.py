@@ -1,4 +1,4 @@
-"""Stage 9, Stable Diffusion 1.5 at 512 pixels with CLIP ViT-L/14 and LoRA: real sizes, random weights."""
+"""Stage 9: measures Stable Diffusion 1.5 at 512 pixels with CLIP ViT-L/14 and LoRA, at their real sizes with random weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CALLS, SECONDS = 30, 8.0
 
 
 def run(setting: Setting, record: Record) -> None:
-    """One image, its latent encoded by the VAE in every call; then the trace of a call."""
+    """Measures calls with one image, which the VAE encodes in every call, and then writes the trace of a call."""
     lacking = [name for name in ("diffusers", "transformers", "peft") if importlib.util.find_spec(name) is None]
     if lacking:
         record.put("calls", "1 image", {"left out": f"{' and '.join(lacking)} not installed"})
@@ -37,7 +37,7 @@ def run(setting: Setting, record: Record) -> None:
 
 
 def session(setting: Setting) -> Adapter:
-    """CLIP in float32, the rest in bfloat16. A tiny one is the zoo's CLIP and Stable Diffusion."""
+    """Makes a session with CLIP in float32 and the rest in bfloat16. A tiny session uses the zoo's CLIP and Stable Diffusion."""
     from dtta_fast.tasks import ZeroShot
 
     if setting.tiny:
@@ -59,5 +59,5 @@ def session(setting: Setting) -> Adapter:
     process = NoiseProcess.from_scheduler(DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear"))
     denoiser = StableDiffusion(unet, process.to(device), vae, encoder, tokenizer).eval()
     clip = clip_l14(device).float()
-    clip.logit_scale.data.fill_(math.log(100))  # CLIP's own
+    clip.logit_scale.data.fill_(math.log(100))  # the value in the real CLIP
     return Adapter(clip, denoiser, CONFIG, ZeroShot(CLASSES, (tokenizer, CLIPImageProcessor())))

@@ -1,4 +1,4 @@
-"""Stage 5, the step: the DiT's forwards by rows, step and guard as CUDA graphs, and the trace of one image."""
+"""Stage 5, the step: the DiT's forwards by number of rows, the step and the guard as CUDA graphs, and the trace of one image."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from dtta_fast.core.guard import held_out_losses
 from dtta_fast.core.step import adaptation_step
 
 ROWS = (4, 72, 48, 24, 64, 16, 8)
-WARM_UPS = 3  # runs on a side stream before a capture, as torch asks for
+WARM_UPS = 3  # runs on a side stream before a capture, as torch requires
 
 
 def run(setting: Setting, record: Record) -> None:
-    """One image under FAST in bfloat16."""
+    """Measures one image under FAST in bfloat16."""
     model, denoiser = models.classifier(setting), models.dit(setting)
     images, _ = models.images(model, 1, setting)
     latents = models.latents(1, denoiser, setting)
@@ -72,7 +72,7 @@ def forwards(denoiser: Any, rows: int, flops: dict[str, int], setting: Setting, 
 
 
 def comparison(program: Any, batch: Any, step: Tensor, answers: int) -> Callable[[], Tensor]:
-    """Runs the forwards of a guard for one image under some answers."""
+    """Returns a function that runs the guard's forwards for one image under that many answers."""
     conditions = program.problem.denoiser.class_embeddings({})[:answers]
     rows = torch.zeros(answers, dtype=torch.int64, device=batch.x0.device)
     several, named = batch.x0[rows], batch.image_ids[rows]
@@ -80,10 +80,11 @@ def comparison(program: Any, batch: Any, step: Tensor, answers: int) -> Callable
 
 
 def graphed(work: Callable[[], Tensor], written: Any, setting: Setting, seconds: float) -> dict[str, Any]:
-    """`work` as it is and as a CUDA graph: whether it can be captured, whether results and what it writes to are bit for bit the same,
-    and seconds of both.
+    """Compares eager `work` with a CUDA graph of it: whether it can be captured, whether the results are the same, and the seconds of both.
 
-    written: nested tensors that it updates in place.
+    The results are what it returns and what it writes, and they are compared bit for bit.
+
+    written: nested tensors that `work` updates in place.
     """
     tensors = [tensor for tensor in pytree.tree_leaves(written) if isinstance(tensor, Tensor)]
     before = [tensor.clone() for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Stage 2, the tests: the folder tests/gpu by pytest, recorded test by test, so that a crash or the stage's end loses none that ran."""
+"""Stage 2, the tests: runs tests/gpu with pytest and records each test as it ends, so that a crash or a timeout loses no results."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from bench.gpu_stages.recording import Record, Setting
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "gpu"
-SMALL = FOLDER / "test_kernels.py::test_add_noise"  # of a tiny run: CI runs the whole folder anyway
-LINES = 12  # of a failure that are kept; the log has them all
-LAST = 2.0  # seconds before the stage's end, when no more tests are begun
-FINE = (0, 1, 2)  # exit codes of pytest: all passed, some failed, stopped early
+SMALL = FOLDER / "test_kernels.py::test_add_noise"  # for a tiny run; CI runs the whole folder anyway
+LINES = 12  # last lines to keep of a failure; the log has all of them
+LAST = 2.0  # seconds before the stage's end; after that, no test starts
+FINE = (0, 1, 2)  # pytest's exit codes: all passed, some failed, stopped early
 
 
 def run(setting: Setting, record: Record) -> None:
-    """Counts, and of each failure its name and its last lines."""
-    os.environ.pop("DTTA_FAST_STRICT", None)  # tests compare with the CPU, which may have no compiled ops
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the tests need none, and importing those that are installed takes seconds
+    """Records how many tests passed, failed and were skipped, and the name and last lines of each failure."""
+    os.environ.pop("DTTA_FAST_STRICT", None)  # the tests compare with the CPU, which may have no compiled ops
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # the tests need no plugins, and importing the installed ones takes seconds
     import pytest
 
     os.chdir(FOLDER)
@@ -29,14 +29,14 @@ def run(setting: Setting, record: Record) -> None:
 
 
 class Recorder:
-    """A plugin of pytest's."""
+    """A pytest plugin that records the outcome of each test."""
 
     def __init__(self, record: Record) -> None:
         self._record, self._session = record, None
         self._found: dict[str, Any] = {"collected": 0, "passed": 0, "failed": 0, "skipped": 0, "failures": [], "skips": [], "seconds": {}}
 
     def pytest_collectreport(self, report: Any) -> None:
-        """A file that cannot be imported counts as a failure."""
+        """Counts a file that cannot be imported as a failure."""
         if report.failed:
             self._failed(report)
 
@@ -44,7 +44,7 @@ class Recorder:
         self._session, self._found["collected"] = session, len(session.items)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Notes the outcome of a test's set-up, call and tear-down."""
+        """Records the outcome of a test's set-up, call and tear-down."""
         if report.failed:
             self._failed(report)
         elif report.skipped:

@@ -1,4 +1,4 @@
-"""Timing: warm up first, keep the raw samples, report the median."""
+"""Times code: warms up first, keeps the raw samples, and reports the median."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 
 from bench.gpu_stages.recording import first_line
 
-SAMPLES = 200  # of a kernel's time, at most, that are kept
+SAMPLES = 200  # of a kernel's time to keep, at most
 
 
 def summary(samples: list[float]) -> dict[str, Any]:
-    """In seconds."""
+    """Returns the median and the samples, in seconds."""
     return {"median": statistics.median(samples), "samples": samples}
 
 
@@ -28,7 +28,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def whole_calls(work: Callable[[], Any], device: torch.device, most: int, seconds: float) -> list[float]:
-    """Seconds of each call until the device has finished: `most` calls, fewer where they take longer than `seconds`, one at least."""
+    """Returns the seconds of each call until the device has finished: `most` calls, or those that fit in `seconds`, but at least one."""
     samples: list[float] = []
     synchronize(device)
     begun = time.perf_counter()
@@ -41,7 +41,10 @@ def whole_calls(work: Callable[[], Any], device: torch.device, most: int, second
 
 
 def by_events(work: Callable[[], Any], device: torch.device, most: int, seconds: float) -> list[float]:
-    """Seconds of each run between two CUDA events, the device idle before the first; on a CPU those of a clock. Not the first run."""
+    """Returns the seconds of each run between two CUDA events, or by a clock on a CPU.
+
+    The device is idle before the first event. The first run is not counted.
+    """
     if device.type != "cuda":
         work()
         return whole_calls(work, device, most, seconds)
@@ -60,7 +63,10 @@ def by_events(work: Callable[[], Any], device: torch.device, most: int, seconds:
 
 
 def of_kernels(work: Callable[[], Any], device: torch.device) -> list[float]:
-    """Seconds of what `work` launches, by triton.testing.do_bench: the L2 cache is flushed before each run. On a CPU those of a clock."""
+    """Returns the seconds of what `work` launches, by triton.testing.do_bench, or by a clock on a CPU.
+
+    do_bench flushes the L2 cache before each run.
+    """
     if device.type != "cuda":
         work()
         return whole_calls(work, device, 3, 0.1)
@@ -72,9 +78,9 @@ def of_kernels(work: Callable[[], Any], device: torch.device) -> list[float]:
 
 
 def kernels_of(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
-    """One run under torch.profiler: how many kernels and copies ran, the sum of their seconds, and the kernels that took the longest.
+    """Profiles one run: how many kernels and copies ran, the sum of their seconds, and the kernels that took the longest.
 
-    Where the profiler does not work, its error stands in place of the number: what was timed before is not lost.
+    If the profiler fails, its error takes the place of the number, so that earlier timings are not lost.
     """
     synchronize(device)
     try:
@@ -93,7 +99,7 @@ def kernels_of(work: Callable[[], Any], device: torch.device) -> dict[str, Any]:
 
 
 def _spans(work: Callable[[], Any], device: torch.device) -> list[tuple[str, float]]:
-    """Name and seconds of each kernel and copy."""
+    """Returns the name and seconds of each kernel and copy."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         work()
         synchronize(device)

@@ -1,4 +1,4 @@
-"""A Chrome trace of a call, with the engine's phases in it."""
+"""Writes a Chrome trace of a call that shows the engine's phases."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from bench.gpu_stages.timing import synchronize
 from dtta_fast.measure.profiling import Annotator
 from dtta_fast.runtime.phases import listening
 
-LARGEST = 15 * 2**20  # bytes of a file, to travel
+LARGEST = 15 * 2**20  # bytes; a trace of this size is easy to copy and to open
 
 
 def trace(call: Callable[[], Any], path: Path, device: torch.device) -> dict[str, Any]:
-    """Writes one call's trace, compressed (chrome://tracing and ui.perfetto.dev open it): with operators, or kernels alone where that is
-    too large a file."""
+    """Writes the compressed trace of one call, which chrome://tracing and ui.perfetto.dev open.
+
+    It shows the operators, or only the kernels if the file would be too large.
+    """
     cpu, cuda = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
     on_cuda = device.type == "cuda"
     for activities in ([cpu, cuda], [cuda]) if on_cuda else ([cpu],):

@@ -1,8 +1,8 @@
-"""Trains the dense zoo on generated scenes: a SegFormer and a GLPN depth net, and a UNet for each that sees its map.
+"""Trains the dense zoo on generated scenes: a SegFormer, a GLPN depth network, and for each a UNet that takes its map as input.
 
     python bench/zoo/dense.py segmenter|depth|segmentation_denoiser|depth_denoiser [--out FOLDER]
 
-Seeded, each in under 30 minutes on 2 cores, on the train split alone. Weights are stored in float16.
+Each model trains with a fixed seed on the train split only, in under 30 minutes on 2 cores. Weights are stored in float16.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dtta_fast.tasks.dense import resized
 
 OUT = Path(__file__).parents[2] / "dtta_fast" / "zoo"
 WIDTHS = {"depths": [1, 1, 2, 1], "hidden_sizes": [24, 48, 96, 128], "num_attention_heads": [1, 2, 4, 4], "sr_ratios": [4, 2, 1, 1]}
-# a pixel of the finest features is 2 of the image
+# the finest features have half of the image's resolution
 FINE = {"patch_sizes": [5, 3, 3, 3], "strides": [2, 2, 2, 2], "mlp_ratios": [2, 2, 2, 2]}
 SEGMENTER = SegformerConfig(
     **WIDTHS, **FINE, decoder_hidden_size=64, drop_path_rate=0.0, id2label=dict(enumerate(CLASSES)), semantic_loss_ignore_index=255
@@ -53,7 +53,7 @@ CHANNELS = {"segmentation": 6, "depth": 1}
 
 
 def training_scenes(count: int) -> Scenes:
-    """Rendered once for the four runs."""
+    """Renders the scenes, or loads them if an earlier run has: all four models train on the same file."""
     kept = Path(tempfile.gettempdir()) / f"dtta-scenes-{hashlib.sha256(Path(rendering.__file__).read_bytes()).hexdigest()[:8]}-{count}.pt"
     if not kept.is_file():
         with ProcessPoolExecutor() as pool:
@@ -63,7 +63,7 @@ def training_scenes(count: int) -> Scenes:
 
 
 def unet(channels: int, latent: int = 3, size: int = SIZE // 2) -> UNet2DModel:
-    """1.3 million parameters, at half the scenes' size: what corruption does to single pixels is gone there."""
+    """Builds a UNet of 1.3 million parameters at half the scenes' size, where the corruption of single pixels is no longer visible."""
     return UNet2DModel(
         sample_size=size,
         in_channels=latent + channels,
@@ -78,13 +78,13 @@ def unet(channels: int, latent: int = 3, size: int = SIZE // 2) -> UNet2DModel:
 
 
 def flipped(*maps: Tensor) -> tuple[Tensor, ...]:
-    """Half of the images mirrored, with their maps."""
+    """Mirrors a random half of the images, together with their maps."""
     mirrored = torch.rand(len(maps[0])) < 0.5
     return tuple(torch.where(mirrored.view(-1, *(1,) * (m.ndim - 1)), m.flip(-1), m) for m in maps)
 
 
 def train_model(model: nn.Module, data: Scenes, loss_of: Callable[[Any, Tensor, Tensor], Tensor], iterations: int) -> nn.Module:
-    """On normalised images, labels and depth."""
+    """Trains a model on normalised images; `loss_of` takes its outputs, labels and depth."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, iterations)
     model.train()
@@ -110,12 +110,12 @@ def segmentation_loss(outputs: Any, labels: Tensor, depth: Tensor) -> Tensor:
 
 
 def depth_loss(outputs: Any, labels: Tensor, depth: Tensor) -> Tensor:
-    """Mean distance of the logarithms: relative error, near enough."""
+    """Returns the mean absolute difference of the logarithms, which is close to the relative error."""
     return (resized(outputs.predicted_depth[:, None], (SIZE, SIZE))[:, 0].clamp(min=0.1).log() - depth.log()).abs().mean()
 
 
 class Denoising(nn.Module):
-    """A denoiser as train_denoiser calls networks."""
+    """A denoiser with the signature that train_denoiser expects."""
 
     def __init__(self, denoiser: ConcatUNet) -> None:
         super().__init__()
@@ -128,7 +128,10 @@ class Denoising(nn.Module):
 
 
 def map_batches(denoiser: ConcatUNet, images: Tensor, maps: Tensor, batch: int = 32) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Draws x0 and maps for `images` in [0, 1] and their `maps`: labels [N, H, W] int64 (255 is none), or depth [N, H, W]."""
+    """Returns a function that draws x0 and conditions.
+
+    images: in [0, 1]. maps: their labels [N, H, W], int64 (255 means no label), or depth [N, H, W].
+    """
 
     def draw() -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(images), (batch,))
@@ -139,7 +142,7 @@ def map_batches(denoiser: ConcatUNet, images: Tensor, maps: Tensor, batch: int =
 
 
 def ground_truth(denoiser: ConcatUNet, maps: Tensor) -> Tensor:
-    """The condition [N, E, H, W] of labels or depth [N, H, W], before it is resized."""
+    """Returns the condition [N, E, H, W] for labels or depth [N, H, W], before resizing."""
     if denoiser.embeddings is None:
         return denoiser.depth_map(maps[:, None])
     known = maps != 255

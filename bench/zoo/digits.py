@@ -1,9 +1,9 @@
-"""Trains the digits zoo: a timm ConvNeXt and a pixel DiT, on the train split alone.
+"""Trains the digits zoo, a timm ConvNeXt and a pixel DiT, on the train split only.
 
     python bench/zoo/digits.py [--only classifier|denoiser] [--out FOLDER]
 
-Seeded. About 25 minutes on 2 cores; the validation split picks nothing here, it is only reported. Weights are stored in float16, to keep
-the package small, and load as float32.
+Training uses a fixed seed and takes about 25 minutes on 2 cores. The accuracy on the validation split is printed, but nothing is chosen by
+it. Weights are stored in float16, to keep the package small, and load as float32.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ DENOISER = {
 
 
 def augment(images: Tensor) -> Tensor:
-    """Images [N, 3, 32, 32] in [0, 1], turned (10 degrees), scaled (10 %), shifted (2 pixels) and less contrasty (30 %) at random.
+    """Rotates (10 degrees), scales (10 %), shifts (2 pixels) and lowers the contrast (30 %) of images [N, 3, 32, 32] in [0, 1] at random.
 
-    About a thousand digits are few; both models see the same variations.
+    There are only about a thousand digits to train on. Both models see the same augmentation.
     """
     n = len(images)
     angle = (torch.rand(n) * 2 - 1) * math.radians(10)
@@ -74,7 +74,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def train_classifier(images: Tensor, labels: Tensor, iterations: int = 1200) -> nn.Module:
-    """`images` in [0, 1]."""
+    """Trains the ConvNeXt on `images` in [0, 1]."""
     model = timm.create_model("convnext_atto", pretrained=False, pretrained_cfg_overlay=PREPROCESSING, **CLASSIFIER)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, iterations)
@@ -89,12 +89,12 @@ def train_classifier(images: Tensor, labels: Tensor, iterations: int = 1200) -> 
 
 
 def classes_or_null(labels: Tensor) -> Tensor:
-    """Labels of the DiT's digits, one in ten of them the null class."""
+    """Replaces one label in ten by the DiT's null class."""
     return torch.where(torch.rand(len(labels)) < 0.1, DENOISER["num_classes"], labels)
 
 
 def dit_batches(network: DiTNetwork, images: Tensor, labels: Tensor) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Draws 128 images in [-1, 1] and their conditions; `images` in [0, 1]."""
+    """Returns a function that draws 128 images in [-1, 1] and their conditions from `images` in [0, 1]."""
 
     def draw() -> tuple[Tensor, Tensor]:
         rows = torch.randint(len(images), (128,))
@@ -106,9 +106,10 @@ def dit_batches(network: DiTNetwork, images: Tensor, labels: Tensor) -> Callable
 def train_denoiser(
     network: nn.Module, draw: Callable[[], tuple[Tensor, Tensor]], process: NoiseProcess, minutes: float, iterations: int
 ) -> nn.Module:
-    """The moving average of network(x_t, time, condition) trained on x0 and conditions from `draw`.
+    """Trains network(x_t, time, condition) on x0 and conditions from `draw`, and returns the moving average of its weights.
 
-    Stops at `iterations`; raises if that does not fit in `minutes`.
+    Raises:
+        TimeoutError: the iterations take longer than `minutes`.
     """
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01)

@@ -1,8 +1,8 @@
-"""Trains the Fashion-MNIST zoo, a timm ConvNeXt and a pixel DiT, on the train split alone.
+"""Trains the Fashion-MNIST zoo, a timm ConvNeXt and a pixel DiT, on the train split only.
 
     python bench/zoo/fashion.py [--only classifier|denoiser] [--data FOLDER] [--out FOLDER]
 
-Seeded; the models, the variations and the loops are those of bench/zoo/digits.py. About 25 minutes on 2 cores.
+Training uses a fixed seed and takes about 25 minutes on 2 cores. Models, augmentation and training loops are those of bench/zoo/digits.py.
 """
 
 from __future__ import annotations

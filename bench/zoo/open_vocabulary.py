@@ -1,9 +1,10 @@
-"""Trains the open-vocabulary zoo on the digits' train split: a transformers CLIP and a Stable Diffusion, saved by save_pretrained.
+"""Trains the open-vocabulary zoo on the digits' train split: a transformers CLIP and a Stable Diffusion, saved with save_pretrained.
 
     python bench/zoo/open_vocabulary.py [--only clip|vae|unet] [--out FOLDER]
 
-Seeded; about 25 minutes on 2 cores, and one part needs those before it. As in Stable Diffusion 1.x the text encoder is CLIP's own. The
-tokenizer is the real one: its vocabulary comes with open_clip_torch. Weights are stored in float16 and load as float32.
+Training uses a fixed seed and takes about 25 minutes on 2 cores. The UNet needs the trained CLIP and VAE. As in Stable Diffusion 1.x, the
+text encoder is CLIP's own. The tokenizer is the real one: its vocabulary comes with open_clip_torch. Weights are stored in float16 and load
+as float32.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ SCHEDULER = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear", prediction_type
 
 
 def write_tokenizer(folder: Path) -> None:
-    """vocab.json, merges.txt and tokenizer_config.json as the hub's CLIP folders have them."""
+    """Writes vocab.json, merges.txt and tokenizer_config.json as in the CLIP folders on the Hugging Face hub."""
     from open_clip.tokenizer import SimpleTokenizer
 
     known = SimpleTokenizer()
@@ -78,7 +79,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def tokens(tokenizer: Any, prompts: list[str]) -> Tensor:
-    """[N, 77]."""
+    """Tokenizes prompts; returns ids [N, 77]."""
     found: Tensor = tokenizer(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     return found
 
@@ -88,7 +89,7 @@ def prompt(digit: int) -> str:
 
 
 def train_clip(images: Tensor, labels: Tensor, tokenizer: Any, iterations: int = 2500) -> CLIPModel:
-    """Each image against one prompt of each digit, both ways of the batch's classes; `images` in [0, 1]."""
+    """Trains CLIP to choose the right digit for each image from one random prompt per digit; `images` are in [0, 1]."""
     text = CLIPTextConfig(**TEXT, **TOKENS, max_position_embeddings=77).to_dict()
     vision = CLIPVisionConfig(**VISION, image_size=32, patch_size=4).to_dict()
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=TEXT["projection_dim"])).train()
@@ -108,7 +109,7 @@ def train_clip(images: Tensor, labels: Tensor, tokenizer: Any, iterations: int =
         if (iteration + 1) % 250 == 0:
             print(f"clip {iteration + 1} loss {loss.item():.4f} {time.monotonic() - start:.0f} s", flush=True)
     used = tokens(tokenizer, [template.format(name) for template in TEMPLATES for name in (*WORDS, *"0123456789")]).unique()
-    with torch.no_grad():  # words that training never saw say nothing, and take no room in a compressed package
+    with torch.no_grad():  # words never seen in training mean nothing; as zeros, they take no room in a compressed package
         table = model.text_model.embeddings.token_embedding.weight
         kept = torch.zeros(len(table), 1)
         kept[used] = 1
@@ -117,7 +118,7 @@ def train_clip(images: Tensor, labels: Tensor, tokenizer: Any, iterations: int =
 
 
 def train_vae(images: Tensor, iterations: int = 2500) -> AutoencoderKL:
-    """On augmented digits, some of them noisy, so that it takes in what is corrupted; the latents' scale is set at the end."""
+    """Trains on augmented digits, some of them noisy so that it copes with corrupted images; sets the latents' scale at the end."""
     vae = AutoencoderKL(**VAE)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, iterations)
@@ -141,7 +142,7 @@ def train_vae(images: Tensor, iterations: int = 2500) -> AutoencoderKL:
 
 
 class Prediction(nn.Module):
-    """A UNet in the order of train_denoiser's arguments."""
+    """A UNet with the signature that train_denoiser expects."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -155,10 +156,10 @@ class Prediction(nn.Module):
 def train_unet(
     images: Tensor, labels: Tensor, vae: AutoencoderKL, clip: CLIPModel, tokenizer: Any, iterations: int
 ) -> UNet2DConditionModel:
-    """On latents and the hidden states of prompts, one in ten of them empty."""
+    """Trains the UNet on latents and the hidden states of prompts. One prompt in ten is empty."""
     with torch.no_grad():
         embeddings = {text: clip.text_model(tokens(tokenizer, [text])).last_hidden_state[0] for text in {""} | all_prompts()}
-        # many variations of each image, encoded once
+        # many augmented versions of each image, encoded only once
         latents = torch.cat([vae.encode(augment(images) * 2 - 1).latent_dist.mean for _ in range(60)]) * vae.config.scaling_factor
     classes = labels.repeat(60)
 
@@ -179,7 +180,7 @@ def all_prompts() -> set[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["clip", "vae", "unet"])
-    parser.add_argument("--iterations", type=int, default=3600, help="of the UNet")
+    parser.add_argument("--iterations", type=int, default=3600, help="training iterations of the UNet")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "dtta_fast" / "zoo" / "open_vocabulary")
     args = parser.parse_args()
     clip_folder, diffusion = args.out / "clip", args.out / "diffusion"

@@ -1,10 +1,11 @@
-"""Chooses a corrupted benchmark: for each corruption the severity at which the source's validation accuracy is nearest to 60 %.
+"""Chooses the severities of a corrupted benchmark.
 
     python bench/zoo/severities.py [digits|fashion|segmentation|depth]
 
-On the first 300 images. Families on which it still exceeds 90 % there are left out: they leave nothing to adapt. Of the generated scenes,
-seven fixed families, on 100 scenes: where the source's score is nearest to a third worse than its clean one. Looks at the source alone,
-never at an adapted result. Prints the table and the dictionary that stands in dtta_fast/data/corruptions.py.
+For digits and fashion, each corruption gets the severity at which the source's accuracy on the first 300 validation images is closest to
+60 %. Corruptions on which it is still above 90 % there are left out, because they leave nothing to adapt. For the generated scenes, the
+seven corruptions are fixed, and each gets the severity at which the source's score on 100 scenes is closest to a third worse than its clean
+score. Only the source is measured, never an adapted model. Prints the table, and the dictionary for dtta_fast/data/corruptions.py.
 """
 
 from __future__ import annotations
