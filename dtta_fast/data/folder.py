@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,16 +11,23 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torch import Tensor
 from torchvision.transforms import functional as T
 
 from dtta_fast.data.base import Images
 from dtta_fast.runtime.files import open_plain, read_text
+from dtta_fast.runtime.warn import warn
 
 # the only formats that PIL may open here, whatever a file's suffix: for EPS, PIL would run Ghostscript, an interpreter
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]
+SUFFIXES = {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
+PICTURES = {".cr2", ".dng", ".eps", ".heic", ".heif", ".ico", ".jp2", ".nef", ".psd", ".raw", ".svg", ".tga"}  # not read
+(SUFFIXES if features.check("avif") else PICTURES).add(".avif")
+if features.check("avif"):
+    FORMATS.append("AVIF")
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+BITS_PER_SAMPLE = 258  # the TIFF tag
 MOST_BYTES = 2**29  # the largest image file; PIL's maximum number of pixels, uncompressed at 8 bits per channel, is 340 MiB
 MOST_PROPORTION = 64  # the largest ratio of the longer to the shorter side; a resize scales the shorter one to a model's size
 
@@ -78,7 +86,7 @@ def decode(source: Path | BinaryIO, name: str) -> Image.Image:
     """
     try:
         with open_image(source) as image:
-            return _rgb(ImageOps.exif_transpose(image))
+            return _rgb(ImageOps.exif_transpose(image), _bits(image))
     except Exception as error:  # PIL's decoders raise many types for damaged files
         raise ValueError(f"{name} is no image that can be read: {error}") from error
 
@@ -121,14 +129,26 @@ def read_lines(path: Path) -> list[str]:
         raise ValueError(f"{path} is no list that can be read: {error}; write it as UTF-8 text") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image, bits: int | None) -> Image.Image:
+    """Converts to RGB. bits: per channel, as the file says."""
     if image.mode == "F":
         raise ValueError("its pixels are floats, of no known range; save it with 8 bits a channel")
-    if image.mode.startswith("I"):  # 16 bits, which PIL would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith("I"):
+        if bits != 16:
+            found = f"{bits}-bit integers" if bits else "integers"
+            raise ValueError(f"its pixels are {found}, of no known range; save it with 8 or 16 bits a channel")
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))  # PIL would clip at 255
     if "transparency" in image.info and image.mode == "P":
         image = image.convert("RGBA")  # PIL warns about converting directly
     return image.convert("RGB")
+
+
+def _bits(image: Image.Image) -> int | None:
+    """Returns the bits per channel of an opened file of integers; None if the file does not tell."""
+    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):  # neither format has more than 16
+        return 16
+    found = getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE)
+    return int(found[0]) if found else None
 
 
 class ImageFiles(Images):
@@ -164,16 +184,35 @@ def _leads_up(place: str) -> bool:
 
 
 def image_files(folder: Path) -> list[str]:
-    """Lists the images of a folder and its subfolders by name, as relative paths with slashes. Hidden files and folders are skipped."""
-    found = []
+    """Lists the images of a folder and its subfolders by name, as relative paths with slashes.
+
+    Hidden files and folders, and those that systems and archives create, are skipped. A warning counts pictures in formats that are not
+    read.
+    """
+    found, passed = [], []
     for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _leads_up(os.path.join(place, name)))
+        folders[:] = sorted(name for name in folders if _counts(name) and not _leads_up(os.path.join(place, name)))
         inner = Path(place).relative_to(folder).as_posix()
         prefix = "" if inner == "." else f"{inner}/"
         for name in sorted(files):  # macOS creates ._NAME.jpg files that are not images
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                found.append(prefix + name)
+            suffix = os.path.splitext(name)[1].lower()
+            if not name.startswith(".") and suffix in SUFFIXES | PICTURES:
+                (found if suffix in SUFFIXES else passed).append(prefix + name)
+    if passed:
+        some = f"{len(passed)} pictures are" if len(passed) > 1 else "1 picture is"
+        warn(f"{folder}: {some} in a format that is not read, such as {passed[0]}; convert to PNG or JPEG")
     return found
+
+
+def _counts(name: str) -> bool:
+    """Returns whether a folder of this name is the user's own, rather than hidden or made by a system."""
+    return not name.startswith(".") and name not in SYSTEM_FOLDERS
+
+
+def natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Returns a sort key that compares numbers in names by value and ignores case: 2, 10, apple, x2, x10, Zebra."""
+    parts = re.findall(r"\d+|\D+", name.lower())
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
 
 
 def subfolders(folder: Path) -> list[str]:
@@ -184,7 +223,7 @@ def subfolders(folder: Path) -> list[str]:
     """
     if not os.path.isdir(folder):
         raise ValueError(f"{folder} is missing or no folder")
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and _counts(path.name))
 
 
 def class_files(root: Path, folders: Iterable[tuple[str, int]]) -> tuple[list[str], list[int]]:
@@ -220,6 +259,7 @@ def open_folder(root: Path) -> ImageFiles:
     if classes:
         names, labels = class_files(root, [(name, label) for label, name in enumerate(classes)])
         return ImageFiles(root, names, ["folder"] * len(names), labels, classes)
-    if not beside:
+    names = image_files(root)
+    if not names:
         raise ValueError(f"{root} holds no class folder and no file ending in {', '.join(sorted(SUFFIXES))}")
-    return ImageFiles(root, sorted(beside), ["folder"] * len(beside))
+    return ImageFiles(root, names, ["folder"] * len(names))

@@ -22,7 +22,7 @@ from dtta_fast.runs.config import RunConfig
 from dtta_fast.runs.content import read_again, shortened
 from dtta_fast.runs.folder import RunFolder
 from dtta_fast.runs.records import Record
-from dtta_fast.runs.summary import summary
+from dtta_fast.runs.summary import summary, warn_of_numbering
 from dtta_fast.runs.worker import Fetched, Finished, Worker, batches_of, fetch, open_data
 from dtta_fast.runtime import environment
 
@@ -75,11 +75,12 @@ def evaluate(
             if rank:
                 return {}
         everything, records_digest = folder.finish()
+        warn_of_numbering(everything)
         told = None if remaining else folder.summary
         found = {
             **summary(everything),
             "config": config,
-            "classes": list(run.classes or data.classes),
+            "classes": list(data.classes if sorted(run.classes) == sorted(data.classes) else run.classes or data.classes),
             "environment": told["environment"] if told else environment.describe(),
             "seconds": told["seconds"] if told else seconds,
             "wall_seconds": told["wall_seconds"] if told else time.perf_counter() - begun,

@@ -27,9 +27,12 @@ ZOO = {"classification": "digits", "zero_shot": "open_vocabulary", "segmentation
 
 
 class Models(NamedTuple):
+    """The models of a run. outputs: the model's output for each class of the data set, if their names show it."""
+
     model: nn.Module
     denoiser: Denoiser
     task: Task
+    outputs: list[int] | None = None
 
 
 def load_models(run: RunConfig, classes: Sequence[str] = (), outputs: Sequence[int] | None = None) -> Models:
@@ -43,10 +46,13 @@ def load_models(run: RunConfig, classes: Sequence[str] = (), outputs: Sequence[i
     """
     names = list(run.classes or classes)
     model, task = _model(run, names, outputs)
+    by_name = outputs_by_name(model, run.classes, classes) if run.task == "classification" and outputs is None else None
+    if by_name is not None:
+        names = [name for _, name in sorted(zip(by_name, classes, strict=True))]
     denoiser = _denoiser(run, names)
     if run.calibration is not None:
         denoiser.calibration = Calibration.load(run.calibration, denoiser)
-    return Models(model.to(run.device).eval(), denoiser.to(run.device, getattr(torch, run.dtype)).eval(), task)
+    return Models(model.to(run.device).eval(), denoiser.to(run.device, getattr(torch, run.dtype)).eval(), task, by_name)
 
 
 def load_classifier(name: str) -> nn.Module:
@@ -143,6 +149,20 @@ def _described(place: str, name: str) -> dict[str, Any]:
     if not folder.is_dir():
         folder = download(place, [name])
     return read_json(folder / name) if (folder / name).is_file() else {}
+
+
+def outputs_by_name(model: nn.Module, given: Sequence[str], classes: Sequence[str]) -> list[int] | None:
+    """Returns the model's output for each of a data set's class names; None if the names do not show it.
+
+    given: the class names in the order of the model's outputs. Without them, the names in the model's timm config are compared.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    names, told = [str(name) for name in config.get("label_names") or ()], config.get("label_descriptions") or {}
+    described = [str(told.get(name, name)) for name in names] if isinstance(told, dict) else []
+    for order in (list(given), names, described):
+        if len(set(order)) == len(order) and order and sorted(order) == sorted(classes):
+            return [order.index(name) for name in classes]
+    return None
 
 
 def class_names(model: nn.Module, classes: int) -> list[str]:

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 
 from dtta_fast.metrics import bootstrap_interval, calibration_error
+from dtta_fast.runtime.warn import warn
+
+LEAST_PER_CLASS = 3  # images per class from which another numbering of the classes can show
 
 Record = Mapping[str, Any]
 
@@ -72,6 +75,26 @@ def _figures(records: Sequence[Record]) -> dict[str, Any]:
         "calibration_error_before": calibration_error(confidence[0], right[0]),
         "calibration_error": calibration_error(confidence[1], right[1]),
     }
+
+
+def warn_of_numbering(records: Sequence[Record]) -> None:
+    """Warns if most answers are wrong, but would be right under another numbering of the classes: the model's order is then another."""
+    known = [record for record in records if "error" not in record and record.get("label") is not None and "prediction_before" in record]
+    count = 1 + max((max(record["label"], _number(record["prediction_before"])) for record in known), default=0)
+    if len(known) < LEAST_PER_CLASS * count:
+        return
+    table = torch.zeros(count, count, dtype=torch.int64, device="cpu")
+    for record in known:
+        if record["prediction_before"] is not None:
+            table[record["label"], record["prediction_before"]] += 1
+    most, usual = table.max(1)
+    right, renumbered = int(table.diagonal().sum()), int(most.sum())
+    if len(set(usual.tolist())) == count and renumbered > 0.7 * len(known) and right < 0.5 * renumbered:
+        shown = ", ".join(f"{label} as {answer}" for label, answer in enumerate(usual.tolist()) if label != answer)
+        warn(
+            f"{right / len(known):.1%} of the source model's answers are right, and {renumbered / len(known):.1%} would be if the classes "
+            f"were numbered differently (class {shown[:80]}): give classes in the order of the model's outputs"
+        )
 
 
 def _number(prediction: int | None) -> int:

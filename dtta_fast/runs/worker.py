@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dtta_fast.data.base import Images, Maps
+from dtta_fast.data.folder import natural_key
 from dtta_fast.data.images import holds_maps, open_images, subsample
 from dtta_fast.metrics import confusion, depth_errors, mean_class_accuracy, mean_iou
 from dtta_fast.runs.config import RunConfig
@@ -18,6 +19,7 @@ from dtta_fast.runs.content import digest
 from dtta_fast.runs.models import image_size, load_models
 from dtta_fast.runs.records import Record, rounded
 from dtta_fast.runtime.failures import out_of_memory
+from dtta_fast.runtime.warn import warn
 from dtta_fast.session.adapter import Adapter
 from dtta_fast.session.result import AdaptResult
 from dtta_fast.tasks.base import ClassTask
@@ -95,6 +97,17 @@ def fetch(data: Images | Maps, number: int, image_ids: Sequence[int], crop: Call
     return found
 
 
+def warn_of_order(classes: Sequence[str]) -> None:
+    """Warns if the string order of class folders, in which we number them, differs from their natural order, which timm uses."""
+    natural = sorted(classes, key=natural_key)
+    if list(classes) == sorted(classes) and natural != list(classes):
+        first = next(k for k, (one, other) in enumerate(zip(classes, natural, strict=True)) if one != other)
+        warn(
+            f"class folders are numbered in string order, so class {first} is {classes[first]!r}; in natural order, which timm uses, it is "
+            f"{natural[first]!r}. If the model was trained in another order, give all folder names as classes, in the model's order"
+        )
+
+
 class Worker:
     """Holds a data set, its models and an adapter; each process has one."""
 
@@ -104,6 +117,10 @@ class Worker:
         numbers = None if isinstance(data, Maps) or run.task == "zero_shot" or data.outputs is None else [*enumerate(data.outputs)]
         self._class_of = None if numbers is None else {output: k for k, output in numbers} | dict(data.further)  # type: ignore[union-attr]
         models = load_models(run, data.classes, None if self._class_of is None else sorted(self._class_of))
+        if self._class_of is None and models.outputs is not None:
+            self._class_of = {output: k for k, output in enumerate(models.outputs)}
+        elif self._class_of is None and run.task == "classification" and isinstance(data, Images):
+            warn_of_order(data.classes)
         self._task = models.task
         self.adapter = Adapter(models.model, models.denoiser, run.adapt, models.task)
         self._last_group: str | None = None
