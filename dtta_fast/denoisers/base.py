@@ -14,6 +14,7 @@ from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.runtime.constants import kept
 
+AUTOENCODERS = {"AutoencoderKL", "AutoencoderTiny", "VQModel"}  # by name, since importing diffusers takes a second
 ENCODED_PIXELS = 4 * 512**2  # the most pixels a VAE encodes at once
 
 
@@ -120,14 +121,38 @@ def _resizing(old: int, new: int, device: torch.device, dtype: torch.dtype) -> T
     return F.interpolate(unit, (new, old), mode="bilinear", antialias=True)[0, 0].to(dtype)
 
 
+def check_vae(vae: Any) -> None:
+    """Checks that to_latents() knows how to encode with an autoencoder; None is allowed, for pixel models.
+
+    Raises:
+        ValueError: it is of another class than AUTOENCODERS.
+    """
+    if vae is not None and not {base.__name__ for base in type(vae).__mro__} & AUTOENCODERS:
+        raise ValueError(f"vae is a {type(vae).__name__}; give one of diffusers': {', '.join(sorted(AUTOENCODERS))}")
+
+
 def to_latents(vae: Any, images: Tensor, size: int) -> Tensor:
-    """Encodes images [B, 3, H, W] in [0, 1] to a diffusers AutoencoderKL's posterior mean, scaled as for its diffusion model's training."""
-    at_once = max(1, ENCODED_PIXELS // size**2)  # the encoder's activations are far larger than a denoiser's
-    parts = [vae.encode(to_model_range(part, size).to(vae.dtype)).latent_dist.mean for part in images.split(at_once)]
-    return torch.cat(parts) * vae.config.scaling_factor
+    """Encodes images [B, 3, H, W] in [0, 1] with a diffusers autoencoder, shifted and scaled as for its diffusion model's training.
+
+    An AutoencoderKL gives its posterior's mean. The result is (z - shift_factor) * scaling_factor, as in the pipelines of SD 3 and Flux;
+    a config with per-channel statistics gives (z - latents_mean) / latents_std * scaling_factor, as in that of SDXL.
+    """
+    config, at_once = vae.config, max(1, ENCODED_PIXELS // size**2)  # the encoder's activations are far larger than a denoiser's
+    found = [vae.encode(to_model_range(part, size).to(vae.dtype)) for part in images.split(at_once)]
+    latents = torch.cat([part.latent_dist.mean if hasattr(part, "latent_dist") else part.latents for part in found])
+    for name in ("latents_mean", "latents_std"):
+        if config.get(name) is not None:
+            values = torch.tensor(config[name], dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)
+            latents = latents - values if name == "latents_mean" else latents / values
+    return (latents - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
+
+
+def _widths(vae: Any) -> Any:
+    """Returns the encoder's channels by resolution; AutoencoderTiny has another name for them."""
+    return vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
 
 
 def image_size(vae: Any, latent_size: int) -> int:
     """The image's side length in pixels for a latent of the given side length."""
-    size: int = latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    size: int = latent_size * 2 ** (len(_widths(vae)) - 1)
     return size

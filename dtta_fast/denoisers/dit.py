@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dtta_fast.denoisers.base import Denoiser, image_size, to_latents, to_model_range
+from dtta_fast.denoisers.base import Denoiser, check_vae, image_size, to_latents, to_model_range
 from dtta_fast.denoisers.dit_network import DiTNetwork
 from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.reading import (
@@ -47,6 +47,7 @@ class DiT(Denoiser):
 
     def __init__(self, network: DiTNetwork, process: NoiseProcess, vae: nn.Module | None = None) -> None:
         super().__init__()
+        check_vae(vae)
         self.network = network
         self.process = process
         self.vae: Any = vae

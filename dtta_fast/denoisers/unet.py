@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dtta_fast.denoisers.base import Denoiser, image_size, to_latents, to_model_range
+from dtta_fast.denoisers.base import Denoiser, check_vae, image_size, to_latents, to_model_range
 from dtta_fast.denoisers.noise_process import NoiseProcess
 
 
@@ -20,6 +20,7 @@ class UNetDenoiser(Denoiser):
 
     def __init__(self, unet: Any, process: NoiseProcess, vae: Any = None) -> None:
         super().__init__()
+        check_vae(vae)
         self.unet = unet
         self.vae = vae
         self.process = process
