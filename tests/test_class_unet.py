@@ -69,20 +69,20 @@ def test_patches_are_channels_of_one_pixel(pairs):
 def test_the_last_row_is_no_class_only_if_it_is_said(pairs):
     network = unet()
     table = network.class_embedding.weight
-    without, with_row = denoiser(network), denoiser(network, null_row=True)
+    without, with_row = denoiser(network), denoiser(network, null_class=True)
     assert len(without.class_embeddings({})) == 5
     assert torch.equal(with_row.class_embeddings({}), table[:4])
     assert torch.equal(with_row.null_embedding({}), table[4])
     per_image = torch.randn(2, 5, 32)
     assert torch.equal(with_row.null_embedding({"unet.class_embedding.weight": per_image}), per_image[:, 4])
-    with pytest.raises(ValueError, match="null_row=False"):
+    with pytest.raises(ValueError, match="null_class=False"):
         without.null_embedding({})
 
 
 def test_folders_of_our_own_and_of_diffusers_are_read(tmp_path, pairs):
     network = unet()
     x_t, timesteps = pairs[0].float(), pairs[1]
-    own = denoiser(network, null_row=True)
+    own = denoiser(network, null_class=True)
     own.save_pretrained(tmp_path / "own", SCHEDULER)
     DDPMPipeline(unet(), SCHEDULER).save_pretrained(tmp_path / "pipeline")
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_folders_of_our_own_and_of_diffusers_are_read(tmp_path, pairs):
                 table = read.class_embeddings({})
                 assert len(table) == rows
                 torch.testing.assert_close(read(x_t, timesteps, table[:3]), wanted)
-    assert ClassUNet.from_pretrained(tmp_path / "pipeline", null_row=True).null_row
+    assert ClassUNet.from_pretrained(tmp_path / "pipeline", null_class=True).null_class
 
 
 @pytest.mark.parametrize("parameters", ["frozen", "all"])
@@ -113,7 +113,7 @@ def test_a_classifier_is_adapted(parameters):
     [
         ({"num_class_embeds": None}, {}, "give a UNet2DModel with num_class_embeds"),
         ({"class_embed_type": "timestep"}, {}, "TimestepEmbedding"),
-        ({"num_class_embeds": 2}, {"null_row": True}, "at least 2 classes"),
+        ({"num_class_embeds": 2}, {"null_class": True}, "at least 2 classes"),
         ({"in_channels": 4}, {}, "with patch_size 1 and latents of 3, it needs 3 in"),
         ({}, {"patch_size": 2}, "needs 12 in"),
         ({}, {"patch_size": 0}, "patch_size is 0"),

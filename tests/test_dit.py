@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dtta_fast.denoisers.calibration import Calibration
@@ -114,6 +114,36 @@ def test_original_checkpoint_sizes_come_from_the_weights(tmp_path, random_networ
         torch.testing.assert_close(loaded.network(x, time, label), network(x, time, label))
     ddpm = NoiseProcess.from_scheduler(DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear"))
     assert torch.equal(loaded.process.table, ddpm.table)
+
+
+@pytest.mark.parametrize("wrapping", ["model", "state_dict", None])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_checkpoints_of_other_trainers(tmp_path, random_network, wrapping, prefix):
+    state = {prefix + name: value for name, value in random_network().state_dict().items()}
+    torch.save(state if wrapping is None else {wrapping: state, "step": 3}, tmp_path / "x.pt")
+    assert DiT.from_original(tmp_path / "x.pt", num_heads=2).network.sizes == random_network().sizes
+    if wrapping is None:
+        save_file(state, tmp_path / "x.safetensors")
+        assert DiT.from_original(tmp_path / "x.safetensors", num_heads=2).network.sizes == random_network().sizes
+
+
+def test_a_table_without_a_null_class(tmp_path, random_network):
+    state = random_network().state_dict()
+    rows = len(state["y_embedder.embedding_table.weight"])
+    with_row, without = (DiT.from_original(state, num_heads=2, null_class=known) for known in (True, False))
+    assert len(with_row.class_embeddings({})) == rows - 1
+    assert torch.equal(without.class_embeddings({}), state["y_embedder.embedding_table.weight"])
+    with pytest.raises(ValueError, match=r"null_class=False"):
+        without.null_embedding({})
+    without.save_pretrained(tmp_path, DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2))
+    assert len(DiT.from_pretrained(tmp_path).class_embeddings({})) == rows
+
+
+def test_a_file_is_not_looked_up_on_the_hub(tmp_path, random_network, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    save_file(random_network().state_dict(), tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors', a file; give the folder"):
+        DiT.from_pretrained(tmp_path / "x.safetensors")
 
 
 def test_original_initialisation_is_the_identity_of_the_paper():

@@ -125,7 +125,7 @@ class Training:
         torch.manual_seed(seed)
         self.channels, self.seed, self.device = list(channels), seed, device
         self.process = process().to(device)
-        self.network = ClassUNet(network(channels), self.process, patch_size=PATCH, null_row=True).to(device)
+        self.network = ClassUNet(network(channels), self.process, patch_size=PATCH, null_class=True).to(device)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
@@ -232,7 +232,7 @@ def finish(args: argparse.Namespace) -> None:
     parts = [load_file(args.out / f"weights{i}.safetensors") for i in range(about["parts"])]
     unet.load_state_dict({name: value.float() for part in parts for name, value in part.items()})
     scheduler = DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
-    denoiser = ClassUNet(unet, NoiseProcess.from_scheduler(scheduler), patch_size=PATCH, null_row=True).eval()
+    denoiser = ClassUNet(unet, NoiseProcess.from_scheduler(scheduler), patch_size=PATCH, null_class=True).eval()
     torch.testing.assert_close(denoiser.process.table, process().table, rtol=1e-4, atol=1e-5)  # as in training
     images, labels = cifar10.load(args.root, "validation")
     images, labels = images[: args.images].float() / 255, labels[: args.images]

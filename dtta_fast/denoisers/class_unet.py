@@ -37,7 +37,7 @@ class ClassUNet(UNetDenoiser):
         vae: an AutoencoderKL, or None for pixels.
         patch_size: the UNet sees each patch_size x patch_size square of x0 as the channels of one pixel (torch's pixel_unshuffle), so it
             has patch_size² times as many channels in and out. 1 for most models.
-        null_row: whether the last row of the class table stands for "no class", as in training with classifier-free guidance.
+        null_class: whether the last row of the class table stands for "no class", as in training with classifier-free guidance.
 
     Raises:
         ValueError: the UNet has no table of classes, or its channels do not fit.
@@ -45,13 +45,15 @@ class ClassUNet(UNetDenoiser):
 
     keep_in_float32 = (LABEL_TABLE,)  # conditions are mixtures of its rows, and their gradients accumulate over chunks
 
-    def __init__(self, unet: Any, process: NoiseProcess, vae: Any = None, *, patch_size: int = 1, null_row: bool = False) -> None:
+    def __init__(self, unet: Any, process: NoiseProcess, vae: Any = None, *, patch_size: int = 1, null_class: bool = False) -> None:
         super().__init__(unet, process, vae)
         table = getattr(unet, "class_embedding", None)
         if not isinstance(table, nn.Embedding):
             raise ValueError(f"unet has the class embedding {type(table).__name__}; give a UNet2DModel with num_class_embeds")
-        if len(table.weight) - null_row < 2:
-            raise ValueError(f"unet has {len(table.weight)} class embeddings, and null_row is {null_row}; at least 2 classes are needed")
+        if len(table.weight) - null_class < 2:
+            raise ValueError(
+                f"unet has {len(table.weight)} class embeddings, and null_class is {null_class}; at least 2 classes are needed"
+            )
         if type(patch_size) is not int or patch_size < 1:
             raise ValueError(f"patch_size is {patch_size!r}; give a whole number of 1 or more")
         self._latent = 3 if vae is None else vae.config.latent_channels
@@ -64,7 +66,7 @@ class ClassUNet(UNetDenoiser):
         if not isinstance(table, _SoftEmbedding):
             unet.class_embedding = _SoftEmbedding(*table.weight.shape, _weight=table.weight.detach())
             unet.class_embedding.weight = table.weight
-        self.patch_size, self.null_row = patch_size, null_row
+        self.patch_size, self.null_class = patch_size, null_class
 
     @property
     def image_size(self) -> int:
@@ -78,7 +80,7 @@ class ClassUNet(UNetDenoiser):
     def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Returns [K, D], or [B, K, D] if `parameters` holds one table per image; a row for "no class" is excluded."""
         own = self.unet.class_embedding.weight
-        return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., : own.shape[0] - self.null_row, :]
+        return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., : own.shape[0] - self.null_class, :]
 
     def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Returns the last row of the table: [D], or [B, D] if `parameters` holds one table per image.
@@ -86,8 +88,8 @@ class ClassUNet(UNetDenoiser):
         Raises:
             ValueError: the model was trained without such a row.
         """
-        if not self.null_row:
-            raise ValueError("denoiser has no row for 'no class' (null_row=False): null_condition needs a model trained with one")
+        if not self.null_class:
+            raise ValueError("denoiser has no row for 'no class' (null_class=False): null_condition needs a model trained with one")
         own = self.unet.class_embedding.weight
         return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., -1, :]
 
@@ -101,14 +103,14 @@ class ClassUNet(UNetDenoiser):
     @classmethod
     @float32_on_cpu()
     def from_pretrained(
-        cls, path: str | Path, *, patch_size: int | None = None, null_row: bool | None = None, calibration: bool = True
+        cls, path: str | Path, *, patch_size: int | None = None, null_class: bool | None = None, calibration: bool = True
     ) -> ClassUNet:
         """Loads a folder with unet/, scheduler/ and, for a latent model, vae/, as save_pretrained() or a diffusers pipeline writes it.
 
         If path is not a folder, it is treated as a Hugging Face Hub model id.
 
         Args:
-            patch_size, null_row: same as for ClassUNet; None takes what the folder's config.json says, and without one 1 and False.
+            patch_size, null_class: same as for ClassUNet; None takes what the folder's config.json says, and without one 1 and False.
             calibration: False skips the folder's calibration.json.
 
         Raises:
@@ -122,10 +124,10 @@ class ClassUNet(UNetDenoiser):
         config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {"_class_name": KIND}
         if config.get("_class_name") != KIND:
             raise ValueError(f"{folder / 'config.json'} names {config.get('_class_name')!r}; a {KIND}'s folder names {KIND}")
-        told = {"patch_size": config.get("patch_size", 1), "null_row": config.get("null_row", False)}
-        if type(told["patch_size"]) is not int or not 1 <= told["patch_size"] < 64 or type(told["null_row"]) is not bool:
-            raise ValueError(f"{folder / 'config.json'} has {str(told)[:80]}; give a patch_size below 64, and null_row true or false")
-        given = {name: value for name, value in (("patch_size", patch_size), ("null_row", null_row)) if value is not None}
+        told = {"patch_size": config.get("patch_size", 1), "null_class": config.get("null_class", False)}
+        if type(told["patch_size"]) is not int or not 1 <= told["patch_size"] < 64 or type(told["null_class"]) is not bool:
+            raise ValueError(f"{folder / 'config.json'} has {str(told)[:80]}; give a patch_size below 64, and null_class true or false")
+        given = {name: value for name, value in (("patch_size", patch_size), ("null_class", null_class)) if value is not None}
         parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": AutoencoderKL} if (folder / "vae").is_dir() else {})
         for name, kind in parts.items():
             parts[name] = read_model(kind, folder / name, use_safetensors=True, torch_dtype=torch.float32)
@@ -147,5 +149,5 @@ class ClassUNet(UNetDenoiser):
         scheduler.save_pretrained(folder / "scheduler")
         if self.calibration is not None:
             self.calibration.save(folder / CALIBRATION)
-        found = {"_class_name": KIND, "patch_size": self.patch_size, "null_row": self.null_row}
+        found = {"_class_name": KIND, "patch_size": self.patch_size, "null_class": self.null_class}
         (folder / "config.json").write_text(json.dumps(found, indent=2) + "\n")

@@ -30,6 +30,7 @@ from dtta_fast.denoisers.reading import (
 from dtta_fast.runtime.archives import LOCAL, check_archive
 from dtta_fast.runtime.defaults import float32_on_cpu
 
+WRAPPINGS = ("ema", "model", "state_dict")  # keys of a checkpoint that may hold the weights, the first that is there
 LABEL_TABLE = "network.y_embedder.embedding_table.weight"
 
 
@@ -108,7 +109,13 @@ class DiT(Denoiser):
         return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., : self.network.num_classes, :]
 
     def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Returns the last row of the label table: [D], or [B, D] if `parameters` holds one table per image."""
+        """Returns the last row of the label table: [D], or [B, D] if `parameters` holds one table per image.
+
+        Raises:
+            ValueError: the model was trained without such a row.
+        """
+        if not self.network.sizes["null_class"]:
+            raise ValueError("denoiser has no row for 'no class' (null_class=False): null_condition needs a model trained with one")
         own = self.network.y_embedder.embedding_table.weight
         return parameters.get(LABEL_TABLE, own.detach()).to(own.dtype)[..., self.network.num_classes, :]
 
@@ -127,15 +134,20 @@ class DiT(Denoiser):
         path_or_state_dict: str | Path | Mapping[str, Tensor],
         *,
         num_heads: int,
+        null_class: bool = True,
         process: NoiseProcess | None = None,
         vae: nn.Module | None = None,
     ) -> DiT:
         """Loads a checkpoint of the original DiT repository (`DiT-XL-2-256x256.pt`: 16 heads) of any size.
 
-        All sizes except the number of heads are inferred from the weights. A file is loaded with weights_only.
+        All sizes except the number of heads are inferred from the weights. A .safetensors file is read as such, any other file with
+        weights_only. Weights may be nested under "ema", "model" or "state_dict", the first that is there, and their names may begin with
+        "module." or "_orig_mod.".
 
         Args:
             num_heads: number of attention heads, which cannot be inferred from the weights.
+            null_class: whether the last row of the label table stands for "no class", as in training with classifier-free guidance. This
+                cannot be inferred either: without such a row, every row is a class.
             vae: same as for DiT.
             process: None uses the original's: 1,000 linear betas from 1e-4 to 2e-2, predicting the noise.
 
@@ -143,10 +155,11 @@ class DiT(Denoiser):
             FileNotFoundError, ValueError: the file does not exist, or the weights are not a DiT's.
         """
         given = path_or_state_dict
-        state: Mapping[str, Any] = given if isinstance(given, Mapping) else _read_torch_file(Path(given))
+        state: Mapping[str, Any] = given if isinstance(given, Mapping) else _read_file(Path(given))
         source = "path_or_state_dict" if isinstance(given, Mapping) else str(given)
-        weights = state.get("ema", state)  # a training checkpoint has raw and EMA weights; sampling uses EMA
-        network = _network_from_original(weights, num_heads, source)
+        # a training checkpoint has raw and EMA weights; sampling uses EMA
+        weights = next((state[name] for name in WRAPPINGS if isinstance(state.get(name), Mapping)), state)
+        network = _network_from_original(_without_prefix(weights), num_heads, null_class, source)
         if process is None:
             from diffusers import DDPMScheduler
 
@@ -236,24 +249,33 @@ def _sized(sizes: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiTNetwork:
     return DiTNetwork(**sizes)
 
 
-def _network_from_original(state: Mapping[str, Tensor], num_heads: int, source: str) -> DiTNetwork:
+def _without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Strips what DistributedDataParallel and torch.compile put before every name."""
+    for prefix in ("module.", "_orig_mod."):
+        if state and all(isinstance(name, str) and name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _network_from_original(state: Mapping[str, Tensor], num_heads: int, null_class: bool, source: str) -> DiTNetwork:
     labels, final = "y_embedder.embedding_table.weight", "final_layer.linear.weight"
     if not isinstance(state, Mapping):
         raise ValueError(f"{source} is no DiT checkpoint: ema holds a {type(state).__name__}, not a state dict")
     wanted = ("x_embedder.proj.weight", "pos_embed", labels, "blocks.0.mlp.fc1.weight", final)
     missing = [name for name in wanted if name not in state]
     if missing:
-        raise ValueError(f"{source} is no DiT checkpoint: {', '.join(missing)} missing")
+        there = ", ".join(map(str, list(state)[:3]))
+        raise ValueError(f"{source} is no DiT checkpoint: {', '.join(missing)} missing; it has {there or 'nothing'}")
     check_weights(state, source)
     try:
-        network = _sized(_original_sizes(state, num_heads), state)
+        network = _sized(_original_sizes(state, num_heads, null_class), state)
     except OF_VALUES as error:
         raise ValueError(f"{source} is no DiT checkpoint: {error}") from error
     _load(network, state, source)
     return network
 
 
-def _original_sizes(state: Mapping[str, Tensor], num_heads: int) -> dict[str, Any]:
+def _original_sizes(state: Mapping[str, Tensor], num_heads: int, null_class: bool) -> dict[str, Any]:
     labels, final = "y_embedder.embedding_table.weight", "final_layer.linear.weight"
     hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
     outputs = len(state[final]) // patch_size**2
@@ -265,7 +287,8 @@ def _original_sizes(state: Mapping[str, Tensor], num_heads: int) -> dict[str, An
         "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
         "num_heads": num_heads,
         "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / hidden_size,
-        "num_classes": len(state[labels]) - 1,  # the last row is the null class
+        "num_classes": len(state[labels]) - null_class,
+        "null_class": null_class,
         "learn_sigma": outputs == 2 * in_channels,
     }
 
@@ -340,6 +363,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged: {error}") from error
     check_weights(state, path)
     return state
+
+
+def _read_file(path: Path) -> Mapping[str, Tensor]:
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch_file(path)
 
 
 def _read_torch_file(path: Path) -> Mapping[str, Tensor]:

@@ -127,8 +127,10 @@ def download(model_id: str, patterns: list[str], without: list[str] | None = Non
     Only files that match `patterns` and not `without` are downloaded. `argument` is the name of the argument that held the id, for errors.
 
     Raises:
-        FileNotFoundError: the Hub has no such model, or cannot be reached. ValueError: the id is not a valid Hub id.
+        FileNotFoundError: the Hub has no such model, or cannot be reached. ValueError: the id is a file here, or no valid Hub id.
     """
+    if os.path.exists(model_id):
+        raise ValueError(f"{argument} is {model_id!r}, a file; give the folder that holds the model's config.json and weights")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
