@@ -7,12 +7,14 @@ import warnings
 import weakref
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dtta_fast import AdaptConfig, Adapter, adapt
+from dtta_fast.tasks import Classification
 
 CONFIG = AdaptConfig(steps=2, pairs=4, lr=1e-2)
 REGISTRY: dict[str, nn.Module] = {}
@@ -418,3 +420,24 @@ def test_random_numbers_in_a_forward_are_told_once(floats):
         warnings.simplefilter("error")
         session.adapt(floats[1][:1])
         Adapter(Net(), floats[0], CONFIG).adapt(floats[1])
+
+
+def test_what_a_model_does_not_take_is_explained(denoiser):
+    images = torch.rand(2, 3, 32, 32)
+    grey = timm.create_model("resnet18", num_classes=7, in_chans=1)
+    with pytest.raises(ValueError, match=r"first layer takes images of 1 channels, and images are RGB; average the channels"):
+        adapt(grey, denoiser, images, config=CONFIG)
+    small = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=32)
+    with pytest.raises(ValueError, match=r"built for another size than 224x224, which its timm config gives .*Classification\(crop=...\)"):
+        adapt(small, denoiser, images, config=CONFIG)
+    found = adapt(small, denoiser, images, config=CONFIG, task=Classification(crop=lambda crop: crop))
+    assert found.outputs.shape == (2, 7)
+    with pytest.raises(ValueError, match=r"returns 1 logit for each image.*\[0, z\]"):
+        adapt(nn.Sequential(nn.Flatten(), nn.Linear(3072, 1)), denoiser, images, config=CONFIG)
+
+    class Broken(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("a fault of its own")
+
+    with pytest.raises(RuntimeError, match=r"^a fault of its own$"):
+        adapt(Broken(3072, 7), denoiser, images, config=CONFIG)

@@ -32,6 +32,28 @@ def refusing_recomputation(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def explaining_misfits(module: nn.Module, inputs: Tensor) -> Iterator[None]:
+    """Turns the error of a model that does not take its inputs [B, 3, H, W] into a ValueError that names a remedy."""
+    try:
+        yield
+    except (RuntimeError, AssertionError) as error:
+        said, first = str(error), next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+        size = "x".join(map(str, inputs.shape[-2:]))
+        if first is not None and first.in_channels != inputs.shape[1] and "channels" in said:
+            remedy = "average the channels" if first.in_channels == 1 else "make those channels"
+            raise ValueError(
+                f"model's first layer takes images of {first.in_channels} channels, and images are RGB; {remedy} in "
+                f"Classification(normalise=...) or in a module around the model: {said.splitlines()[0]}"
+            ) from error
+        if "doesn't match model" in said:  # timm's patch embedding
+            raise ValueError(
+                f"model was built for another size than {size}, which its timm config gives ({said.splitlines()[0]}); "
+                "give task=Classification(crop=...), or set the size in model.pretrained_cfg['input_size']"
+            ) from error
+        raise
+
+
+@contextmanager
 def warning_of_random_numbers(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Warns if the module draws from torch's random generators in eval mode."""
     on_gpu = device.type == "cuda" and torch.cuda.is_initialized()

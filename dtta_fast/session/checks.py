@@ -35,8 +35,10 @@ class Request(NamedTuple):
 
 def check_arguments(model: Any, denoiser: Any, config: Any, task: Any) -> None:
     """Raises TypeError if a session's arguments have the wrong type."""
-    if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel):
-        raise TypeError(f"model is a {type(model).__name__}; give a torch.nn.Module (of a DataParallel, its .module)")
+    if not isinstance(model, nn.Module) or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise TypeError(
+            f"model is a {type(model).__name__}; give a torch.nn.Module (of a DataParallel or DistributedDataParallel, its .module)"
+        )
     if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
         raise TypeError(
             f"model, a {type(model).__name__}, holds a ScriptModule, whose weights cannot be exchanged; give what it was made of"

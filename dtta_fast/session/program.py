@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from dtta_fast.runtime.clock import Clock
 from dtta_fast.runtime.failures import is_the_callers, out_of_memory, reason
 from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.reads import Checks
-from dtta_fast.runtime.trial import refusing_kept_tensors, refusing_recomputation, warning_of_random_numbers
+from dtta_fast.runtime.trial import explaining_misfits, refusing_kept_tensors, refusing_recomputation, warning_of_random_numbers
 from dtta_fast.runtime.warn import warn
 from dtta_fast.session.checks import Request
 from dtta_fast.session.loop import Batch, Decision, Outcome, Program
@@ -33,6 +33,13 @@ from dtta_fast.session.memory import Needs
 from dtta_fast.session.planning import Planner
 
 SURE = 0.8  # probability from which the pre-check takes an answer that matching does not change; chosen on validation images (docs/log.md)
+
+
+@contextmanager
+def _first_run(model: nn.Module, inputs: Tensor) -> Iterator[None]:
+    """Checks the first forward pass of a model."""
+    with explaining_misfits(model, inputs), warning_of_random_numbers(model, inputs.device):
+        yield
 
 
 class ModuleProgram(Program):
@@ -127,7 +134,7 @@ class ModuleProgram(Program):
     def checked_outputs(self, inputs: Tensor, checks: Checks) -> Tensor:
         """Runs the source model, and checks that the task can use its outputs."""
         problem = self.problem
-        with nullcontext() if self._ran else warning_of_random_numbers(problem.model, inputs.device):
+        with nullcontext() if self._ran else _first_run(problem.model, inputs):
             outputs = self.plain_outputs(inputs)
         self._ran = True
         problem.task.check(outputs, problem.denoiser, problem.config, checks)

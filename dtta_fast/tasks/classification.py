@@ -61,6 +61,11 @@ class Classification(ClassTask):
             raise ValueError(f"model returns a {outputs.layout} tensor; a classifier returns dense logits [B, K]")
         if outputs.ndim != 2:
             raise ValueError(f"model returns shape {tuple(outputs.shape)}; a classifier returns logits [B, K]")
+        if outputs.shape[1] < 2:
+            raise ValueError(
+                "model returns 1 logit for each image, and with one class there is nothing to decide; for a yes-or-no logit z, return "
+                "[0, z]: torch.cat([torch.zeros_like(z), z], dim=1)"
+            )
         if outputs.shape[1] != classes:
             raise ValueError(f"model has {outputs.shape[1]} classes and denoiser has embeddings for {classes}; both need the same classes")
         if self._subset is not None:
