@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
-from dtta_fast import Adapter, AdaptConfig
+from dtta_fast import AdaptConfig, Adapter
 from dtta_fast.denoisers import ClassUNet
 from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.runs.models import load_denoiser

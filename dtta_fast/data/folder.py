@@ -72,6 +72,15 @@ def read_pixels(source: Path | BinaryIO, name: str) -> Tensor:
     return _to_tensor(decode(source, name))
 
 
+def to_pixels(image: Image.Image) -> Tensor:
+    """Converts a PIL image to uint8 [3, H, W] in RGB, rotated according to its EXIF.
+
+    Raises:
+        ValueError: its pixels have no known range.
+    """
+    return _to_tensor(_rgb(ImageOps.exif_transpose(image), _bits(image)))
+
+
 def _to_tensor(image: Image.Image) -> Tensor:
     """Converts to uint8 [3, H, W]. Not done by torchvision, whose conversions depend on torch's default dtype and device."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

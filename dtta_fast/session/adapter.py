@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.core import lora
 from dtta_fast.core.guard import unchanged
 from dtta_fast.core.step import State
-from dtta_fast.core.weights import select
+from dtta_fast.core.weights import anchor, select
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime.clock import Clock
 from dtta_fast.runtime.reads import Checks
 from dtta_fast.runtime.turns import Turns
 from dtta_fast.session.checks import Request, check_arguments, check_denoiser, check_normalisation, checked, checked_pairs
 from dtta_fast.session.engine import Engine
+from dtta_fast.session.inputs import Images, to_batch, to_ids
 from dtta_fast.session.loop import Call, Outcome, run
 from dtta_fast.session.online import copied, loaded, save_adapters
 from dtta_fast.session.result import AdaptResult, assembled, indices
@@ -81,9 +83,9 @@ class Adapter:
 
     def adapt(
         self,
-        images: Tensor,
+        images: Images,
         *,
-        image_ids: Tensor | None = None,
+        image_ids: Tensor | Sequence[int] | None = None,
         latents: Tensor | None = None,
         timesteps: Tensor | None = None,
         noise: Tensor | None = None,
@@ -93,7 +95,8 @@ class Adapter:
         """Adapts to a batch and predicts.
 
         Args:
-            images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised.
+            images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised. Also a PIL image, a numpy array [H, W, 3] or
+                [B, H, W, 3], a path, or a list of images of any of these kinds; those of different sizes are cropped one by one.
             image_ids: [B] int64, 0 .. 2^32 - 1, identifies each image's random draws; 0 .. B - 1 by default. In episodic mode an
                 image's result depends only on (seed, image_id, config).
             latents: [B, C, h, w], x0 if it is already encoded. timesteps [B, steps, P] and noise [B, steps, P, C, h, w]
@@ -107,6 +110,9 @@ class Adapter:
             ValueError: the input is invalid; nothing has changed. RuntimeError: called under torch.inference_mode().
         """
         start, engine, checks = time.perf_counter(), self.engine, Checks()
+        device = anchor(engine.model).device
+        images, found = to_batch(images, device, self.crop)
+        image_ids, cropped = to_ids(image_ids, device), cropped or found
         request = Request(images, image_ids, latents, timesteps, noise, deadline_ms, cropped)
         request = checked(request, start, engine.model, engine.denoiser, self.config, checks)
         with self._turns.alone() as broken_off:
@@ -246,11 +252,11 @@ class Adapter:
 def adapt(
     model: nn.Module,
     denoiser: Denoiser,
-    images: Tensor,
+    images: Images,
     *,
     config: AdaptConfig = presets.FAST,
     task: Task | None = None,
-    image_ids: Tensor | None = None,
+    image_ids: Tensor | Sequence[int] | None = None,
     latents: Tensor | None = None,
     timesteps: Tensor | None = None,
     noise: Tensor | None = None,
@@ -262,7 +268,7 @@ def adapt(
     Args:
         model: a torch.nn.Module, such as a timm classifier.
         denoiser: the diffusion model, on the same device.
-        images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised.
+        images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised; or PIL images, arrays or paths, as for Adapter.adapt.
         config: a preset, or an AdaptConfig.
         task: None means Classification().
         image_ids, latents, timesteps, noise: same as for Adapter.adapt.

@@ -1,0 +1,102 @@
+"""Images as people hold them: PIL images, arrays, paths, lists, and lists of different sizes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dtta_fast import Adapter, adapt, presets, zoo
+from dtta_fast.tasks import Classification
+
+CONFIG = presets.FAST.replace(steps=1, pairs=2, guard=4)
+
+
+@pytest.fixture(scope="module")
+def adapter() -> Adapter:
+    return Adapter(*zoo.load("digits"), CONFIG)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    return (
+        zoo.example("digits")[0][:3].to(torch.uint8)
+        if zoo.example("digits")[0].dtype == torch.uint8
+        else (zoo.example("digits")[0][:3] * 255).round().to(torch.uint8)
+    )
+
+
+def held(pixels: Tensor, kind: str, folder) -> object:
+    """The same three images in another form."""
+    arrays = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    pictures = [Image.fromarray(array) for array in arrays]
+    for i, picture in enumerate(pictures):
+        picture.save(folder / f"{i}.png")
+    return {
+        "PIL": pictures,
+        "RGBA": [picture.convert("RGBA") for picture in pictures],
+        "array": arrays,
+        "float array": arrays.astype(np.float64) / 255,
+        "arrays": list(arrays),
+        "paths": [folder / f"{i}.png" for i in range(3)],
+        "names": tuple(str(folder / f"{i}.png") for i in range(3)),
+        "tensors": list(pixels),
+        "mixed": [pixels[0], pictures[1], folder / "2.png"],
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["PIL", "RGBA", "array", "float array", "arrays", "paths", "names", "tensors", "mixed"])
+def test_every_form_gives_the_same_answer(adapter, pixels, kind, tmp_path):
+    wanted = adapter.adapt(pixels, image_ids=torch.tensor([5, 6, 7]))
+    found = adapter.adapt(held(pixels, kind, tmp_path), image_ids=[5, 6, 7])
+    torch.testing.assert_close(found.outputs, wanted.outputs.to(found.outputs.dtype), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.predictions, wanted.predictions)
+
+
+def test_one_image_needs_no_list(adapter, pixels):
+    picture = Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
+    wanted = adapter.adapt(pixels[:1])
+    torch.testing.assert_close(adapter.adapt(picture).outputs, wanted.outputs)
+    torch.testing.assert_close(adapter.adapt(np.asarray(picture), image_ids=np.array([0])).outputs, wanted.outputs)
+    torch.testing.assert_close(adapt(*zoo.load("digits"), picture, config=CONFIG).outputs, wanted.outputs)
+
+
+def test_a_photo_is_turned_as_its_exif_says(adapter, pixels):
+    upright = Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
+    lying = upright.rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right by 90 degrees to see it upright
+    lying.getexif().update(exif)
+    torch.testing.assert_close(adapter.adapt(lying).outputs, adapter.adapt(upright).outputs)
+
+
+def test_different_sizes_are_cropped_one_by_one(pixels):
+    larger = torch.nn.functional.interpolate(pixels[:1].float() / 255, (64, 80), mode="nearest")[0]
+    adapter = Adapter(*zoo.load("digits"), CONFIG)
+    crops = [adapter.crop(image[None].float())[0] for image in (pixels[1] / 255, larger)]
+    wanted = adapter.adapt(torch.stack(crops), cropped=True)
+    torch.testing.assert_close(adapter.adapt([pixels[1], larger]).outputs, wanted.outputs)
+    without = Adapter(*zoo.load("digits"), CONFIG, Classification(crop=lambda images: images))
+    with pytest.raises(ValueError, match=r"images have sizes 32x32, 64x80, and the model has no config"):
+        without.adapt([pixels[1], larger])
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        ([], ValueError, "empty list"),
+        (3, TypeError, "a int; give a tensor"),
+        ([object()], TypeError, "list of object"),
+        (np.zeros((4, 4)), ValueError, r"shape \(4, 4\); give \[H, W, 3\]"),
+        (np.zeros((3, 8, 8), dtype=np.uint8), ValueError, "channels last"),
+        (np.zeros((8, 8, 3), dtype=np.int32), ValueError, "array of int32"),
+        ([torch.zeros(1, 3, 8, 8)], ValueError, r"in a list, give \[3, H, W\]"),
+        ("nothing.png", ValueError, "nothing.png is no image"),
+        (Image.new("F", (8, 8)), ValueError, "of no known range"),
+    ],
+)
+def test_what_is_not_understood_is_named(adapter, images, error, message):
+    with pytest.raises(error, match=message):
+        adapter.adapt(images)
