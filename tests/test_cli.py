@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -259,3 +260,34 @@ def test_adapt_command_reads_no_calibration_where_another_is_given(tmp_path):
     shutil.copytree(own, folder)
     (folder / "calibration.json").write_text("damaged")
     main(["adapt", str(image), "--classes", "five, one", "--denoiser", str(folder), "--calibration", str(own / "calibration.json")])
+
+
+def test_adapt_takes_files_folders_and_names_from_stdin(tmp_path, monkeypatch, capsys):
+    images, _ = load_digits("validation")
+    (tmp_path / "set" / "inner").mkdir(parents=True)
+    paths = [tmp_path / "set" / "a.png", tmp_path / "set" / "inner" / "b.png"]
+    for path, image in zip(paths, images[:2], strict=True):
+        to_pil_image(image).save(path)
+    quick = ["--steps", "1", "--pairs", "1", "--guard", "4"]
+
+    def rows(*arguments: str) -> list[dict]:
+        out = tmp_path / "found.json"
+        out.unlink(missing_ok=True)
+        main(["adapt", *arguments, *quick, "--json", str(out)])
+        return [{key: row[key] for key in ("path", "before", "after")} for row in json.loads(out.read_text())["images"]]
+
+    wanted = rows(*map(str, paths))
+    assert [row["path"] for row in wanted] == [str(path) for path in paths]
+    assert rows(str(tmp_path / "set")) == wanted
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(str, paths)) + "\n\n"))
+    assert rows("-") == wanted
+    capsys.readouterr()
+    (tmp_path / "empty").mkdir()
+    test_bad_input_is_one_line_and_status_2(capsys, ["adapt", str(tmp_path / "empty")], "empty is a folder without images")
+    test_bad_input_is_one_line_and_status_2(capsys, ["adapt", str(paths[0]), str(tmp_path / "no.png")], "no.png is missing")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    with subprocess.Popen([DTTA, "evaluate", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +15,7 @@ from torch import nn
 
 from dtta_fast import presets, zoo
 from dtta_fast.commands.common import OutFile, Settings, check_path, checked_device, holds, names_of, quiet, shown, terminal, write_json
-from dtta_fast.data.folder import read_image
+from dtta_fast.data.folder import image_files, read_image
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.runs.models import class_names, load_pair
@@ -35,13 +37,14 @@ class Adapt:
     """
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)")]
-    """Image files."""
+    """Image files, and folders of them; - reads names from the standard input, one per line."""
     classes: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help_behavior_hint="(default: those of the classifier)")] = None
     """Class names for CLIP, separated by commas, such as "a cat, a dog, a car". If omitted, the model is a timm classifier."""
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "zoo"
     """Classifier: a timm name, hf-hub:ID, or a folder in timm's format; with --classes, a CLIP folder or hub id. zoo: the digits model."""
     denoiser: Annotated[str, tyro.conf.arg(metavar="DENOISER")] = "zoo"
-    """DiT for the model's classes: a folder or a hub id; with --classes, a Stable Diffusion model. zoo: the digits model."""
+    """Diffusion model of the model's classes, a DiT or a class-conditional UNet: a folder or a hub id; with --classes, a Stable Diffusion
+    model. zoo: the digits model."""
     calibration: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the denoiser's own)")] = None
     """Calibration of the denoiser, as written by `dtta calibrate`; defaults to calibration.json in the denoiser's folder."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,17 +66,16 @@ class Adapt:
         for name, place in (("model", self.model), ("denoiser", self.denoiser), ("calibration", self.calibration)):
             if place is not None:
                 check_name(name, place)
-        if not self.images:
-            raise ValueError("images are missing: give one file and more")
-        device = checked_device(self.device)
-        images = [read_image(path) for path in self.images]
+        device, paths = checked_device(self.device), files(self.images)
+        first = read_image(paths[0])
         with terminal(stderr=True).status("loading"):
             model, denoiser, task = self._classifier() if self.classes is None else self._clip(names_of(self.classes))
             if self.calibration is not None:
                 denoiser.calibration = Calibration.load(self.calibration, denoiser)
             adapter = Adapter(model.to(device), denoiser.to(device), self.config, task)
         rows: list[dict[str, Any]] = []
-        for number, (path, image) in enumerate(zip(self.images, images, strict=True)):  # one by one, because sizes differ
+        for number, path in enumerate(paths):  # one by one, because sizes differ
+            image = read_image(path) if number else first
             found = adapter.adapt(image[None].to(device), image_ids=torch.tensor([number], dtype=torch.int64, device=device))
             before, after = (outputs[0].float().softmax(0).tolist() for outputs in (found.outputs_before, found.outputs))
             names = class_names(model, len(after)) if self.classes is None else names_of(self.classes)
@@ -104,6 +106,30 @@ class Adapt:
         place = own / "diffusion" if self.denoiser == "zoo" else self.denoiser
         denoiser = StableDiffusion.from_pretrained(place, dtype=getattr(torch, self.dtype), calibration=self.calibration is None)
         return clip, denoiser, ZeroShot(names, processor)
+
+
+def files(given: Sequence[Path]) -> list[Path]:
+    """Lists the image files that paths stand for: a file itself, a folder's images, and for - the names on the standard input.
+
+    Raises:
+        ValueError: a file is missing, a folder has no image, or nothing is given.
+    """
+    found: list[Path] = []
+    for path in given:
+        if str(path) == "-":
+            found += files([Path(line) for line in sys.stdin.read().splitlines() if line.strip() not in ("", "-")])
+        elif path.is_dir():
+            names = image_files(path)
+            if not names:
+                raise ValueError(f"{path} is a folder without images")
+            found += [path / name for name in names]
+        elif path.exists():
+            found.append(path)
+        else:
+            raise ValueError(f"{path} is missing")
+    if not found:
+        raise ValueError("images are missing: give one file and more")
+    return found
 
 
 def _print_probabilities(row: dict[str, Any]) -> None:

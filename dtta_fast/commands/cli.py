@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -41,6 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             start, arguments = Evaluate.start(arguments)
         command: Any = tyro.cli(_commands(arguments, start), prog="dtta", description=ABOUT, args=arguments)
         command.run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes at its end
+        sys.exit(141)
+    except SystemExit:  # after --help, and errors of usage
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
     except KeyboardInterrupt:
         print(shown(f"dtta {' '.join(arguments[:1])}: stopped"), file=sys.stderr)
         sys.exit(130)
