@@ -15,7 +15,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from dtta_fast.denoisers.dit import DiT
+from dtta_fast.denoisers import ClassUNet
 from dtta_fast.denoisers.noise_process import NoiseProcess
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -88,15 +88,38 @@ def test_draws_are_of_the_iteration_and_targets_of_the_process(cifar):
     one, again, other = (cifar.drawn(images, labels, table, 64, seed) for seed in (5, 5, 6))
     assert all(map(torch.equal, one, again))
     assert not torch.equal(one[0], other[0])
-    x_t, timesteps, classes, target = one
+    x_t, timesteps, classes, rivals, target = one
     a, s = (table[timesteps][:, column, None, None, None] for column in (0, 1))
     x0 = a * x_t - s * target  # of v
     whole = (images.float() / 127.5 - 1).flatten(1)
     for i in range(64):
         near = [(x0[i].flatten() - view.flatten()).abs().max() < 1e-2 for row in whole for view in (row, row.view(3, 32, 32).flip(2))]
         assert any(near)
+        assert classes[i] == 10 or near.index(True) // 2 == classes[i]
+        assert near.index(True) // 2 != rivals[i]
+    assert set(rivals.tolist()) == set(range(10))
     assert set(classes.tolist()) <= {*range(7), 10}
     assert 10 in classes
+
+
+def test_the_second_part_pushes_wrong_classes_up(cifar, monkeypatch):
+    images, labels = torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20) % 10
+    images += (25 * labels)[:, None, None, None].byte()  # a class is a grey
+    training = cifar.Training(cifar.TINY, torch.device("cpu"), 0)
+    draw = cifar.drawn(images, labels, training.process.table, 64, 3)
+    labelled = draw.classes < cifar.CLASSES
+
+    def margin() -> float:
+        with torch.no_grad():
+            own, rival = (training.pair_losses(draw, classes) for classes in (draw.classes, draw.rivals))
+        return float((rival - own)[labelled].mean())
+
+    before = margin()
+    for _ in range(30):
+        _, right = training.step(images, labels, 64, cifar.CONTRAST_FROM)
+        assert 0 <= float(right) <= 1
+    assert margin() > before + 1e-3
+    assert float(training.step(images, labels, 16, 0.0)[1]) == 0
 
 
 @pytest.mark.slow
@@ -123,8 +146,8 @@ def test_a_training_goes_on_where_it_stopped_and_becomes_a_denoiser(cifar, tmp_p
     )
     cifar.main()
     assert "diffusion classifier, validation: " in capsys.readouterr().out
-    denoiser = DiT.from_pretrained(to)
+    denoiser = ClassUNet.from_pretrained(to)
     assert denoiser.calibration is not None
     assert json.loads((to / "training.json").read_text())["images"] == 16
-    for name, value in denoiser.network.state_dict().items():
+    for name, value in denoiser.unet.state_dict().items():
         torch.testing.assert_close(value.float(), weights[name].float(), rtol=0, atol=0)
