@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-Method = Literal["adapt", "diffusion_classifier", "ensemble"]
+Method = Literal["adapt", "diffusion_classifier", "posterior"]
 Objective = Literal["embedding_mix", "noise_mix"]
 TimestepDraw = Literal["uniform", "stratified", "calibrated"]
 Match = Literal["off", "denoiser", "both"]
@@ -105,10 +105,11 @@ class AdaptConfig:
 
     Attributes:
         method: adapt; diffusion_classifier, which trains nothing and answers with the class that has the lowest denoising loss
-            (arXiv 2303.16203); or ensemble, which averages the probabilities of the model and the diffusion classifier. The last two
-            run as many stages as steps says, each with as many pairs as pairs says, the same for all classes. After each stage, a class
-            is dropped if its loss exceeds the lowest by more than guard_threshold standard errors (0: no class is dropped). top_k then
-            limits how many of the model's likeliest classes are evaluated.
+            (arXiv 2303.16203); or posterior, which takes the model's probabilities as prior and lowers a class's log probability by
+            Calibration.trust times the standard errors by which its loss exceeds the lowest. The last two run as many stages as steps
+            says, each with as many pairs as pairs says, the same for all classes. After each stage, a class is dropped if its loss
+            exceeds the lowest by more than guard_threshold standard errors (0: no class is dropped). top_k then limits how many of the
+            model's likeliest classes are evaluated.
         steps: number of updates per image (episodic) or per batch (online), at least 1.
         pairs: number of (timestep, noise) pairs per image and step, at least 1; drawn anew in every step unless common_draws is set.
         objective: embedding_mix, the loss under the mixed class embedding (Diffusion-TTA); or noise_mix, the loss of the mixture of the
@@ -153,7 +154,7 @@ class AdaptConfig:
         guard: number of pairs on which answers are compared. The unadapted model's answer to the matched image stands (to the image
             itself without match both); the adapted one, and the answer to the unmatched image, replace it only if their loss is lower.
             0 turns the guard off: adapted answers are accepted.
-        guard_threshold: how much lower the loss has to be: the mean of the pairs' differences, times Calibration.trust, must be below
+        guard_threshold: how much lower the loss has to be: the mean of the pairs' differences, times Calibration.trust (1 at most), must be below
             minus this many standard errors (a paired test). 3 asks for odds of 20 to 1 that the new answer is the right one of the two.
         precision: number format of the denoiser's weights and activations, which account for nearly all of the work. auto is bf16 on a
             GPU (fp16 if it lacks bfloat16) for a float32 denoiser, and the denoiser's own format otherwise. fp32 is full float32
@@ -232,9 +233,11 @@ class AdaptConfig:
         if self.null_condition and (self.objective != "noise_mix" or self.denoiser_parameters == "frozen"):
             found = f"objective {self.objective!r} and denoiser_parameters {self.denoiser_parameters!r}"
             raise ValueError(f"null_condition with {found}; it belongs to noise_mix with a denoiser that adapts")
-        if self.precheck != "off" and (self.method, self.mode) != ("adapt", "episodic"):
+        if self.precheck != "off" and (self.method == "diffusion_classifier" or self.mode != "episodic"):
             found = f"method {self.method!r} and mode {self.mode!r}"
-            raise ValueError(f"precheck is {self.precheck!r} with {found}; it belongs to method 'adapt' and mode 'episodic'")
+            raise ValueError(f"precheck is {self.precheck!r} with {found}; it needs method 'adapt' or 'posterior', and mode 'episodic'")
+        if self.method == "posterior" and self.steps * self.pairs < 2:
+            raise ValueError("method is 'posterior' with 1 pair; a standard error takes 2 pairs and more: give pairs=24")
         if self.precheck == "answer" and self.match != "both":
             raise ValueError(f"precheck is 'answer' with match {self.match!r}, and needs 'both': it compares answers, as is and matched")
         if self.method != "adapt" and self.mode == "online":

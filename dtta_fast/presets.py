@@ -30,6 +30,17 @@ FAST = AdaptConfig(
     guard_threshold=3.0,
 )
 
+# Trains nothing: ranks the three likeliest classes by the classifier's probabilities and the denoising losses together. Chosen like FAST.
+RANK = AdaptConfig(
+    method="posterior",
+    steps=1,
+    pairs=24,
+    top_k=3,
+    timesteps="calibrated",
+    match="both",
+    precheck="answer",
+)
+
 # For streams: one set of weights, one update per batch, no guard. Chosen like FAST; needs a denoiser with a calibration.
 ONLINE = AdaptConfig(
     steps=1,
@@ -73,7 +84,7 @@ DUSA = AdaptConfig(
     mode="online",
 )
 
-ALL = {"PAPER": PAPER, "FAST": FAST, "ONLINE": ONLINE, "DENSE": DENSE, "DUSA": DUSA}
+ALL = {"PAPER": PAPER, "FAST": FAST, "RANK": RANK, "ONLINE": ONLINE, "DENSE": DENSE, "DUSA": DUSA}
 
 
 def get(name: str) -> AdaptConfig:

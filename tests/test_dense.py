@@ -219,7 +219,7 @@ def test_wrong_models_and_configs_are_refused(segmenter, of_classes, of_depth, i
         (Nan(), of_depth, Depth(), {}, "NaN or infinity"),
         (segmenter, of_classes, Segmentation(), {"objective": "noise_mix"}, "denoiser takes maps"),
         (segmenter, of_classes, Segmentation(), {"top_k": 2}, "top_k is 2"),
-        (segmenter, of_classes, Segmentation(), {"method": "ensemble", "guard": 0}, "method is 'ensemble'"),
+        (segmenter, of_classes, Segmentation(), {"method": "posterior", "guard": 0}, "method is 'posterior'"),
         (DepthNet(), of_depth, Depth(), {"logit_scale": 2.0}, "logit_scale is 2.0"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)), of_classes, Segmentation(), {}, "floating-point map"),
     ]

@@ -302,7 +302,7 @@ def test_a_batch_that_diverges_leaves_no_trace(model, denoiser, images):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "ensemble"}, "method is 'ensemble', which cannot be exported"),
+        ({"method": "posterior"}, "method is 'posterior', which cannot be exported"),
         ({"parameters": "logits"}, "parameters is 'logits', which cannot be exported"),
         ({"optimizer": "adam8bit"}, "optimizer is 'adam8bit', which cannot be exported"),
     ],

@@ -29,7 +29,7 @@ class Masked(nn.Module):
         return torch.cat([outputs[:, :5], torch.full_like(outputs[:, 5:], self.value)], dim=1)
 
 
-@pytest.mark.parametrize("method", ["diffusion_classifier", "ensemble"])
+@pytest.mark.parametrize("method", ["diffusion_classifier", "posterior"])
 def test_methods_that_train_nothing_fall_back_on_the_model(floats, method):
     model, denoiser, images = floats
     for weight in denoiser.network.parameters():

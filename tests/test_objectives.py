@@ -226,9 +226,24 @@ def test_the_diffusion_classifier_is_a_plain_search(model, denoiser, images):
     expected = -(losses - losses.amin(1, keepdim=True)) * images[0].numel()
     torch.testing.assert_close(found.outputs.double(), expected, rtol=1e-4, atol=1e-4)
     assert found.steps_run == 0
-    both = adapt(model, denoiser, images, config=config.replace(method="ensemble"))
-    mean = (found.outputs.softmax(1) + found.outputs_before.softmax(1)) / 2
-    torch.testing.assert_close(both.outputs.softmax(1).double(), mean.double(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_the_posterior_is_prior_and_evidence(model, denoiser, images, top_k):
+    config = CONFIG.replace(method="posterior", steps=1, pairs=8, top_k=top_k)
+    found = adapt(model, denoiser, images, config=config)
+    losses = losses_by_class(denoiser, images, 8, 1)
+    for i in range(4):
+        prior = found.outputs_before[i].double().log_softmax(0)
+        tried = prior.argsort(descending=True)[:top_k].tolist()
+        leader = min(tried, key=lambda k: float(losses[i, k].mean()))
+        change = losses[i] - losses[i, leader]
+        z = torch.stack([change[k].mean() / (change[k].std() / 8**0.5) if k != leader else torch.zeros(()).double() for k in range(7)])
+        z = torch.stack([z[k] if k in tried else z[tried].max() for k in range(7)])
+        torch.testing.assert_close(found.outputs[i].double(), prior - z, rtol=1e-3, atol=1e-3)  # trust is 1 without a calibration
+    assert found.evaluations.tolist() == [8 * (top_k or 7)] * 4
+    with pytest.raises(ValueError, match="posterior' with 1 pair"):
+        config.replace(pairs=1)
 
 
 def test_classes_that_are_surely_worse_fall_out(model, denoiser, images):
@@ -267,7 +282,7 @@ def test_only_the_model_s_first_classes_are_ranked_again(model, denoiser, images
         ({"drawn_classes": 2}, "drawn_classes is 2 without top_k"),
         ({"null_condition": True}, "null_condition with objective 'embedding_mix'"),
         ({"objective": "noise_mix", "null_condition": True}, "denoiser_parameters 'frozen'"),
-        ({"method": "ensemble", "mode": "online"}, "nothing is carried on"),
+        ({"method": "posterior", "mode": "online"}, "nothing is carried on"),
         ({"antithetic": 1.5}, "antithetic is 1.5; allowed: True, False"),
     ],
 )
@@ -289,5 +304,5 @@ def test_a_method_without_steps_has_no_deadline(model, denoiser, images):
 
 @pytest.mark.parametrize("name", ["timesteps", "noise"])
 def test_a_method_that_draws_its_own_pairs_refuses_given_ones(model, denoiser, images, name):
-    with pytest.raises(ValueError, match=f"{name} is given with method 'ensemble'"):
-        adapt(model, denoiser, images, config=CONFIG.replace(method="ensemble"), **{name: torch.zeros(4, 1, 1, dtype=torch.int64)})
+    with pytest.raises(ValueError, match=f"{name} is given with method 'posterior'"):
+        adapt(model, denoiser, images, config=CONFIG.replace(method="posterior"), **{name: torch.zeros(4, 1, 1, dtype=torch.int64)})

@@ -15,7 +15,6 @@ from methods import SINGLE, Answer, Method, Run, Setting, bound, by_adapter, mod
 from torch import Tensor, nn
 
 from dtta_fast import AdaptConfig, presets
-from dtta_fast.core.diffusion_classifier import mean_probability
 
 BATCH = 50
 RECIPE = presets.PAPER.replace(pairs=20, denoiser_parameters="frozen")
@@ -58,7 +57,7 @@ def free_and_classifier(setting: Setting) -> tuple[Run, Callable[[], None]]:
         found = free(images, ids)
         with torch.no_grad():
             logits = own.model(model_inputs(own, images))
-        return found._replace(logits=mean_probability(found.logits, logits))
+        return found._replace(logits=torch.logaddexp(found.logits.log_softmax(1), logits.log_softmax(1)))
 
     return run, reset
 

@@ -195,7 +195,7 @@ METHODS: dict[str, Method] = {
         by_adapter(CLASSIFIER.replace(steps=1, pairs=2, match="off")), BATCH, SINGLE, "diffusion classifier, unmatched"
     ),
     "top 3 ranked again": Method(by_adapter(CLASSIFIER.replace(steps=1, pairs=8, top_k=3)), BATCH, SINGLE, "top 3 ranked again"),
-    "ensemble": Method(by_adapter(CLASSIFIER.replace(method="ensemble", steps=1, pairs=2)), BATCH, SINGLE, "ensemble"),
+    "RANK": Method(by_adapter(presets.RANK), BATCH, SINGLE, "RANK"),
     "ONLINE": Method(by_adapter(ONLINE), 10, "online", "ONLINE"),
     "ONLINE, continual": Method(by_adapter(ONLINE), 10, "continual", "ONLINE, continual"),
     "DUSA": Method(by_adapter(DUSA, answer_first=True), 10, "online", "DUSA"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from dtta_fast.core.draws import Draws, cumulative_density
 from dtta_fast.core.loss import pair_losses
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.denoisers.calibration import Calibration
+from dtta_fast.denoisers.calibration import MOST_TRUST, Calibration
 from dtta_fast.kernels import Pairs
 from dtta_fast.runtime.private import PrivateCopy
 
@@ -106,7 +106,7 @@ def class_signal(denoiser: Denoiser, x0: Tensor, scores: Tensor) -> tuple[Tensor
 
 @torch.no_grad()
 def loss_trust(denoiser: Denoiser, x0: Tensor, scores: Tensor, answers: Tensor, density: Tensor) -> float:
-    """Returns how far a lower loss can be trusted to mean the right class: the slope of a logistic regression, from 0 to 1.
+    """Returns how far a lower loss can be trusted to mean the right class: the slope of a logistic regression, from 0 to MOST_TRUST.
 
     Each image's answer [N] is compared with its 4 nearest rivals on shared pairs, as the guard compares two answers. z is how much lower
     the answer's loss is, in standard errors, and the odds that the answer is right are exp(slope · z). The rivals are those that the loss
@@ -124,15 +124,15 @@ def loss_trust(denoiser: Denoiser, x0: Tensor, scores: Tensor, answers: Tensor, 
 
 
 def _logistic_slope(z: Tensor) -> float:
-    """Returns the slope from 0 to 1 under which the products of the odds exp(slope · z) are likeliest, by bisection of the derivative."""
-    low, high = 0.0, 1.0
+    """Returns the slope under which the products of the odds exp(slope · z) are likeliest, by bisection of the derivative."""
+    low, high = 0.0, MOST_TRUST
     for _ in range(30):
         middle = (low + high) / 2
         if float((z * torch.sigmoid(-middle * z)).sum()) > 0:  # the likelihood still rises
             low = middle
         else:
             high = middle
-    return high if high == 1.0 else low
+    return high if high == MOST_TRUST else low
 
 
 def _ids(x0: Tensor) -> Tensor:

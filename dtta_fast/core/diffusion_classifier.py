@@ -1,6 +1,8 @@
-"""The diffusion classifier: predicts the class with the lowest denoising loss (Li et al., ICCV 2023, arXiv 2303.16203)."""
+"""Answers without training: the diffusion classifier (Li et al., ICCV 2023, arXiv 2303.16203), by itself or with the model's answer as prior."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,18 +11,30 @@ from dtta_fast.core.guard import held_out_losses
 from dtta_fast.core.problem import Problem, Schedule
 
 OUT = -1e4  # logit of a class that was not evaluated, relative to the lowest logit of the evaluated classes
+LEAST_ERROR = 1e-30  # lower bound of a standard error: losses are equal under all classes if a denoiser ignores its condition
+
+
+class Scores(NamedTuple):
+    """What the losses say about each class of each image.
+
+    excess, errors: [B, K] float64, how much higher the mean loss is than that of the class with the lowest, and the standard error of this
+    difference over pairs; for a class that was dropped, as of its last stage. evaluated: [B, K] bool, whether a class was evaluated at
+    all. evaluations: [B], pairs times classes.
+    """
+
+    excess: Tensor
+    errors: Tensor
+    evaluated: Tensor
+    evaluations: Tensor
 
 
 @torch.no_grad()
-def classify(problem: Problem, schedule: Schedule, outputs: Tensor, x0: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Computes logits [B, K] and evaluations [B] for latents [B, C, h, w].
+def class_scores(problem: Problem, schedule: Schedule, outputs: Tensor, x0: Tensor, image_ids: Tensor) -> Scores:
+    """Compares the losses of latents [B, C, h, w] under the classes.
 
     All classes of an image are evaluated on the same pairs, in config.steps stages of config.pairs each. If config.guard_threshold is
     above 0, each stage ends by dropping the classes whose loss exceeds the lowest by more than that many standard errors of the
     per-pair differences. With config.top_k, only the classes with the highest model `outputs` [B, K] are evaluated.
-
-    A logit is the negative squared error summed over the latent's elements, as in the paper's posterior; a dropped class keeps its last
-    distance to the lowest loss.
     """
     config, table = problem.config, problem.denoiser.class_embeddings({})
     images, classes = outputs.shape
@@ -30,7 +44,8 @@ def classify(problem: Problem, schedule: Schedule, outputs: Tensor, x0: Tensor, 
         alive = torch.zeros_like(alive).scatter(1, best, True)
     looked_at, evaluations = alive.clone(), torch.zeros_like(image_ids)
     losses = torch.empty(images, classes, 0, dtype=torch.float64, device=x0.device)
-    excess = torch.zeros(images, classes, dtype=torch.float64, device=x0.device)  # mean loss above the lowest class, on shared pairs
+    excess = torch.zeros(images, classes, dtype=torch.float64, device=x0.device)
+    errors = torch.zeros_like(excess)
     for stage in range(config.steps):
         wanted = alive & (alive.sum(1, keepdim=True) > 1) if stage else alive
         if not wanted.any():
@@ -48,14 +63,32 @@ def classify(problem: Problem, schedule: Schedule, outputs: Tensor, x0: Tensor, 
         leader = means.argmin(1)
         differences = losses - losses[torch.arange(images, dtype=torch.int64, device=x0.device), leader][:, None]
         excess = torch.where(alive & going[:, None], differences.mean(2), excess)
+        if losses.shape[2] > 1:
+            errors = torch.where(alive & going[:, None], differences.std(2) / losses.shape[2] ** 0.5, errors)
         if config.guard_threshold:
-            error = differences.std(2) / losses.shape[2] ** 0.5
-            alive = alive & ~(going[:, None] & (excess > config.guard_threshold * error) & (means > means.amin(1, keepdim=True)))
-    logits = -(excess - excess.masked_fill(~looked_at, torch.inf).amin(1, keepdim=True)) * x0[0].numel()
-    lowest = logits.masked_fill(~looked_at, torch.inf).amin(1, keepdim=True)
-    return torch.where(looked_at, logits, lowest + OUT).to(torch.promote_types(outputs.dtype, torch.float32)), evaluations
+            alive = alive & ~(going[:, None] & (excess > config.guard_threshold * errors) & (means > means.amin(1, keepdim=True)))
+    return Scores(excess, errors, looked_at, evaluations)
 
 
-def mean_probability(first: Tensor, second: Tensor) -> Tensor:
-    """Logits [B, K] of the averaged probabilities of two classifiers."""
-    return torch.logaddexp(first.log_softmax(1), second.log_softmax(1))
+def class_logits(scores: Scores, x0: Tensor) -> Tensor:
+    """Returns the diffusion classifier's logits [B, K] for latents [B, C, h, w].
+
+    A logit is the negative squared error summed over the latent's elements, as in the paper's posterior; a dropped class keeps its last
+    distance to the lowest loss.
+    """
+    excess, evaluated = scores.excess, scores.evaluated
+    logits = -(excess - excess.masked_fill(~evaluated, torch.inf).amin(1, keepdim=True)) * x0[0].numel()
+    lowest = logits.masked_fill(~evaluated, torch.inf).amin(1, keepdim=True)
+    return torch.where(evaluated, logits, lowest + OUT).float()
+
+
+def posterior_logits(scores: Scores, outputs: Tensor, trust: float) -> Tensor:
+    """Returns logits [B, K] that combine the model's `outputs` [B, K], as prior, with the evidence of the losses.
+
+    A class's log probability is lowered by trust times the standard errors by which its loss exceeds the lowest one: trust is the slope of
+    the log odds that calibration measured (see Calibration.trust). A class that was not evaluated is lowered as much as the worst one that
+    was.
+    """
+    z = scores.excess / scores.errors.clamp(min=LEAST_ERROR)
+    z = torch.where(scores.evaluated, z, z.masked_fill(~scores.evaluated, 0.0).amax(1, keepdim=True))
+    return (outputs.double().log_softmax(1) - trust * z).to(torch.promote_types(outputs.dtype, torch.float32))

@@ -70,12 +70,13 @@ def decide(config: AdaptConfig, answers: Answers, before: Tensor, losses: list[T
     Args:
         answers: compare()'s. before: the outputs for the original images [B, ...]. losses: held_out_losses() [B, guard] under the standing
             answer, under that after adaptation, and under the original image's; empty if nothing was compared. trust: that of the
-            denoiser's Calibration.
+            denoiser's Calibration, of which at most 1 counts.
     """
     _, standing, accepted, fresh, _ = answers
     if not losses:
         return standing, accepted
     reference = losses[0]
+    trust = min(1.0, trust)
     score = torch.zeros(len(standing), dtype=torch.float64, device=standing.device)
     for outputs, wanted, others, adapted in zip((answers.after, before), fresh, losses[1:], (True, False), strict=True):
         change = others - reference

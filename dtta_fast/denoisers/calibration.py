@@ -29,11 +29,12 @@ USUAL = 0.95  # share of a denoiser's own images that are not outliers: this qua
 LEAST_SCATTER = 1e-3  # lower bound, for a statistic that is the same in all images
 PIECE = 64  # coefficients summed at once; a table of whole rings would be mostly empty, since the outer ring has thousands
 MOST_VALUES = 2**16  # maximum length of a list in a file
+MOST_TRUST = 3.0  # with more, corrupted images are trusted too far: their losses are not as clear as those of clean ones
 RANGES = {  # valid ranges of the values in a file
     "typical": (-50.0, 50.0),
     "scatter": (1e-4, 100.0),
     "limit": (0.0, 1e6),
-    "trust": (0.0, 1.0),
+    "trust": (0.0, MOST_TRUST),
     "signal": (-1e6, 1e6),
     "spread": (1e-30, 1e6),  # (signal / spread)^8 stays finite
 }
@@ -55,8 +56,8 @@ class Calibration:
         limit: the distance() below which 95 % of these images lie.
         signal, spread: mean and standard deviation, in equal parts of the noise process, of how much higher the loss is under a rival
             class than under an image's own class (see calibrate()); empty if not measured.
-        trust: how much the log odds that an answer is right rise when its loss is one standard error lower than another's; 1 at most,
-            and 1 if not measured. 0 says that the loss tells nothing (see calibrate()).
+        trust: how much the log odds that an answer is right rise when its loss is one standard error lower than another's; at most
+            MOST_TRUST, and 1 if not measured. 0 says that the loss tells nothing (see calibrate()).
     """
 
     fingerprint: str

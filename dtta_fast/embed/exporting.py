@@ -114,7 +114,7 @@ def check_exportable(config: AdaptConfig) -> None:
         "parameters": ("all, norm, head or lora", "free logits start anew from each image's"),
         "optimizer": ("sgd, adam or adamw", "bitsandbytes' kernels cannot be traced"),
     }
-    for field, refused in (("method", ("diffusion_classifier", "ensemble")), ("parameters", ("logits",)), ("optimizer", ("adam8bit",))):
+    for field, refused in (("method", ("diffusion_classifier", "posterior")), ("parameters", ("logits",)), ("optimizer", ("adam8bit",))):
         if getattr(config, field) in refused:
             allowed, why = reasons[field]
             raise ValueError(f"{field} is {getattr(config, field)!r}, which cannot be exported: {why}; allowed: {allowed}")

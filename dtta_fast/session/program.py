@@ -110,7 +110,7 @@ class ModuleProgram(Program):
         problem, calibration = self.problem, self._calibration
         if problem.config.precheck == "off":
             return None
-        if problem.trust == 0 and problem.config.guard:  # the guard would accept no answer
+        if problem.trust == 0 and (problem.config.guard or problem.config.method == "posterior"):  # no answer would change
             return torch.zeros(len(crop), dtype=torch.bool, device=crop.device)
         if problem.config.precheck == "statistics" and calibration is not None:
             return calibration.distance(crop) > calibration.limit
@@ -319,15 +319,17 @@ class ModuleProgram(Program):
         """Answers by a training-free method: there is no state, and every finite answer is accepted."""
         problem = self.problem
         with clock.phase("adapt"), self._forwards(self.schedule.guard_rows):
-            found, evaluations = diffusion_classifier.classify(problem, self.schedule, batch.matched_outputs, batch.x0, batch.image_ids)
-        if problem.config.method == "ensemble":
-            found = diffusion_classifier.mean_probability(batch.matched_outputs, found)
+            scores = diffusion_classifier.class_scores(problem, self.schedule, batch.matched_outputs, batch.x0, batch.image_ids)
+            if problem.config.method == "posterior":
+                found = diffusion_classifier.posterior_logits(scores, batch.matched_outputs, problem.trust)
+            else:
+                found = diffusion_classifier.class_logits(scores, batch.x0).to(torch.promote_types(batch.before.dtype, torch.float32))
         accepted = usable(found, batch.before)
         standing = guard.unchanged(batch.before, batch.matched_outputs).standing
         outputs = where(accepted, found, standing.to(found.dtype))
         predictions = self.predictions(outputs, batch), self.predictions(batch.before, batch)
         loss = batch.x0.new_empty(len(outputs), 0)
-        return Outcome(False, batch.before, outputs, *predictions, loss, accepted, evaluations)
+        return Outcome(False, batch.before, outputs, *predictions, loss, accepted, scores.evaluations)
 
     def rehearse(self, state: State, batch: Batch) -> list[list[bool]]:
         """Runs the guard's forward passes with every row count that a GPU may encounter, so that its libraries plan for them."""

@@ -655,7 +655,7 @@ COMPANY = {
     "adapting_denoiser": {"denoiser_parameters": "all", "denoiser_lr": 1e-3},
     "lora": {"parameters": "lora", "lora_targets": ("head",), "guard": 3},
     "classifier": {"method": "diffusion_classifier", "top_k": 4, "guard_threshold": 1.0, "pairs": 3},
-    "ensemble": {"method": "ensemble"},
+    "posterior": {"method": "posterior"},
     "logits": {"parameters": "logits", "optimizer": "sgd", "lr": 1.0},
     "budget": {"memory_budget": 6_000_000},
     "null": {"objective": "noise_mix", "null_condition": True, "denoiser_parameters": "all"},
@@ -1645,7 +1645,7 @@ def attack_nan_weights_in_a_denoiser():
     d = denoiser()
     with torch.no_grad():
         d.network.final_layer.linear.weight[0, 0] = torch.nan
-    for config in (CONFIG.replace(guard=2), ONLINE, CONFIG.replace(denoiser_parameters="all"), CONFIG.replace(method="ensemble")):
+    for config in (CONFIG.replace(guard=2), ONLINE, CONFIG.replace(denoiser_parameters="all"), CONFIG.replace(method="posterior")):
         session = Adapter(Net(), d, config)
         found = session.adapt(images())
         assert found.outputs.isfinite().all()
@@ -2720,7 +2720,7 @@ def attack_one_module_under_two_names_whose_answer_stands():
 
 
 def attack_one_module_under_two_names_by_methods_that_train_nothing():
-    session = Adapter(seeded(Albert), denoiser(), CONFIG.replace(method="ensemble"))
+    session = Adapter(seeded(Albert), denoiser(), CONFIG.replace(method="posterior"))
     first = session.adapt(images())
     assert torch.equal(session.adapt(images()).outputs, first.outputs)
 

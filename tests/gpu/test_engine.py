@@ -88,7 +88,7 @@ def test_online_on_the_device_is_online_on_the_cpu(vit, denoiser, images, moved,
         torch.testing.assert_close(states[0][name].cpu(), weight, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("method", ["diffusion_classifier", "ensemble"])
+@pytest.mark.parametrize("method", ["diffusion_classifier", "posterior"])
 def test_methods_without_steps(vit, denoiser, images, moved, device, method):
     config = CONFIG.replace(method=method, steps=2, guard=0, guard_threshold=1.0, top_k=4)
     expected = adapt(vit, denoiser, images, config=config.replace(chunk=2))
