@@ -66,12 +66,14 @@ def quality(name: str) -> str:
 
 
 GAINS = {
-    "digits": ("source", "matched alone", "FAST", "ONLINE", "PAPER"),
+    "cifar_resnet": ("source", "matched alone", "FAST", "RANK", "NEO, matched", "EATA, matched"),
+    "digits": ("source", "matched alone", "FAST", "RANK", "ONLINE", "PAPER", "NEO, matched"),
     "open_vocabulary": ("source", "matched alone", "guard of 14, LoRA"),
-    "fashion": ("source", "matched alone", "FAST"),
+    "fashion": ("source", "matched alone", "FAST", "RANK", "NEO, matched"),
     "digits_unseen": ("source", "FAST"),
 }
 TITLES = {
+    "cifar_resnet": "CIFAR-10 under 15 corruptions, ResNet + UNet",
     "digits": "digits-C, ConvNeXt + DiT",
     "open_vocabulary": "digits-C, CLIP + Stable Diffusion",
     "fashion": "Fashion-MNIST-C, ConvNeXt + DiT",

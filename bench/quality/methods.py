@@ -212,7 +212,7 @@ METHODS: dict[str, Method] = {
     "NEO, matched": Method(by_baseline(neo, matched=True), 10, "online", "NEO, matched"),
 }
 
-MANY = 100  # images of a batch: batch norm's statistics of ten would be mostly noise; the methods' authors take 200
+MANY = 50  # images of a batch: batch norm's statistics of ten would be mostly noise
 
 
 def on_batches(build: Callable[[Setting], Baseline], family: str, matched: bool = False) -> Method:

@@ -23,14 +23,14 @@ from matplotlib.text import Annotation, Text
 from matplotlib.ticker import MaxNLocator, NullFormatter, NullLocator
 
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = {"digits": "digits-C", "fashion": "Fashion-MNIST-C", "cifar": "CIFAR-10-C"}
-IN_README = ("digits", "cifar")
+BENCHMARKS = {"digits": "digits-C", "fashion": "Fashion-MNIST-C", "cifar_resnet": "CIFAR-10 under 15 corruptions"}
+IN_README = ("digits", "cifar_resnet")
 SUMMARY = {  # the README's methods: their names there, and colours that the colour-blind can tell apart
     "FAST": ("FAST", "#d1350f"),
+    "RANK": ("RANK", "#e8743b"),
     "ONLINE": ("ONLINE", "#b8860b"),
     "PAPER": ("PAPER (Diffusion-TTA)", "#7b3294"),
     "diffusion classifier, 8": ("diffusion classifier", "#0072b2"),
-    "DUSA, matched": ("DUSA, matched", "#c2569b"),
     "NEO, matched": ("NEO, matched", "#2f9fd0"),
     "EATA, matched": ("EATA, matched", "#00845f"),
     "matched alone": ("matching alone", "#555555"),

@@ -22,7 +22,7 @@ class AdaptResult:
             model's: for the matched image with match "both", and for the original image otherwise.
         predictions, predictions_before: the task's answers: [B] class indices, or labels or depth [B, H, W] at the task's crop.
         loss: [B, steps_run], the denoising loss before each update; NaN for an image that the pre-check excluded.
-        accepted: [B] bool, whether the outputs come from the adapted weights.
+        accepted: [B] bool, whether the outputs come from the adapted weights or, for a method that trains nothing, from the losses.
         steps_run: number of updates made.
         evaluations: [B], the image's denoiser evaluations, each for one (timestep, noise, condition), including the guard's.
         clock: the source of `seconds`.
