@@ -106,7 +106,7 @@ class AdaptConfig:
     Attributes:
         method: adapt; diffusion_classifier, which trains nothing and answers with the class that has the lowest denoising loss
             (arXiv 2303.16203); or posterior, which takes the model's probabilities as prior and lowers a class's log probability by
-            Calibration.trust times the standard errors by which its loss exceeds the lowest. The last two run as many stages as steps
+            half of Calibration.trust times the standard errors by which its loss exceeds the lowest. The last two run as many stages as steps
             says, each with as many pairs as pairs says, the same for all classes. After each stage, a class is dropped if its loss
             exceeds the lowest by more than guard_threshold standard errors (0: no class is dropped). top_k then limits how many of the
             model's likeliest classes are evaluated.

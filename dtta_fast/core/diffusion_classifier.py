@@ -11,6 +11,7 @@ from dtta_fast.core.guard import held_out_losses
 from dtta_fast.core.problem import Problem, Schedule
 
 OUT = -1e4  # logit of a class that was not evaluated, relative to the lowest logit of the evaluated classes
+CORRUPTED = 0.5  # weight of the evidence on corrupted images, relative to the clean ones of the calibration; chosen on validation images
 LEAST_ERROR = 1e-30  # lower bound of a standard error: losses are equal under all classes if a denoiser ignores its condition
 
 
@@ -85,10 +86,10 @@ def class_logits(scores: Scores, x0: Tensor) -> Tensor:
 def posterior_logits(scores: Scores, outputs: Tensor, trust: float) -> Tensor:
     """Returns logits [B, K] that combine the model's `outputs` [B, K], as prior, with the evidence of the losses.
 
-    A class's log probability is lowered by trust times the standard errors by which its loss exceeds the lowest one: trust is the slope of
-    the log odds that calibration measured (see Calibration.trust). A class that was not evaluated is lowered as much as the worst one that
-    was.
+    A class's log probability is lowered by half of trust times the standard errors by which its loss exceeds the lowest one. Trust is the
+    slope of the log odds on clean images (see Calibration.trust), and corrupted ones tell less (docs/log.md). A class that was not
+    evaluated is lowered as much as the worst one that was.
     """
     z = scores.excess / scores.errors.clamp(min=LEAST_ERROR)
     z = torch.where(scores.evaluated, z, z.masked_fill(~scores.evaluated, 0.0).amax(1, keepdim=True))
-    return (outputs.double().log_softmax(1) - trust * z).to(torch.promote_types(outputs.dtype, torch.float32))
+    return (outputs.double().log_softmax(1) - CORRUPTED * trust * z).to(torch.promote_types(outputs.dtype, torch.float32))
