@@ -106,8 +106,8 @@ class AdaptConfig:
     Attributes:
         method: adapt; diffusion_classifier, which trains nothing and answers with the class that has the lowest denoising loss
             (arXiv 2303.16203); or posterior, which takes the model's probabilities as prior and lowers a class's log probability by
-            half of Calibration.trust times the standard errors by which its loss exceeds the lowest. The last two run as many stages as steps
-            says, each with as many pairs as pairs says, the same for all classes. After each stage, a class is dropped if its loss
+            half of Calibration.trust times the standard errors by which its loss exceeds the lowest. The last two run as many stages as
+            steps says, each with as many pairs as pairs says, the same for all classes. After each stage, a class is dropped if its loss
             exceeds the lowest by more than guard_threshold standard errors (0: no class is dropped). top_k then limits how many of the
             model's likeliest classes are evaluated.
         steps: number of updates per image (episodic) or per batch (online), at least 1.
@@ -154,8 +154,9 @@ class AdaptConfig:
         guard: number of pairs on which answers are compared. The unadapted model's answer to the matched image stands (to the image
             itself without match both); the adapted one, and the answer to the unmatched image, replace it only if their loss is lower.
             0 turns the guard off: adapted answers are accepted.
-        guard_threshold: how much lower the loss has to be: the mean of the pairs' differences, times Calibration.trust (1 at most), must be below
-            minus this many standard errors (a paired test). 3 asks for odds of 20 to 1 that the new answer is the right one of the two.
+        guard_threshold: how much lower the loss has to be: the mean of the pairs' differences, times Calibration.trust (1 at most), must be
+            below minus this many standard errors (a paired test). 3 asks for odds of 20 to 1 that the new answer is the right one of the
+            two.
         precision: number format of the denoiser's weights and activations, which account for nearly all of the work. auto is bf16 on a
             GPU (fp16 if it lacks bfloat16) for a float32 denoiser, and the denoiser's own format otherwise. fp32 is full float32
             everywhere: slow on a GPU, and the only setting there that keeps the model and the denoiser off the tensor cores. tf32 keeps
@@ -237,7 +238,7 @@ class AdaptConfig:
             found = f"method {self.method!r} and mode {self.mode!r}"
             raise ValueError(f"precheck is {self.precheck!r} with {found}; it needs method 'adapt' or 'posterior', and mode 'episodic'")
         if self.method == "posterior" and self.steps * self.pairs < 2:
-            raise ValueError("method is 'posterior' with 1 pair; a standard error takes 2 pairs and more: give pairs=24")
+            raise ValueError("method is 'posterior' with 1 pair; a standard error needs at least 2 pairs: give pairs=24")
         if self.precheck == "answer" and self.match != "both":
             raise ValueError(f"precheck is 'answer' with match {self.match!r}, and needs 'both': it compares answers, as is and matched")
         if self.method != "adapt" and self.mode == "online":

@@ -52,6 +52,19 @@ def test_autoencoders_without_a_posterior(images):
         assert image_size(vae, wanted.shape[-1]) == 16
 
 
+def test_folders_say_which_autoencoder_they_hold(tmp_path):
+    network = DiTNetwork(input_size=8, patch_size=2, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=3)
+    sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    tiny = AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).eval()
+    scheduler = DDPMScheduler(10)
+    DiT(network, NoiseProcess.from_scheduler(scheduler), tiny).save_pretrained(tmp_path, scheduler)
+    assert isinstance(DiT.from_pretrained(tmp_path).vae, AutoencoderTiny)
+    config = (tmp_path / "vae" / "config.json").read_text()
+    (tmp_path / "vae" / "config.json").write_text(config.replace("AutoencoderTiny", "AutoencoderDC"))
+    with pytest.raises(ValueError, match=r"names 'AutoencoderDC'; an autoencoder is one of AutoencoderKL"):
+        DiT.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     "vae",
     [

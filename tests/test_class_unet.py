@@ -101,11 +101,15 @@ def test_a_classifier_is_adapted(parameters):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     config = AdaptConfig(steps=2, pairs=3, lr=0.1, guard=0, denoiser_parameters=parameters, denoiser_lr=1e-4)
-    found = Adapter(model, denoiser(unet()), config).adapt(torch.rand(2, 3, 8, 8), image_ids=torch.tensor([0, 1]))
+    network, images = unet(), torch.rand(2, 3, 8, 8)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    ours = denoiser(network)
+    found = Adapter(model, ours, config).adapt(images, image_ids=torch.tensor([0, 1]))
     assert found.loss.shape == (2, 2)
-    assert not torch.equal(found.outputs, model(torch.zeros(2, 3, 8, 8)))
-    alone = Adapter(model, denoiser(unet()), config).adapt(torch.rand(1, 3, 8, 8), image_ids=torch.tensor([0]))
-    assert alone.accepted.all()
+    assert bool((found.outputs != found.outputs_before).any(1).all())
+    alone = Adapter(model, ours, config).adapt(images[1:], image_ids=torch.tensor([1]))
+    torch.testing.assert_close(alone.outputs, found.outputs[1:], rtol=1e-4, atol=1e-5)  # also if the denoiser adapts to each image
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -116,12 +120,18 @@ def test_a_classifier_is_adapted(parameters):
         ({"num_class_embeds": 2}, {"null_class": True}, "at least 2 classes"),
         ({"in_channels": 4}, {}, "with patch_size 1 and latents of 3, it needs 3 in"),
         ({}, {"patch_size": 2}, "needs 12 in"),
+        ({"sample_size": None}, {}, "sample_size None; give a UNet2DModel for square images"),
+        ({"sample_size": (8, 16)}, {}, "for square images"),
         ({}, {"patch_size": 0}, "patch_size is 0"),
     ],
 )
 def test_unets_that_do_not_fit_are_refused(change, keywords, message):
     with pytest.raises(ValueError, match=message):
         denoiser(unet(**change), **keywords)
+
+
+def test_a_square_size_may_be_a_pair():
+    assert denoiser(unet(sample_size=(8, 8))).latent_shape == (3, 8, 8)
 
 
 def test_damaged_folders_are_named(tmp_path):

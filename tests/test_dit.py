@@ -117,7 +117,7 @@ def test_original_checkpoint_sizes_come_from_the_weights(tmp_path, random_networ
 
 
 @pytest.mark.parametrize("wrapping", ["model", "state_dict", None])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_checkpoints_of_other_trainers(tmp_path, random_network, wrapping, prefix):
     state = {prefix + name: value for name, value in random_network().state_dict().items()}
     torch.save(state if wrapping is None else {wrapping: state, "step": 3}, tmp_path / "x.pt")

@@ -14,6 +14,7 @@ from timm.models import save_for_hf
 from dtta_fast import presets, zoo
 from dtta_fast.data.digits import load_digits
 from dtta_fast.data.folder import image_files, natural_key, open_folder, read_image
+from dtta_fast.runs import models
 from dtta_fast.runs.config import RunConfig
 from dtta_fast.runs.evaluate import evaluate
 from dtta_fast.runs.models import outputs_by_name
@@ -64,6 +65,18 @@ def test_a_model_s_own_names_give_its_order(tmp_path):
     model.pretrained_cfg = {**model.pretrained_cfg, "label_descriptions": {name: f"digit {name}" for name in NUMBERS}}
     assert outputs_by_name(model, (), [f"digit {name}" for name in NUMBERS]) == list(range(10))
     assert outputs_by_name(timm.create_model("resnet18", num_classes=10), (), NUMBERS) is None
+
+
+def test_names_that_are_prompts_stay_prompts(monkeypatch):
+    seen: list[list[str]] = []
+    model = zoo.load_model("digits")
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ("n02", "n01")}
+    monkeypatch.setattr(models, "_model", lambda *_: (model, None))
+    monkeypatch.setattr(models, "_denoiser", lambda _, names: seen.append(names) or zoo.load("digits")[1])
+    assert models.load_models(RunConfig(classes=("a goldfish", "a tench")), ["n01", "n02"]).outputs == [1, 0]
+    assert models.load_models(RunConfig(), ["n01", "n02"]).outputs == [1, 0]
+    assert models.load_models(RunConfig(classes=("n01", "n02")), ["n01", "n02"]).outputs == [0, 1]
+    assert seen == [["a goldfish", "a tench"], ["n02", "n01"], ["n01", "n02"]]
 
 
 def test_natural_order():

@@ -83,6 +83,22 @@ def test_different_sizes_are_cropped_one_by_one(pixels):
         without.adapt([pixels[1], larger])
 
 
+def test_values_are_checked_before_a_crop_clamps_them(adapter, pixels):
+    large = torch.nn.functional.interpolate(pixels[:1].float(), (64, 64))[0]
+    with pytest.raises(ValueError, match=r"images lies in \[0, 2\d\d\]; give \[0, 1\]"):
+        adapter.adapt([pixels[0].float(), large])
+    with pytest.raises(ValueError, match=r"dtype torch.int32"):
+        adapter.adapt([pixels[0].float() / 255, large.int()])
+
+
+def test_ids_out_of_range_are_named(adapter, pixels):
+    with pytest.raises(ValueError, match="image_ids lies in 1180591620717411303424"):
+        adapter.adapt(pixels[:1], image_ids=[2**70])
+    ids = [np.int64(4), np.int64(2)]
+    wanted = adapter.adapt(pixels[:2], image_ids=torch.tensor([4, 2]))
+    torch.testing.assert_close(adapter.adapt(pixels[:2], image_ids=ids).outputs, wanted.outputs)
+
+
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [

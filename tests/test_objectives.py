@@ -246,6 +246,14 @@ def test_the_posterior_is_prior_and_evidence(model, denoiser, images, top_k):
         config.replace(pairs=1)
 
 
+@pytest.mark.parametrize("method", ["diffusion_classifier", "posterior"])
+def test_one_pair_drops_no_class(model, denoiser, images, method):
+    config = CONFIG.replace(method=method, steps=2, pairs=1, guard_threshold=3.0)
+    found = adapt(model, denoiser, images, config=config)
+    assert found.evaluations.tolist() == [2 * 7] * 4
+    torch.testing.assert_close(found.outputs, adapt(model, denoiser, images, config=config.replace(guard_threshold=0.0)).outputs)
+
+
 def test_classes_that_are_surely_worse_fall_out(model, denoiser, images):
     config = CONFIG.replace(method="diffusion_classifier", steps=4, pairs=5, guard_threshold=3.0)
     whole = adapt(model, denoiser, images, config=config.replace(guard_threshold=0.0))

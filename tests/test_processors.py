@@ -113,6 +113,11 @@ def test_maps_and_images_have_the_size_that_the_processor_makes(monkeypatch):
         models.image_size("depth", "any")
 
 
+def test_a_processor_without_a_size_is_refused():
+    with pytest.raises(ValueError, match="different sizes; it needs do_resize and a size"):
+        processed_size(SegformerImageProcessor(do_resize=False))
+
+
 def test_a_segmenter_with_bgr_input_is_fed_once_and_in_order():
     task = Segmentation(MobileViTImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}))
     photo = torch.rand(1, 3, 64, 64)

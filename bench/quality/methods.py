@@ -219,13 +219,14 @@ def on_batches(build: Callable[[Setting], Baseline], family: str, matched: bool 
     return Method(by_baseline(build, matched), MANY, "online", family)
 
 
-# on CIFAR-10, with learning rates chosen on its validation split; no rate was chosen for CoTTA and MEMO
+# on CIFAR-10. Learning rates were chosen on the ResNet's validation images: TENT's from 3e-4, 1e-3 and 3e-3, EATA's from 1e-3 and 3e-3;
+# SAR's 3e-3 is the only one tried. They differ by 0.2 points at most. DUSA keeps the rate of digits-C; CoTTA and MEMO are left out.
 CIFAR: dict[str, Method] = {
     **{name: method for name, method in METHODS.items() if name not in ("CoTTA", "MEMO")},
     "batch statistics": on_batches(batch_statistics, "batch statistics"),
     "batch statistics, matched": on_batches(batch_statistics, "batch statistics, matched", matched=True),
-    "TENT": on_batches(tent(1e-3), "TENT"),
-    "TENT, matched": on_batches(tent(1e-3), "TENT, matched", matched=True),
+    "TENT": on_batches(tent(3e-3), "TENT"),
+    "TENT, matched": on_batches(tent(3e-4), "TENT, matched", matched=True),
     "EATA": on_batches(eata(1e-3), "EATA"),
     "EATA, matched": on_batches(eata(3e-3), "EATA, matched", matched=True),
     "SAR": on_batches(sar(3e-3), "SAR"),

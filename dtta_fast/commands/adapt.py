@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from dtta_fast.runs.writing import check_name
 from dtta_fast.session.adapter import Adapter
 from dtta_fast.tasks import Classification, Task
 
+WRITE_EVERY = 5.0  # seconds between two writes of the result so far
 SHOWN = 10  # classes listed in each image's table
 
 
@@ -54,13 +56,16 @@ class Adapt:
     json: OutFile = None
     """Also write the result to this file."""
     preset: str = "FAST"
-    """FAST, PAPER, ONLINE or DUSA: the starting point of the settings below. FAST and ONLINE need a calibration; ONLINE and DUSA keep
-    adapting from one file to the next."""
+    """FAST, RANK, PAPER, ONLINE or DUSA: the starting point of the settings below. FAST, RANK and ONLINE need a calibration; ONLINE and
+    DUSA keep adapting from one file to the next."""
     config: Settings = presets.FAST
     """Adaptation settings; their defaults come from the preset."""
 
     def run(self) -> None:
-        """Raises ValueError for bad names, an unknown preset, an unreadable model or image, or a bad path."""
+        """Raises ValueError for bad names, an unknown preset, an unreadable model or image, or a bad path.
+
+        Images are read one after the other: those before an unreadable one are in the result.
+        """
         quiet()
         check_path("json", self.json, holds("images", "config"))
         for name, place in (("model", self.model), ("denoiser", self.denoiser), ("calibration", self.calibration)):
@@ -74,23 +79,30 @@ class Adapt:
                 denoiser.calibration = Calibration.load(self.calibration, denoiser)
             adapter = Adapter(model.to(device), denoiser.to(device), self.config, task)
         rows: list[dict[str, Any]] = []
-        for number, path in enumerate(paths):  # one by one, because sizes differ
-            image = read_image(path) if number else first
-            found = adapter.adapt(image[None].to(device), image_ids=torch.tensor([number], dtype=torch.int64, device=device))
-            before, after = (outputs[0].float().softmax(0).tolist() for outputs in (found.outputs_before, found.outputs))
-            names = class_names(model, len(after)) if self.classes is None else names_of(self.classes)
-            rows.append(
-                {
-                    "path": str(path),
-                    "before": dict(zip(names, before, strict=True)),
-                    "after": dict(zip(names, after, strict=True)),
-                    "accepted": bool(found.accepted[0]),
-                    "evaluations": int(found.evaluations[0]),
-                    "seconds": sum(found.seconds.values()),
-                }
-            )
-            write_json(self.json, {"images": rows, "config": asdict(self.config)})
-            _print_probabilities(rows[-1])
+        written = time.monotonic()
+        try:
+            for number, path in enumerate(paths):  # one by one, because sizes differ
+                image = read_image(path) if number else first
+                found = adapter.adapt(image[None].to(device), image_ids=torch.tensor([number], dtype=torch.int64, device=device))
+                before, after = (outputs[0].float().softmax(0).tolist() for outputs in (found.outputs_before, found.outputs))
+                names = class_names(model, len(after)) if self.classes is None else names_of(self.classes)
+                rows.append(
+                    {
+                        "path": str(path),
+                        "before": dict(zip(names, before, strict=True)),
+                        "after": dict(zip(names, after, strict=True)),
+                        "accepted": bool(found.accepted[0]),
+                        "evaluations": int(found.evaluations[0]),
+                        "seconds": sum(found.seconds.values()),
+                    }
+                )
+                _print_probabilities(rows[-1])
+                if time.monotonic() > written + WRITE_EVERY:
+                    write_json(self.json, {"images": rows, "config": asdict(self.config)})
+                    written = time.monotonic()
+        finally:
+            if rows:
+                write_json(self.json, {"images": rows, "config": asdict(self.config)})
 
     def _classifier(self) -> tuple[nn.Module, Denoiser, Task]:
         model, place = (None if name == "zoo" else name for name in (self.model, self.denoiser))
@@ -128,7 +140,7 @@ def files(given: Sequence[Path]) -> list[Path]:
         else:
             raise ValueError(f"{path} is missing")
     if not found:
-        raise ValueError("images are missing: give one file and more")
+        raise ValueError("images are missing: give at least one file")
     return found
 
 

@@ -55,7 +55,7 @@ class Bench:
     json: OutFile = None
     """Also write the result, with the duration of every call in seconds, to this file."""
     preset: str = "FAST"
-    """FAST, PAPER, ONLINE or DUSA: the starting point of the settings below. FAST and ONLINE need a calibration."""
+    """FAST, RANK, PAPER, ONLINE or DUSA: the starting point of the settings below. FAST, RANK and ONLINE need a calibration."""
     config: Settings = EVERY_IMAGE
     """Adaptation settings; their defaults come from the preset."""
 

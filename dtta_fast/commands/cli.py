@@ -42,22 +42,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
             start, arguments = Evaluate.start(arguments)
         command: Any = tyro.cli(_commands(arguments, start), prog="dtta", description=ABOUT, args=arguments)
         command.run()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes at its end
-        sys.exit(141)
+        if _reader_is_gone():
+            sys.exit(141)
     except SystemExit:  # after --help, and errors of usage
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _reader_is_gone()
         raise
     except KeyboardInterrupt:
         print(shown(f"dtta {' '.join(arguments[:1])}: stopped"), file=sys.stderr)
         sys.exit(130)
     except (ValueError, TypeError, ImportError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            sys.exit(141)
         print(shown(f"dtta {' '.join(arguments[:1])}: {error}"), file=sys.stderr)
         sys.exit(2)
+
+
+def _reader_is_gone() -> bool:
+    """Flushes the output; returns whether its reader, such as `head`, has closed the pipe. Nothing more is then written to it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes at its end
+        return True
+    return False
 
 
 def _commands(arguments: Sequence[str], start: Evaluate | None = None) -> Any:

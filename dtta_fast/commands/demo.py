@@ -34,7 +34,7 @@ class Demo:
     task: Literal["classification", "segmentation", "depth"] = "classification"
     """Task of the model."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: as task wants)")] = None
-    """FAST, PAPER, ONLINE, DUSA or DENSE; defaults to DENSE for segmentation and depth, otherwise to FAST."""
+    """FAST, RANK, PAPER, ONLINE, DUSA or DENSE; defaults to DENSE for segmentation and depth, otherwise to FAST."""
     images: int = 40
     """Test images per corruption, at most 500 for digits; the default is a sample that takes about a minute on 2 cores."""
     picture: OutFile = None

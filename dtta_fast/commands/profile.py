@@ -59,7 +59,7 @@ class Profile:
     json: OutFile = None
     """Also write the result to this file."""
     preset: str = "FAST"
-    """FAST, PAPER, ONLINE or DUSA: the starting point of the settings below. FAST and ONLINE need a calibration."""
+    """FAST, RANK, PAPER, ONLINE or DUSA: the starting point of the settings below. FAST, RANK and ONLINE need a calibration."""
     config: Settings = EVERY_IMAGE
     """Adaptation settings; their defaults come from the preset."""
 

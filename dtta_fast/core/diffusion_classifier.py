@@ -1,4 +1,4 @@
-"""Answers without training: the diffusion classifier (Li et al., ICCV 2023, arXiv 2303.16203), by itself or with the model's answer as prior."""
+"""Answers without training: the diffusion classifier (Li et al., ICCV 2023, arXiv 2303.16203), alone or with the model as prior."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def class_scores(problem: Problem, schedule: Schedule, outputs: Tensor, x0: Tens
         excess = torch.where(alive & going[:, None], differences.mean(2), excess)
         if losses.shape[2] > 1:
             errors = torch.where(alive & going[:, None], differences.std(2) / losses.shape[2] ** 0.5, errors)
-        if config.guard_threshold:
+        if config.guard_threshold and losses.shape[2] > 1:
             alive = alive & ~(going[:, None] & (excess > config.guard_threshold * errors) & (means > means.amin(1, keepdim=True)))
     return Scores(excess, errors, looked_at, evaluations)
 
@@ -80,7 +80,7 @@ def class_logits(scores: Scores, x0: Tensor) -> Tensor:
     excess, evaluated = scores.excess, scores.evaluated
     logits = -(excess - excess.masked_fill(~evaluated, torch.inf).amin(1, keepdim=True)) * x0[0].numel()
     lowest = logits.masked_fill(~evaluated, torch.inf).amin(1, keepdim=True)
-    return torch.where(evaluated, logits, lowest + OUT).float()
+    return torch.where(evaluated, logits, lowest + OUT)
 
 
 def posterior_logits(scores: Scores, outputs: Tensor, trust: float) -> Tensor:

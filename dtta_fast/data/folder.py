@@ -23,9 +23,9 @@ from dtta_fast.runtime.warn import warn
 FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]
 SUFFIXES = {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 PICTURES = {".cr2", ".dng", ".eps", ".heic", ".heif", ".ico", ".jp2", ".nef", ".psd", ".raw", ".svg", ".tga"}  # not read
-(SUFFIXES if features.check("avif") else PICTURES).add(".avif")
-if features.check("avif"):
+if "avif" in features.modules and features.check("avif"):  # Pillow 11.3 and newer
     FORMATS.append("AVIF")
+(SUFFIXES if "AVIF" in FORMATS else PICTURES).add(".avif")
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 BITS_PER_SAMPLE = 258  # the TIFF tag
 MOST_BYTES = 2**29  # the largest image file; PIL's maximum number of pixels, uncompressed at 8 bits per channel, is 340 MiB

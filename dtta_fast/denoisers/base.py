@@ -127,7 +127,8 @@ def check_vae(vae: Any) -> None:
     Raises:
         ValueError: it is of another class than AUTOENCODERS.
     """
-    if vae is not None and not {base.__name__ for base in type(vae).__mro__} & AUTOENCODERS:
+    own = getattr(vae, "_orig_mod", vae)  # of a compiled module
+    if vae is not None and not {base.__name__ for base in type(own).__mro__} & AUTOENCODERS:
         raise ValueError(f"vae is a {type(vae).__name__}; give one of diffusers': {', '.join(sorted(AUTOENCODERS))}")
 
 

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dtta_fast.denoisers.base import image_size
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.denoisers.reading import CALIBRATION, download, read_calibration, read_json, read_model, read_process
+from dtta_fast.denoisers.reading import CALIBRATION, autoencoder_kind, download, read_calibration, read_json, read_model, read_process
 from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.runtime.defaults import float32_on_cpu
 
@@ -34,7 +35,7 @@ class ClassUNet(UNetDenoiser):
     Args:
         unet: the UNet. Its class embedding is replaced by one that also takes mixtures of its rows; the weights stay the same tensors.
         process: its noise process.
-        vae: an AutoencoderKL, or None for pixels.
+        vae: a diffusers autoencoder (see check_vae), or None for pixels.
         patch_size: the UNet sees each patch_size x patch_size square of x0 as the channels of one pixel (torch's pixel_unshuffle), so it
             has patch_size² times as many channels in and out. 1 for most models.
         null_class: whether the last row of the class table stands for "no class", as in training with classifier-free guidance.
@@ -56,6 +57,12 @@ class ClassUNet(UNetDenoiser):
             )
         if type(patch_size) is not int or patch_size < 1:
             raise ValueError(f"patch_size is {patch_size!r}; give a whole number of 1 or more")
+        side = unet.config.sample_size
+        if isinstance(side, (tuple, list)) and len(set(side)) == 1:
+            side = side[0]
+        if type(side) is not int:
+            raise ValueError(f"unet has sample_size {unet.config.sample_size}; give a UNet2DModel for square images, with a whole number")
+        self._side = side * patch_size
         self._latent = 3 if vae is None else vae.config.latent_channels
         inner = self._latent * patch_size**2
         if unet.config.in_channels != inner or unet.config.out_channels not in (inner, 2 * inner):
@@ -70,12 +77,11 @@ class ClassUNet(UNetDenoiser):
 
     @property
     def image_size(self) -> int:
-        return super().image_size * self.patch_size
+        return self._side if self.vae is None else image_size(self.vae, self._side)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        side = self.unet.config.sample_size * self.patch_size
-        return self._latent, side, side
+        return self._latent, self._side, self._side
 
     def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Returns [K, D], or [B, K, D] if `parameters` holds one table per image; a row for "no class" is excluded."""
@@ -116,7 +122,7 @@ class ClassUNet(UNetDenoiser):
         Raises:
             FileNotFoundError, ValueError: a part is missing or damaged; the message names it.
         """
-        from diffusers import AutoencoderKL, UNet2DModel
+        from diffusers import UNet2DModel
 
         folder = Path(path)
         if not os.path.isdir(folder):
@@ -128,7 +134,9 @@ class ClassUNet(UNetDenoiser):
         if type(told["patch_size"]) is not int or not 1 <= told["patch_size"] < 64 or type(told["null_class"]) is not bool:
             raise ValueError(f"{folder / 'config.json'} has {str(told)[:80]}; give a patch_size below 64, and null_class true or false")
         given = {name: value for name, value in (("patch_size", patch_size), ("null_class", null_class)) if value is not None}
-        parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": AutoencoderKL} if (folder / "vae").is_dir() else {})
+        if (folder / "vqvae").is_dir():
+            raise ValueError(f"{folder} has its autoencoder in vqvae/; rename that folder to vae/")
+        parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": autoencoder_kind(folder / "vae")} if (folder / "vae").is_dir() else {})
         for name, kind in parts.items():
             parts[name] = read_model(kind, folder / name, use_safetensors=True, torch_dtype=torch.float32)
         try:

@@ -14,7 +14,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.denoisers.reading import CALIBRATION, check_weights, download, read_calibration, read_json, read_model, read_process
+from dtta_fast.denoisers.reading import (
+    CALIBRATION,
+    autoencoder_kind,
+    check_weights,
+    download,
+    read_calibration,
+    read_json,
+    read_model,
+    read_process,
+)
 from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.runtime.defaults import float32_on_cpu
 
@@ -31,7 +40,7 @@ class ConcatUNet(UNetDenoiser):
     Args:
         unet: a UNet2DModel; in_channels is the sum of the latent's and the map's channels.
         process: its noise process.
-        vae: an AutoencoderKL, or None.
+        vae: a diffusers autoencoder (see check_vae), or None.
         classes: number of class embeddings; each has as many channels as the map.
         depth_range: (nearest, farthest), in metres.
 
@@ -126,7 +135,7 @@ class ConcatUNet(UNetDenoiser):
         Raises:
             FileNotFoundError, ValueError: a part is missing or damaged; the message names it.
         """
-        from diffusers import AutoencoderKL, UNet2DModel
+        from diffusers import UNet2DModel
         from safetensors.torch import load_file
 
         folder = Path(path)
@@ -135,7 +144,7 @@ class ConcatUNet(UNetDenoiser):
         config = read_json(folder / "config.json")
         if config.get("_class_name") != KIND:
             raise ValueError(f"{folder / 'config.json'} names {config.get('_class_name')!r}; a {KIND}'s folder names {KIND}")
-        parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": AutoencoderKL} if (folder / "vae").is_dir() else {})
+        parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": autoencoder_kind(folder / "vae")} if (folder / "vae").is_dir() else {})
         for name, kind in parts.items():
             parts[name] = read_model(kind, folder / name, use_safetensors=True, torch_dtype=torch.float32)
         span, classes = config.get("depth_range"), config.get("classes")

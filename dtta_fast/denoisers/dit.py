@@ -20,6 +20,7 @@ from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.reading import (
     CALIBRATION,
     OF_VALUES,
+    autoencoder_kind,
     check_weights,
     download,
     read_calibration,
@@ -31,6 +32,7 @@ from dtta_fast.runtime.archives import LOCAL, check_archive
 from dtta_fast.runtime.defaults import float32_on_cpu
 
 WRAPPINGS = ("ema", "model", "state_dict")  # keys of a checkpoint that may hold the weights, the first that is there
+PREFIXES = ("module.", "_orig_mod.")
 LABEL_TABLE = "network.y_embedder.embedding_table.weight"
 
 
@@ -40,7 +42,7 @@ class DiT(Denoiser):
     Args:
         network: the transformer.
         process: its noise process, with as many timesteps as in training.
-        vae: a diffusers AutoencoderKL for latent models; None for pixel models. It is never adapted.
+        vae: a diffusers autoencoder for latent models (see check_vae); None for pixel models. It is never adapted.
     """
 
     can_checkpoint = True
@@ -223,9 +225,7 @@ class DiT(Denoiser):
 
 
 def _read_vae(folder: Path) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    vae: nn.Module = read_model(AutoencoderKL, folder / "vae").eval()
+    vae: nn.Module = read_model(autoencoder_kind(folder / "vae"), folder / "vae").eval()
     return vae
 
 
@@ -251,9 +251,8 @@ def _sized(sizes: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiTNetwork:
 
 def _without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Strips what DistributedDataParallel and torch.compile put before every name."""
-    for prefix in ("module.", "_orig_mod."):
-        if state and all(isinstance(name, str) and name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    while prefix := next((p for p in PREFIXES if state and all(isinstance(name, str) and name.startswith(p) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
 
 

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dtta_fast.denoisers.base import AUTOENCODERS
 from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.runtime.files import read_text
@@ -84,6 +85,20 @@ def read_model(kind: Any, folder: str | Path, **keywords: Any) -> Any:
             f"{folder} lacks weights of a {kind.__name__}: {', '.join(lacking[:5])}{' and others' if len(lacking) > 5 else ''}"
         )
     return model
+
+
+def autoencoder_kind(folder: Path) -> Any:
+    """Returns the diffusers class of the autoencoder in a folder, as its config.json names it.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it names a class that we cannot encode with.
+    """
+    import diffusers
+
+    name = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
+    if name not in AUTOENCODERS:
+        raise ValueError(f"{folder / 'config.json'} names {str(name)[:40]!r}; an autoencoder is one of {', '.join(sorted(AUTOENCODERS))}")
+    return getattr(diffusers, name)
 
 
 def check_weights(state: Mapping[Any, Any], source: str | Path) -> None:

@@ -15,7 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.denoisers.reading import download, read_calibration, read_json, read_model, read_process
+from dtta_fast.denoisers.reading import autoencoder_kind, download, read_calibration, read_json, read_model, read_process
 from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.runtime.defaults import float32_on_cpu
 
@@ -61,7 +61,7 @@ class StableDiffusion(UNetDenoiser):
     Args:
         unet: a UNet2DConditionModel.
         process: its noise process.
-        vae: an AutoencoderKL.
+        vae: a diffusers autoencoder (see check_vae).
         text_encoder, tokenizer: a CLIPTextModel and its CLIPTokenizer. They move with the module but are not part of its weights.
 
     Raises:
@@ -186,10 +186,10 @@ class StableDiffusion(UNetDenoiser):
             others = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"] if variant is None else None  # gigabytes that would not be used
             folder = download(str(path), ["*.json", "*.txt", *weights], others)
         read_json(folder / "model_index.json")
-        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from diffusers import UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
+        kinds = {"unet": UNet2DConditionModel, "vae": None, "text_encoder": CLIPTextModel, "tokenizer": CLIPTokenizer}
         parts: dict[str, Any] = {}
         for name, kind in kinds.items():
             if not (folder / name).is_dir():
@@ -200,6 +200,7 @@ class StableDiffusion(UNetDenoiser):
                 except Exception as error:  # the Rust tokenizers raise a plain Exception
                     raise ValueError(f"{folder / name} cannot be read as a {kind.__name__}: {error}") from error
                 continue
+            kind = autoencoder_kind(folder / name) if name == "vae" else kind
             quantised = {"quantization_config": quantization_config} if name == "unet" and quantization_config is not None else {}
             parts[name] = read_model(kind, folder / name, variant=variant, use_safetensors=True, dtype=dtype, **quantised)
         if quantization_config is None:

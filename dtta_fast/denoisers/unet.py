@@ -12,7 +12,7 @@ from dtta_fast.denoisers.noise_process import NoiseProcess
 
 
 class UNetDenoiser(Denoiser):
-    """A UNet that can be adapted, in pixel space or in the latent space of an AutoencoderKL, which is never adapted."""
+    """A UNet that can be adapted, in pixel space or in the latent space of an autoencoder, which is never adapted."""
 
     can_checkpoint = True
     unet: Any

@@ -46,8 +46,8 @@ def load_models(run: RunConfig, classes: Sequence[str] = (), outputs: Sequence[i
     """
     names = list(run.classes or classes)
     model, task = _model(run, names, outputs)
-    by_name = outputs_by_name(model, run.classes, classes) if run.task == "classification" and outputs is None else None
-    if by_name is not None:
+    by_name = outputs_by_name(model, run.classes, classes) if run.task in ("classification", "zero_shot") and outputs is None else None
+    if by_name is not None and (not run.classes or sorted(run.classes) == sorted(classes)):  # other names are prompts
         names = [name for _, name in sorted(zip(by_name, classes, strict=True))]
     denoiser = _denoiser(run, names)
     if run.calibration is not None:

@@ -107,7 +107,7 @@ class Adapter:
             cropped: whether images come from crop(). They are not cropped again, since some crops would zoom in twice.
 
         Raises:
-            ValueError: the input is invalid; nothing has changed. RuntimeError: called under torch.inference_mode().
+            TypeError, ValueError: the input is invalid; nothing has changed. RuntimeError: called under torch.inference_mode().
         """
         start, engine, checks = time.perf_counter(), self.engine, Checks()
         device = anchor(engine.model).device
@@ -212,7 +212,10 @@ class Adapter:
             return other
 
     def reset(self) -> None:
-        """Returns to the model's own weights and an empty optimizer state. Picks up weights that were written through `.data`."""
+        """Returns to the model's own weights and an empty optimizer state. Picks up weights that were written through `.data`.
+
+        A calibration that the denoiser got after this session was made is not picked up: make a new session.
+        """
         with self._turns.alone():
             self._state = None
             self.engine.check_copies()

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dtta_fast.runtime.reads import Checks
+from dtta_fast.session.checks import checked_images
+
 Images: TypeAlias = Any  # a Tensor [B, 3, H, W], a PIL image, an array [H, W, 3] or [B, H, W, 3], a path, or a sequence of such images
 
 
@@ -32,8 +35,9 @@ def to_batch(images: Images, device: torch.device, crop: Callable[[Tensor], Tens
     parts = [part.to(device) for part in parts]
     if len({(part.shape, part.dtype) for part in parts}) == 1:
         return torch.stack(parts), False
-    parts = [part.float() / 255 if part.dtype == torch.uint8 else part for part in parts]
-    crops = [crop(part[None])[0] for part in parts]
+    checks = Checks()
+    crops = [crop(checked_images(part[None], device, checks))[0] for part in parts]
+    checks.settle()
     sizes = sorted({tuple(part.shape[-2:]) for part in crops})
     if len(sizes) > 1:
         found = ", ".join(f"{height}x{width}" for height, width in sizes[:3])
@@ -42,11 +46,17 @@ def to_batch(images: Images, device: torch.device, crop: Callable[[Tensor], Tens
 
 
 def to_ids(image_ids: Any, device: torch.device) -> Any:
-    """Converts a sequence of whole numbers, or an array of them, to a tensor; returns anything else unchanged."""
-    if isinstance(image_ids, np.ndarray) and image_ids.dtype.kind in "iu":
-        image_ids = image_ids.tolist()
-    if isinstance(image_ids, (Sequence, range)) and all(isinstance(i, int) and not isinstance(i, bool) for i in image_ids):
-        return torch.tensor(list(image_ids), dtype=torch.int64, device=device)
+    """Converts a sequence of whole numbers, or an array of them, to a tensor; returns anything else unchanged.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+    if isinstance(image_ids, np.ndarray) and image_ids.ndim == 1:
+        image_ids = list(image_ids)
+    if isinstance(image_ids, Sequence) and all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in image_ids):
+        if any(not 0 <= i < 2**32 for i in image_ids):
+            raise ValueError(f"image_ids lies in {min(image_ids)} .. {max(image_ids)}; give 0 .. 2^32 - 1")
+        return torch.tensor([int(i) for i in image_ids], dtype=torch.int64, device=device)
     return image_ids
 
 

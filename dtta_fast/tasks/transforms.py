@@ -83,14 +83,21 @@ def processor_transforms(processor: Any) -> tuple[Transform, Transform]:
 
 
 def processed_size(processor: Any) -> tuple[int, int]:
-    """Returns the size (height, width) of what a transformers image processor makes of a square image."""
-    height, width = _processed(processor, (0, 0, 0)).shape[-2:]
-    return int(height), int(width)
+    """Returns the size (height, width) of what a transformers image processor makes of a square image.
+
+    Raises:
+        ValueError: the size depends on the image's.
+    """
+    sizes = {tuple(_processed(processor, (0, 0, 0), side).shape[-2:]) for side in (PROBE, 3 * PROBE)}
+    if len(sizes) > 1:
+        raise ValueError("it gives images of different sizes different sizes; it needs do_resize and a size")
+    height, width = sizes.pop()
+    return height, width
 
 
-def _processed(processor: Any, colour: tuple[int, int, int]) -> Tensor:
+def _processed(processor: Any, colour: tuple[int, int, int], side: int = PROBE) -> Tensor:
     """Returns what a processor makes of an image of one colour, [3, h, w]."""
-    image = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).repeat(1, PROBE, PROBE)
+    image = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).repeat(1, side, side)
     found: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
     return found
 
