@@ -348,11 +348,15 @@ def test_the_pre_check_leaves_alone_what_the_source_says_twice():
     assert none.steps_run == 0
     assert none.loss.shape == (int((~asked).sum()), 0)
     assert not none.evaluations.any()
+    ranked = adapt(model, denoiser, images, config=presets.RANK)
+    assert torch.equal(ranked.evaluations, 72 * asked)  # 24 pairs of three classes
+    assert torch.equal(ranked.outputs[~asked], found.outputs[~asked])
+    assert torch.equal(ranked.accepted, asked)
     timesteps = torch.randint(300, 800, (16, 1, 4))
     given = adapt(model, denoiser, images, config=config, timesteps=timesteps)
     same = adapt(model, denoiser, images, config=config.replace(precheck="off"), timesteps=timesteps)
     torch.testing.assert_close(given.loss[asked], same.loss[asked])
-    for change in ({"match": "denoiser"}, {"mode": "online"}, {"method": "posterior"}):
+    for change in ({"match": "denoiser"}, {"mode": "online"}, {"method": "diffusion_classifier"}):
         with pytest.raises(ValueError, match=r"precheck is .answer. with"):
             config.replace(**change)
 

@@ -287,7 +287,9 @@ def test_adapt_takes_files_folders_and_names_from_stdin(tmp_path, monkeypatch, c
     test_bad_input_is_one_line_and_status_2(capsys, ["adapt", str(paths[0]), str(tmp_path / "no.png")], "no.png is missing")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error():
-    with subprocess.Popen([DTTA, "evaluate", "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+@pytest.mark.parametrize(("arguments", "status"), [(["evaluate", "--help"], 141), (["env"], 141)])
+def test_a_reader_that_has_seen_enough_is_no_error(arguments, status):
+    with subprocess.Popen([DTTA, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
+    assert process.returncode == status

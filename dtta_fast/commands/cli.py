@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import io
 import os
+import select
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -59,12 +60,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _reader_is_gone() -> bool:
     """Flushes the output; returns whether its reader, such as `head`, has closed the pipe. Nothing more is then written to it."""
+    gone = False
     try:
         sys.stdout.flush()
+        if hasattr(select, "poll"):  # the failed write may have emptied the buffer
+            poll = select.poll()
+            poll.register(sys.stdout.fileno(), 0)
+            gone = any(event & select.POLLERR for _, event in poll.poll(0))
     except BrokenPipeError:
+        gone = True
+    except (OSError, ValueError):  # no file, as in a notebook
+        return False
+    if gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it flushes at its end
-        return True
-    return False
+    return gone
 
 
 def _commands(arguments: Sequence[str], start: Evaluate | None = None) -> Any:
