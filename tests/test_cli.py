@@ -284,7 +284,7 @@ def test_adapt_takes_files_folders_and_names_from_stdin(tmp_path, monkeypatch, c
     capsys.readouterr()
     (tmp_path / "empty").mkdir()
     test_bad_input_is_one_line_and_status_2(capsys, ["adapt", str(tmp_path / "empty")], "empty is a folder without images")
-    test_bad_input_is_one_line_and_status_2(capsys, ["adapt", str(paths[0]), str(tmp_path / "no.png")], "no.png is missing")
+    test_bad_input_is_one_line_and_status_2(capsys, ["adapt", str(paths[0]), str(tmp_path / "no.png")], "no.png is no image")
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["evaluate", "--help"], 141), (["env"], 141)])

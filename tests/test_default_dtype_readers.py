@@ -15,12 +15,13 @@ from dtta_fast import AdaptConfig, Adapter, Calibration, zoo
 from dtta_fast.core import calibrate as calibrating
 from dtta_fast.core.calibrate import class_scores, class_signal
 from dtta_fast.data.corruptions import corrupt
-from dtta_fast.data.folder import read_image, read_images, read_pixels
+from dtta_fast.data.folder import read_images
 from dtta_fast.data.images import open_images
 from dtta_fast.data.scenes import scenes
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.embed.manifest import comparable, task_of, weights_digest
 from dtta_fast.runtime.defaults import float32_on_cpu
+from dtta_fast.runtime.pictures import read_image, read_pixels
 
 DEFAULTS = [(torch.float16, "cpu"), (torch.float64, "cpu"), (torch.bfloat16, "meta")]
 every_default = pytest.mark.parametrize("standing", DEFAULTS, ids=str)

@@ -13,11 +13,12 @@ from timm.models import save_for_hf
 
 from dtta_fast import presets, zoo
 from dtta_fast.data.digits import load_digits
-from dtta_fast.data.folder import image_files, natural_key, open_folder, read_image
+from dtta_fast.data.folder import image_files, natural_key, open_folder
 from dtta_fast.runs import models
 from dtta_fast.runs.config import RunConfig
 from dtta_fast.runs.evaluate import evaluate
 from dtta_fast.runs.models import outputs_by_name
+from dtta_fast.runtime.pictures import read_image
 
 OFF = presets.FAST.replace(steps=1, pairs=1, guard=0, guard_threshold=0.0, match="off", precheck="off", lr=1e-9, timesteps="uniform")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -16,11 +16,12 @@ from torch import nn
 
 from dtta_fast import presets, zoo
 from dtta_fast.commands.common import OutFile, Settings, check_path, checked_device, holds, names_of, quiet, shown, terminal, write_json
-from dtta_fast.data.folder import image_files, read_image
+from dtta_fast.data.folder import image_files
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.runs.models import class_names, load_pair
 from dtta_fast.runs.writing import check_name
+from dtta_fast.runtime.pictures import read_image
 from dtta_fast.session.adapter import Adapter
 from dtta_fast.tasks import Classification, Task
 
@@ -138,7 +139,7 @@ def files(given: Sequence[Path]) -> list[Path]:
         elif path.exists():
             found.append(path)
         else:
-            raise ValueError(f"{path} is missing")
+            raise ValueError(f"{path} is no image that can be read: there is no such file")
     if not found:
         raise ValueError("images are missing: give at least one file")
     return found

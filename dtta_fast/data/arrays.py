@@ -20,9 +20,10 @@ from torch import Tensor
 from dtta_fast.data.base import Images, chosen_corruptions
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import DIGITS, load_digits
-from dtta_fast.data.folder import ImageFiles, check_size, read_pixels
+from dtta_fast.data.folder import ImageFiles
 from dtta_fast.runtime.defaults import float32_on_cpu
 from dtta_fast.runtime.files import open_plain, read_text
+from dtta_fast.runtime.pictures import check_size, read_pixels
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR100 = tuple(

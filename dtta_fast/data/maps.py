@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dtta_fast.data.base import NO_LABEL, Maps, chosen_corruptions
-from dtta_fast.data.folder import MOST_BYTES, SUFFIXES, check_size, open_image, read_image, read_lines
+from dtta_fast.data.folder import SUFFIXES, read_lines
+from dtta_fast.runtime.pictures import MOST_BYTES, check_size, open_image, read_image
 
 ADE20K_CLASSES = 150
 

@@ -15,8 +15,9 @@ from typing import BinaryIO
 from torch import Tensor
 
 from dtta_fast.data.base import Images
-from dtta_fast.data.folder import MOST_BYTES, SUFFIXES, read_lines, read_pixels
+from dtta_fast.data.folder import SUFFIXES, read_lines
 from dtta_fast.runtime.files import open_plain
+from dtta_fast.runtime.pictures import MOST_BYTES, read_pixels
 
 # webdataset's own rule: a sample's key is everything before the first dot of the file's name
 MOST_SHARDS = 100_000  # the most names that a pattern may expand to

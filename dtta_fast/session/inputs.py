@@ -71,11 +71,11 @@ def _one(image: Any) -> Tensor:
             raise ValueError(f"images is or holds an array of shape {image.shape}; give [H, W, 3], or [B, H, W, 3] by itself")
         return _from_array(image)
     if isinstance(image, (str, os.PathLike)):
-        from dtta_fast.data.folder import read_image
+        from dtta_fast.runtime.pictures import read_image
 
         return read_image(os.fspath(image))
     if "PIL.Image" in sys.modules and isinstance(image, sys.modules["PIL.Image"].Image):
-        from dtta_fast.data.folder import to_pixels
+        from dtta_fast.runtime.pictures import to_pixels
 
         return to_pixels(image)
     raise TypeError(

@@ -97,7 +97,7 @@ def processed_size(processor: Any) -> tuple[int, int]:
 
 def _processed(processor: Any, colour: tuple[int, int, int], side: int = PROBE) -> Tensor:
     """Returns what a processor makes of an image of one colour, [3, h, w]."""
-    image = torch.tensor(colour, dtype=torch.uint8).view(3, 1, 1).repeat(1, side, side)
+    image = torch.tensor(colour, dtype=torch.uint8, device="cpu").view(3, 1, 1).repeat(1, side, side)
     found: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
     return found
 
@@ -110,13 +110,13 @@ def _values_transform(processor: Any) -> Transform:
     shift = values(0, 0, 0)
     matrix = torch.stack([values(255, 0, 0), values(0, 255, 0), values(0, 0, 255)], dim=1) - shift[:, None]
     for colour in ((255, 255, 255), (200, 30, 120)):
-        expected = matrix @ torch.tensor(colour, dtype=torch.float64) / 255 + shift
+        expected = matrix @ torch.tensor(colour, dtype=torch.float64, device="cpu") / 255 + shift
         if not torch.allclose(values(*colour), expected, rtol=1e-3, atol=1e-3 * float(matrix.abs().max())):
             raise ValueError(
                 f"processor, a {type(processor).__name__}, changes pixel values in a way that is not linear; give crop= and normalise= "
                 "in its place"
             )
-    if torch.allclose(matrix, torch.eye(3, dtype=torch.float64), atol=1e-5) and float(shift.abs().max()) < 1e-5:
+    if torch.allclose(matrix, torch.eye(3, dtype=torch.float64, device="cpu"), atol=1e-5) and float(shift.abs().max()) < 1e-5:
         return unchanged
     scale = matrix.diagonal()
     if torch.equal(matrix, scale.diag()) and bool((scale > 0).all()):

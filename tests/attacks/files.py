@@ -41,7 +41,7 @@ torch.set_num_threads(1)
 from dtta_fast import presets, zoo
 from dtta_fast.commands.cli import main
 from dtta_fast.commands.common import check_path, holds, is_page
-from dtta_fast.data.folder import open_folder, read_image, read_images
+from dtta_fast.data.folder import open_folder, read_images
 from dtta_fast.data.images import open_images
 from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.denoisers.dit import DiT
@@ -51,6 +51,7 @@ from dtta_fast.runs.evaluate import evaluate
 from dtta_fast.runs.folder import RunFolder, read_records
 from dtta_fast.runs.worker import open_data
 from dtta_fast.runtime.archives import check_archive
+from dtta_fast.runtime.pictures import read_image
 
 HELPERS = runpy.run_path(str(Path(__file__).parents[1] / "report_runs.py"))
 record_of, write_run = HELPERS["record_of"], HELPERS["write_run"]
