@@ -94,7 +94,8 @@ def image_files(folder: Path) -> list[str]:
     Hidden files and folders, and those that systems and archives create, are skipped. A warning counts pictures in formats that are not
     read.
     """
-    found, passed = [], []
+    found: list[str] = []
+    passed: list[str] = []
     for place, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if _counts(name) and not _leads_up(os.path.join(place, name)))
         inner = Path(place).relative_to(folder).as_posix()

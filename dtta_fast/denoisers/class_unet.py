@@ -71,7 +71,7 @@ class ClassUNet(UNetDenoiser):
                 f"{found}; with patch_size {patch_size} and latents of {self._latent}, it needs {inner} in, and out as many or twice"
             )
         if not isinstance(table, _SoftEmbedding):
-            unet.class_embedding = _SoftEmbedding(*table.weight.shape, _weight=table.weight.detach())
+            unet.class_embedding = _SoftEmbedding(table.num_embeddings, table.embedding_dim, _weight=table.weight.detach())
             unet.class_embedding.weight = table.weight
         self.patch_size, self.null_class = patch_size, null_class
 
@@ -130,10 +130,12 @@ class ClassUNet(UNetDenoiser):
         config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {"_class_name": KIND}
         if config.get("_class_name") != KIND:
             raise ValueError(f"{folder / 'config.json'} names {config.get('_class_name')!r}; a {KIND}'s folder names {KIND}")
-        told = {"patch_size": config.get("patch_size", 1), "null_class": config.get("null_class", False)}
+        told: dict[str, Any] = {"patch_size": config.get("patch_size", 1), "null_class": config.get("null_class", False)}
         if type(told["patch_size"]) is not int or not 1 <= told["patch_size"] < 64 or type(told["null_class"]) is not bool:
             raise ValueError(f"{folder / 'config.json'} has {str(told)[:80]}; give a patch_size below 64, and null_class true or false")
-        given = {name: value for name, value in (("patch_size", patch_size), ("null_class", null_class)) if value is not None}
+        given: dict[str, Any] = {
+            name: value for name, value in (("patch_size", patch_size), ("null_class", null_class)) if value is not None
+        }
         if (folder / "vqvae").is_dir():
             raise ValueError(f"{folder} has its autoencoder in vqvae/; rename that folder to vae/")
         parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": autoencoder_kind(folder / "vae")} if (folder / "vae").is_dir() else {})

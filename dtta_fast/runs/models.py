@@ -21,6 +21,8 @@ from dtta_fast.tasks import Classification, Depth, Segmentation, Task
 from dtta_fast.tasks.transforms import processed_size
 
 if TYPE_CHECKING:
+    from dtta_fast.denoisers.class_unet import ClassUNet
+    from dtta_fast.denoisers.stable_diffusion import StableDiffusion
     from dtta_fast.runs.config import RunConfig
 
 ZOO = {"classification": "digits", "zero_shot": "open_vocabulary", "segmentation": "segmentation", "depth": "depth"}
@@ -101,7 +103,7 @@ def load_pair(model: str | None, denoiser: str | None, *, calibration: bool = Tr
     return classifier, load_denoiser(denoiser, calibration=calibration).eval()
 
 
-def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = True) -> Denoiser:
+def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = True) -> DiT | ClassUNet | StableDiffusion:
     """Loads a DiT, a class-conditional UNet, or a Stable Diffusion with one prompt per name, on the CPU; the model's files decide which.
 
     Args:
