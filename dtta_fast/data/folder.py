@@ -14,6 +14,7 @@ from torchvision.transforms import functional as T
 from dtta_fast.data.base import Images
 from dtta_fast.runtime.files import read_text
 from dtta_fast.runtime.pictures import FORMATS, check_size, decode, read_pixels, to_tensor
+from dtta_fast.runtime.pictures import read_image as read_image  # public under this name
 from dtta_fast.runtime.warn import warn
 
 SUFFIXES = {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
