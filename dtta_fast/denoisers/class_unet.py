@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import image_size
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.denoisers.reading import CALIBRATION, autoencoder_kind, download, read_calibration, read_json, read_model, read_process
+from dtta_fast.denoisers.reading import CALIBRATION, download, read_calibration, read_json, read_networks, read_process
 from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.runtime.defaults import float32_on_cpu
 
@@ -122,8 +121,6 @@ class ClassUNet(UNetDenoiser):
         Raises:
             FileNotFoundError, ValueError: a part is missing or damaged; the message names it.
         """
-        from diffusers import UNet2DModel
-
         folder = Path(path)
         if not os.path.isdir(folder):
             folder = download(str(path), ["*.json", "*.safetensors"])
@@ -138,9 +135,7 @@ class ClassUNet(UNetDenoiser):
         }
         if (folder / "vqvae").is_dir():
             raise ValueError(f"{folder} has its autoencoder in vqvae/; rename that folder to vae/")
-        parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": autoencoder_kind(folder / "vae")} if (folder / "vae").is_dir() else {})
-        for name, kind in parts.items():
-            parts[name] = read_model(kind, folder / name, use_safetensors=True, torch_dtype=torch.float32)
+        parts = read_networks(folder)
         try:
             denoiser = cls(parts["unet"], read_process(folder), parts.get("vae"), **{**told, **given})
         except ValueError as error:

@@ -14,16 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.denoisers.reading import (
-    CALIBRATION,
-    autoencoder_kind,
-    check_weights,
-    download,
-    read_calibration,
-    read_json,
-    read_model,
-    read_process,
-)
+from dtta_fast.denoisers.reading import CALIBRATION, check_weights, download, read_calibration, read_json, read_networks, read_process
 from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.runtime.defaults import float32_on_cpu
 
@@ -135,7 +126,6 @@ class ConcatUNet(UNetDenoiser):
         Raises:
             FileNotFoundError, ValueError: a part is missing or damaged; the message names it.
         """
-        from diffusers import UNet2DModel
         from safetensors.torch import load_file
 
         folder = Path(path)
@@ -144,9 +134,7 @@ class ConcatUNet(UNetDenoiser):
         config = read_json(folder / "config.json")
         if config.get("_class_name") != KIND:
             raise ValueError(f"{folder / 'config.json'} names {config.get('_class_name')!r}; a {KIND}'s folder names {KIND}")
-        parts: dict[str, Any] = {"unet": UNet2DModel} | ({"vae": autoencoder_kind(folder / "vae")} if (folder / "vae").is_dir() else {})
-        for name, kind in parts.items():
-            parts[name] = read_model(kind, folder / name, use_safetensors=True, torch_dtype=torch.float32)
+        parts = read_networks(folder)
         span, classes = config.get("depth_range"), config.get("classes")
         if classes is not None and (type(classes) is not int or not 2 <= classes < 2**16):
             raise ValueError(f"{folder / 'config.json'} has classes {str(classes)[:40]}; give a whole number from 2 to 65535")

@@ -101,6 +101,18 @@ def autoencoder_kind(folder: Path) -> Any:
     return getattr(diffusers, name)
 
 
+def read_networks(folder: Path) -> dict[str, Any]:
+    """Reads a folder's UNet2DModel and, if it has one, its autoencoder, in float32: {"unet": .., "vae": ..}.
+
+    Raises:
+        FileNotFoundError, ValueError: one cannot be read.
+    """
+    from diffusers import UNet2DModel
+
+    kinds = {"unet": UNet2DModel} | ({"vae": autoencoder_kind(folder / "vae")} if (folder / "vae").is_dir() else {})
+    return {name: read_model(kind, folder / name, use_safetensors=True, torch_dtype=torch.float32) for name, kind in kinds.items()}
+
+
 def check_weights(state: Mapping[Any, Any], source: str | Path) -> None:
     """Checks that a state dict holds plain weights that do not share memory, so a network of their sizes is no larger than the weights.
 
