@@ -21,6 +21,7 @@ from scipy.io import savemat
 from dtta_fast.data import arrays, folder, imagenet, maps, shards
 from dtta_fast.data.images import open_images
 from dtta_fast.runs import worker
+from dtta_fast.runtime import pictures
 from dtta_fast.runtime.files import MOST_TEXT, open_plain, read_text
 
 
@@ -137,7 +138,7 @@ def test_links_to_plain_files_are_read(tmp_path):
 def test_files_of_any_size(tmp_path):
     """Sparse ones, which take no room on a disk; /proc's say that they are empty."""
     picture(tmp_path / "x.png")
-    os.truncate(tmp_path / "x.png", folder.MOST_BYTES + 1)
+    os.truncate(tmp_path / "x.png", pictures.MOST_BYTES + 1)
     with pytest.raises(ValueError, match=r"x\.png is no image that can be read: it has 536870913 bytes, and 536870912 is the most"):
         folder.read_image(tmp_path / "x.png")
     (tmp_path / "classes.txt").touch()
@@ -164,7 +165,7 @@ def test_long_images_in_a_shard(tmp_path):
     with pytest.raises(ValueError, match=r"sample a\.tar/a is no image that can be read: it is 80000000x1"):
         data.read(0)
     assert data.read(1).shape == (3, 6, 8)
-    data._spans[1] = (tmp_path / "a.tar", 0, folder.MOST_BYTES + 1)
+    data._spans[1] = (tmp_path / "a.tar", 0, pictures.MOST_BYTES + 1)
     with pytest.raises(ValueError, match=r"sample a\.tar/b is no image that can be read: it has 536870913 bytes"):
         data.read(1)
 
