@@ -19,7 +19,7 @@ ParameterSet = Literal["all", "norm", "head", "logits", "lora"]
 DenoiserParameters = Literal["frozen", "all", "lora"]
 Optimizer = Literal["sgd", "adam", "adamw", "adam8bit"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-Compile = Literal["off", "regional", "step", "graphs", "regional+graphs"]
+Compile = Literal["off", "auto", "regional", "step", "graphs", "regional+graphs"]
 
 
 class AtLeast(NamedTuple):
@@ -163,7 +163,8 @@ class AdaptConfig:
             both in float32, with TF32 matrix products on a GPU. bf16 and fp16 are half precision, with the model's products in TF32 as
             under auto. Losses, the accumulated gradients of the condition, optimizers and adapted weights are always float32; the
             weights are cast for each step. The model keeps its own precision: an update of 1e-5 would be lost in a bfloat16 weight.
-        compile: what torch.compile compiles: nothing (off); the denoiser's blocks and the model separately (regional); or the whole step
+        compile: what torch.compile compiles: nothing (off, or False); what suits the device, which is regional on a CPU and regional+graphs
+            on a GPU (auto, or True); the denoiser's blocks and the model separately (regional); or the whole step
             as one graph (step), whose compile time is proportional to the number of chunks in a step. With "graphs" and
             "regional+graphs", the model's forwards, the steps and the guard are recorded as CUDA graphs, for each batch size, and
             replayed: this saves the time of launching their kernels. Meant for sessions: see Adapter.warmup.
@@ -208,6 +209,8 @@ class AdaptConfig:
     seed: CountFromZero = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.compile, bool):
+            object.__setattr__(self, "compile", "auto" if self.compile else "off")
         check_fields(self)
         if self.seed >= 2**63:
             refuse(self, "seed", "up to 2^63 - 1")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import Tensor
@@ -116,3 +120,35 @@ def test_ids_out_of_range_are_named(adapter, pixels):
 def test_what_is_not_understood_is_named(adapter, images, error, message):
     with pytest.raises(error, match=message):
         adapter.adapt(images)
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (3, 400)])
+def test_images_of_extreme_proportions_are_refused_before_they_are_resized(adapter, size):
+    with pytest.raises(ValueError, match=rf"an image is {size[1]}x{size[0]} pixels; crop it, so that no side is more than 64 times"):
+        adapter.adapt(torch.rand(1, 3, *size))
+
+
+@pytest.mark.parametrize("config", [CONFIG.replace(precheck="off", steps=2), presets.RANK.replace(pairs=2, precheck="off")])
+def test_progress_counts_every_step(pixels, config, capsys):
+    session = Adapter(*zoo.load("digits"), config)
+    wanted = session.adapt(pixels)
+    assert capsys.readouterr().out == ""
+    found = session.adapt(pixels, progress=True)
+    assert torch.equal(found.outputs, wanted.outputs)
+    assert re.search(r"adapting .* 100%", capsys.readouterr().out)
+
+
+def test_compile_takes_true_and_false():
+    assert (CONFIG.replace(compile=True).compile, CONFIG.replace(compile=False).compile) == ("auto", "off")
+    assert Adapter(*zoo.load("digits"), CONFIG.replace(compile=True)).config.compile == "regional"
+
+
+def test_a_timm_config_of_other_weights_is_told(adapter, pixels):
+    denoiser = zoo.load("digits")[1]
+    model = timm.create_model("resnet10t", num_classes=10)
+    with pytest.warns(UserWarning, match=r"32x32 are enlarged to 176x176 .* belongs to weights of 1000 classes, and the model has 10"):
+        adapt(model, denoiser, pixels[:1], config=CONFIG)
+    model.pretrained_cfg |= {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt(model, denoiser, pixels[:1], config=CONFIG)

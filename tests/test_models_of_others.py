@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 import weakref
 
@@ -420,6 +421,69 @@ def test_random_numbers_in_a_forward_are_told_once(floats):
         warnings.simplefilter("error")
         session.adapt(floats[1][:1])
         Adapter(Net(), floats[0], CONFIG).adapt(floats[1])
+
+
+class LessTheMean(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - x.mean((0, 2, 3), keepdim=True))
+
+
+class BatchNormed(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.batch_norm(x, None, None, training=True)
+
+
+class Together(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = super().forward(x)
+        return found + found.sum(0, keepdim=True)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    "model, layer",
+    [
+        (LessTheMean(), "features.0, Conv2d"),
+        (nn.Sequential(BatchNormed(), Net()), "0, BatchNormed"),
+        (Together(), ""),
+    ],
+)
+def test_answers_that_depend_on_the_batch_are_told_once(floats, count, model, layer):
+    session = Adapter(model, floats[0], CONFIG)
+    where = re.escape(f"beside it (first seen in {layer}): results" if layer else "beside it: results")
+    with pytest.warns(UserWarning, match=f"a {type(model).__name__}, answers an image differently with other images {where}"):
+        session.adapt(floats[1][:count])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.adapt(floats[1][:count])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_answers_that_change_from_run_to_run_are_told(floats, count):
+    class Counting(Net):
+        runs = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.runs += 1
+            return super().forward(x) * self.runs
+
+    with pytest.warns(UserWarning, match="a Counting, gives two answers to the same image"):
+        adapt(Counting(), *floats[:1], floats[1][:count], config=CONFIG)
+
+
+class Rounding(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).round()
+
+
+@pytest.mark.parametrize("mode", ["episodic", "online"])
+def test_a_step_without_a_gradient_is_told(floats, mode):
+    session = Adapter(Rounding(), floats[0], CONFIG.replace(mode=mode))
+    with pytest.warns(UserWarning, match=r"first step changed none of the 'all' parameters of the model, a Rounding: their gradient is zero"):
+        session.adapt(floats[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        session.adapt(floats[1])
 
 
 def test_what_a_model_does_not_take_is_explained(denoiser):

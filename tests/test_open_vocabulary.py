@@ -70,6 +70,18 @@ def test_clip_answers_as_the_library_does(models, processor, task, digits):
     torch.testing.assert_close(bare(inputs), logits * lengths, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("towers", ["image", "both"])
+def test_towers_that_return_tuples(models, processor, digits, towers):
+    task = ZeroShot(NAMES, processor, towers=towers)
+    wanted = Adapter(*models, SMALL, task).adapt(digits[:2])
+    clip = copy.deepcopy(models[0])
+    for part in clip.modules():
+        if hasattr(part, "config"):
+            part.config.return_dict = False
+    found = Adapter(clip, models[1], SMALL, task).adapt(digits[:2])
+    torch.testing.assert_close(found.outputs, wanted.outputs)
+
+
 def test_images_of_any_size_are_prepared_as_the_processor_does(models, processor, task):
     rows, columns, channels = torch.arange(50)[:, None, None], torch.arange(71)[:, None], torch.arange(3)
     shades = (120 + 100 * torch.sin(rows / 9 + channels) * torch.cos(columns / 7)).byte()  # without an edge for 8 bits to overshoot at
@@ -159,6 +171,8 @@ def test_a_pipeline_s_folder_is_read_whole(tmp_path, models, prediction):
     pipeline.scheduler = DDIMScheduler(1000, 0.00085, 0.012, "scaled_linear", prediction_type=prediction)
     pipeline.save_pretrained(tmp_path, variant="fp16")
     read = StableDiffusion.from_pretrained(tmp_path, variant="fp16")
+    alone = StableDiffusion.from_pretrained(tmp_path)  # the only variant there is
+    assert all(torch.equal(one, other) for one, other in zip(read.parameters(), alone.parameters(), strict=True))
     assert read.dtype == torch.float32
     assert torch.equal(read.process.table, NoiseProcess.from_scheduler(pipeline.scheduler).table)
     x_t, timesteps = _drawn(read, 1, 3)

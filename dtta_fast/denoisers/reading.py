@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from dtta_fast.runtime.files import read_text
 CALIBRATION = "calibration.json"
 # what the libraries' constructors raise for invalid config values; torch also raises RuntimeError for sizes that do not fit in memory
 OF_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, ImportError, RuntimeError, MemoryError)
+# names of weight files, of which the libraries put the variant before the ending or before the number of the part
+OF_WEIGHTS = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.([a-zA-Z]\w*))?(?:-\d+-of-\d+)?\.safetensors")
 MOST_TIMESTEPS = 100_000  # the most timesteps of a schedule; its table has one row for each
 WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # allowed dtypes of stored weights
 
@@ -72,9 +75,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_model(kind: Any, folder: str | Path, **keywords: Any) -> Any:
     """Loads a complete diffusers or transformers model from a folder.
 
+    If the folder has weights in one variant only, such as fp16, and no variant is asked for, that one is read.
+
     Raises:
         ValueError: the model cannot be read, or weights are missing, which the libraries would initialise randomly.
     """
+    if keywords.get("variant") is None and (variant := only_variant(Path(folder))):
+        keywords["variant"] = variant
     try:
         model, found = kind.from_pretrained(folder, output_loading_info=True, **keywords)
     except (OSError, SafetensorError, StrictDataclassError, *OF_VALUES) as error:
@@ -85,6 +92,12 @@ def read_model(kind: Any, folder: str | Path, **keywords: Any) -> Any:
             f"{folder} lacks weights of a {kind.__name__}: {', '.join(lacking[:5])}{' and others' if len(lacking) > 5 else ''}"
         )
     return model
+
+
+def only_variant(folder: Path) -> str | None:
+    """Returns the variant of a folder's weights, such as "fp16", if they exist in that variant alone."""
+    found = {match[1] for path in folder.glob("*.safetensors") if (match := OF_WEIGHTS.fullmatch(path.name))}
+    return found.pop() if len(found) == 1 else None
 
 
 def autoencoder_kind(folder: Path) -> Any:
@@ -163,6 +176,8 @@ def download(model_id: str, patterns: list[str], without: list[str] | None = Non
 
     try:
         folder = Path(snapshot_download(model_id, allow_patterns=patterns, ignore_patterns=without))
+        if without and not any(folder.rglob("*.safetensors")):  # in variants only
+            folder = Path(snapshot_download(model_id, allow_patterns=patterns))
         if not any(folder.rglob("*.safetensors")):  # an older model; diffusers loads its .bin files with weights_only
             folder = Path(snapshot_download(model_id, allow_patterns=[*patterns, "*.bin"], ignore_patterns=without))
         return folder

@@ -172,7 +172,7 @@ class StableDiffusion(UNetDenoiser):
 
         Args:
             dtype: dtype of the weights.
-            variant: variant of the weight files, such as "fp16".
+            variant: variant of the weight files, such as "fp16". None reads the plain ones, or the only variant there is.
             quantization_config: a diffusers BitsAndBytesConfig for the UNet.
             calibration: False skips the folder's calibration.json.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dtta_fast.runtime.warn import warn
+
+ROUNDING, HALF_ROUNDING = 0.01, 0.1  # largest difference by rounding, relative to the largest output
 
 
 @contextmanager
@@ -36,7 +38,14 @@ def explaining_misfits(module: nn.Module, inputs: Tensor) -> Iterator[None]:
     """Turns the error of a model that does not take its inputs [B, 3, H, W] into a ValueError that names a remedy."""
     try:
         yield
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        if isinstance(error, AttributeError):
+            if "'tuple' object" not in str(error):
+                raise
+            raise ValueError(
+                f"model's parts return tuples where its forward takes outputs with names ({error}); set return_dict = True in the config of "
+                "the model and of its parts"
+            ) from error
         said, first = str(error), next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
         size = "x".join(map(str, inputs.shape[-2:]))
         if first is not None and first.in_channels != inputs.shape[1] and "channels" in said:
@@ -53,22 +62,95 @@ def explaining_misfits(module: nn.Module, inputs: Tensor) -> Iterator[None]:
         raise
 
 
+def warn_of_foreign_config(module: nn.Module, images: Tensor, crop: Tensor) -> None:
+    """Warns if a timm config cannot have come with a model's weights: it is of another number of classes, and enlarges the images."""
+    config = getattr(module, "pretrained_cfg", None) or {}
+    own, told = getattr(module, "num_classes", None), config.get("num_classes")
+    if own is not None and told is not None and own != told and 2 * max(images.shape[-2:]) <= min(crop.shape[-2:]):
+        sizes = ["x".join(map(str, found.shape[-2:])) for found in (images, crop)]
+        warn(
+            f"images of {sizes[0]} are enlarged to {sizes[1]} and normalised as the model's timm config says, which belongs to weights of "
+            f"{told} classes, and the model has {own}; if it was trained on other sizes, set input_size, mean and std in "
+            "model.pretrained_cfg, or give Classification(crop=..., normalise=...)"
+        )
+
+
 @contextmanager
 def warning_of_random_numbers(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Warns if the module draws from torch's random generators in eval mode."""
-    on_gpu = device.type == "cuda" and torch.cuda.is_initialized()
-
-    def states() -> list[bytes]:
-        found = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_gpu else [])]
-        return [state.numpy().tobytes() for state in found]
-
-    before = states()
+    before = _random_states(device)
     yield
-    if states() != before:
+    if _random_states(device) != before:
         warn(
             f"model, a {type(module).__name__}, draws random numbers in eval mode, as F.dropout(x, p) does without training=self.training: "
             "its results do not repeat, and torch's random state moves"
         )
+
+
+def _random_states(device: torch.device) -> list[bytes]:
+    on_gpu = device.type == "cuda" and torch.cuda.is_initialized()
+    found = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_gpu else [])]
+    return [state.numpy().tobytes() for state in found]
+
+
+@torch.no_grad()
+def warn_of_other_rows(module: nn.Module, run: Callable[[Tensor], Tensor], inputs: Tensor, outputs: Tensor) -> None:
+    """Warns if a model's answer to an image changes with the images beside it, or from run to run.
+
+    run: gives outputs [B, ...] for inputs [B, 3, H, W]. outputs: what it gave for `inputs`. The first image is run once more: alone, or if
+    it was alone, beside another one.
+    """
+    first = inputs[:1]
+    both = torch.cat([first, first.flip(-1) / 2])  # with other statistics too
+    other = first if len(inputs) > 1 else both
+    before = _random_states(inputs.device)
+    alike = _alike(outputs[:1], run(other)[:1])
+    if alike or _random_states(inputs.device) != before:  # the latter is told by warning_of_random_numbers()
+        return
+    name = type(module).__name__
+    if not _alike(run(first)[:1], run(first)[:1]):
+        warn(f"model, a {name}, gives two answers to the same image: its results do not repeat")
+        return
+    layer = _first_difference(module, run, first, both)
+    warn(
+        f"model, a {name}, answers an image differently with other images beside it{layer and f' (first seen in {layer})'}: results depend on "
+        "the batch; statistics over the batch, as batch norm takes in training mode, have to be fixed before"
+    )
+
+
+def _alike(outputs: Tensor, others: Tensor) -> bool:
+    """Returns whether two outputs of one shape differ by no more than rounding does. Infinity is a masked class."""
+    if outputs.shape != others.shape:
+        return False
+    share = ROUNDING if outputs.dtype in (torch.float32, torch.float64) else HALF_ROUNDING
+    outputs, others = (torch.nan_to_num(found.double(), posinf=0.0, neginf=0.0) for found in (outputs, others))
+    return bool((outputs - others).abs().max() <= share * outputs.abs().max())
+
+
+def _first_difference(module: nn.Module, run: Callable[[Tensor], Tensor], first: Tensor, both: Tensor) -> str:
+    """Returns the name and type of the first layer without parts that gives another output for the first row; empty if none does."""
+    records = list[list[Tensor]]()
+    names = {part: name for name, part in module.named_modules() if not list(part.children())}
+    order = list[nn.Module]()
+
+    def note(part: nn.Module, _: Any, found: Any) -> None:
+        if isinstance(found, Tensor) and found.ndim:
+            records[-1].append(found[:1].clone())
+            order.append(part)
+
+    handles = [part.register_forward_hook(note) for part in names]
+    try:
+        for images in (first, both):
+            records.append([])
+            order.clear()
+            run(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for part, alone, beside in zip(order, *records, strict=False):
+        if not _alike(alone, beside):
+            return f"{names[part]}, {type(part).__name__}" if names[part] else ""
+    return ""
 
 
 @contextmanager
@@ -118,6 +200,15 @@ def warn_of_weights_elsewhere(module: nn.Module) -> None:
                 warn(
                     f"model keeps weights in {where} as well as in its parameters; if its forward reads them from there, they do not adapt"
                 )
+
+
+def warn_of_still_weights(module: nn.Module, adapted: Mapping[str, Tensor], source: Mapping[str, Tensor], parameters: str, lr: float) -> None:
+    """Warns if the weights after the first step, of one set or [B, ...] of each image, are still the source weights."""
+    if adapted.keys() == source.keys() and adapted and all(bool((adapted[name] == own).all()) for name, own in source.items()):
+        warn(
+            f"the first step changed none of the {parameters!r} parameters of the model, a {type(module).__name__}: their gradient is "
+            f"zero, as behind round() or a saturated output, or lr={lr:g} is too small; the answers are the unadapted model's"
+        )
 
 
 def _take_out(now: dict[str, Any], before: dict[str, Any], name: str, value: Any) -> None:

@@ -18,6 +18,7 @@ from dtta_fast.core.step import State
 from dtta_fast.core.weights import anchor, select
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime.clock import Clock
+from dtta_fast.runtime.progress import progress_bar
 from dtta_fast.runtime.reads import Checks
 from dtta_fast.runtime.turns import Turns
 from dtta_fast.session.checks import Request, check_arguments, check_denoiser, check_normalisation, checked, checked_pairs
@@ -65,6 +66,9 @@ class Adapter:
         task = task or Classification()
         model, denoiser = task.bind(model, denoiser)
         check_denoiser(denoiser, config)
+        if config.compile == "auto":
+            recorded = anchor(model).device.type == "cuda" and config.optimizer != "adam8bit"
+            config = config.replace(compile="regional+graphs" if recorded else "regional")
         if config.parameters == "lora":
             lora.check(model, config.lora_targets, "model")
         else:
@@ -78,7 +82,7 @@ class Adapter:
 
     @property
     def config(self) -> AdaptConfig:
-        """The settings this adapter was created with."""
+        """The settings this adapter was created with; compile "auto" is replaced by what it stands for on the model's device."""
         return self.engine.config
 
     def adapt(
@@ -91,6 +95,7 @@ class Adapter:
         noise: Tensor | None = None,
         deadline_ms: float | None = None,
         cropped: bool = False,
+        progress: bool = False,
     ) -> AdaptResult:
         """Adapts to a batch and predicts.
 
@@ -105,6 +110,7 @@ class Adapter:
                 The estimate is the upper quartile of this session's recent times for batches of this shape. If no time is left for the
                 guard, the unadapted model's answer stands. The first call has no timings to estimate from: see warmup.
             cropped: whether images come from crop(). They are not cropped again, since some crops would zoom in twice.
+            progress: whether to show a progress bar over the steps, on a terminal or in a notebook.
 
         Raises:
             TypeError, ValueError: the input is invalid; nothing has changed. RuntimeError: called under torch.inference_mode().
@@ -113,7 +119,7 @@ class Adapter:
         device = anchor(engine.model).device
         images, found = to_batch(images, device, self.crop)
         image_ids, cropped = to_ids(image_ids, device), cropped or found
-        request = Request(images, image_ids, latents, timesteps, noise, deadline_ms, cropped)
+        request = Request(images, image_ids, latents, timesteps, noise, deadline_ms, cropped, progress)
         request = checked(request, start, engine.model, engine.denoiser, self.config, checks)
         with self._turns.alone() as broken_off:
             if broken_off:  # this process was forked during a call
@@ -145,7 +151,8 @@ class Adapter:
         request = checked_pairs(request, problem.denoiser, config, checks)
         with clock.phase("encode"):
             crop = request.images.clone()  # the caller's code may write to its input
-            crop = crop if request.cropped else problem.task.crop(problem.model, crop)
+            if not request.cropped:
+                crop = program.cropped(crop)
             batch = program.views(crop, request)
         if self._state is None:
             with clock.phase("adapt"):
@@ -156,14 +163,17 @@ class Adapter:
         if rows is None or len(rows):
             with clock.phase("encode"):
                 part = program.encoded(part)
-            for here in program.parts(part, request):
-                with clock.phase("adapt"):
-                    state, here = program.start(here, self._state)
-                if state is None:
-                    outcomes.append(program.classified(here, clock))
-                    continue
-                pace = self.engine.paces.of(len(here.image_ids), None if here.timesteps is None else here.timesteps.shape[2])
-                outcomes.append(run(program, state, here, Call(clock, pace, request.deadline, self._warming), config.steps))
+            with progress_bar(request.progress, len(part.image_ids) * config.steps) as advance:
+                for here in program.parts(part, request):
+                    with clock.phase("adapt"):
+                        state, here = program.start(here, self._state)
+                    if state is None:
+                        outcomes.append(program.classified(here, clock))
+                        advance(len(here.image_ids) * config.steps)
+                        continue
+                    pace = self.engine.paces.of(len(here.image_ids), None if here.timesteps is None else here.timesteps.shape[2])
+                    call = Call(clock, pace, request.deadline, self._warming, advance)
+                    outcomes.append(run(program, state, here, call, config.steps))
         unadapted = None
         if rows is not None:
             answers = unchanged(batch.before, batch.matched_outputs).standing, batch.before
@@ -263,6 +273,8 @@ def adapt(
     latents: Tensor | None = None,
     timesteps: Tensor | None = None,
     noise: Tensor | None = None,
+    cropped: bool = False,
+    progress: bool = False,
 ) -> AdaptResult:
     """Adapts `model` to `images` with the denoiser's loss and predicts: Adapter(model, denoiser, config, task).adapt(images, ...).
 
@@ -274,10 +286,13 @@ def adapt(
         images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised; or PIL images, arrays or paths, as for Adapter.adapt.
         config: a preset, or an AdaptConfig.
         task: None means Classification().
-        image_ids, latents, timesteps, noise: same as for Adapter.adapt.
+        image_ids, latents, timesteps, noise, cropped, progress: same as for Adapter.adapt.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, or the config does not fit the model, denoiser or task.
         RuntimeError: called under torch.inference_mode().
     """
-    return Adapter(model, denoiser, config, task).adapt(images, image_ids=image_ids, latents=latents, timesteps=timesteps, noise=noise)
+    session = Adapter(model, denoiser, config, task)
+    return session.adapt(
+        images, image_ids=image_ids, latents=latents, timesteps=timesteps, noise=noise, cropped=cropped, progress=progress
+    )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dtta_fast.config import AdaptConfig
 from dtta_fast.core.weights import anchor
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.runtime.pictures import check_size
 from dtta_fast.runtime.reads import Checks
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -31,6 +32,7 @@ class Request(NamedTuple):
     noise: Tensor | None = None
     deadline: float | None = None
     cropped: bool = False
+    progress: bool = False
 
 
 def check_arguments(model: Any, denoiser: Any, config: Any, task: Any) -> None:
@@ -100,6 +102,7 @@ def checked_images(images: Tensor, device: torch.device, checks: Checks) -> Tens
     images = checked_tensor("images", images, device)
     if images.ndim != 4 or 0 in images.shape or images.shape[1] != 3:
         raise ValueError(f"images has shape {tuple(images.shape)}; give [B, 3, H, W] with at least one image")
+    check_size(images.shape[-1], images.shape[-2], "an image ")
     if images.dtype == torch.uint8:
         return images.float() / 255
     if not images.is_floating_point():

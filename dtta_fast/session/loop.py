@@ -5,6 +5,7 @@ The C++ session (embed/cpp/session.cpp) makes the same calls in the same order; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -112,13 +113,14 @@ class Call(NamedTuple):
     """The deadline, timings and mode of a call.
 
     deadline: time in seconds on the clock of time.perf_counter(), or None. pace: how long the parts took lately. warming: whether to run
-    and time every part, even if this batch does not need it.
+    and time every part, even if this batch does not need it. advance: called after each step with the number of images.
     """
 
     clock: Clock
     pace: Pace
     deadline: float | None = None
     warming: bool = False
+    advance: Callable[[int], None] | None = None
 
     def has_time(self, *parts: Durations) -> bool:
         """Returns whether these parts are expected to finish before the deadline."""
@@ -139,6 +141,8 @@ def run(program: Program, state: Any, batch: Batch, call: Call, steps: int) -> O
         while len(losses) < steps and call.has_time(pace.step, pace.end, pace.guard):
             with pace.step.timed(clock, timed):
                 losses.append(program.step(state, batch, len(losses)))
+            if call.advance is not None:
+                call.advance(len(batch.image_ids))
         if losses:
             with pace.end.timed(clock, timed):
                 answers = program.finish(state, batch)

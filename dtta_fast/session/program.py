@@ -25,7 +25,15 @@ from dtta_fast.runtime.clock import Clock
 from dtta_fast.runtime.failures import is_the_callers, out_of_memory, reason
 from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.reads import Checks
-from dtta_fast.runtime.trial import explaining_misfits, refusing_kept_tensors, refusing_recomputation, warning_of_random_numbers
+from dtta_fast.runtime.trial import (
+    explaining_misfits,
+    refusing_kept_tensors,
+    refusing_recomputation,
+    warn_of_foreign_config,
+    warn_of_other_rows,
+    warn_of_still_weights,
+    warning_of_random_numbers,
+)
 from dtta_fast.runtime.warn import warn
 from dtta_fast.session.checks import Request
 from dtta_fast.session.loop import Batch, Decision, Outcome, Program
@@ -85,6 +93,13 @@ class ModuleProgram(Program):
     def online(self) -> bool:
         return self.problem.config.mode == "online"
 
+    def cropped(self, images: Tensor) -> Tensor:
+        """Crops images [B, 3, H, W] in [0, 1] as the task does."""
+        crop = self.problem.task.crop(self.problem.model, images)
+        if not self._ran:
+            warn_of_foreign_config(self.problem.model, images, crop)
+        return crop
+
     def views(self, crop: Tensor, request: Request) -> Batch:
         """Prepares what the model and the denoiser see of crops [B, 3, H, W] in [0, 1]: matched as the config says, and normalised."""
         problem, calibration = self.problem, self._calibration
@@ -136,9 +151,11 @@ class ModuleProgram(Program):
         problem = self.problem
         with nullcontext() if self._ran else _first_run(problem.model, inputs):
             outputs = self.plain_outputs(inputs)
-        self._ran = True
         problem.task.check(outputs, problem.denoiser, problem.config, checks)
         _check_rows(outputs, inputs)
+        if not self._ran:
+            warn_of_other_rows(problem.model, functools.partial(step.forward, problem, {}), inputs, outputs)
+        self._ran = True
         wrong = ~_complete(outputs)
         checks.require(~wrong.any(), lambda: f"model returns NaN or infinity for images {wrong.nonzero()[:, 0].tolist()[:10]} of the batch")
         return outputs
@@ -285,6 +302,9 @@ class ModuleProgram(Program):
         ):
             given = (batch.inputs, batch.x0, batch.image_ids, *batch.pairs_of(number))
             loss: Tensor = self._step(self.problem, self.schedule, state, *given)
+        config = self.problem.config
+        if not self._stepped and not config.weight_decay:
+            warn_of_still_weights(self.problem.model, state.theta, self.source()[0], config.parameters, config.lr)
         self._stepped = True
         return loss
 

@@ -116,11 +116,11 @@ class ZeroShot(Classification):
             parts |= {"text_model": clip.text_model, "text_projection": clip.text_projection}
 
         def image_features(own: Any, pixels: Tensor) -> Tensor:
-            found: Tensor = own.visual_projection(own.vision_model(pixels).pooler_output)
+            found: Tensor = own.visual_projection(own.vision_model(pixels, return_dict=True).pooler_output)
             return found
 
         def text_features(own: Any, ids: Tensor) -> Tensor:
-            found: Tensor = own.text_projection(own.text_model(ids).pooler_output)
+            found: Tensor = own.text_projection(own.text_model(ids, return_dict=True).pooler_output)
             return found
 
         made = _text_features(lambda part: text_features(clip, part), ids, len(self.classes))

@@ -1,0 +1,30 @@
+"""A progress bar of image steps, for long adaptations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+def _nothing(count: int) -> None:
+    pass
+
+
+@contextmanager
+def progress_bar(shown: bool, total: int) -> Iterator[Callable[[int], None]]:
+    """Gives a function that says how many more of `total` image steps are done; `shown` draws them as a bar on a terminal or in a notebook.
+
+    The bar is drawn only when that function is called, so no thread of it runs beside the call.
+    """
+    if not shown:
+        yield _nothing
+        return
+    from rich.progress import Progress
+
+    with Progress(auto_refresh=False) as bar:
+        task = bar.add_task("adapting", total=total)
+
+        def advance(count: int) -> None:
+            bar.update(task, advance=count, refresh=True)
+
+        yield advance
