@@ -441,7 +441,7 @@ class Together(Net):
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(
-    "model, layer",
+    ("model", "layer"),
     [
         (LessTheMean(), "features.0, Conv2d"),
         (nn.Sequential(BatchNormed(), Net()), "0, BatchNormed"),
@@ -479,7 +479,9 @@ class Rounding(Net):
 @pytest.mark.parametrize("mode", ["episodic", "online"])
 def test_a_step_without_a_gradient_is_told(floats, mode):
     session = Adapter(Rounding(), floats[0], CONFIG.replace(mode=mode))
-    with pytest.warns(UserWarning, match=r"first step changed none of the 'all' parameters of the model, a Rounding: their gradient is zero"):
+    with pytest.warns(
+        UserWarning, match=r"first step changed none of the 'all' parameters of the model, a Rounding: their gradient is zero"
+    ):
         session.adapt(floats[1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

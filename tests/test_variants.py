@@ -9,7 +9,7 @@ from dtta_fast.denoisers.reading import download, only_variant
 
 
 @pytest.mark.parametrize(
-    "names, variant",
+    ("names", "variant"),
     [
         (["diffusion_pytorch_model.fp16.safetensors"], "fp16"),
         (["model.bf16-00001-of-00002.safetensors", "model.bf16-00002-of-00002.safetensors"], "bf16"),
@@ -26,7 +26,7 @@ def test_the_only_variant_is_found(tmp_path, names, variant):
     assert only_variant(tmp_path) == variant
 
 
-@pytest.mark.parametrize("there, wanted", [(["a.safetensors", "a.fp16.safetensors"], 1), (["a.fp16.safetensors"], 2), (["a.bin"], 3)])
+@pytest.mark.parametrize(("there", "wanted"), [(["a.safetensors", "a.fp16.safetensors"], 1), (["a.fp16.safetensors"], 2), (["a.bin"], 3)])
 def test_the_hub_is_asked_for_variants_where_it_has_no_others(tmp_path, monkeypatch, there, wanted):
     asked = []
 
@@ -40,5 +40,6 @@ def test_the_hub_is_asked_for_variants_where_it_has_no_others(tmp_path, monkeypa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     found = download("some/model", ["*.safetensors"], ["*.fp16.*"])
-    assert found == tmp_path and len(asked) == wanted
+    assert found == tmp_path
+    assert len(asked) == wanted
     assert {path.name for path in tmp_path.iterdir()} == set(there) - ({"a.fp16.safetensors"} if wanted == 1 else set())

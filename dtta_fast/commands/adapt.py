@@ -19,7 +19,7 @@ from dtta_fast.commands.common import OutFile, Settings, check_path, checked_dev
 from dtta_fast.data.folder import image_files
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.calibration import Calibration
-from dtta_fast.runs.models import class_names, load_pair
+from dtta_fast.runs.models import class_names, load_pair, load_text_to_image
 from dtta_fast.runs.writing import check_name
 from dtta_fast.runtime.pictures import read_image
 from dtta_fast.session.adapter import Adapter
@@ -46,8 +46,8 @@ class Adapt:
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "zoo"
     """Classifier: a timm name, hf-hub:ID, or a folder in timm's format; with --classes, a CLIP folder or hub id. zoo: the digits model."""
     denoiser: Annotated[str, tyro.conf.arg(metavar="DENOISER")] = "zoo"
-    """Diffusion model of the model's classes, a DiT or a class-conditional UNet: a folder or a hub id; with --classes, a Stable Diffusion
-    model. zoo: the digits model."""
+    """Diffusion model of the model's classes, a DiT or a class-conditional UNet: a folder or a hub id; with --classes, a text-to-image
+    model: Stable Diffusion 1 to 3.5, SDXL or PixArt. zoo: the digits model."""
     calibration: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the denoiser's own)")] = None
     """Calibration of the denoiser, as written by `dtta calibrate`; defaults to calibration.json in the denoiser's folder."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,13 +111,12 @@ class Adapt:
         return classifier, denoiser.to(dtype=getattr(torch, self.dtype)), Classification()
 
     def _clip(self, names: list[str]) -> tuple[nn.Module, Denoiser, Task]:
-        from dtta_fast.denoisers.stable_diffusion import StableDiffusion
         from dtta_fast.tasks.zero_shot import ZeroShot, load_clip
 
         own = zoo.folder("open_vocabulary")
         clip, processor = load_clip(own / "clip" if self.model == "zoo" else self.model)
-        place = own / "diffusion" if self.denoiser == "zoo" else self.denoiser
-        denoiser = StableDiffusion.from_pretrained(place, dtype=getattr(torch, self.dtype), calibration=self.calibration is None)
+        place = str(own / "diffusion") if self.denoiser == "zoo" else self.denoiser
+        denoiser = load_text_to_image(place, dtype=getattr(torch, self.dtype), calibration=self.calibration is None)
         return clip, denoiser, ZeroShot(names, processor)
 
 

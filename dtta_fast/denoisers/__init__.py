@@ -11,14 +11,30 @@ if TYPE_CHECKING:
     from dtta_fast.denoisers.concat_unet import ConcatUNet
     from dtta_fast.denoisers.controlnet import ControlNet
     from dtta_fast.denoisers.stable_diffusion import StableDiffusion
+    from dtta_fast.denoisers.text_to_image import PixArt, PixArtSigma, StableDiffusion3, StableDiffusionXL
 
-__all__ = ["ClassUNet", "ConcatUNet", "ControlNet", "Denoiser", "DiT", "StableDiffusion"]
+__all__ = [
+    "ClassUNet",
+    "ConcatUNet",
+    "ControlNet",
+    "Denoiser",
+    "DiT",
+    "PixArt",
+    "PixArtSigma",
+    "StableDiffusion",
+    "StableDiffusion3",
+    "StableDiffusionXL",
+]
 # imported on first access, because their libraries take seconds to import
 LATE = {
     "ClassUNet": "class_unet",
     "ConcatUNet": "concat_unet",
     "ControlNet": "controlnet",
+    "PixArt": "text_to_image",
+    "PixArtSigma": "text_to_image",
     "StableDiffusion": "stable_diffusion",
+    "StableDiffusion3": "text_to_image",
+    "StableDiffusionXL": "text_to_image",
 }
 
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import image_size
+from dtta_fast.denoisers.diffusers_network import DiffusersDenoiser
 from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.reading import CALIBRATION, download, read_calibration, read_json, read_networks, read_process
-from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.runtime.defaults import float32_on_cpu
 
 KIND = "ClassUNet"
@@ -28,7 +28,7 @@ class _SoftEmbedding(nn.Embedding):
         return input if input.is_floating_point() else super().forward(input)
 
 
-class ClassUNet(UNetDenoiser):
+class ClassUNet(DiffusersDenoiser):
     """A diffusers UNet2DModel with `num_class_embeds`, whose class embeddings are added to the time embedding.
 
     Args:

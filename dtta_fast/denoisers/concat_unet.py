@@ -13,15 +13,15 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dtta_fast.denoisers.diffusers_network import DiffusersDenoiser
 from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.reading import CALIBRATION, check_weights, download, read_calibration, read_json, read_networks, read_process
-from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.runtime.defaults import float32_on_cpu
 
 KIND = "ConcatUNet"
 
 
-class ConcatUNet(UNetDenoiser):
+class ConcatUNet(DiffusersDenoiser):
     """A diffusers UNet2DModel whose input is the noisy latent concatenated with the channels of a map.
 
     The map holds class embeddings (segmentation, with `classes`) or depth in one channel. Metric depth (`depth_range`) is the logarithm

@@ -28,8 +28,12 @@ MOST_TIMESTEPS = 100_000  # the most timesteps of a schedule; its table has one 
 WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # allowed dtypes of stored weights
 
 
-def read_process(folder: Path) -> NoiseProcess:
-    """Reads the noise schedule from folder/scheduler, using the diffusers class that its config names."""
+def read_scheduler(folder: Path) -> Any:
+    """Reads folder/scheduler as the diffusers scheduler that its config names.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or its config describes no scheduler.
+    """
     import diffusers
 
     path = folder / "scheduler" / "scheduler_config.json"
@@ -41,9 +45,18 @@ def read_process(folder: Path) -> NoiseProcess:
     if type(count) is not int or not 1 <= count <= MOST_TIMESTEPS:
         raise ValueError(f"{path} has num_train_timesteps {str(count)[:40]}; give a whole number from 1 to {MOST_TIMESTEPS}")
     try:
-        return NoiseProcess.from_scheduler(getattr(diffusers, name).from_config(config))
+        return getattr(diffusers, name).from_config(config)
     except OF_VALUES as error:
         raise ValueError(f"{path} describes no noise process: {error}") from error
+
+
+def read_process(folder: Path) -> NoiseProcess:
+    """Reads the noise schedule from folder/scheduler (see read_scheduler)."""
+    scheduler = read_scheduler(folder)
+    try:
+        return NoiseProcess.from_scheduler(scheduler)
+    except OF_VALUES as error:
+        raise ValueError(f"{folder / 'scheduler' / 'scheduler_config.json'} describes no noise process: {error}") from error
 
 
 def read_calibration(folder: Path, denoiser: nn.Module) -> Calibration | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.denoisers.prompts import PromptDenoiser, prompt_tokens
 from dtta_fast.denoisers.reading import autoencoder_kind, download, read_calibration, read_json, read_model, read_process
-from dtta_fast.denoisers.unet import UNetDenoiser
 from dtta_fast.runtime.defaults import float32_on_cpu
 
 
@@ -52,11 +50,27 @@ def share_condition(network: Any, what: str) -> None:
     network.set_attn_processor(processors)
 
 
-class StableDiffusion(UNetDenoiser):
+def prepare_unet(unet: Any) -> None:
+    """Shares a UNet2DConditionModel's cross-attention among the rows of an image.
+
+    Raises:
+        ValueError: the UNet's attention is arranged in another way.
+    """
+    if unet.config.get("only_cross_attention") is True or unet.config.get("dual_cross_attention"):
+        raise ValueError("unet has only_cross_attention or dual_cross_attention; supported are self- and cross-attention by turns")
+    share_condition(unet, "unet")
+
+
+def unet_regions(network: Any) -> list[nn.Module]:
+    """Returns the parts of a UNet to compile separately."""
+    return [part for part in network.modules() if isinstance(part, (BasicTransformerBlock, ResnetBlock2D))]
+
+
+class StableDiffusion(PromptDenoiser):
     """A latent diffusion model conditioned on prompts (Stable Diffusion 1.x, 2.x). Its UNet is the network that can be adapted.
 
-    Its classes are set by with_classes() or by the task (see ZeroShot). The UNet's cross-attention is replaced so that it runs once per
-    image over all of the image's pairs; the results are equal to those of diffusers.
+    The UNet's cross-attention is replaced so that it runs once per image over all of the image's pairs; the results are equal to those
+    of diffusers. Conditions are the prompts' hidden states [K, tokens, d].
 
     Args:
         unet: a UNet2DConditionModel.
@@ -68,89 +82,29 @@ class StableDiffusion(UNetDenoiser):
         ValueError: the UNet needs a condition other than prompts, or has non-standard attention.
     """
 
-    keep_in_float32 = ("prompts", "no_prompt")  # conditions are mixtures of them, and their gradients accumulate over chunks
-    prompts: Tensor | None
-    no_prompt: Tensor | None
-
     def __init__(self, unet: Any, process: NoiseProcess, vae: Any, text_encoder: Any, tokenizer: Any) -> None:
-        super().__init__(unet, process, vae)
-        self._text: tuple[Any, Any] | None = (text_encoder, tokenizer)  # a tuple, so not a submodule that precision and copies affect
-        self.register_buffer("prompts", None, persistent=False)
-        self.register_buffer("no_prompt", None, persistent=False)
+        super().__init__(unet, process, vae, (text_encoder, tokenizer))
         config = self.unet.config
         for field in ("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type"):
             if config.get(field) is not None:
                 raise ValueError(f"unet has {field} {config[field]!r}; supported are UNets conditioned on prompts alone")
-        if config.get("only_cross_attention") is True or config.get("dual_cross_attention"):
-            raise ValueError("unet has only_cross_attention or dual_cross_attention; supported are self- and cross-attention by turns")
-        if not isinstance(config.sample_size, int):
-            raise ValueError(f"unet has sample_size {config.sample_size!r}; supported are square latents, one whole number")
-        if config.in_channels != vae.config.latent_channels:
-            found = f"unet takes {config.in_channels} channels and vae gives {vae.config.latent_channels}"
-            raise ValueError(f"{found}: not a text-to-image model (inpainting and depth models have more), or the VAE of another one")
         if text_encoder.config.hidden_size != config.cross_attention_dim:
             found = f"unet takes prompts of {config.cross_attention_dim} channels and text_encoder gives {text_encoder.config.hidden_size}"
             raise ValueError(f"{found}; give the text encoder that belongs to it")
-        share_condition(self.unet, "unet")
-
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> StableDiffusion:
-        super()._apply(fn, *args, **kwargs)
-        if self._text is not None:
-            self._text[0]._apply(fn, *args, **kwargs)
-        return self
+        prepare_unet(self.unet)
 
     def regions(self) -> list[nn.Module]:
-        parts = [part for network in self.networks().values() for part in network.modules()]
-        return [part for part in parts if isinstance(part, (BasicTransformerBlock, ResnetBlock2D))]
+        return [part for network in self.networks().values() for part in unet_regions(network)]
 
-    def text(self) -> tuple[Any, Any]:
-        """Returns the text encoder and the tokenizer.
-
-        Raises:
-            ValueError: the classes of this denoiser are already set.
-        """
-        if self._text is None:
-            raise ValueError("prompts were set already by with_classes(); call it on the denoiser that from_pretrained() gave")
-        return self._text
-
-    @torch.no_grad()
-    def with_classes(self, prompts: Sequence[str]) -> StableDiffusion:
-        """Returns a denoiser that shares these weights and has one class per prompt, in order; the original is unchanged.
-
-        Raises:
-            ValueError: there are no prompts, a prompt is empty, repeated or over the text encoder's token limit, or the classes are
-                already set.
-        """
+    def _encoded(self, prompts: list[str]) -> Tensor:
         text_encoder, tokenizer = self.text()
-        check_names("prompts", prompts)
-        limit = text_encoder.config.max_position_embeddings
-        ids = prompt_tokens(tokenizer, [*prompts, ""], limit)
-        states = [text_encoder(part.to(text_encoder.device)).last_hidden_state for part in ids.split(64)]
-        table = torch.cat(states).to(self.unet.device, torch.promote_types(self.dtype, torch.float32))
-        view = copy.copy(self)
-        view._buffers = {**self._buffers, "prompts": table[:-1], "no_prompt": table[-1]}
-        view._text = None
-        return view
+        ids = prompt_tokens(tokenizer, prompts, text_encoder.config.max_position_embeddings)
+        found: Tensor = text_encoder(ids.to(text_encoder.device)).last_hidden_state
+        return found
 
-    def class_embeddings(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Returns the prompts' hidden states [K, tokens, d].
-
-        Raises:
-            ValueError: no classes are set.
-        """
-        if self.prompts is None:
-            raise ValueError("denoiser has no classes: give task=ZeroShot([...], processor), or denoiser.with_classes([...])")
-        return self.prompts
-
-    def null_embedding(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Returns the hidden states [tokens, d] of an empty prompt.
-
-        Raises:
-            ValueError: no classes are set.
-        """
-        if self.no_prompt is None:
-            raise ValueError("denoiser has no classes: give task=ZeroShot([...], processor), or denoiser.with_classes([...])")
-        return self.no_prompt
+    def _check_prompts(self, prompts: list[str]) -> None:
+        text_encoder, tokenizer = self.text()
+        prompt_tokens(tokenizer, prompts, text_encoder.config.max_position_embeddings)
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """Predicts under conditions [B, tokens, d], which are mixtures of the prompts' hidden states."""
@@ -209,40 +163,3 @@ class StableDiffusion(UNetDenoiser):
         if calibration:
             denoiser.calibration = read_calibration(folder, denoiser)
         return denoiser.eval()
-
-
-def prompt_tokens(tokenizer: Any, prompts: Sequence[str], limit: int) -> Tensor:
-    """Returns a CLIPTokenizer's token ids [N, limit], padded.
-
-    Raises:
-        ValueError: a prompt has more tokens than `limit`, including the start and end tokens, or two prompts have the same tokens.
-    """
-    for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
-        if len(ids) > limit:
-            raise ValueError(f"prompt {prompt!r} has {len(ids)} tokens, and the text encoder takes {limit}; give a shorter name")
-    found: Tensor = tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt").input_ids
-    check_different(prompts, found)
-    return found
-
-
-def check_different(prompts: Sequence[str], ids: Tensor) -> None:
-    """Raises ValueError if two prompts have the same token ids [N, limit]."""
-    first: dict[tuple[int, ...], str] = {}
-    for prompt, row in zip(prompts, ids.tolist(), strict=True):
-        if first.setdefault(tuple(row), prompt) != prompt:
-            other = first[tuple(row)]
-            raise ValueError(
-                f"prompts {other!r} and {prompt!r} are the same to the tokenizer; give names that differ, and a whole tokenizer"
-            )
-
-
-def check_names(argument: str, names: Sequence[str]) -> None:
-    """Raises ValueError unless `names` is a non-empty sequence of distinct, non-empty strings."""
-    if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{argument} is {names!r}; give a sequence of one string and more")
-    stripped = [name.strip() for name in names]
-    for i, name in enumerate(stripped):
-        if not name or name in stripped[:i]:
-            raise ValueError(
-                f"{argument} has {names[i]!r} {'twice, again ' if name else ''}at {i}; give different names, none of them empty"
-            )

@@ -21,11 +21,18 @@ from dtta_fast.tasks import Classification, Depth, Segmentation, Task
 from dtta_fast.tasks.transforms import processed_size
 
 if TYPE_CHECKING:
-    from dtta_fast.denoisers.class_unet import ClassUNet
-    from dtta_fast.denoisers.stable_diffusion import StableDiffusion
+    from dtta_fast.denoisers.prompts import PromptDenoiser
     from dtta_fast.runs.config import RunConfig
 
 ZOO = {"classification": "digits", "zero_shot": "open_vocabulary", "segmentation": "segmentation", "depth": "depth"}
+# the beginning of a diffusers pipeline's name, the longer ones first, and its denoiser
+TEXT_TO_IMAGE = {
+    "StableDiffusionXL": "StableDiffusionXL",
+    "StableDiffusion3": "StableDiffusion3",
+    "StableDiffusion": "StableDiffusion",
+    "PixArtAlpha": "PixArt",
+    "PixArtSigma": "PixArtSigma",
+}
 
 
 class Models(NamedTuple):
@@ -103,12 +110,12 @@ def load_pair(model: str | None, denoiser: str | None, *, calibration: bool = Tr
     return classifier, load_denoiser(denoiser, calibration=calibration).eval()
 
 
-def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = True) -> DiT | ClassUNet | StableDiffusion:
-    """Loads a DiT, a class-conditional UNet, or a Stable Diffusion with one prompt per name, on the CPU; the model's files decide which.
+def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = True) -> Denoiser:
+    """Loads a DiT, a class-conditional UNet, or a text-to-image model with one prompt per name, on the CPU; its files decide which.
 
     Args:
-        place: a folder or a hub id. names: class names, which Stable Diffusion requires. calibration: if False, calibration.json is
-            not read.
+        place: a folder or a hub id. names: class names, which a text-to-image model requires. calibration: if False, calibration.json
+            is not read.
 
     Raises:
         ValueError, FileNotFoundError: the denoiser cannot be read, or class names are missing.
@@ -119,24 +126,47 @@ def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = 
         from dtta_fast.denoisers.class_unet import ClassUNet
 
         return ClassUNet.from_pretrained(place, calibration=calibration)
-    from dtta_fast.denoisers.stable_diffusion import StableDiffusion, check_names
+    from dtta_fast.denoisers.prompts import check_names
 
     if not names:
         raise ValueError(f"denoiser is {place!r}, which takes prompts, and no classes are named: give --classes")
     check_names("classes", names)
-    pipeline = StableDiffusion.from_pretrained(place, calibration=calibration)
-    return pipeline.with_classes([f"a photo of a {name}." for name in names])
+    return load_text_to_image(place, calibration=calibration).with_classes([f"a photo of a {name}." for name in names])
+
+
+def load_text_to_image(place: str, *, dtype: torch.dtype = torch.float32, calibration: bool = True) -> PromptDenoiser:
+    """Loads a text-to-image model on the CPU, without classes; its model_index.json decides of which kind it is.
+
+    Args: same as for load_denoiser. dtype: of the weights.
+
+    Raises:
+        ValueError, FileNotFoundError: the model cannot be read, or is of a kind that is not supported.
+    """
+    from dtta_fast import denoisers
+
+    check_name("denoiser", place)
+    index = _described(place, "model_index.json")
+    name = str(index.get("_class_name", "a folder without model_index.json"))
+    kind = next((kind for prefix, kind in TEXT_TO_IMAGE.items() if name.startswith(prefix)), None)
+    if kind is None:
+        raise ValueError(
+            f"denoiser is {place!r}, a {name[:80]}, which dtta_fast cannot condition on a mixture of classes; it takes pipelines of "
+            f"{', '.join(TEXT_TO_IMAGE)}"
+        )
+    loaded: PromptDenoiser = getattr(denoisers, kind).from_pretrained(place, dtype=dtype, calibration=calibration)
+    return loaded
 
 
 def takes_prompts(place: str) -> bool:
-    """Returns whether a folder or hub id holds a Stable Diffusion, according to its model_index.json.
+    """Returns whether a folder or hub id holds a text-to-image model, according to its model_index.json.
 
     Raises:
         FileNotFoundError: `place` is not a folder, and the hub has no such model. ValueError: the file is damaged, or `place` cannot be
         a file name.
     """
     check_name("denoiser", place)
-    return str(_described(place, "model_index.json").get("_class_name", "")).startswith("StableDiffusion")
+    index = _described(place, "model_index.json")
+    return "text_encoder" in index or str(index.get("_class_name", "")).startswith(tuple(TEXT_TO_IMAGE))
 
 
 def _is_class_unet(place: str) -> bool:
@@ -247,7 +277,5 @@ def _denoiser(run: RunConfig, names: list[str]) -> Denoiser:
 
         return ConcatUNet.from_pretrained(zoo.folder(ZOO[run.task]) / "denoiser" if place == "zoo" else place, calibration=read)
     if run.task == "zero_shot":
-        from dtta_fast.denoisers.stable_diffusion import StableDiffusion
-
-        return StableDiffusion.from_pretrained(zoo.folder("open_vocabulary") / "diffusion" if place == "zoo" else place, calibration=read)
+        return load_text_to_image(str(zoo.folder("open_vocabulary") / "diffusion") if place == "zoo" else place, calibration=read)
     return load_denoiser(str(zoo.folder("digits") / "denoiser") if place == "zoo" else place, names, calibration=read)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dtta_fast.runtime.warn import warn
 
 ROUNDING, HALF_ROUNDING = 0.01, 0.1  # largest difference by rounding, relative to the largest output
+SMALL = 1e-4  # a difference of logits that changes no probability by more; logits may be near 0 after a subtraction
 
 
 @contextmanager
@@ -43,8 +44,8 @@ def explaining_misfits(module: nn.Module, inputs: Tensor) -> Iterator[None]:
             if "'tuple' object" not in str(error):
                 raise
             raise ValueError(
-                f"model's parts return tuples where its forward takes outputs with names ({error}); set return_dict = True in the config of "
-                "the model and of its parts"
+                f"model's parts return tuples where its forward takes outputs with names ({error}); set return_dict = True in the config "
+                "of the model and of its parts"
             ) from error
         said, first = str(error), next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
         size = "x".join(map(str, inputs.shape[-2:]))
@@ -113,8 +114,8 @@ def warn_of_other_rows(module: nn.Module, run: Callable[[Tensor], Tensor], input
         return
     layer = _first_difference(module, run, first, both)
     warn(
-        f"model, a {name}, answers an image differently with other images beside it{layer and f' (first seen in {layer})'}: results depend on "
-        "the batch; statistics over the batch, as batch norm takes in training mode, have to be fixed before"
+        f"model, a {name}, answers an image differently with other images beside it{layer and f' (first seen in {layer})'}: results "
+        "depend on the batch; statistics over the batch, as batch norm takes in training mode, have to be fixed before"
     )
 
 
@@ -124,7 +125,7 @@ def _alike(outputs: Tensor, others: Tensor) -> bool:
         return False
     share = ROUNDING if outputs.dtype in (torch.float32, torch.float64) else HALF_ROUNDING
     outputs, others = (torch.nan_to_num(found.double(), posinf=0.0, neginf=0.0) for found in (outputs, others))
-    return bool((outputs - others).abs().max() <= share * outputs.abs().max())
+    return bool((outputs - others).abs().max() <= max(SMALL, share * float(outputs.abs().max())))
 
 
 def _first_difference(module: nn.Module, run: Callable[[Tensor], Tensor], first: Tensor, both: Tensor) -> str:
@@ -202,7 +203,9 @@ def warn_of_weights_elsewhere(module: nn.Module) -> None:
                 )
 
 
-def warn_of_still_weights(module: nn.Module, adapted: Mapping[str, Tensor], source: Mapping[str, Tensor], parameters: str, lr: float) -> None:
+def warn_of_still_weights(
+    module: nn.Module, adapted: Mapping[str, Tensor], source: Mapping[str, Tensor], parameters: str, lr: float
+) -> None:
     """Warns if the weights after the first step, of one set or [B, ...] of each image, are still the source weights."""
     if adapted.keys() == source.keys() and adapted and all(bool((adapted[name] == own).all()) for name, own in source.items()):
         warn(

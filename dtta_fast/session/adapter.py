@@ -293,6 +293,4 @@ def adapt(
         RuntimeError: called under torch.inference_mode().
     """
     session = Adapter(model, denoiser, config, task)
-    return session.adapt(
-        images, image_ids=image_ids, latents=latents, timesteps=timesteps, noise=noise, cropped=cropped, progress=progress
-    )
+    return session.adapt(images, image_ids=image_ids, latents=latents, timesteps=timesteps, noise=noise, cropped=cropped, progress=progress)

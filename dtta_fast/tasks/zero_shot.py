@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.prompts import PromptDenoiser, check_different, check_names, prompt_tokens
 from dtta_fast.denoisers.reading import download, read_model
-from dtta_fast.denoisers.stable_diffusion import StableDiffusion, check_different, check_names, prompt_tokens
 from dtta_fast.tasks.classification import Classification
 from dtta_fast.tasks.transforms import Transform, open_clip_transforms, processor_transforms
 
@@ -74,8 +74,9 @@ class ZeroShot(Classification):
         Raises:
             TypeError: the model or the denoiser is of an unsupported type. ValueError: a name has too many tokens for the models.
         """
-        if not isinstance(denoiser, StableDiffusion):
-            raise TypeError(f"denoiser is a {type(denoiser).__name__}, whose classes are fixed; ZeroShot takes a StableDiffusion")
+        if not isinstance(denoiser, PromptDenoiser):
+            found = type(denoiser).__name__
+            raise TypeError(f"denoiser is a {found}, whose classes are fixed; ZeroShot takes one of prompts, such as a StableDiffusion")
         whole: Any = model
         clip: Any = whole.get_base_model() if hasattr(model, "get_base_model") else model  # unwraps peft, keeping the adapters
         if hasattr(clip, "vision_model") and hasattr(clip, "text_projection"):

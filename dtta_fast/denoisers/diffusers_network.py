@@ -1,4 +1,4 @@
-"""The common base of denoisers that wrap a diffusers UNet."""
+"""The common base of denoisers that wrap a network of diffusers: a UNet or a transformer."""
 
 from __future__ import annotations
 
@@ -11,23 +11,33 @@ from dtta_fast.denoisers.base import Denoiser, check_vae, image_size, to_latents
 from dtta_fast.denoisers.noise_process import NoiseProcess
 
 
-class UNetDenoiser(Denoiser):
-    """A UNet that can be adapted, in pixel space or in the latent space of an autoencoder, which is never adapted."""
+class DiffusersDenoiser(Denoiser):
+    """A network that can be adapted, in pixel space or in the latent space of an autoencoder, which is never adapted.
+
+    Attributes:
+        part: the network's submodule name, as in diffusers' pipelines.
+    """
 
     can_checkpoint = True
+    part = "unet"
     unet: Any
     vae: Any
 
-    def __init__(self, unet: Any, process: NoiseProcess, vae: Any = None) -> None:
+    def __init__(self, network: Any, process: NoiseProcess, vae: Any = None) -> None:
         super().__init__()
         check_vae(vae)
-        self.unet = unet
+        self.add_module(self.part, network)
         self.vae = vae
         self.process = process
 
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> UNetDenoiser:
-        moved: UNetDenoiser = super()._apply(fn, *args, **kwargs)
-        self.process = self.process.to(self.unet.device)  # the table follows the device, not the dtype
+    @property
+    def network(self) -> Any:
+        """The diffusers network."""
+        return getattr(self, self.part)
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> DiffusersDenoiser:
+        moved: DiffusersDenoiser = super()._apply(fn, *args, **kwargs)
+        self.process = self.process.to(self.network.device)  # the table follows the device, not the dtype
         return moved
 
     @torch.no_grad()
@@ -41,26 +51,26 @@ class UNetDenoiser(Denoiser):
     @property
     def image_size(self) -> int:
         """The side length, in pixels, of the images that the denoiser works on."""
-        side: int = self.unet.config.sample_size
+        side: int = self.network.config.sample_size
         return side if self.vae is None else image_size(self.vae, side)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        side = self.unet.config.sample_size
-        return self.unet.config.in_channels, side, side
+        side = self.network.config.sample_size
+        return self.network.config.in_channels, side, side
 
     @property
     def dtype(self) -> torch.dtype:
-        found: torch.dtype = self.unet.dtype  # diffusers ignores quantised weights here
+        found: torch.dtype = self.network.dtype  # diffusers ignores quantised weights here
         return found
 
     def networks(self) -> dict[str, Any]:
         """Returns the diffusers networks that make a prediction, keyed by their submodule names."""
-        return {"unet": self.unet}
+        return {self.part: self.network}
 
     @property
     def checkpointing(self) -> bool:
-        found: bool = self.unet.is_gradient_checkpointing
+        found: bool = self.network.is_gradient_checkpointing
         return found
 
     @checkpointing.setter
@@ -72,7 +82,7 @@ class UNetDenoiser(Denoiser):
                 network.disable_gradient_checkpointing()
 
     def network_to_adapt(self) -> nn.Module:
-        found: nn.Module = self.unet
+        found: nn.Module = self.network
         return found
 
     def adaptable(self) -> list[str]:

@@ -1,0 +1,278 @@
+"""Text-to-image pipelines of diffusers whose condition has several parts: SDXL, Stable Diffusion 3, and PixArt."""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import diffusers
+import torch
+import transformers
+from torch import Tensor, nn
+
+from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.denoisers.prompts import PromptDenoiser, prompt_tokens
+from dtta_fast.denoisers.reading import autoencoder_kind, download, read_calibration, read_json, read_model, read_scheduler
+from dtta_fast.denoisers.stable_diffusion import prepare_unet, unet_regions
+from dtta_fast.runtime.defaults import float32_on_cpu
+
+MASKED = -10_000.0  # bias of a token that attention leaves out, as in diffusers
+
+
+class PipelineDenoiser(PromptDenoiser):
+    """A denoiser whose prompts are encoded by its pipeline.
+
+    A condition has several tensors, such as a sequence of hidden states and a pooled vector. Classes are mixed by mixing all of them
+    with the same weights, so a condition is stored as one row that holds them one after the other.
+
+    Attributes:
+        pipeline, components: the name of the pipeline in diffusers, and its components' names and classes, networks and tokenizers;
+            those that a folder may lack are in `optional`.
+
+    Args:
+        pipeline: a diffusers pipeline of this kind with all of its components.
+
+    Raises:
+        ValueError: the pipeline is of another kind, or its network or scheduler is not supported.
+    """
+
+    pipeline: ClassVar[str]
+    components: ClassVar[dict[str, str]]
+    optional: ClassVar[tuple[str, ...]] = ()
+    tokens: ClassVar[dict[str, int]]  # the most tokens of a prompt, by tokenizer
+    layout: tuple[tuple[int, ...], ...] = ()
+
+    def __init__(self, pipeline: Any) -> None:
+        if type(pipeline).__name__ != self.pipeline:
+            raise ValueError(f"pipeline is a {type(pipeline).__name__}; a {type(self).__name__} takes a {self.pipeline}")
+        parts = pipeline.components
+        for name, part in parts.items():
+            other = name.replace("tokenizer", "text_encoder")
+            if name.startswith("tokenizer") and (part is None) != (parts.get(other) is None):
+                raise ValueError(f"the pipeline has only one of {name} and {other}; give both, or neither where it can do without")
+        encoders = [part for name, part in parts.items() if name.startswith("text_encoder") and part is not None]
+        super().__init__(parts[self.part], NoiseProcess.from_scheduler(parts["scheduler"]), parts["vae"], (*encoders, pipeline))
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any) -> Self:
+        """Wraps a loaded diffusers pipeline, such as one read by from_single_file() or one with LoRA weights; it shares its modules."""
+        return cls(pipeline).eval()
+
+    @classmethod
+    @float32_on_cpu()
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype = torch.float32, variant: str | None = None, calibration: bool = True
+    ) -> Self:
+        """Loads a pipeline's folder, or downloads a Hugging Face Hub model id.
+
+        Args:
+            dtype: dtype of the weights.
+            variant: variant of the weight files, such as "fp16". None reads the plain ones, or the only variant there is.
+            calibration: False skips the folder's calibration.json.
+
+        Raises:
+            FileNotFoundError, ValueError: a part is missing or damaged; the message names it.
+        """
+        folder = Path(path)
+        if not os.path.isdir(folder):
+            kept = "*" if variant is None else f"*.{variant}"
+            weights = [f"{name}/{kept}.safetensors" for name in (*cls.components, "vae") if "token" not in name]
+            others = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"] if variant is None else None
+            folder = download(str(path), ["*.json", "*.txt", "*.model", *weights], others)
+        told = read_json(folder / "model_index.json")
+        parts: dict[str, Any] = {"scheduler": read_scheduler(folder)}
+        parts["vae"] = read_model(autoencoder_kind(folder / "vae"), folder / "vae", variant=variant, use_safetensors=True, dtype=dtype)
+        for name, kind in cls.components.items():
+            parts[name] = _read_component(folder / name, kind, name in cls.optional, variant, dtype)
+        settings = {name: told[name] for name in ("force_zeros_for_empty_prompt",) if isinstance(told.get(name), bool)}
+        denoiser = cls(getattr(diffusers, cls.pipeline)(**parts, **settings))
+        if calibration:
+            denoiser.calibration = read_calibration(folder, denoiser)
+        return denoiser.eval()
+
+    def _check_prompts(self, prompts: list[str]) -> None:
+        own = self.text()[-1].components
+        for name, limit in self.tokens.items():
+            if own.get(name) is not None:
+                prompt_tokens(own[name], prompts, limit)
+
+    def _encoded(self, prompts: list[str]) -> Tensor:
+        parts = self._parts_of(self.text()[-1], prompts)
+        self.layout = tuple(tuple(part.shape[1:]) for part in parts)
+        dtype = torch.promote_types(self.dtype, torch.float32)  # masks and hidden states of several encoders in one row
+        return torch.cat([part.flatten(1).to(dtype) for part in parts], dim=1)
+
+    def unpacked(self, condition: Tensor) -> list[Tensor]:
+        """Splits conditions [B, N] into their parts, [B, ...] each."""
+        sizes = [math.prod(shape) for shape in self.layout]
+        return [part.unflatten(1, shape) for part, shape in zip(condition.split(sizes, dim=1), self.layout, strict=True)]
+
+    @abstractmethod
+    def _parts_of(self, pipeline: Any, prompts: list[str]) -> list[Tensor]:
+        """Encodes prompts to the parts of their conditions, [K, ...] each."""
+
+    def regions(self) -> list[nn.Module]:
+        found: list[nn.Module] = list(self.network.transformer_blocks)
+        return found
+
+    def _device(self) -> torch.device:
+        device: torch.device = self.text()[0].device
+        return device
+
+
+class StableDiffusionXL(PipelineDenoiser):
+    """Stable Diffusion XL (Podell et al. 2023, arXiv 2307.01952).
+
+    Its original and target size are those of the images that it works on, and the crop begins at (0, 0), as in the pipeline.
+    """
+
+    pipeline = "StableDiffusionXLPipeline"
+    components = {  # noqa: RUF012
+        "unet": "UNet2DConditionModel",
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "tokenizer": "CLIPTokenizer",
+        "tokenizer_2": "CLIPTokenizer",
+    }
+    optional = ("text_encoder", "tokenizer")  # the refiner has the second only
+    tokens = {"tokenizer": 77, "tokenizer_2": 77}  # noqa: RUF012
+
+    def __init__(self, pipeline: Any) -> None:
+        super().__init__(pipeline)
+        prepare_unet(self.unet)
+        if any(pipeline.components.get(name) is None for name in self.optional):
+            raise ValueError("the pipeline has one text encoder, as SDXL's refiner, which takes aesthetic scores; give the base model")
+        side = self.image_size
+        self.register_buffer("time_ids", torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32), persistent=False)
+        self._zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
+
+    def regions(self) -> list[nn.Module]:
+        return unet_regions(self.unet)
+
+    def _parts_of(self, pipeline: Any, prompts: list[str]) -> list[Tensor]:
+        states, _, pooled, _ = pipeline.encode_prompt(prompts, device=self._device(), do_classifier_free_guidance=False)
+        return [states, pooled]
+
+    def _null(self, prompt: str) -> Tensor:
+        found = super()._null(prompt)
+        return torch.zeros_like(found) if self._zeros and not prompt else found
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """Predicts under conditions [B, N]: the prompts' hidden states and their pooled vectors."""
+        states, pooled = self.unpacked(condition.to(x_t.dtype))
+        ids: Any = self.time_ids
+        added = {
+            "text_embeds": pooled.repeat_interleave(len(x_t) // len(pooled), dim=0),
+            "time_ids": ids.to(x_t.dtype).expand(len(x_t), -1),
+        }
+        prediction: Tensor = self.unet(x_t, self.process.model_time[timesteps], states, added_cond_kwargs=added, return_dict=False)[0]
+        return prediction
+
+
+class StableDiffusion3(PipelineDenoiser):
+    """Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206): a transformer of images and prompts together, rectified flow.
+
+    Without the T5 encoder, its part of the hidden states is zero, as in the pipeline.
+    """
+
+    part = "transformer"
+    transformer: Any
+    pipeline = "StableDiffusion3Pipeline"
+    components = {  # noqa: RUF012
+        "transformer": "SD3Transformer2DModel",
+        "text_encoder": "CLIPTextModelWithProjection",
+        "text_encoder_2": "CLIPTextModelWithProjection",
+        "text_encoder_3": "T5EncoderModel",
+        "tokenizer": "CLIPTokenizer",
+        "tokenizer_2": "CLIPTokenizer",
+        "tokenizer_3": "T5Tokenizer",
+    }
+    optional = ("text_encoder_3", "tokenizer_3")
+    tokens = {"tokenizer": 77, "tokenizer_2": 77, "tokenizer_3": 256}  # noqa: RUF012
+
+    def _parts_of(self, pipeline: Any, prompts: list[str]) -> list[Tensor]:
+        states, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, device=self._device(), do_classifier_free_guidance=False)
+        return [states, pooled]
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """Predicts under conditions [B, N]: the prompts' hidden states and their pooled vectors."""
+        rows = condition.to(x_t.dtype).repeat_interleave(len(x_t) // len(condition), dim=0)
+        states, pooled = self.unpacked(rows)
+        prediction: Tensor = self.transformer(x_t, states, pooled, self.process.model_time[timesteps], return_dict=False)[0]
+        return prediction
+
+
+class PixArt(PipelineDenoiser):
+    """PixArt-α (Chen et al. 2023, arXiv 2310.00426).
+
+    A condition holds the prompt's hidden states and its mask of tokens. A token's attention is biased by the logarithm of its mask, so a
+    prompt alone attends as in the pipeline, and in a mixture a token that only some of the prompts have counts as much as they do.
+    """
+
+    part = "transformer"
+    transformer: Any
+    pipeline = "PixArtAlphaPipeline"
+    components = {  # noqa: RUF012
+        "transformer": "PixArtTransformer2DModel",
+        "text_encoder": "T5EncoderModel",
+        "tokenizer": "T5Tokenizer",
+    }
+    tokens = {"tokenizer": 120}  # noqa: RUF012
+
+    def _check_prompts(self, prompts: list[str]) -> None:
+        pipeline = self.text()[-1]
+        super()._check_prompts(pipeline._text_preprocessing(prompts))
+
+    def _parts_of(self, pipeline: Any, prompts: list[str]) -> list[Tensor]:
+        limit = self.tokens["tokenizer"]
+        states, mask, _, _ = pipeline.encode_prompt(
+            prompts, do_classifier_free_guidance=False, device=self._device(), max_sequence_length=limit
+        )
+        return [states, mask]
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """Predicts under conditions [B, N]: the prompts' hidden states and their masks."""
+        rows = condition.repeat_interleave(len(x_t) // len(condition), dim=0)
+        states, mask = self.unpacked(rows)
+        bias = torch.where(mask > 0, mask.clamp(min=1e-30).log(), MASKED)[:, None]
+        added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        if self.transformer.use_additional_conditions:
+            side = float(self.image_size)
+            added = {"resolution": x_t.new_full((len(x_t), 2), side), "aspect_ratio": x_t.new_ones(len(x_t), 1)}
+        prediction: Tensor = self.transformer(
+            x_t,
+            states.to(x_t.dtype),
+            self.process.model_time[timesteps],
+            added_cond_kwargs=added,
+            encoder_attention_mask=bias.to(x_t.dtype),
+            return_dict=False,
+        )[0]
+        return prediction
+
+
+class PixArtSigma(PixArt):
+    """PixArt-Σ (Chen et al. 2024, arXiv 2403.04692): PixArt with prompts of up to 300 tokens."""
+
+    pipeline = "PixArtSigmaPipeline"
+    tokens = {"tokenizer": 300}  # noqa: RUF012
+
+
+def _read_component(folder: Path, kind: str, optional: bool, variant: str | None, dtype: torch.dtype) -> Any:
+    """Reads a network or a tokenizer; None if it is optional and not there."""
+    if not folder.is_dir():
+        if optional:
+            return None
+        raise FileNotFoundError(f"{folder} is missing, which holds a {kind}")
+    found: Any = getattr(diffusers, kind, None) or getattr(transformers, kind)
+    if "Tokenizer" in kind:
+        try:
+            return found.from_pretrained(folder)
+        except Exception as error:  # the Rust tokenizers raise a plain Exception
+            raise ValueError(f"{folder} cannot be read as a {kind}: {error}") from error
+    network = read_model(found, folder, variant=variant, use_safetensors=True, dtype=dtype)
+    if kind == "UNet2DConditionModel":
+        network.to(memory_format=torch.channels_last)  # convolutions run in this format and need no weight conversion
+    return network.eval()
