@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import shutil
 from fnmatch import fnmatch
@@ -60,6 +61,20 @@ def predictions(ours: DiT, model: DiTTransformer2DModel) -> tuple[torch.Tensor, 
 def test_agrees_with_diffusers(theirs, pipeline):
     for folder in (pipeline, pipeline / "transformer"):
         torch.testing.assert_close(*predictions(DiT.from_pretrained(folder), theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_the_hub_s_layout_is_read(theirs, pipeline):
+    """facebook/DiT-XL-2-256: pickled weights, and the class's name from before it had one of its own."""
+    folder = pipeline / "transformer"
+    torch.save(load_file(folder / "diffusion_pytorch_model.safetensors"), folder / "diffusion_pytorch_model.bin")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    older = {"_class_name": "Transformer2DModel", "num_vector_embeds": None, "only_cross_attention": False, "use_linear_projection": False}
+    (folder / "config.json").write_text(json.dumps(config | older))
+    vae = pipeline / "vae" / "diffusion_pytorch_model"
+    torch.save(load_file(vae.with_suffix(".safetensors")), vae.with_suffix(".bin"))
+    vae.with_suffix(".safetensors").unlink()
+    torch.testing.assert_close(*predictions(DiT.from_pretrained(pipeline), theirs), rtol=2e-3, atol=2e-3)
 
 
 def test_diffusers_frequencies_are_not_the_original_s(theirs, pipeline):

@@ -81,3 +81,38 @@ def test_bad_input_is_named():
         NoiseProcess(torch.full((3, 5), float("nan")))
     with pytest.raises(ValueError, match="model_time has shape"):
         NoiseProcess(torch.zeros(3, 5), torch.zeros(4))
+
+
+@pytest.mark.parametrize("kind", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_edm_s_preconditioning_is_a_row(kind, prediction_type):
+    """The network's target, put through the scheduler's own preconditioning, is the image."""
+    scheduler = getattr(diffusers, kind)(prediction_type=prediction_type, sigma_data=0.5)
+    process = NoiseProcess.from_scheduler(scheduler)
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 64, dtype=torch.float64, generator=generator)
+    sigmas = torch.as_tensor(scheduler.sigmas)[: len(process)].double().flip(0)
+    assert len(process) == 1000
+    assert bool((sigmas.diff() > 0).all())
+    for row in (0, 300, 700, 999):
+        a, s, u, v, w = process.table[row].double()
+        noisy = x0 + sigmas[row] * noise
+        torch.testing.assert_close(a * x0 + s * noise, scheduler.precondition_inputs(noisy, sigmas[row]), rtol=1e-5, atol=1e-6)
+        denoised = scheduler.precondition_outputs(noisy, u * x0 + v * noise, sigmas[row])
+        torch.testing.assert_close(denoised, x0, rtol=1e-4, atol=1e-4 * max(1.0, float(sigmas[row])) ** 0.5)
+        torch.testing.assert_close(process.model_time[row], scheduler.precondition_noise(sigmas[row]).float())
+        assert w == 1
+
+
+@pytest.mark.parametrize("time_of_data", [0, 1])
+def test_linear_flows_of_both_directions(time_of_data):
+    """The target is the derivative of x_t by the time that the denoiser is given."""
+    process = NoiseProcess.linear_flow(100, time_of_data=time_of_data)
+    a, s, u, v, w = process.table.double().unbind(1)
+    time = process.model_time.double()
+    torch.testing.assert_close(a + s, torch.ones_like(a))
+    assert bool((s.diff() > 0).all())
+    torch.testing.assert_close(a.diff() / time.diff(), u[1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(s.diff() / time.diff(), v[1:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(time, a if time_of_data == 1 else s)
+    assert bool((w == 1).all())

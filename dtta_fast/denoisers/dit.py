@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Mapping
@@ -10,29 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import Denoiser, check_vae, image_size, to_latents, to_model_range
 from dtta_fast.denoisers.dit_network import DiTNetwork
+from dtta_fast.denoisers.dit_reading import (
+    load,
+    named_process,
+    network_from_diffusers,
+    network_from_original,
+    read_file,
+    read_safetensors,
+    read_vae,
+    sized,
+    without_prefix,
+)
 from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.reading import (
     CALIBRATION,
     OF_VALUES,
-    autoencoder_kind,
-    check_weights,
     download,
     read_calibration,
     read_json,
-    read_model,
     read_process,
 )
-from dtta_fast.runtime.archives import LOCAL, check_archive
 from dtta_fast.runtime.defaults import float32_on_cpu
 
 WRAPPINGS = ("ema", "model", "state_dict")  # keys of a checkpoint that may hold the weights, the first that is there
-PREFIXES = ("module.", "_orig_mod.")
 LABEL_TABLE = "network.y_embedder.embedding_table.weight"
 
 
@@ -137,10 +141,10 @@ class DiT(Denoiser):
         *,
         num_heads: int,
         null_class: bool = True,
-        process: NoiseProcess | None = None,
+        process: NoiseProcess | str = "DiT",
         vae: nn.Module | None = None,
     ) -> DiT:
-        """Loads a checkpoint of the original DiT repository (`DiT-XL-2-256x256.pt`: 16 heads) of any size.
+        """Loads a checkpoint of the original DiT repository (`DiT-XL-2-256x256.pt`: 16 heads), of SiT's or of REPA's, of any size.
 
         All sizes except the number of heads are inferred from the weights. A .safetensors file is read as such, any other file with
         weights_only. Weights may be nested under "ema", "model" or "state_dict", the first that is there, and their names may begin with
@@ -151,21 +155,20 @@ class DiT(Denoiser):
             null_class: whether the last row of the label table stands for "no class", as in training with classifier-free guidance. This
                 cannot be inferred either: without such a row, every row is a class.
             vae: same as for DiT.
-            process: None uses the original's: 1,000 linear betas from 1e-4 to 2e-2, predicting the noise.
+            process: a noise process, or the name of the repository's: DiT (1,000 linear betas from 1e-4 to 2e-2, predicting the noise),
+                SiT or REPA (the linear path, predicting the velocity). The weights do not tell which it is. REPA's projectors are not
+                needed and are left out.
 
         Raises:
             FileNotFoundError, ValueError: the file does not exist, or the weights are not a DiT's.
         """
         given = path_or_state_dict
-        state: Mapping[str, Any] = given if isinstance(given, Mapping) else _read_file(Path(given))
+        state: Mapping[str, Any] = given if isinstance(given, Mapping) else read_file(Path(given))
         source = "path_or_state_dict" if isinstance(given, Mapping) else str(given)
         # a training checkpoint has raw and EMA weights; sampling uses EMA
         weights = next((state[name] for name in WRAPPINGS if isinstance(state.get(name), Mapping)), state)
-        network = _network_from_original(_without_prefix(weights), num_heads, null_class, source)
-        if process is None:
-            from diffusers import DDPMScheduler
-
-            process = NoiseProcess.from_scheduler(DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear"))
+        process = named_process(process) if isinstance(process, str) else process
+        network = network_from_original(without_prefix(weights), num_heads, null_class, source)
         return cls(network, process, vae)
 
     @classmethod
@@ -186,8 +189,8 @@ class DiT(Denoiser):
         if not os.path.isdir(folder):
             folder = download(str(path), ["*.json", "*.safetensors"])
         if (folder / "model_index.json").is_file():
-            own = _read_vae(folder) if vae is None else vae
-            denoiser = cls(_network_from_diffusers(folder / "transformer"), read_process(folder), own)
+            own = read_vae(folder) if vae is None else vae
+            denoiser = cls(network_from_diffusers(folder / "transformer"), read_process(folder), own)
         else:
             denoiser = cls._from_one_model(folder, vae)
         if calibration:
@@ -199,187 +202,38 @@ class DiT(Denoiser):
         """Loads a folder in our own format, or a diffusers DiTTransformer2DModel."""
         config = read_json(folder / "config.json")
         if config.get("_class_name") == "DiTTransformer2DModel":
-            return cls(_network_from_diffusers(folder), read_process(folder if (folder / "scheduler").is_dir() else folder.parent), vae)
+            return cls(network_from_diffusers(folder), read_process(folder if (folder / "scheduler").is_dir() else folder.parent), vae)
         if config.pop("_class_name", None) != "DiT":
             raise ValueError(f"{folder / 'config.json'} names no DiT: _class_name has to be DiT or DiTTransformer2DModel")
-        weights = _read_safetensors(folder / "model.safetensors")
+        named = config.pop("process", None)
         try:
-            network = _sized(config, weights)
+            process = read_process(folder) if named is None else named_process(named)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        weights = read_safetensors(folder / "model.safetensors")
+        try:
+            network = sized(config, weights)
         except OF_VALUES as error:
             raise ValueError(f"{folder / 'config.json'} describes no DiT: {error}") from error
-        _load(network, weights, folder / "model.safetensors")
-        return cls(network, read_process(folder), _read_vae(folder) if vae is None and (folder / "vae").is_dir() else vae)
+        load(network, weights, folder / "model.safetensors")
+        return cls(network, process, read_vae(folder) if vae is None and (folder / "vae").is_dir() else vae)
 
     def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
-        """Writes config.json, model.safetensors, scheduler/scheduler_config.json (of the diffusers scheduler used in training), and, if the
-        denoiser has them, vae/ and calibration.json."""
+        """Writes config.json, model.safetensors, the noise process, and, if the denoiser has them, vae/ and calibration.json.
+
+        Args:
+            scheduler: the diffusers scheduler used in training, or the name of its process as in from_original: DiT, SiT or REPA.
+        """
+        named = {"process": scheduler} if isinstance(scheduler, str) else {}
+        if named:
+            named_process(scheduler)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps({"_class_name": "DiT", **self.network.sizes}, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps({"_class_name": "DiT", **self.network.sizes, **named}, indent=2) + "\n")
         save_file({name: value.contiguous() for name, value in self.network.state_dict().items()}, folder / "model.safetensors")
-        scheduler.save_pretrained(folder / "scheduler")
+        if not named:
+            scheduler.save_pretrained(folder / "scheduler")
         if self.vae is not None:
             self.vae.save_pretrained(folder / "vae")
         if self.calibration is not None:
             self.calibration.save(folder / CALIBRATION)
-
-
-def _read_vae(folder: Path) -> nn.Module:
-    vae: nn.Module = read_model(autoencoder_kind(folder / "vae"), folder / "vae").eval()
-    return vae
-
-
-def _sized(sizes: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiTNetwork:
-    """Builds a network with these sizes, but only if the weights are about as large: a config could otherwise request any amount of memory.
-
-    Raises:
-        ValueError: the weights are too few, or a size is not valid. TypeError: a size is unknown or missing.
-    """
-    for name, value in sizes.items():
-        if not isinstance(value, (int, float)) or not 0 <= value < 2**24:
-            raise ValueError(f"{name} is {str(value)[:40]!r}, no size")
-    side = sizes["input_size"] / sizes["patch_size"] if {"input_size", "patch_size"} <= set(sizes) else 0
-    depth, width, rows = (sizes.get(name, 0) for name in ("depth", "hidden_size", "num_classes"))
-    wide = max(1.0, float(sizes.get("mlp_ratio", 4.0)))
-    patch = sizes.get("patch_size", 0) ** 2 * sizes.get("in_channels", 0)
-    needed = width * (side * side + rows + patch + depth * width * (10 + 2 * wide))
-    there = sum(value.numel() for value in state.values())
-    if depth > len(state) or needed > 4 * there + 2**20:
-        raise ValueError(f"its sizes take {needed:.0f} weights and more, and there are {there}")
-    return DiTNetwork(**sizes)
-
-
-def _without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Strips what DistributedDataParallel and torch.compile put before every name."""
-    while prefix := next((p for p in PREFIXES if state and all(isinstance(name, str) and name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
-
-
-def _network_from_original(state: Mapping[str, Tensor], num_heads: int, null_class: bool, source: str) -> DiTNetwork:
-    labels, final = "y_embedder.embedding_table.weight", "final_layer.linear.weight"
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{source} is no DiT checkpoint: ema holds a {type(state).__name__}, not a state dict")
-    wanted = ("x_embedder.proj.weight", "pos_embed", labels, "blocks.0.mlp.fc1.weight", final)
-    missing = [name for name in wanted if name not in state]
-    if missing:
-        there = ", ".join(map(str, list(state)[:3]))
-        raise ValueError(f"{source} is no DiT checkpoint: {', '.join(missing)} missing; it has {there or 'nothing'}")
-    check_weights(state, source)
-    try:
-        network = _sized(_original_sizes(state, num_heads, null_class), state)
-    except OF_VALUES as error:
-        raise ValueError(f"{source} is no DiT checkpoint: {error}") from error
-    _load(network, state, source)
-    return network
-
-
-def _original_sizes(state: Mapping[str, Tensor], num_heads: int, null_class: bool) -> dict[str, Any]:
-    labels, final = "y_embedder.embedding_table.weight", "final_layer.linear.weight"
-    hidden_size, in_channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    outputs = len(state[final]) // patch_size**2
-    return {
-        "input_size": round(state["pos_embed"].shape[1] ** 0.5) * patch_size,
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "hidden_size": hidden_size,
-        "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
-        "num_heads": num_heads,
-        "mlp_ratio": len(state["blocks.0.mlp.fc1.weight"]) / hidden_size,
-        "num_classes": len(state[labels]) - null_class,
-        "null_class": null_class,
-        "learn_sigma": outputs == 2 * in_channels,
-    }
-
-
-def _network_from_diffusers(folder: Path) -> DiTNetwork:
-    from diffusers import DiTTransformer2DModel
-
-    try:
-        model, loading = DiTTransformer2DModel.from_pretrained(folder, output_loading_info=True)
-    except (OSError, SafetensorError, *OF_VALUES) as error:
-        raise ValueError(f"{folder} cannot be read as a diffusers DiTTransformer2DModel: {error}") from error
-    lacking = [str(key) for key in (*loading["missing_keys"], *loading["mismatched_keys"])]
-    if lacking:
-        raise ValueError(f"{folder} lacks weights of its model: {', '.join(lacking)}")
-    config, state = model.config, model.state_dict()
-    expected = {"norm_elementwise_affine": False, "activation_fn": "gelu-approximate", "attention_bias": True}
-    for field, value in expected.items():
-        if config[field] != value:
-            raise ValueError(f"{folder} has {field} {config[field]!r}; a DiT has {value!r}")
-    network = DiTNetwork(
-        input_size=config.sample_size,
-        patch_size=config.patch_size,
-        in_channels=config.in_channels,
-        hidden_size=config.num_attention_heads * config.attention_head_dim,
-        depth=config.num_layers,
-        num_heads=config.num_attention_heads,
-        num_classes=config.num_embeds_ada_norm,
-        learn_sigma=model.out_channels == 2 * config.in_channels,
-    )
-    own: dict[str, Tensor] = {"pos_embed": network.pos_embed}
-    embedding = "norm1.emb."
-    for block in range(config.num_layers):
-        prefix = f"transformer_blocks.{block}."
-        for name in [n for n in state if n.startswith(prefix + embedding)]:
-            if not torch.equal(state[name], state[name.replace(prefix, "transformer_blocks.0.", 1)]):
-                raise ValueError(f"{folder}: {name} differs from block 0's; a DiT has one time and label embedding for all blocks")
-    for kind in ("weight", "bias"):
-        own |= {
-            f"x_embedder.proj.{kind}": state[f"pos_embed.proj.{kind}"],
-            f"t_embedder.mlp.0.{kind}": state[f"transformer_blocks.0.{embedding}timestep_embedder.linear_1.{kind}"],
-            f"t_embedder.mlp.2.{kind}": state[f"transformer_blocks.0.{embedding}timestep_embedder.linear_2.{kind}"],
-            f"final_layer.adaLN_modulation.1.{kind}": state[f"proj_out_1.{kind}"],
-            f"final_layer.linear.{kind}": state[f"proj_out_2.{kind}"],
-        }
-        for block in range(config.num_layers):
-            ours, theirs = f"blocks.{block}.", f"transformer_blocks.{block}."
-            own[f"{ours}attn.qkv.{kind}"] = torch.cat([state[f"{theirs}attn1.to_{part}.{kind}"] for part in "qkv"])
-            own |= {
-                f"{ours}attn.proj.{kind}": state[f"{theirs}attn1.to_out.0.{kind}"],
-                f"{ours}mlp.fc1.{kind}": state[f"{theirs}ff.net.0.proj.{kind}"],
-                f"{ours}mlp.fc2.{kind}": state[f"{theirs}ff.net.2.{kind}"],
-                f"{ours}adaLN_modulation.1.{kind}": state[f"{theirs}norm1.linear.{kind}"],
-            }
-    own["y_embedder.embedding_table.weight"] = state[f"transformer_blocks.0.{embedding}class_embedder.embedding_table.weight"]
-    _load(network, own, folder)
-    return network
-
-
-def _load(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    try:
-        network.load_state_dict(dict(state))
-    except RuntimeError as error:
-        raise ValueError(f"{source} does not fit the network: {error}") from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    check_weights(state, path)
-    return state
-
-
-def _read_file(path: Path) -> Mapping[str, Tensor]:
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch_file(path)
-
-
-def _read_torch_file(path: Path) -> Mapping[str, Tensor]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        with open(path, "rb") as file:
-            zipped = file.read(4) == LOCAL  # torch uses the same check
-        if zipped:
-            check_archive(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints store their arguments: plain data
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch may raise pickle, zip or runtime errors here
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {error}") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
-    return state

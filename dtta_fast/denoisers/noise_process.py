@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -45,8 +45,8 @@ class NoiseProcess:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseProcess:
-        """Reads a diffusers scheduler: one with `alphas_cumprod` (DDPM, DDIM, PNDM, Euler, DPM-Solver, ...)
-        or a flow-matching one with only `sigmas`.
+        """Reads a diffusers scheduler: one with `alphas_cumprod` (DDPM, DDIM, PNDM, Euler, DPM-Solver, ...), a flow-matching one with
+        only `sigmas`, or one with EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1).
 
         Raises:
             ValueError: the scheduler has neither, or its prediction type or an option is not supported.
@@ -74,7 +74,40 @@ class NoiseProcess:
             one = torch.ones_like(sigma)
             table = torch.stack([1 - sigma, sigma, -one, one, one], dim=1)
             return cls(table, torch.as_tensor(scheduler.timesteps, dtype=torch.float64)[:count].cpu()[order])
-        raise ValueError(f"scheduler is a {type(scheduler).__name__}, which has no alphas_cumprod and is no FlowMatch scheduler")
+        if type(scheduler).__name__.startswith("EDM"):
+            return cls._preconditioned(type(scheduler).from_config(scheduler.config))
+        found = type(scheduler).__name__
+        raise ValueError(f"scheduler is a {found}, which has no alphas_cumprod, and is neither a FlowMatch nor an EDM scheduler")
+
+    @classmethod
+    def _preconditioned(cls, scheduler: Any) -> NoiseProcess:
+        """Reads a scheduler that scales the network's input by c_in and takes c_skip · x + c_out · output as the denoised image.
+
+        The network's own target is what this sets equal to x0: (x0 - c_skip · (x0 + σ·ε)) / c_out.
+        """
+        config, count = scheduler.config, int(scheduler.config.num_train_timesteps)
+        signs = {"epsilon": 1.0, "v_prediction": -1.0}
+        if config.prediction_type not in signs:
+            raise ValueError(f"scheduler.config.prediction_type is {config.prediction_type!r}; supported: {', '.join(signs)}")
+        sigma = torch.as_tensor(scheduler.sigmas, dtype=torch.float64)[:count].sort().values  # without the trailing 0 for the sampler
+        data = float(config.sigma_data)
+        total = (sigma.square() + data**2).sqrt()
+        c_in, c_skip, c_out = 1 / total, (data / total).square(), signs[config.prediction_type] * sigma * data / total
+        table = torch.stack([c_in, c_in * sigma, (1 - c_skip) / c_out, -c_skip * sigma / c_out, torch.ones_like(sigma)], dim=1)
+        return cls(table, sigma.log() / 4)
+
+    @classmethod
+    def linear_flow(cls, rows: int = 1000, *, time_of_data: Literal[0, 1]) -> NoiseProcess:
+        """Returns the linear path x_t = (1 - σ)·x0 + σ·ε with its velocity as the target, in `rows` equal parts of σ from 0 to 1.
+
+        Args:
+            time_of_data: the time, from 0 to 1, that the denoiser is given for an image without noise, from which its velocity leads to
+                the other end. 1 is SiT's convention (Ma et al. 2024, arXiv 2401.08740), 0 REPA's (Yu et al. 2025, arXiv 2410.06940).
+        """
+        sigma = (torch.arange(rows, dtype=torch.float64, device="cpu") + 0.5) / rows
+        one = torch.ones_like(sigma)
+        sign = one if time_of_data == 1 else -one
+        return cls(torch.stack([1 - sigma, sigma, sign, -sign, one], dim=1), 1 - sigma if time_of_data == 1 else sigma)
 
     def to(self, device: torch.device | str) -> NoiseProcess:
         """Returns the same process on another device."""
