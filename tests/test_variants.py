@@ -43,3 +43,15 @@ def test_the_hub_is_asked_for_variants_where_it_has_no_others(tmp_path, monkeypa
     assert found == tmp_path
     assert len(asked) == wanted
     assert {path.name for path in tmp_path.iterdir()} == set(there) - ({"a.fp16.safetensors"} if wanted == 1 else set())
+
+
+def test_a_description_alone_fetches_no_weights(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(model_id, allow_patterns, ignore_patterns=None):
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    download("some/model", ["model_index.json"])
+    assert asked == [["model_index.json"]]

@@ -189,6 +189,8 @@ def download(model_id: str, patterns: list[str], without: list[str] | None = Non
 
     try:
         folder = Path(snapshot_download(model_id, allow_patterns=patterns, ignore_patterns=without))
+        if not any("safetensors" in pattern for pattern in patterns):  # no weights are wanted
+            return folder
         if without and not any(folder.rglob("*.safetensors")):  # in variants only
             folder = Path(snapshot_download(model_id, allow_patterns=patterns))
         if not any(folder.rglob("*.safetensors")):  # an older model; diffusers loads its .bin files with weights_only

@@ -18,6 +18,7 @@ from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.reading import OF_VALUES, download, read_json, read_model
 from dtta_fast.runs.writing import check_name
 from dtta_fast.tasks import Classification, Depth, Segmentation, Task
+from dtta_fast.tasks.image_classifier import ImageClassifier
 from dtta_fast.tasks.transforms import processed_size
 
 if TYPE_CHECKING:
@@ -65,10 +66,11 @@ def load_models(run: RunConfig, classes: Sequence[str] = (), outputs: Sequence[i
 
 
 def load_classifier(name: str) -> nn.Module:
-    """Loads a timm classifier on the CPU, in eval mode.
+    """Loads a classifier of timm or transformers on the CPU, in eval mode.
 
     Args:
-        name: a timm model name, hf-hub:ID, local-dir:FOLDER, or just the folder, which must hold config.json and weights in timm's format.
+        name: a timm model name, hf-hub:ID, local-dir:FOLDER, or just the folder, which must hold config.json and weights in timm's format;
+            or a folder or hub id of a transformers image classifier with its preprocessor_config.json.
 
     Raises:
         ValueError: the classifier cannot be loaded; the message gives the reason.
@@ -81,12 +83,30 @@ def load_classifier(name: str) -> nn.Module:
         raise ValueError(
             f"model is {name!r}, and there is no folder {local!r}: give one that holds config.json and weights in timm's format"
         )
+    if is_of_transformers(name):
+        import transformers
+
+        loaded = read_model(transformers.AutoModelForImageClassification, name, trust_remote_code=False).float()
+        return ImageClassifier(loaded.eval(), _image_processor(name)).eval()
+    place = f"local-dir:{name}" if os.path.isdir(name) else f"hf-hub:{name}" if _is_hub_id(name) else name
     try:
-        model: nn.Module = timm.create_model(f"local-dir:{name}" if os.path.isdir(name) else name, pretrained=True)
+        model: nn.Module = timm.create_model(place, pretrained=True)
     except Exception as error:  # timm and safetensors raise many exception types for unknown names and damaged files
-        remedy = "give a folder in timm's format, or a name of timm.list_models(pretrained=True)"
+        remedy = "give a folder in timm's or transformers' format, or a name of timm.list_models(pretrained=True)"
         raise ValueError(f"model is {name!r}, which timm cannot load ({type(error).__name__}: {error}); {remedy}") from error
     return model.eval()
+
+
+def is_of_transformers(name: str) -> bool:
+    """Returns whether a folder is a transformers model's, or a name can be a transformers model's hub id: OWNER/NAME."""
+    if os.path.isdir(name):
+        config = _described(name, "config.json")
+        return "model_type" in config and "architecture" not in config
+    return _is_hub_id(name) and "architecture" not in _described(name, "config.json")
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and ":" not in name and not os.path.exists(name)
 
 
 def load_pair(model: str | None, denoiser: str | None, *, calibration: bool = True) -> tuple[nn.Module, Denoiser]:
@@ -260,8 +280,10 @@ def _model(run: RunConfig, names: list[str], outputs: Sequence[int] | None) -> t
 
 
 def _processor(task: str, model: str) -> Any:
-    if model == "zoo":
-        return zoo.load_processor(ZOO[task])
+    return zoo.load_processor(ZOO[task]) if model == "zoo" else _image_processor(model)
+
+
+def _image_processor(model: str) -> Any:
     from transformers import AutoImageProcessor
 
     try:  # without trust_remote_code, transformers would prompt at the terminal

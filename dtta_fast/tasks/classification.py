@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +16,18 @@ from dtta_fast.kernels.philox import class_uniforms
 from dtta_fast.runtime.constants import numbers
 from dtta_fast.runtime.reads import Checks
 from dtta_fast.tasks.base import ClassTask
+from dtta_fast.tasks.image_classifier import ImageClassifier, is_of_transformers
 from dtta_fast.tasks.transforms import Transform, timm_transforms
 
 
 class Classification(ClassTask):
     """Classification with any module that maps images to logits [B, K].
 
-    Size, crop and normalisation come from the model's timm config. A module without a timm config gets the images unchanged, in [0, 1],
-    unless transforms are given.
+    Size, crop and normalisation come from the model's timm config, or from `processor`. A module with neither gets the images unchanged,
+    in [0, 1], unless transforms are given.
 
     Args:
+        processor: the image processor of a transformers classifier, or for a torchvision model its weights.transforms().
         crop: maps images [B, 3, H, W] in [0, 1] to the crop that the model and the denoiser see.
         normalise: maps a crop to the model's input.
         subset: indices of the possible classes, for data known to have only some of the model's and the denoiser's classes, such as
@@ -34,8 +37,15 @@ class Classification(ClassTask):
         ValueError: subset is empty, or has a repeated or negative index.
     """
 
-    def __init__(self, *, crop: Transform | None = None, normalise: Transform | None = None, subset: Sequence[int] | None = None) -> None:
-        self._crop = crop
+    def __init__(
+        self,
+        processor: Any = None,
+        *,
+        crop: Transform | None = None,
+        normalise: Transform | None = None,
+        subset: Sequence[int] | None = None,
+    ) -> None:
+        self._processor, self._crop = processor, crop
         self._normalise = normalise
         if subset is not None and (
             not subset or len(set(subset)) != len(subset) or any(not hasattr(k, "__index__") or k < 0 for k in subset)
@@ -44,13 +54,25 @@ class Classification(ClassTask):
         self._subset = None if subset is None else tuple(map(int, subset))
 
     def bind(self, model: nn.Module, denoiser: Denoiser) -> tuple[nn.Module, Denoiser]:
+        """Returns the model, wrapped if it has a processor, and the denoiser.
+
+        Raises:
+            ValueError: a transformers model has neither a processor nor transforms.
+        """
+        if self._processor is not None and not isinstance(model, ImageClassifier):
+            return ImageClassifier(model, self._processor), denoiser
+        if is_of_transformers(model) and (self._crop is None or self._normalise is None):
+            raise ValueError(
+                f"model is transformers' {type(model).__name__}, which does not hold its preprocessing; give "
+                "task=Classification(AutoImageProcessor.from_pretrained(..)), or crop= and normalise="
+            )
         return model, denoiser
 
     def crop(self, model: nn.Module, images: Tensor) -> Tensor:
-        return (self._crop or timm_transforms(model)[0])(images)
+        return (self._crop or _transforms(model)[0])(images)
 
     def normalise(self, model: nn.Module, crop: Tensor) -> Tensor:
-        return (self._normalise or timm_transforms(model)[1])(crop)
+        return (self._normalise or _transforms(model)[1])(crop)
 
     def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig, checks: Checks) -> None:
         """Raises ValueError if outputs are not logits [B, K], or if K or top_k does not fit the denoiser's table."""
@@ -138,6 +160,10 @@ class Classification(ClassTask):
     def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
         answers = self._allowed(outputs).argmax(dim=1)
         return answers if self._subset is None else _rows(self._subset, answers.device)[answers]
+
+
+def _transforms(model: nn.Module) -> tuple[Transform, Transform]:
+    return model.transforms if isinstance(model, ImageClassifier) else timm_transforms(model)
 
 
 def scaled(outputs: Tensor, logit_scale: float | None) -> Tensor:

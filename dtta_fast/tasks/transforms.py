@@ -82,6 +82,17 @@ def processor_transforms(processor: Any) -> tuple[Transform, Transform]:
     return crop, _values_transform(processor)
 
 
+def preset_transforms(preset: Any) -> tuple[Transform, Transform]:
+    """Returns the transforms of torchvision's weights.transforms() for a classifier."""
+    from torchvision.transforms.v2 import functional as F
+
+    def crop(images: Tensor) -> Tensor:
+        resized = F.resize(images, list(preset.resize_size), interpolation=preset.interpolation, antialias=preset.antialias)
+        return F.center_crop(resized, list(preset.crop_size)).clamp(0, 1)  # bicubic overshoots
+
+    return crop, normalising(preset.mean, preset.std)
+
+
 def processed_size(processor: Any) -> tuple[int, int]:
     """Returns the size (height, width) of what a transformers image processor makes of a square image.
 

@@ -1,0 +1,49 @@
+"""Classifiers of transformers and torchvision as models that map images to logits, with their own preprocessing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from dtta_fast.tasks.transforms import Transform, preset_transforms, processor_transforms
+
+
+class ImageClassifier(nn.Module):
+    """Wraps a classifier so that it returns logits [B, K], whatever output type its library uses.
+
+    Attributes:
+        transforms: its geometry, and its normalisation.
+        pretrained_cfg: the names of its classes, as timm has them; empty if they are not known.
+    """
+
+    transforms: tuple[Transform, Transform]
+    pretrained_cfg: dict[str, Any]
+
+    def __init__(self, model: nn.Module, processor: Any) -> None:
+        """processor: a transformers image processor, or the transforms of torchvision's weights."""
+        super().__init__()
+        self.model = model
+        self.transforms = preset_transforms(processor) if is_preset(processor) else processor_transforms(processor)
+        names = getattr(getattr(model, "config", None), "id2label", None) or {}
+        self.pretrained_cfg = {"label_names": [str(names[k]) for k in sorted(names)]} if names else {}
+        self._named = {"return_dict": True} if is_of_transformers(model) else {}  # whatever its config says
+        self.training = model.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        answer = self.model(images, **self._named)
+        if isinstance(answer, Mapping) and "logits" in answer:  # transformers' outputs are mappings
+            answer = answer["logits"]
+        found: Tensor = answer
+        return found
+
+
+def is_preset(processor: Any) -> bool:
+    """Returns whether this is what torchvision's weights.transforms() gives."""
+    return all(hasattr(processor, name) for name in ("crop_size", "resize_size", "interpolation", "mean", "std"))
+
+
+def is_of_transformers(model: nn.Module) -> bool:
+    """Returns whether a model is one of transformers', without importing that library."""
+    return any(base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.") for base in type(model).__mro__)
