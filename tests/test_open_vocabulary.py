@@ -260,7 +260,7 @@ def test_bad_models_and_prompts(models, processor, task, denoiser, digits):
     with pytest.raises(TypeError, match="model is a Linear"):
         Adapter(torch.nn.Linear(3, 3), models[1], SMALL, task)
     with pytest.raises(ValueError, match="denoiser has no classes"):
-        Adapter(models[0].vision_model, models[1], SMALL).adapt(digits)
+        Adapter(zoo.load("digits")[0], models[1], SMALL).adapt(digits)
     with pytest.raises(ValueError, match="set already"):
         models[1].with_classes(NAMES).with_classes(NAMES)
     for keywords, message in (

@@ -1,8 +1,8 @@
-"""Zero-shot classification: compares CLIP's image features with the text features of any list of class names."""
+"""Zero-shot classification: compares the image features of a CLIP or SigLIP with the text features of any list of class names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.prompts import PromptDenoiser, check_different, check_names, prompt_tokens
-from dtta_fast.denoisers.reading import download, read_model
+from dtta_fast.denoisers.reading import download, read_json, read_model
 from dtta_fast.tasks.classification import Classification
 from dtta_fast.tasks.transforms import Transform, open_clip_transforms, processor_transforms
 
@@ -21,18 +21,20 @@ PHOTO = "a photo of a {}."
 
 
 class ZeroShot(Classification):
-    """Classification with a transformers CLIPModel or an open_clip CLIP, and Stable Diffusion. The classes are given as words.
+    """Classification with a transformers CLIPModel or SiglipModel, or a model of open_clip, and a text-to-image model as the denoiser.
 
-    Logits are CLIP's: its logit scale times the cosine similarity of image and text features. Their mean over the classes is subtracted,
-    which does not change the softmax, so that their norm (see AdaptConfig.logit_scale) depends only on the differences between classes.
+    The classes are given as words. Logits are the model's: its logit scale times the cosine similarity of image and text features. Their
+    mean over the classes is subtracted, which does not change the softmax (nor does SigLIP's bias), so that their norm (see
+    AdaptConfig.logit_scale) depends only on the differences between classes.
 
     Args:
-        classes: names, such as ["a tabby cat", "a sports car"].
-        processor: for a transformers model, its CLIPProcessor or a pair (tokenizer, image processor); for open_clip, the tokenizer:
-            open_clip.get_tokenizer(name).
+        classes: names, such as ["a tabby cat", "a sports car"]; or a dictionary from each name to its prompts, one or several, in
+            place of the templates.
+        processor: for a transformers model, its CLIPProcessor or SiglipProcessor, or a pair (tokenizer, image processor); for open_clip,
+            the tokenizer: open_clip.get_tokenizer(name).
         templates: sentences with {} in place of the name. Text features are averaged over them (Radford et al. 2021, arXiv 2103.00020,
             section 3.1.4).
-        diffusion_template: template for the prompts that condition the diffusion model.
+        diffusion_template: template for the prompts that condition the diffusion model, or several, whose conditions are averaged.
         towers: which CLIP towers form the model to adapt: "image", with text features computed once, or "both" (transformers only).
         normalised: whether image features are normalised to length 1, as in CLIP's training; the reference implementation does not.
 
@@ -42,18 +44,21 @@ class ZeroShot(Classification):
 
     def __init__(
         self,
-        classes: Sequence[str],
+        classes: Sequence[str] | Mapping[str, str | Sequence[str]],
         processor: Any,
         *,
         templates: Sequence[str] = (PHOTO,),
-        diffusion_template: str = PHOTO,
+        diffusion_template: str | Sequence[str] = PHOTO,
         towers: str = "image",
         normalised: bool = True,
     ) -> None:
         super().__init__()
-        check_names("classes", classes)
+        check_names("classes", classes if isinstance(classes, str) else list(classes))
+        names = list(classes)
         check_names("templates", templates)
-        for template in (*templates, diffusion_template):
+        own = [diffusion_template] if isinstance(diffusion_template, str) else list(diffusion_template)
+        check_names("diffusion_template", own)
+        for template in (*templates, *own):
             if (
                 not isinstance(template, str)
                 or "{}" not in template
@@ -63,10 +68,16 @@ class ZeroShot(Classification):
                 raise ValueError(f"template is {template!r}; it needs {{}} where the class's name goes, and no other braces")
         if towers not in ("image", "both"):
             raise ValueError(f"towers is {towers!r}; allowed: image, both")
-        self.classes = tuple(classes)
+        self.classes = tuple(names)
         self._processor, self._towers, self._normalised = processor, towers, normalised
-        self._prompts = [template.format(name) for name in classes for template in templates]
-        self._diffusion_prompts = [diffusion_template.format(name) for name in classes]
+        if isinstance(classes, Mapping):
+            self._prompts = [[given] if isinstance(given, str) else list(given) for given in classes.values()]
+            for name, prompts in zip(names, self._prompts, strict=True):
+                check_names(f"classes[{name!r}]", prompts)
+            self._diffusion_prompts = self._prompts
+        else:
+            self._prompts = [[template.format(name) for template in templates] for name in names]
+            self._diffusion_prompts = [[template.format(name) for template in own] for name in names]
 
     def bind(self, model: nn.Module, denoiser: Denoiser) -> tuple[nn.Module, Denoiser]:
         """Returns CLIP as a classifier of these classes, sharing the caller's modules, and the denoiser with one prompt per class.
@@ -79,15 +90,18 @@ class ZeroShot(Classification):
             raise TypeError(f"denoiser is a {found}, whose classes are fixed; ZeroShot takes one of prompts, such as a StableDiffusion")
         whole: Any = model
         clip: Any = whole.get_base_model() if hasattr(model, "get_base_model") else model  # unwraps peft, keeping the adapters
-        if hasattr(clip, "vision_model") and hasattr(clip, "text_projection"):
+        if hasattr(clip, "vision_model") and hasattr(clip, "text_model") and hasattr(clip, "logit_scale"):
             classifier: Any = self._from_transformers(clip)
         elif hasattr(clip, "encode_text") and hasattr(clip, "visual"):
             classifier = self._from_open_clip(clip)
         else:
-            raise TypeError(f"model is a {type(model).__name__}; ZeroShot takes a transformers CLIPModel or a model of open_clip")
+            found = type(model).__name__
+            raise TypeError(f"model is a {found}; ZeroShot takes a transformers CLIPModel or SiglipModel, or a model of open_clip")
         classifier.training = bool(clip.training)  # train() would also change the caller's towers
         bound: nn.Module = classifier
-        return bound, denoiser.with_classes(self._diffusion_prompts)
+        single = all(len(prompts) == 1 for prompts in self._diffusion_prompts)
+        prompts: Any = [prompts[0] for prompts in self._diffusion_prompts] if single else self._diffusion_prompts
+        return bound, denoiser.with_classes(prompts)
 
     def crop(self, model: nn.Module, images: Tensor) -> Tensor:
         """Resizes and crops images [B, 3, H, W] in [0, 1] to CLIP's size, still in [0, 1]."""
@@ -101,6 +115,15 @@ class ZeroShot(Classification):
         found: Tensor = bound.transforms[1](crop)
         return found
 
+    @property
+    def _flat(self) -> list[str]:
+        return [prompt for prompts in self._prompts for prompt in prompts]
+
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        """The number of each class's prompts."""
+        return tuple(len(prompts) for prompts in self._prompts)
+
     def _from_transformers(self, clip: Any) -> ZeroShotClassifier:
         own = self._processor
         pair = own if isinstance(own, tuple) else (getattr(own, "tokenizer", None), getattr(own, "image_processor", None))
@@ -109,41 +132,41 @@ class ZeroShot(Classification):
             raise TypeError(f"processor is a {found}; a transformers model takes its CLIPProcessor, or (tokenizer, image processor)")
         tokenizer, images = pair
         limit = clip.config.text_config.max_position_embeddings
-        ids = prompt_tokens(tokenizer, self._prompts, limit).to(clip.device)
+        ids = prompt_tokens(tokenizer, self._flat, limit).to(clip.device)
         both = self._towers == "both"
-        # keep CLIP's own names, so that peft saves and loads the adapters as CLIP's
-        parts = {"vision_model": clip.vision_model, "visual_projection": clip.visual_projection}
-        if both:
-            parts |= {"text_model": clip.text_model, "text_projection": clip.text_projection}
+        # keep the model's own names, so that peft saves and loads the adapters as its own
+        names = ["vision_model", "visual_projection", *(["text_model", "text_projection"] if both else [])]
+        parts = {name: getattr(clip, name) for name in names if hasattr(clip, name)}  # SigLIP has no projections
 
         def image_features(own: Any, pixels: Tensor) -> Tensor:
-            found: Tensor = own.visual_projection(own.vision_model(pixels, return_dict=True).pooler_output)
-            return found
+            pooled: Tensor = own.vision_model(pixels, return_dict=True).pooler_output
+            return own.visual_projection(pooled) if hasattr(own, "visual_projection") else pooled
 
         def text_features(own: Any, ids: Tensor) -> Tensor:
-            found: Tensor = own.text_projection(own.text_model(ids, return_dict=True).pooler_output)
-            return found
+            pooled: Tensor = own.text_model(ids, return_dict=True).pooler_output
+            return own.text_projection(pooled) if hasattr(own, "text_projection") else pooled
 
-        made = _text_features(lambda part: text_features(clip, part), ids, len(self.classes))
+        made = _text_features(lambda part: text_features(clip, part), ids, self._counts)
         texts = ids if both else made
-        classifier = ZeroShotClassifier(parts, image_features, text_features, texts, len(self.classes), clip.logit_scale, self._normalised)
-        classifier.transforms, classifier.head = processor_transforms(images), "visual_projection"
+        classifier = ZeroShotClassifier(parts, image_features, text_features, texts, self._counts, clip.logit_scale, self._normalised)
+        head = "visual_projection" if "visual_projection" in parts else "vision_model.head"
+        classifier.transforms, classifier.head = processor_transforms(images), head
         return classifier
 
     def _from_open_clip(self, clip: Any) -> ZeroShotClassifier:
         if self._towers == "both":
-            raise ValueError("towers is 'both' with a model of open_clip; give a transformers CLIPModel, or towers 'image'")
+            raise ValueError("towers is 'both' with a model of open_clip; give a model of transformers, or towers 'image'")
         if isinstance(self._processor, tuple) or not callable(self._processor) or hasattr(self._processor, "image_processor"):
             found = type(self._processor).__name__
             raise TypeError(f"processor is a {found}; a model of open_clip takes its tokenizer, open_clip.get_tokenizer(name)")
-        ids = open_clip_tokens(self._processor, self._prompts).to(clip.logit_scale.device)
-        texts, count = _text_features(clip.encode_text, ids, len(self.classes)), len(self.classes)
+        ids = open_clip_tokens(self._processor, self._flat).to(clip.logit_scale.device)
+        texts, counts = _text_features(clip.encode_text, ids, self._counts), self._counts
 
         def image_features(own: Any, pixels: Tensor) -> Tensor:
             found: Tensor = own.visual(pixels)
             return found
 
-        classifier = ZeroShotClassifier({"visual": clip.visual}, image_features, None, texts, count, clip.logit_scale, self._normalised)
+        classifier = ZeroShotClassifier({"visual": clip.visual}, image_features, None, texts, counts, clip.logit_scale, self._normalised)
         projection = "visual.head" if getattr(clip.visual, "proj", None) is None else "visual.proj"  # a timm tower's, or CLIP's own
         classifier.transforms, classifier.head = open_clip_transforms(clip), projection
         return classifier
@@ -167,21 +190,26 @@ def open_clip_tokens(tokenizer: Any, prompts: list[str]) -> Tensor:
 
 
 def load_clip(path: str | Path) -> tuple[nn.Module, Any]:
-    """Loads a transformers CLIPModel in float32 and its CLIPProcessor from a folder or the Hugging Face Hub.
+    """Loads a transformers CLIPModel or SiglipModel in float32, and its processor, from a folder or the Hugging Face Hub.
 
     Raises:
-        FileNotFoundError: the model does not exist, or a part is missing. ValueError: a part is damaged.
+        FileNotFoundError: the model does not exist, or a part is missing. ValueError: a part is damaged, or the model is of another kind.
     """
-    from transformers import CLIPModel, CLIPProcessor
+    from transformers import AutoProcessor, CLIPModel, CLIPProcessor, SiglipModel
 
     folder = Path(path)
     if not folder.is_dir():
-        folder = download(str(path), ["*.json", "*.txt", "*.safetensors"])
-    clip = read_model(CLIPModel, folder, dtype=torch.float32)
+        folder = download(str(path), ["*.json", "*.txt", "*.model", "*.safetensors"])
+    kind = read_json(folder / "config.json").get("model_type")
+    kinds = {"clip": (CLIPModel, CLIPProcessor), "siglip": (SiglipModel, AutoProcessor)}
+    if kind not in kinds:
+        raise ValueError(f"{folder / 'config.json'} has model_type {str(kind)[:40]!r}; supported: {', '.join(kinds)}")
+    model, processor = kinds[kind]
+    clip = read_model(model, folder, dtype=torch.float32)
     try:
-        return clip.eval(), CLIPProcessor.from_pretrained(folder)
+        return clip.eval(), processor.from_pretrained(folder)
     except Exception as error:  # the Rust tokenizers raise a plain Exception
-        raise ValueError(f"{folder} has no processor of a CLIP that can be read: {error}") from error
+        raise ValueError(f"{folder} has no processor of a {model.__name__} that can be read: {error}") from error
 
 
 class ZeroShotClassifier(nn.Module):
@@ -201,7 +229,7 @@ class ZeroShotClassifier(nn.Module):
         image_features: Callable[[Any, Tensor], Tensor],
         text_features: Callable[[Any, Tensor], Tensor] | None,
         texts: Tensor,
-        classes: int,
+        counts: tuple[int, ...],
         logit_scale: Tensor,
         normalised: bool,
     ) -> None:
@@ -211,7 +239,7 @@ class ZeroShotClassifier(nn.Module):
         self._image_features, self._text_features = image_features, text_features
         self.register_buffer("texts", texts, persistent=False)  # token ids if the text tower adapts, else features [K, d]
         self.register_buffer("scale", logit_scale.detach().exp(), persistent=False)
-        self._classes, self._normalised = classes, normalised
+        self._counts, self._normalised = counts, normalised
 
     def get_classifier(self) -> Any:
         """Returns the last layer, like the method of timm models; parameters.select calls it."""
@@ -223,18 +251,23 @@ class ZeroShotClassifier(nn.Module):
             features = F.normalize(features, dim=-1)
         texts: Any = self.texts
         if not texts.is_floating_point():
-            texts = _ensembles(self._text_features(self, texts), self._classes)  # type: ignore[misc]
+            texts = _ensembles(self._text_features(self, texts), self._counts)  # type: ignore[misc]
         scale: Any = self.scale
         logits = scale * features @ texts.to(features.dtype).mT
         return logits - logits.mean(dim=-1, keepdim=True)
 
 
 @torch.no_grad()
-def _text_features(encode: Callable[[Tensor], Tensor], ids: Tensor, classes: int) -> Tensor:
-    """Computes text features [K, d] from token ids [K * T, tokens]."""
-    return _ensembles(torch.cat([encode(part) for part in ids.split(64)]), classes)
+def _text_features(encode: Callable[[Tensor], Tensor], ids: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Computes text features [K, d] from the token ids [N, tokens] of all classes' prompts, one class after the other."""
+    return _ensembles(torch.cat([encode(part) for part in ids.split(64)]), counts)
 
 
-def _ensembles(features: Tensor, classes: int) -> Tensor:
-    """Computes each class's mean direction [K, d] over its templates' features [K * T, d]."""
-    return F.normalize(F.normalize(features, dim=-1).unflatten(0, (classes, -1)).mean(1), dim=-1)
+def _ensembles(features: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """Computes each class's mean direction [K, d] over its prompts' features [N, d]."""
+    unit = F.normalize(features, dim=-1)
+    if len(set(counts)) == 1:
+        means = unit.unflatten(0, (len(counts), -1)).mean(1)
+    else:
+        means = torch.stack([part.mean(0) for part in unit.split(list(counts))])
+    return F.normalize(means, dim=-1)
