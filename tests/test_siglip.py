@@ -19,11 +19,6 @@ NAMES = ("three", "eight", "one")
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     words = ["<pad>", "</s>", "<unk>", *NAMES, "a", "photo", "of", ".", "digit", "round", "straight", "curve", "written"]
-        "<pad>",
-        "</s>",
-        "<unk>",
-        *["a", "photo", "of", "three", "eight", "one", ".", "digit", "round", "straight", "curve", "written"],
-    ]
     own = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     own.pre_tokenizer = pre_tokenizers.Whitespace()
     own.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
