@@ -75,6 +75,7 @@ class ControlNet(StableDiffusion):
         if not os.path.isdir(folder):
             folder = download(str(controlnet), ["*.json", "*.safetensors"], argument="controlnet")
         own = read_model(ControlNetModel, folder, use_safetensors=True, torch_dtype=dtype)
-        denoiser = cls(plain.unet, plain.process, plain.vae, *plain.text(), own)
+        text_encoder, tokenizer = plain.text()
+        denoiser = cls(plain.unet, plain.process, plain.vae, text_encoder, tokenizer, own)
         denoiser.calibration = plain.calibration
         return denoiser.eval()

@@ -80,10 +80,11 @@ class PromptDenoiser(DiffusersDenoiser):
                 already set.
         """
         self.text()
-        several = not isinstance(prompts, str) and any(not isinstance(prompt, str) for prompt in prompts)
-        groups = [[own] if isinstance(own, str) else list(own) for own in prompts] if several else [[own] for own in prompts]
+        each: Sequence[str | Sequence[str]] = [] if isinstance(prompts, str) else prompts  # a single one is refused below
+        groups = [[own] if isinstance(own, str) else list(own) for own in each]
+        several = any(not isinstance(own, str) for own in prompts)
         flat = [prompt for group in groups for prompt in group]
-        check_names("prompts", flat if several else prompts)  # type: ignore[arg-type]
+        check_names("prompts", prompts if isinstance(prompts, str) else flat)
         if not all(groups):
             raise ValueError(f"prompts has no prompt for class {groups.index([])}; give each class one or more")
         self._check_prompts([*flat, *([] if null_prompt in flat else [null_prompt])])

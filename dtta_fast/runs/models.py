@@ -22,6 +22,7 @@ from dtta_fast.tasks.image_classifier import ImageClassifier
 from dtta_fast.tasks.transforms import processed_size
 
 if TYPE_CHECKING:
+    from dtta_fast.denoisers.diffusers_network import DiffusersDenoiser
     from dtta_fast.denoisers.prompts import PromptDenoiser
     from dtta_fast.runs.config import RunConfig
 
@@ -130,7 +131,7 @@ def load_pair(model: str | None, denoiser: str | None, *, calibration: bool = Tr
     return classifier, load_denoiser(denoiser, calibration=calibration).eval()
 
 
-def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = True) -> Denoiser:
+def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = True) -> DiT | DiffusersDenoiser:
     """Loads a DiT, a class-conditional UNet, or a text-to-image model with one prompt per name, on the CPU; its files decide which.
 
     Args:

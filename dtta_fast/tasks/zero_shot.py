@@ -201,7 +201,7 @@ def load_clip(path: str | Path) -> tuple[nn.Module, Any]:
     if not folder.is_dir():
         folder = download(str(path), ["*.json", "*.txt", "*.model", "*.safetensors"])
     kind = read_json(folder / "config.json").get("model_type")
-    kinds = {"clip": (CLIPModel, CLIPProcessor), "siglip": (SiglipModel, AutoProcessor)}
+    kinds: dict[Any, tuple[Any, Any]] = {"clip": (CLIPModel, CLIPProcessor), "siglip": (SiglipModel, AutoProcessor)}
     if kind not in kinds:
         raise ValueError(f"{folder / 'config.json'} has model_type {str(kind)[:40]!r}; supported: {', '.join(kinds)}")
     model, processor = kinds[kind]
