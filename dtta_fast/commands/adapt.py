@@ -129,7 +129,7 @@ def files(given: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in given:
         if str(path) == "-":
-            found += files([Path(line) for line in sys.stdin.read().splitlines() if line.strip() not in ("", "-")])
+            found += files([Path(line) for line in sys.stdin.read().removeprefix("\ufeff").splitlines() if line.strip() not in ("", "-")])
         elif path.is_dir():
             names = image_files(path)
             if not names:

@@ -25,7 +25,6 @@ LEAST_SPREAD = 1e-30  # what a file of a calibration may hold at least
 ROWS = 64  # rows that the denoiser processes at once
 
 
-@torch.no_grad()
 def calibrate(denoiser: Denoiser, images: Tensor, answers: Tensor | None = None) -> Calibration:
     """Calibrates a denoiser on at least 8 clean images [N, 3, H, W] in [0, 1], similar to its training images and cropped to what it sees.
 
@@ -43,6 +42,11 @@ def calibrate(denoiser: Denoiser, images: Tensor, answers: Tensor | None = None)
         ValueError: Calibration.measure rejects the images, answers are not their class indices, or a text-conditioned denoiser has no
             classes: give denoiser.with_classes([...]).
     """
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        return _calibrated(denoiser, images, answers)
+
+
+def _calibrated(denoiser: Denoiser, images: Tensor, answers: Tensor | None) -> Calibration:
     found = Calibration.measure(denoiser, images)
     if denoiser.takes_maps:
         if answers is not None:

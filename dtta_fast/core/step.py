@@ -124,7 +124,8 @@ def gradients(
         if theta and FREE_LOGITS not in theta and all(g is None for g in through[: len(theta)]):
             raise ValueError(
                 f"no gradient reaches the {config.parameters!r} parameters of the model, a {type(problem.model).__name__}; its forward "
-                "may go through another module than itself: let it use its own layers, or choose other parameters"
+                "may go through another module than itself, or through quantised layers: let it use its own floating-point layers, or "
+                "choose other parameters"
             )
         to_theta = [torch.zeros_like(p) if g is None else g for p, g in zip(theta.values(), through, strict=False)]
         # gradients reach the label table through the condition, everything else through the prediction

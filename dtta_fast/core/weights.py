@@ -30,7 +30,7 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
     model's adapters.
 
     Raises:
-        ValueError: the model has no parameters of that kind, or some of them are not floating point.
+        ValueError: the model has no parameters of that kind, or some of them are complex or sparse.
     """
     parts: Iterable[nn.Module | nn.Parameter] = {
         "all": [model],
@@ -45,14 +45,16 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
         named = set(lora.weight_names(model))
         wanted = {id(p) for name, p in model.named_parameters() if name in named}
     chosen: Parameters = {name: p for name, p in model.named_parameters() if id(p) in wanted}
-    if not chosen and which != "logits":
+    if not any(p.is_floating_point() or p.is_complex() for p in chosen.values()) and which != "logits":
         raise ValueError(
             f"parameters is {which!r}, and {type(model).__name__} has none of that kind; choose all, norm, head, lora or logits"
         )
     for name, parameter in chosen.items():
-        if not parameter.is_floating_point():
-            raise ValueError(f"model parameter {name} has dtype {parameter.dtype}, which no gradient reaches")
-    return chosen
+        if parameter.is_complex() or parameter.layout != torch.strided:
+            kind = parameter.dtype if parameter.is_complex() else parameter.layout
+            raise ValueError(f"model parameter {name} is {kind}, which is not adapted; choose parameters='head' or 'norm'")
+    # no gradient reaches whole numbers, such as counters
+    return {name: parameter for name, parameter in chosen.items() if parameter.is_floating_point()}
 
 
 def source_weights(

@@ -17,6 +17,7 @@ from dtta_fast.runtime.pictures import FORMATS, check_size, decode, read_pixels,
 from dtta_fast.runtime.pictures import read_image as read_image  # public under this name
 from dtta_fast.runtime.warn import warn
 
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 SUFFIXES = {".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"}
 PICTURES = {".cr2", ".dng", ".eps", ".heic", ".heif", ".ico", ".jp2", ".nef", ".psd", ".raw", ".svg", ".tga"}  # not read
 (SUFFIXES if "AVIF" in FORMATS else PICTURES).add(".avif")
@@ -157,12 +158,14 @@ def open_folder(root: Path) -> ImageFiles:
     """Opens any folder of images. Subfolders are classes, numbered in string order; without subfolders, the images have no labels.
 
     Raises:
-        ValueError: the folder does not exist, has no image or an empty class, or has images next to class folders.
+        ValueError: the folder does not exist, has no image or an empty class, has images next to class folders, or holds splits.
     """
     classes = subfolders(root)
     beside = [path.name for path in root.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file() and path.name[0] != "."]
     if classes and beside:
         raise ValueError(f"{root} has class folders and {sorted(beside)[0]} beside them: move the images into classes, or the folders away")
+    if classes and {name.lower() for name in classes} <= SPLITS:
+        raise ValueError(f"{root} holds the splits {', '.join(classes)}, not classes: give the folder of one split, {root / classes[0]}")
     if classes:
         names, labels = class_files(root, [(name, label) for label, name in enumerate(classes)])
         return ImageFiles(root, names, ["folder"] * len(names), labels, classes)

@@ -11,13 +11,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dtta_fast.data.base import NO_LABEL, Maps, chosen_corruptions
 from dtta_fast.data.folder import SUFFIXES, read_lines
 from dtta_fast.runtime.pictures import MOST_BYTES, check_size, open_image, read_image
+from dtta_fast.runtime.warn import warn
 
 ADE20K_CLASSES = 150
+LOOKED_AT = 16  # maps that are looked at when a folder is opened
+ORIENTATION, FIRST_SIDEWAYS = 0x0112, 5  # the EXIF tag, and the first of its values that exchange height and width
+TURNS = {  # as in PIL's ImageOps.exif_transpose
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def checked_labels(labels: Tensor, classes: int, name: str) -> Tensor:
@@ -205,7 +218,7 @@ class MapFolder(Maps):
 
     def pair(self, index: int) -> tuple[Tensor, Tensor, str]:
         image, path = self._files[index]
-        truth, name = _read_map(path), str(path)
+        truth, name = turned(_read_map(path), path, image), str(path)
         found = checked_depth(truth.float() / 1000, name) if self._classes is None else checked_labels(truth, self._classes, name)
         return read_image(image), found, name
 
@@ -224,7 +237,44 @@ def open_map_folder(folder: Path, size: int) -> MapFolder:
         raise ValueError(f"{listed} has no name; write one class a line, or remove it where the maps are depth")
     data = MapFolder(folder, size, len(names))
     data.classes = names
+    if len(names) > 1:
+        _warn_of_white_foreground([path for _, path in data._files])
     return data
+
+
+def _warn_of_white_foreground(files: Sequence[Path]) -> None:
+    """Warns if maps hold 0 and 255 alone: masks of two colours, in which the foreground would count as no label."""
+    found: set[int] = set()
+    for path in files[:: max(1, len(files) // LOOKED_AT)][:LOOKED_AT]:
+        try:
+            found |= set(_read_map(path).unique().tolist())
+        except ValueError:  # said when it is read
+            continue
+    if found == {0, NO_LABEL}:
+        warn(
+            f"{files[0].parent} holds maps of 0 and {NO_LABEL} alone, and {NO_LABEL} means that a pixel has no label: if it is the "
+            "foreground, save it as 1"
+        )
+
+
+def turned(truth: Tensor, path: Path, image: Path) -> Tensor:
+    """Turns a map [H, W] as its image's EXIF turns that, if the two are stored alike; a map has no EXIF of its own, as a rule.
+
+    Sizes that differ from the stored image's show that a map was drawn on the turned image. Where sizes cannot tell, a warning appears,
+    and the map stays.
+    """
+    with open_image(image) as stored:
+        how, size = stored.getexif().get(ORIENTATION, 1), (stored.height, stored.width)
+    with open_image(path) as own:
+        if how not in TURNS or own.getexif().get(ORIENTATION, 1) != 1:
+            return truth
+    if size[0] != size[1] and how >= FIRST_SIDEWAYS:
+        return torch.from_numpy(np.asarray(Image.fromarray(truth.numpy()).transpose(TURNS[how])).copy()) if truth.shape == size else truth
+    warn(
+        f"{image} is turned by its EXIF, and {path} has none; the map is taken as one of the turned image. If it is one of the stored "
+        "image, save the image without EXIF"
+    )
+    return truth
 
 
 def _ade20k_names(folder: Path) -> tuple[str, ...]:

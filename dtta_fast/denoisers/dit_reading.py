@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dtta_fast.denoisers.dit_network import DiTNetwork
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.denoisers.reading import OF_VALUES, autoencoder_kind, check_weights, read_model
+from dtta_fast.denoisers.reading import OF_VALUES, autoencoder_kind, check_pointers, check_weights, read_model
 from dtta_fast.runtime.archives import LOCAL, check_archive
 
 PREFIXES = ("module.", "_orig_mod.")
@@ -172,6 +172,7 @@ def load(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) ->
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing")
+    check_pointers(path)
     try:
         state = load_file(path)
     except SafetensorError as error:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dtta_fast.denoisers.diffusers_network import DiffusersDenoiser
 from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.runtime.encoding import as_in_evaluation
 
 AT_ONCE = 64  # prompts that a text encoder takes at once
 NO_CLASSES = "denoiser has no classes: give task=ZeroShot([...], processor), or denoiser.with_classes([...])"
@@ -67,7 +68,6 @@ class PromptDenoiser(DiffusersDenoiser):
     def _check_prompts(self, prompts: list[str]) -> None:
         """Raises ValueError if a prompt is over a text encoder's token limit, or two have the same tokens."""
 
-    @torch.no_grad()
     def with_classes(self, prompts: Sequence[str | Sequence[str]], null_prompt: str = "") -> Self:
         """Returns a denoiser that shares these weights and has one class per prompt, in order; the original is unchanged.
 
@@ -88,8 +88,9 @@ class PromptDenoiser(DiffusersDenoiser):
         if not all(groups):
             raise ValueError(f"prompts has no prompt for class {groups.index([])}; give each class one or more")
         self._check_prompts([*flat, *([] if null_prompt in flat else [null_prompt])])
-        encoded = torch.cat([self._encoded(flat[first : first + AT_ONCE]) for first in range(0, len(flat), AT_ONCE)])
-        nothing = self._null(null_prompt)
+        with as_in_evaluation(*(part for part in self.text() if isinstance(part, torch.nn.Module))):
+            encoded = torch.cat([self._encoded(flat[first : first + AT_ONCE]) for first in range(0, len(flat), AT_ONCE)])
+            nothing = self._null(null_prompt)
         table, nothing = (found.to(self.network.device, torch.promote_types(self.dtype, torch.float32)) for found in (encoded, nothing))
         if several:
             table = torch.stack([part.mean(0) for part in table.split([len(group) for group in groups])])
@@ -123,17 +124,28 @@ class PromptDenoiser(DiffusersDenoiser):
         return self.no_prompt
 
 
-def prompt_tokens(tokenizer: Any, prompts: Sequence[str], limit: int) -> Tensor:
-    """Returns a transformers tokenizer's token ids [N, limit], padded.
+def prompt_tokens(tokenizer: Any, prompts: Sequence[str], limit: int, encoder: Any = None) -> Tensor:
+    """Returns a transformers tokenizer's token ids [N, limit], padded on the right, as in the training of all text encoders here.
+
+    Args:
+        limit: the most tokens of a prompt. encoder: the text encoder that gets the ids.
 
     Raises:
-        ValueError: a prompt has more tokens than `limit`, including the start and end tokens, or two prompts have the same tokens.
+        ValueError: a prompt has more tokens than `limit`, including the start and end tokens, two prompts have the same tokens, or the
+            encoder does not know a token.
     """
     for prompt, ids in zip(prompts, tokenizer(list(prompts)).input_ids, strict=True):
         if len(ids) > limit:
             raise ValueError(f"prompt {prompt!r} has {len(ids)} tokens, and the text encoder takes {limit}; give a shorter name")
-    found: Tensor = tokenizer(list(prompts), padding="max_length", max_length=limit, return_tensors="pt").input_ids
+    given = {"padding": "max_length", "max_length": limit, "padding_side": "right", "return_tensors": "pt"}
+    found: Tensor = tokenizer(list(prompts), **given).input_ids
     check_different(prompts, found)
+    known = None if encoder is None else encoder.get_input_embeddings().num_embeddings
+    if known is not None and int(found.max()) >= known:
+        raise ValueError(
+            f"the tokenizer gives token {int(found.max())}, and the text encoder knows {known}: tokens were added to it; call "
+            "resize_token_embeddings() on the text encoder and train them, or take the tokenizer that belongs to it"
+        )
     return found
 
 

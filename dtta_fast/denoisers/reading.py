@@ -95,6 +95,7 @@ def read_model(kind: Any, folder: str | Path, **keywords: Any) -> Any:
     """
     if keywords.get("variant") is None and (variant := only_variant(Path(folder))):
         keywords["variant"] = variant
+    check_pointers(folder)
     try:
         model, found = kind.from_pretrained(folder, output_loading_info=True, **keywords)
     except (OSError, SafetensorError, StrictDataclassError, *OF_VALUES) as error:
@@ -105,6 +106,15 @@ def read_model(kind: Any, folder: str | Path, **keywords: Any) -> Any:
             f"{folder} lacks weights of a {kind.__name__}: {', '.join(lacking[:5])}{' and others' if len(lacking) > 5 else ''}"
         )
     return model
+
+
+def check_pointers(folder: str | Path) -> None:
+    """Raises ValueError if a folder's weights, or a file of weights, are pointers that git-lfs has not replaced."""
+    place = Path(folder)
+    for path in (place.glob("*.safetensors"), place.glob("*.bin")) if place.is_dir() else ([place],):
+        for file in path:
+            if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+                raise ValueError(f"{file} is a pointer of git-lfs, not the weights: run git lfs pull in its repository")
 
 
 def only_variant(folder: Path) -> str | None:

@@ -98,13 +98,13 @@ class StableDiffusion(PromptDenoiser):
 
     def _encoded(self, prompts: list[str]) -> Tensor:
         text_encoder, tokenizer = self.text()
-        ids = prompt_tokens(tokenizer, prompts, text_encoder.config.max_position_embeddings)
+        ids = prompt_tokens(tokenizer, prompts, text_encoder.config.max_position_embeddings, text_encoder)
         found: Tensor = text_encoder(ids.to(text_encoder.device)).last_hidden_state
         return found
 
     def _check_prompts(self, prompts: list[str]) -> None:
         text_encoder, tokenizer = self.text()
-        prompt_tokens(tokenizer, prompts, text_encoder.config.max_position_embeddings)
+        prompt_tokens(tokenizer, prompts, text_encoder.config.max_position_embeddings, text_encoder)
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """Predicts under conditions [B, tokens, d], which are mixtures of the prompts' hidden states."""

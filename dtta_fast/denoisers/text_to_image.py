@@ -97,7 +97,8 @@ class PipelineDenoiser(PromptDenoiser):
         own = self.text()[-1].components
         for name, limit in self.tokens.items():
             if own.get(name) is not None:
-                prompt_tokens(own[name], prompts, limit)
+                own[name].padding_side = "right"  # the pipelines take the tokenizer's own
+                prompt_tokens(own[name], prompts, limit, own[name.replace("tokenizer", "text_encoder")])
 
     def _encoded(self, prompts: list[str]) -> Tensor:
         parts = self._parts_of(self.text()[-1], prompts)

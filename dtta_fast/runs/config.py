@@ -94,7 +94,8 @@ class RunConfig:
                 check_name(name, getattr(self, name))
         for name, one in (("corruptions", str), ("severities", int), ("classes", str)):
             if not all(isinstance(value, one) and not isinstance(value, bool) for value in getattr(self, name)):
-                refuse(self, name, "a list of " + ("whole numbers" if one is int else "text"))
+                quotes = "text; YAML reads yes, no, on and off as true and false unless they are in quotes"
+                refuse(self, name, "a list of " + ("whole numbers" if one is int else quotes))
         for name in self.classes:
             if "," in name:
                 raise ValueError(f"classes has {name!r}, with a comma in it: give each class an argument of its own, such as cat dog")
@@ -122,11 +123,15 @@ class RunConfig:
             ValueError: the mapping does not describe a run.
         """
         try:
-            found = {name: value for name, value in described.items() if name not in ("data", "adapt")}
+            found = {name: value for name, value in described.items() if name not in ("data", "adapt", "weights")}
             data = dict(described["data"])
             return cls(data=data.pop("name"), **data, **found, adapt=AdaptConfig(**described["adapt"]))
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"described is no description of a run: {error!r}; give what described() gave") from error
+
+
+# settings that may be off, which YAML reads as false
+OFF = ("match", "precheck", "compile")
 
 
 def _plain(value: Any) -> Any:
@@ -162,6 +167,8 @@ def with_settings(start: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
     outer_changes: dict[str, Any] = {}
     changes: dict[str, Any] = {}
     for name, value in translated(flattened(settings)).items():
+        if name.startswith("weights."):  # of a run's config.json
+            continue
         bare = name.removeprefix("adapt.")
         name = DESCRIBED.get(name, name)
         if name in own:
@@ -171,7 +178,7 @@ def with_settings(start: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
                 raise ValueError(f"preset is {value!r}; there are {', '.join(presets.ALL)}")
             start = dataclasses.replace(start, adapt=presets.get(value), protocol=_protocol_of(presets.get(value).mode, start.protocol))
         elif bare in inner:
-            changes[bare] = value
+            changes[bare] = "off" if value is False and bare in OFF else value
         else:
             raise ValueError(f"{name} is no setting of a run; there are {', '.join(sorted(own | {f'adapt.{field}' for field in inner}))}")
     if "protocol" in outer_changes:

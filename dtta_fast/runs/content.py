@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dtta_fast.runtime.files import open_plain
+
 Item = Tensor | tuple[Tensor, Tensor]
+OF_MODELS = {".safetensors", ".bin", ".pt", ".pth", ".json", ".txt", ".model"}
+WHOLE, PARTS = 2**26, 2**10  # bytes of a file that is hashed as a whole, and of how many parts another one is
 MOST_READ = 500  # images that a resumed run reads again; with more records, this many spread evenly over them
 
 
@@ -32,6 +38,29 @@ def digest(item: Item) -> str:
             part = (part.clamp(0, 1) * 255).round().byte() if part.ndim == 3 else part.half()
         found.update(f"{part.dtype} {tuple(part.shape)} ".encode())
         found.update(part.contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def weights_of(run: Any) -> dict[str, str]:
+    """Returns digests of a run's models, by the name of the setting; only of those that are files or folders here."""
+    given = {name: getattr(run, name) for name in ("model", "denoiser", "calibration")}
+    return {name: digest_of_files(Path(place)) for name, place in given.items() if place is not None and os.path.exists(place)}
+
+
+def digest_of_files(place: Path) -> str:
+    """Hashes a file, or a folder's files of weights and settings, to 16 hexadecimal digits; of large ones, parts spread over them."""
+    inside = sorted(path for path in place.rglob("*") if path.suffix in OF_MODELS and path.is_file()) if place.is_dir() else [place]
+    found = hashlib.blake2b(digest_size=8)
+    for path in inside:
+        size = path.stat().st_size
+        found.update(f"{path.relative_to(place)} {size} ".encode())
+        with open_plain(path, 2**50) as file:
+            if size <= WHOLE:
+                found.update(file.read())
+            else:
+                for part in range(PARTS):
+                    file.seek(part * (size - size // PARTS // 4) // PARTS)
+                    found.update(file.read(WHOLE // PARTS))
     return found.hexdigest()
 
 

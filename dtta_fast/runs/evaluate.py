@@ -19,7 +19,7 @@ from torch import Tensor
 from dtta_fast.data.base import Maps
 from dtta_fast.data.images import Images
 from dtta_fast.runs.config import RunConfig
-from dtta_fast.runs.content import read_again, shortened
+from dtta_fast.runs.content import read_again, shortened, weights_of
 from dtta_fast.runs.folder import RunFolder
 from dtta_fast.runs.records import Record
 from dtta_fast.runs.summary import summary, warn_of_numbering
@@ -55,7 +55,7 @@ def evaluate(
     data = open_data(run)
     if run.classes and data.classes and len(run.classes) != len(data.classes):
         raise ValueError(f"classes names {len(run.classes)}, and the data set has {len(data.classes)}, whose order they have to be in")
-    batches, config = batches_of(run, data), run.described()
+    batches, config = batches_of(run, data), {**run.described(), "weights": weights_of(run)}
     part = str(rank) if world > 1 else ""
     with _together(world), RunFolder(Path(out), config, batches, data, part, overwrite=overwrite) as folder:
         read_again((record for number in sorted(folder.done) for record in folder.done[number]), data, run.workers)

@@ -142,7 +142,9 @@ class RunFolder:
         path = self.folder / CONFIG
         if self._overwrite or not path.is_file():
             return
-        changed = list(differences(json.loads(path.read_text(encoding="utf-8")), self._config))
+        there = json.loads(path.read_text(encoding="utf-8"))
+        here = self._config if "weights" in there else {name: value for name, value in self._config.items() if name != "weights"}
+        changed = list(differences(there, here))  # older versions did not note the weights
         if changed and any(found.stat().st_size for found in self._named(OF_RECORDS)):
             shown = "; ".join(changed)
             raise ValueError(

@@ -15,7 +15,7 @@ from dtta_fast import zoo
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.denoisers.dit import DiT
-from dtta_fast.denoisers.reading import OF_VALUES, download, read_json, read_model
+from dtta_fast.denoisers.reading import OF_VALUES, check_pointers, download, read_json, read_model
 from dtta_fast.runs.writing import check_name
 from dtta_fast.tasks import Classification, Depth, Segmentation, Task
 from dtta_fast.tasks.image_classifier import ImageClassifier
@@ -89,6 +89,7 @@ def load_classifier(name: str) -> nn.Module:
 
         loaded = read_model(transformers.AutoModelForImageClassification, name, trust_remote_code=False).float()
         return ImageClassifier(loaded.eval(), _image_processor(name)).eval()
+    check_pointers(local or name)
     place = f"local-dir:{name}" if os.path.isdir(name) else f"hf-hub:{name}" if _is_hub_id(name) else name
     try:
         model: nn.Module = timm.create_model(place, pretrained=True)

@@ -39,7 +39,7 @@ def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
         found = file.read(most + 1)  # files in /proc report 0 bytes but have content
     if len(found) > most:
         raise ValueError(f"it has more than {most} bytes")
-    return found.decode("utf-8")
+    return found.decode("utf-8-sig")  # some editors begin a file with a byte order mark
 
 
 def _without_waiting(path: str, flags: int) -> int:

@@ -19,6 +19,7 @@ FORMATS = ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"]
 if "avif" in features.modules and features.check("avif"):  # Pillow 11.3 and newer
     FORMATS.append("AVIF")
 BITS_PER_SAMPLE = 258  # the TIFF tag
+PHOTOMETRIC = 262  # the TIFF tag that says whether 0 is black
 MOST_BYTES = 2**29  # the largest image file; PIL's maximum number of pixels, uncompressed at 8 bits per channel, is 340 MiB
 MOST_PROPORTION = 64  # the largest ratio of the longer to the shorter side; a resize scales the shorter one to a model's size
 
@@ -103,7 +104,11 @@ def _rgb(image: Image.Image, bits: int | None) -> Image.Image:
         if bits != 16:
             found = f"{bits}-bit integers" if bits else "integers"
             raise ValueError(f"its pixels are {found}, of no known range; save it with 8 or 16 bits a channel")
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))  # PIL would clip at 255
+        values = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)  # PIL would clip at 255
+        white_is_zero = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0  # PIL inverts images of 8 bits only
+        image = Image.fromarray(255 - values if white_is_zero else values)
+    if image.mode == "La":
+        image = image.convert("LA")
     if "transparency" in image.info and image.mode == "P":
         image = image.convert("RGBA")  # PIL warns about converting directly
     return image.convert("RGB")

@@ -68,7 +68,13 @@ class PrivateCopy:
         except OSError:  # includes TimeoutError, which is the caller's
             raise
         except Exception as error:  # whatever a module's own __deepcopy__ raises
-            raise TypeError(f"{type(source).__name__} cannot be copied ({error}); give a module that copy.deepcopy accepts") from error
+            hint = "give a module that copy.deepcopy accepts"
+            if "created explicitly by the user" in str(error):  # a weight that a forward pre-hook computes from others
+                hint = (
+                    "it holds a tensor computed from its weights, as pruning and the old weight_norm leave it: make it permanent by "
+                    "torch.nn.utils.prune.remove or remove_weight_norm, or use torch.nn.utils.parametrizations"
+                )
+            raise TypeError(f"{type(source).__name__} cannot be copied ({str(error).splitlines()[0]}); {hint}") from error
         shared = {id(part) for part in source.modules()} & {id(part) for part in self.module.modules()}
         if shared:
             kind = next(type(part).__name__ for part in source.modules() if id(part) in shared)

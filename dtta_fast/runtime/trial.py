@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dtta_fast.runtime.warn import warn
 
 ROUNDING, HALF_ROUNDING = 0.01, 0.1  # largest difference by rounding, relative to the largest output
+MIXED = ("should be the same", "must have the same dtype", "mixed dtype")  # what torch says of inputs and weights of two formats
 SMALL = 1e-4  # a difference of logits that changes no probability by more; logits may be near 0 after a subtraction
 
 
@@ -55,6 +56,10 @@ def explaining_misfits(module: nn.Module, inputs: Tensor) -> Iterator[None]:
                 f"model's first layer takes images of {first.in_channels} channels, and images are RGB; {remedy} in "
                 f"Classification(normalise=...) or in a module around the model: {said.splitlines()[0]}"
             ) from error
+        if any(words in said for words in MIXED):
+            raise ValueError(
+                f"model mixes number formats, and adapt() runs without autocast ({said.splitlines()[0]}); convert it to one: model.float()"
+            ) from error
         if "doesn't match model" in said:  # timm's patch embedding
             raise ValueError(
                 f"model was built for another size than {size}, which its timm config gives ({said.splitlines()[0]}); "
@@ -85,6 +90,16 @@ def warning_of_random_numbers(module: nn.Module, device: torch.device) -> Iterat
         warn(
             f"model, a {type(module).__name__}, draws random numbers in eval mode, as F.dropout(x, p) does without training=self.training: "
             "its results do not repeat, and torch's random state moves"
+        )
+
+
+@torch.no_grad()
+def warn_of_probabilities(module: nn.Module, outputs: Tensor) -> None:
+    """Warns if a classifier's outputs [B, K] are probabilities: their softmax would be nearly uniform."""
+    if outputs.ndim == 2 and bool((outputs >= 0).all()) and bool(((outputs.double().sum(1) - 1).abs() < SMALL).all()):
+        warn(
+            f"model, a {type(module).__name__}, seems to return probabilities, and logits are expected; take the softmax out of it, or "
+            "return probabilities.log()"
         )
 
 

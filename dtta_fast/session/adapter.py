@@ -102,6 +102,7 @@ class Adapter:
         Args:
             images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised. Also a PIL image, a numpy array [H, W, 3] or
                 [B, H, W, 3], a path, or a list of images of any of these kinds; those of different sizes are cropped one by one.
+                A PIL image or a file is turned by the EXIF that it carries, so remove that from a PIL image that you turned yourself.
             image_ids: [B] int64, 0 .. 2^32 - 1, identifies each image's random draws; 0 .. B - 1 by default. In episodic mode an
                 image's result depends only on (seed, image_id, config).
             latents: [B, C, h, w], x0 if it is already encoded. timesteps [B, steps, P] and noise [B, steps, P, C, h, w]

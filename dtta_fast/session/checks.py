@@ -137,6 +137,9 @@ def checked(request: Request, start: float, model: nn.Module, denoiser: nn.Modul
     """
     check_surroundings()
     device, other = anchor(model).device, anchor(denoiser).device
+    for name, found in (("model", device), ("denoiser", other)):
+        if found.type == "meta":
+            raise ValueError(f"{name} is on the meta device: its weights are offloaded or were never loaded; load it without device_map")
     images = checked_images(request.images, device, checks)
     if other != device:
         raise ValueError(f"denoiser is on {other} and model on {device}; move one of them")

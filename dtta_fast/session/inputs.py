@@ -86,6 +86,7 @@ def _one(image: Any) -> Tensor:
 
 def _from_array(array: np.ndarray[Any, Any]) -> Tensor:
     """Converts an array [..., H, W, 3], uint8 or floating point, to a tensor [..., 3, H, W]."""
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)  # torch takes the machine's byte order only
     if array.shape[-1] != 3 or array.dtype not in (np.uint8, np.float16, np.float32, np.float64):
         found = f"images is or holds an array of {array.dtype} with shape {array.shape}"
         raise ValueError(f"{found}; give uint8, or floating point in [0, 1], with the channels last: [H, W, 3]")

@@ -31,6 +31,7 @@ from dtta_fast.runtime.trial import (
     refusing_recomputation,
     warn_of_foreign_config,
     warn_of_other_rows,
+    warn_of_probabilities,
     warn_of_still_weights,
     warning_of_random_numbers,
 )
@@ -154,6 +155,7 @@ class ModuleProgram(Program):
         problem.task.check(outputs, problem.denoiser, problem.config, checks)
         _check_rows(outputs, inputs)
         if not self._ran:
+            warn_of_probabilities(problem.model, outputs)
             warn_of_other_rows(problem.model, functools.partial(step.forward, problem, {}), inputs, outputs)
         self._ran = True
         wrong = ~_complete(outputs)

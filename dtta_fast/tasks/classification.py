@@ -15,6 +15,7 @@ from dtta_fast.kernels import mix_condition
 from dtta_fast.kernels.philox import class_uniforms
 from dtta_fast.runtime.constants import numbers
 from dtta_fast.runtime.reads import Checks
+from dtta_fast.runtime.warn import warn
 from dtta_fast.tasks.base import ClassTask
 from dtta_fast.tasks.image_classifier import ImageClassifier, is_of_transformers
 from dtta_fast.tasks.transforms import Transform, timm_transforms
@@ -66,6 +67,8 @@ class Classification(ClassTask):
                 f"model is transformers' {type(model).__name__}, which does not hold its preprocessing; give "
                 "task=Classification(AutoImageProcessor.from_pretrained(..)), or crop= and normalise="
             )
+        if self._crop is None and self._normalise is None and not isinstance(model, ImageClassifier):
+            _warn_of_a_wrapper(model)
         return model, denoiser
 
     def crop(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -160,6 +163,18 @@ class Classification(ClassTask):
     def predict(self, outputs: Tensor, size: tuple[int, int]) -> Tensor:
         answers = self._allowed(outputs).argmax(dim=1)
         return answers if self._subset is None else _rows(self._subset, answers.device)[answers]
+
+
+def _warn_of_a_wrapper(model: nn.Module) -> None:
+    """Warns if a part of a model has a timm config and the model has none, so that it gets images that are not normalised."""
+    if getattr(model, "pretrained_cfg", None):
+        return
+    part = next((name for name, part in model.named_modules() if isinstance(getattr(part, "pretrained_cfg", None), dict) and name), None)
+    if part is not None:
+        warn(
+            f"model, a {type(model).__name__}, has no timm config, and its part {part} has: it gets images in [0, 1] as they are, neither "
+            f"cropped nor normalised; set model.pretrained_cfg to that of {part}, or give Classification(crop=..., normalise=...)"
+        )
 
 
 def _transforms(model: nn.Module) -> tuple[Transform, Transform]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.prompts import PromptDenoiser, check_different, check_names, prompt_tokens
 from dtta_fast.denoisers.reading import download, read_json, read_model
+from dtta_fast.runtime.encoding import as_in_evaluation
 from dtta_fast.tasks.classification import Classification
 from dtta_fast.tasks.transforms import Transform, open_clip_transforms, processor_transforms
 
@@ -35,7 +36,8 @@ class ZeroShot(Classification):
         templates: sentences with {} in place of the name. Text features are averaged over them (Radford et al. 2021, arXiv 2103.00020,
             section 3.1.4).
         diffusion_template: template for the prompts that condition the diffusion model, or several, whose conditions are averaged.
-        towers: which CLIP towers form the model to adapt: "image", with text features computed once, or "both" (transformers only).
+        towers: which CLIP towers form the model to adapt: "image", or "both" (transformers only). With "image", the text features and
+            the logit scale are computed once, when a session is made; a later change of the text tower takes a new session.
         normalised: whether image features are normalised to length 1, as in CLIP's training; the reference implementation does not.
 
     Raises:
@@ -132,7 +134,7 @@ class ZeroShot(Classification):
             raise TypeError(f"processor is a {found}; a transformers model takes its CLIPProcessor, or (tokenizer, image processor)")
         tokenizer, images = pair
         limit = clip.config.text_config.max_position_embeddings
-        ids = prompt_tokens(tokenizer, self._flat, limit).to(clip.device)
+        ids = prompt_tokens(tokenizer, self._flat, limit, clip.text_model).to(clip.device)
         both = self._towers == "both"
         # keep the model's own names, so that peft saves and loads the adapters as its own
         names = ["vision_model", "visual_projection", *(["text_model", "text_projection"] if both else [])]
@@ -146,7 +148,8 @@ class ZeroShot(Classification):
             pooled: Tensor = own.text_model(ids, return_dict=True).pooler_output
             return own.text_projection(pooled) if hasattr(own, "text_projection") else pooled
 
-        made = _text_features(lambda part: text_features(clip, part), ids, self._counts)
+        with as_in_evaluation(clip):
+            made = _text_features(lambda part: text_features(clip, part), ids, self._counts)
         texts = ids if both else made
         classifier = ZeroShotClassifier(parts, image_features, text_features, texts, self._counts, clip.logit_scale, self._normalised)
         head = "visual_projection" if "visual_projection" in parts else "vision_model.head"
@@ -160,11 +163,13 @@ class ZeroShot(Classification):
             found = type(self._processor).__name__
             raise TypeError(f"processor is a {found}; a model of open_clip takes its tokenizer, open_clip.get_tokenizer(name)")
         ids = open_clip_tokens(self._processor, self._flat).to(clip.logit_scale.device)
-        texts, counts = _text_features(clip.encode_text, ids, self._counts), self._counts
+        with as_in_evaluation(clip):
+            texts, counts = _text_features(clip.encode_text, ids, self._counts), self._counts
 
         def image_features(own: Any, pixels: Tensor) -> Tensor:
-            found: Tensor = own.visual(pixels)
-            return found
+            found = own.visual(pixels)
+            pooled: Tensor = found[0] if isinstance(found, tuple) else found  # CoCa's tower returns its tokens too
+            return pooled
 
         classifier = ZeroShotClassifier({"visual": clip.visual}, image_features, None, texts, counts, clip.logit_scale, self._normalised)
         projection = "visual.head" if getattr(clip.visual, "proj", None) is None else "visual.proj"  # a timm tower's, or CLIP's own
@@ -257,7 +262,6 @@ class ZeroShotClassifier(nn.Module):
         return logits - logits.mean(dim=-1, keepdim=True)
 
 
-@torch.no_grad()
 def _text_features(encode: Callable[[Tensor], Tensor], ids: Tensor, counts: tuple[int, ...]) -> Tensor:
     """Computes text features [K, d] from the token ids [N, tokens] of all classes' prompts, one class after the other."""
     return _ensembles(torch.cat([encode(part) for part in ids.split(64)]), counts)

@@ -1,0 +1,204 @@
+"""Which models are supported, and what was checked of each.
+
+    python bench/support.py [--count | --test]
+
+--count builds each family's network at the real sizes of a public model on the meta device, without weights, and counts parameters, and the
+FLOPs of one pair's forward and backward to the condition. --test runs the tests named in CHECKS and notes which of them passed. Both write
+bench/results/support.json, from which bench/readme.py makes the table of docs/models.md. No real weights were ever loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bench import source_tree
+
+source_tree.use()
+
+from dtta_fast.denoisers.dit_network import DiTNetwork  # noqa: E402
+from dtta_fast.runtime import environment  # noqa: E402
+
+RESULTS = Path(__file__).parent / "results" / "support.json"
+SD_BLOCKS: dict[str, Any] = {"in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280)}
+XL_2: dict[str, Any] = {"patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28, "num_heads": 16}
+SD3: dict[str, Any] = {
+    "sample_size": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048,
+}
+
+# a check's tests, as words that their ids contain; all that match have to pass, and one has to match
+PIPELINE = "tests/test_text_to_image.py"
+CHECKS: dict[str, dict[str, tuple[str, str]]] = {
+    "DiT": {
+        "prediction": ("tests/test_dit.py", "agrees_with_diffusers or hub_s_layout"),
+        "gradient": ("tests/test_adapt.py", "gradient"),
+        "adapts": ("tests/test_adapt.py", "adapt"),
+    },
+    "SiT, REPA": {
+        "prediction": ("tests/test_sit.py", "predicts_the_path_s_velocity"),
+        "gradient": ("tests/test_adapt.py", "gradient"),
+        "adapts": ("tests/test_sit.py", "folder_knows_its_process"),
+    },
+    "class-conditional UNet": {
+        "prediction": ("tests/test_class_unet.py", "diffusers"),
+        "gradient": ("tests/test_class_unet.py", "gradient"),
+        "adapts": ("tests/test_class_unet.py", "adapt"),
+    },
+    "Stable Diffusion 1, 2": {
+        "prediction": ("tests/test_open_vocabulary.py", "predicts_as_the_library or pipeline_s_folder"),
+        "gradient": ("tests/test_open_vocabulary.py", "ways_to_run_agree"),
+        "adapts": ("tests/test_open_vocabulary.py", "adapt_command"),
+    },
+    **{
+        name: {
+            "prediction": (PIPELINE, f"predictions_are_the_pipeline_s and {key}"),
+            "gradient": (PIPELINE, f"gradients_of_the_condition and {key}"),
+            "adapts": (PIPELINE, f"clip_adapts_with_every_family and {key}"),
+        }
+        for name, key in (("SDXL", "SDXL"), ("Stable Diffusion 3, 3.5", "SD"), ("PixArt-α", "alpha"), ("PixArt-Σ", "sigma"))
+    },
+}
+
+
+def conditional(unet: nn.Module, side: int, **added: Tensor) -> Callable[[], Tensor]:
+    """Returns a forward of a text-to-image UNet for one pair under a condition that requires a gradient."""
+    own: Any = unet
+    states = torch.zeros(1, 77, own.config.cross_attention_dim, requires_grad=True)
+    return lambda: own(torch.zeros(1, 4, side, side), torch.zeros(1), states, added_cond_kwargs=added or None, return_dict=False)[0]
+
+
+def stable_diffusion() -> tuple[nn.Module, Callable[[], Tensor]]:
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8, **SD_BLOCKS)
+    return unet, conditional(unet, 64)
+
+
+def stable_diffusion_xl() -> tuple[nn.Module, Callable[[], Tensor]]:
+    unet = UNet2DConditionModel(
+        sample_size=128, block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), cross_attention_dim=2048,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816, use_linear_projection=True,
+    )  # fmt: skip
+    return unet, conditional(unet, 128, text_embeds=torch.zeros(1, 1280), time_ids=torch.zeros(1, 6))
+
+
+def stable_diffusion_3(layers: int, heads: int, **config: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
+    network = SD3Transformer2DModel(num_layers=layers, num_attention_heads=heads, caption_projection_dim=64 * heads, **SD3, **config)
+    states = torch.zeros(1, 333, 4096, requires_grad=True)
+    return network, lambda: network(torch.zeros(1, 16, 128, 128), states, torch.zeros(1, 2048), torch.zeros(1), return_dict=False)[0]
+
+
+def pixart(side: int, tokens: int, **config: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
+    network = PixArtTransformer2DModel(sample_size=side, caption_channels=4096, **config)
+    states = torch.zeros(1, tokens, 4096, requires_grad=True)
+    sizes = {"resolution": torch.zeros(1, 2), "aspect_ratio": torch.zeros(1, 1)}
+    return network, lambda: network(torch.zeros(1, 4, side, side), states, torch.zeros(1), sizes, return_dict=False)[0]
+
+
+def transformer(side: int, **sizes: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
+    network = DiTNetwork(input_size=side, **XL_2, **sizes)
+    label = torch.zeros(1, 1152, requires_grad=True)
+    return network, lambda: network(torch.zeros(1, 4, side, side), torch.zeros(1), label)
+
+
+def cifar_unet() -> tuple[nn.Module, Callable[[], Tensor]]:
+    """google/ddpm-cifar10-32's config with classes, which is the size of many public ones."""
+    unet = diffusers.UNet2DModel(
+        sample_size=32, block_out_channels=(128, 256, 256, 256), down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=None, class_embed_type="identity",
+    )  # fmt: skip
+    label = torch.zeros(1, 512, requires_grad=True)
+    return unet, lambda: unet(torch.zeros(1, 3, 32, 32), torch.zeros(1), label, return_dict=False)[0]
+
+
+# family, public model, pixels, how to build it: configs of the hub's files and of the papers
+REAL: tuple[tuple[str, str, int, Callable[[], tuple[nn.Module, Callable[[], Tensor]]]], ...] = (
+    ("DiT", "DiT-XL/2", 256, lambda: transformer(32)),
+    ("SiT, REPA", "SiT-XL/2", 256, lambda: transformer(32)),
+    ("class-conditional UNet", "ddpm-cifar10-32's sizes", 32, cifar_unet),
+    ("Stable Diffusion 1, 2", "Stable Diffusion 1.5", 512, stable_diffusion),
+    ("SDXL", "SDXL base 1.0", 1024, stable_diffusion_xl),
+    ("Stable Diffusion 3, 3.5", "SD 3 medium", 1024, lambda: stable_diffusion_3(24, 24, pos_embed_max_size=192)),
+    (
+        "Stable Diffusion 3, 3.5",
+        "SD 3.5 medium",
+        1024,
+        lambda: stable_diffusion_3(24, 24, pos_embed_max_size=384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))),
+    ),
+    ("Stable Diffusion 3, 3.5", "SD 3.5 large", 1024, lambda: stable_diffusion_3(38, 38, pos_embed_max_size=192, qk_norm="rms_norm")),
+    ("PixArt-α", "PixArt-XL-2-512x512", 512, lambda: pixart(64, 120)),
+    ("PixArt-α", "PixArt-XL-2-1024-MS", 1024, lambda: pixart(128, 120)),
+    ("PixArt-Σ", "PixArt-Sigma-XL-2-1024-MS", 1024, lambda: pixart(128, 300, use_additional_conditions=False, interpolation_scale=2)),
+)
+
+
+def counted(family: str, name: str, pixels: int, make: Callable[[], tuple[nn.Module, Callable[[], Tensor]]]) -> dict[str, Any]:
+    """Counts a network's parameters and a pair's FLOPs."""
+    with torch.device("meta"):
+        network, forward = make()
+        network.eval().requires_grad_(False)
+        with FlopCounterMode(display=False) as once:
+            prediction = forward()
+        with FlopCounterMode(display=False) as back:
+            prediction.sum().backward()
+    parameters = sum(p.numel() for p in network.parameters())
+    print(f"{name:28} {parameters / 1e6:8.1f} M, {(once.get_total_flops() + back.get_total_flops()) / 1e9:10.1f} GFLOP a pair", flush=True)
+    return {
+        "family": family,
+        "model": name,
+        "pixels": pixels,
+        "parameters": parameters,
+        "forward_flops": once.get_total_flops(),
+        "backward_flops": back.get_total_flops(),
+    }
+
+
+def tested(file: str, words: str) -> dict[str, int]:
+    """Runs some of a file's tests; returns how many passed and failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", file, "-k", words, f"--junitxml={report}"]
+        subprocess.run(command, check=False, capture_output=True)
+        cases = ElementTree.parse(report).getroot().findall(".//testcase") if report.exists() else []
+    wrong = sum(case.find("failure") is not None or case.find("error") is not None or case.find("skipped") is not None for case in cases)
+    return {"passed": len(cases) - wrong, "failed": wrong}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--count", action="store_true")
+    kind.add_argument("--test", action="store_true")
+    args = parser.parse_args()
+    records: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if not args.test:
+        records["sizes"] = [counted(*each) for each in REAL]
+    if not args.count:
+        records["checks"] = {}
+        for family, checks in CHECKS.items():
+            records["checks"][family] = {name: tested(*which) for name, which in checks.items()}
+            print(family, records["checks"][family], flush=True)
+    records["environment"] = environment.describe()
+    RESULTS.write_text(json.dumps(records, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
