@@ -48,7 +48,7 @@ def to_pixels(image: Image.Image) -> Tensor:
     Raises:
         ValueError: its pixels have no known range.
     """
-    return to_tensor(_rgb(ImageOps.exif_transpose(image), _bits(image)))
+    return to_tensor(_rgb(ImageOps.exif_transpose(image), _bits(image), _white_is_zero(image)))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -65,7 +65,7 @@ def decode(source: Path | BinaryIO, name: str) -> Image.Image:
     """
     try:
         with open_image(source) as image:
-            return _rgb(ImageOps.exif_transpose(image), _bits(image))
+            return _rgb(ImageOps.exif_transpose(image), _bits(image), _white_is_zero(image))
     except Exception as error:  # PIL's decoders raise many types for damaged files
         raise ValueError(f"{name} is no image that can be read: {error}") from error
 
@@ -96,8 +96,8 @@ def check_size(width: int, height: int, what: str = "it ") -> None:
         raise ValueError(f"{what}is {width}x{height} pixels; crop it, so that no side is more than {MOST_PROPORTION} times the other")
 
 
-def _rgb(image: Image.Image, bits: int | None) -> Image.Image:
-    """Converts to RGB. bits: per channel, as the file says."""
+def _rgb(image: Image.Image, bits: int | None, white_is_zero: bool) -> Image.Image:
+    """Converts to RGB. bits: per channel, as the file says. white_is_zero: whether integers count from white, and PIL left them so."""
     if image.mode == "F":
         raise ValueError("its pixels are floats, of no known range; save it with 8 bits a channel")
     if image.mode.startswith("I"):
@@ -105,13 +105,16 @@ def _rgb(image: Image.Image, bits: int | None) -> Image.Image:
             found = f"{bits}-bit integers" if bits else "integers"
             raise ValueError(f"its pixels are {found}, of no known range; save it with 8 or 16 bits a channel")
         values = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)  # PIL would clip at 255
-        white_is_zero = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0  # PIL inverts images of 8 bits only
         image = Image.fromarray(255 - values if white_is_zero else values)
     if image.mode == "La":
         image = image.convert("LA")
     if "transparency" in image.info and image.mode == "P":
         image = image.convert("RGBA")  # PIL warns about converting directly
     return image.convert("RGB")
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    return image.mode.startswith("I") and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0  # PIL inverts images of 8 bits only
 
 
 def _bits(image: Image.Image) -> int | None:
