@@ -341,10 +341,33 @@ def threads() -> str:
     )
 
 
+def support() -> str:
+    """Makes a row per model family: what its tests checked, and the sizes of public models, counted from their configs."""
+    records = json.loads((RESULTS / "support.json").read_text())
+    lines = [
+        "| family | prediction | gradient | adapts | public model, pixels | parameters, M | GFLOP a pair | real weights |",
+        "|---" * 8 + "|",
+    ]
+
+    def passed(counts: dict[str, int]) -> str:
+        return f"{counts['passed']} tests" if counts["passed"] and not counts["failed"] else "fails" if counts["failed"] else "no test"
+
+    for family, checks in records["checks"].items():
+        sizes = [size for size in records["sizes"] if size["family"] == family]
+        cells = [
+            "<br>".join(f"{size['model']}, {size['pixels']}" for size in sizes),
+            "<br>".join(f"{size['parameters'] / 1e6:,.0f}" for size in sizes),
+            "<br>".join(f"{(size['forward_flops'] + size['backward_flops']) / 1e9:,.0f}" for size in sizes),
+        ]
+        lines.append(f"| {family} | " + " | ".join([*map(passed, checks.values()), *cells]) + " | never |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "README.md": {"gains": gains, "speed": speed, "gpu": gpu_tables.short},
     "docs/performance.md": {"kernels": kernels, "step": step, "end-to-end": end_to_end, "real sizes": real_sizes, "gpu": gpu_tables.full},
     "docs/evaluation.md": {"own time": own_time},
+    "docs/models.md": {"support": support},
     "docs/embedding.md": {"embedding": embedding, "latency": latency, "deadlines": deadlines, "threads": threads},
     "docs/quality.md": {
         "quality": lambda: quality("digits"),

@@ -62,6 +62,11 @@ CHECKS: dict[str, dict[str, tuple[str, str]]] = {
         "gradient": ("tests/test_class_unet.py", "gradient"),
         "adapts": ("tests/test_class_unet.py", "adapt"),
     },
+    "ADM": {
+        "prediction": ("tests/test_adm.py", "predictions_are_adm_s"),
+        "gradient": ("tests/test_class_unet.py", "gradient"),
+        "adapts": ("tests/test_adm.py", "folder_adapts"),
+    },
     "Stable Diffusion 1, 2": {
         "prediction": ("tests/test_open_vocabulary.py", "predicts_as_the_library or pipeline_s_folder"),
         "gradient": ("tests/test_open_vocabulary.py", "ways_to_run_agree"),
@@ -122,11 +127,23 @@ def transformer(side: int, **sizes: Any) -> tuple[nn.Module, Callable[[], Tensor
 def cifar_unet() -> tuple[nn.Module, Callable[[], Tensor]]:
     """google/ddpm-cifar10-32's config with classes, which is the size of many public ones."""
     unet = diffusers.UNet2DModel(
-        sample_size=32, block_out_channels=(128, 256, 256, 256), down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        sample_size=32, block_out_channels=(128, 256, 256, 256),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=None, class_embed_type="identity",
     )  # fmt: skip
     label = torch.zeros(1, 512, requires_grad=True)
     return unet, lambda: unet(torch.zeros(1, 3, 32, 32), torch.zeros(1), label, return_dict=False)[0]
+
+
+def adm() -> tuple[nn.Module, Callable[[], Tensor]]:
+    unet = diffusers.UNet2DModel(
+        sample_size=256, out_channels=6, block_out_channels=(256, 256, 512, 512, 1024, 1024), attention_head_dim=64,
+        down_block_types=("ResnetDownsampleBlock2D",) * 3 + ("AttnDownBlock2D",) * 3, downsample_type="resnet", upsample_type="resnet",
+        up_block_types=("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3, resnet_time_scale_shift="scale_shift",
+        class_embed_type="identity",
+    )  # fmt: skip
+    label = torch.zeros(1, 1024, requires_grad=True)
+    return unet, lambda: unet(torch.zeros(1, 3, 256, 256), torch.zeros(1), label, return_dict=False)[0]
 
 
 # family, public model, pixels, how to build it: configs of the hub's files and of the papers
@@ -134,6 +151,7 @@ REAL: tuple[tuple[str, str, int, Callable[[], tuple[nn.Module, Callable[[], Tens
     ("DiT", "DiT-XL/2", 256, lambda: transformer(32)),
     ("SiT, REPA", "SiT-XL/2", 256, lambda: transformer(32)),
     ("class-conditional UNet", "ddpm-cifar10-32's sizes", 32, cifar_unet),
+    ("ADM", "256x256_diffusion.pt", 256, adm),
     ("Stable Diffusion 1, 2", "Stable Diffusion 1.5", 512, stable_diffusion),
     ("SDXL", "SDXL base 1.0", 1024, stable_diffusion_xl),
     ("Stable Diffusion 3, 3.5", "SD 3 medium", 1024, lambda: stable_diffusion_3(24, 24, pos_embed_max_size=192)),

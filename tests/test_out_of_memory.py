@@ -93,11 +93,8 @@ def test_out_of_memory_is_no_failure_of_vmap(floats, monkeypatch):
     plain = step.forward
 
     def once(*arguments):
-        if not tried:
-            tried.append(True)
-            return plain(*arguments)
-        if len(tried) == 1:
-            tried.append(True)
+        tried.append(True)
+        if len(tried) == 3:  # after the check of the outputs, and a look at one image alone
             raise torch.OutOfMemoryError("injected")
         return plain(*arguments)
 
@@ -106,7 +103,7 @@ def test_out_of_memory_is_no_failure_of_vmap(floats, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         session.adapt(floats[2])
-    assert len(tried) == 2
+    assert len(tried) > 3
     assert not session.engine.program.problem.loop
 
 

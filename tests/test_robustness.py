@@ -239,7 +239,7 @@ def test_the_classifier_runs_once_a_step_whatever_the_chunk(model, denoiser, ima
     model.register_forward_hook(count)
     config = CONFIG.replace(chunk=chunk)
     adapt(model, denoiser, images, config=config)
-    assert calls == config.steps + 3  # twice before (the check of its outputs, and the start), once a step, once after
+    assert calls == config.steps + 4  # before: the check of its outputs, a look at one image alone, the start; once a step, once after
 
 
 def test_no_forward_of_the_denoiser_is_larger_than_its_chunk(model, denoiser, images):

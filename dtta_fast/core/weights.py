@@ -45,7 +45,10 @@ def select(model: nn.Module, which: ParameterSet) -> Parameters:
         named = set(lora.weight_names(model))
         wanted = {id(p) for name, p in model.named_parameters() if name in named}
     chosen: Parameters = {name: p for name, p in model.named_parameters() if id(p) in wanted}
-    if not any(p.is_floating_point() or p.is_complex() for p in chosen.values()) and which != "logits":
+    if chosen and not any(p.is_floating_point() or p.is_complex() for p in chosen.values()):
+        name = next(iter(chosen))
+        raise ValueError(f"model parameter {name} has dtype {chosen[name].dtype}, which no gradient reaches")
+    if not chosen and which != "logits":
         raise ValueError(
             f"parameters is {which!r}, and {type(model).__name__} has none of that kind; choose all, norm, head, lora or logits"
         )

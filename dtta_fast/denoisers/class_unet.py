@@ -144,6 +144,44 @@ class ClassUNet(DiffusersDenoiser):
             denoiser.calibration = read_calibration(folder, denoiser)
         return denoiser.eval()
 
+    @classmethod
+    @float32_on_cpu()
+    def from_adm(
+        cls,
+        path_or_state_dict: str | Path | Mapping[str, Tensor],
+        *,
+        image_size: int,
+        head_channels: int = 64,
+        schedule: str = "linear",
+        new_attention_order: bool = False,
+    ) -> ClassUNet:
+        """Loads a class-conditional UNet of ADM's (guided-diffusion), such as 256x256_diffusion.pt.
+
+        The other sizes are inferred from the weights. A .safetensors file is read as such, any other file with weights_only.
+
+        Args:
+            image_size: side length in pixels. head_channels: channels of an attention head, the same at every level.
+            schedule: linear (ADM's for 128 and 256 pixels) or cosine (for 64), 1,000 steps, predicting the noise.
+            new_attention_order: as in the model's flags.
+
+        Raises:
+            FileNotFoundError, ValueError: the file does not exist, or the weights are not those of such a UNet.
+        """
+        from diffusers import DDPMScheduler
+
+        from dtta_fast.denoisers.adm_reading import unet_from_adm
+        from dtta_fast.denoisers.dit_reading import read_file
+
+        kinds = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+        if schedule not in kinds:
+            raise ValueError(f"schedule is {schedule!r}; allowed: {', '.join(kinds)}")
+        given = path_or_state_dict
+        state: Mapping[str, Tensor] = given if isinstance(given, Mapping) else read_file(Path(given))
+        source = "path_or_state_dict" if isinstance(given, Mapping) else str(given)
+        unet = unet_from_adm(state, image_size, head_channels, new_attention_order, source)
+        scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule=kinds[schedule])
+        return cls(unet, NoiseProcess.from_scheduler(scheduler)).eval()
+
     def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
         """Writes config.json, unet/, scheduler/ (the diffusers scheduler used in training), and, if the denoiser has them, vae/ and
         calibration.json."""

@@ -147,7 +147,9 @@ class StableDiffusionXL(PipelineDenoiser):
         if any(pipeline.components.get(name) is None for name in self.optional):
             raise ValueError("the pipeline has one text encoder, as SDXL's refiner, which takes aesthetic scores; give the base model")
         side = self.image_size
-        self.register_buffer("time_ids", torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32), persistent=False)
+        self.register_buffer(
+            "time_ids", torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=self.network.device), persistent=False
+        )
         self._zeros = bool(pipeline.config.force_zeros_for_empty_prompt)
 
     def regions(self) -> list[nn.Module]:

@@ -143,8 +143,11 @@ class RunFolder:
         if self._overwrite or not path.is_file():
             return
         there = json.loads(path.read_text(encoding="utf-8"))
-        here = self._config if "weights" in there else {name: value for name, value in self._config.items() if name != "weights"}
-        changed = list(differences(there, here))  # older versions did not note the weights
+        if not {"weights"} <= there.keys() & self._config.keys():  # older versions did not note them
+            there, here = ({name: value for name, value in found.items() if name != "weights"} for found in (there, self._config))
+        else:
+            here = self._config
+        changed = list(differences(there, here))
         if changed and any(found.stat().st_size for found in self._named(OF_RECORDS)):
             shown = "; ".join(changed)
             raise ValueError(

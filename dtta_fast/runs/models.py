@@ -175,7 +175,8 @@ def load_text_to_image(place: str, *, dtype: torch.dtype = torch.float32, calibr
             f"denoiser is {place!r}, a {name[:80]}, which dtta_fast cannot condition on a mixture of classes; it takes pipelines of "
             f"{', '.join(TEXT_TO_IMAGE)}"
         )
-    loaded: PromptDenoiser = getattr(denoisers, kind).from_pretrained(place, dtype=dtype, calibration=calibration)
+    own: type[Any] = getattr(denoisers, kind)
+    loaded: PromptDenoiser = own.from_pretrained(place, dtype=dtype, calibration=calibration)
     return loaded
 
 

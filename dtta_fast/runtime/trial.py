@@ -13,6 +13,7 @@ from dtta_fast.runtime.warn import warn
 
 ROUNDING, HALF_ROUNDING = 0.01, 0.1  # largest difference by rounding, relative to the largest output
 MIXED = ("should be the same", "must have the same dtype", "mixed dtype")  # what torch says of inputs and weights of two formats
+Notice = tuple[Tensor, Callable[[], None]]  # whether all is well, a 0-dim bool tensor, and what to do if it is not
 SMALL = 1e-4  # a difference of logits that changes no probability by more; logits may be near 0 after a subtraction
 
 
@@ -94,13 +95,18 @@ def warning_of_random_numbers(module: nn.Module, device: torch.device) -> Iterat
 
 
 @torch.no_grad()
-def warn_of_probabilities(module: nn.Module, outputs: Tensor) -> None:
-    """Warns if a classifier's outputs [B, K] are probabilities: their softmax would be nearly uniform."""
-    if outputs.ndim == 2 and bool((outputs >= 0).all()) and bool(((outputs.double().sum(1) - 1).abs() < SMALL).all()):
+def are_logits(module: nn.Module, outputs: Tensor) -> Notice | None:
+    """Looks whether a classifier's outputs [B, K] are probabilities: their softmax would be nearly uniform. None for maps."""
+    if outputs.ndim != 2:
+        return None
+
+    def tell() -> None:
         warn(
             f"model, a {type(module).__name__}, seems to return probabilities, and logits are expected; take the softmax out of it, or "
             "return probabilities.log()"
         )
+
+    return (outputs < 0).any() | ((outputs.double().sum(1) - 1).abs() >= SMALL).any(), tell
 
 
 def _random_states(device: torch.device) -> list[bytes]:
@@ -110,37 +116,42 @@ def _random_states(device: torch.device) -> list[bytes]:
 
 
 @torch.no_grad()
-def warn_of_other_rows(module: nn.Module, run: Callable[[Tensor], Tensor], inputs: Tensor, outputs: Tensor) -> None:
-    """Warns if a model's answer to an image changes with the images beside it, or from run to run.
+def is_its_own(module: nn.Module, run: Callable[[Tensor], Tensor], inputs: Tensor, outputs: Tensor) -> Notice | None:
+    """Looks whether a model's answer to an image changes with the images beside it, or from run to run.
 
     run: gives outputs [B, ...] for inputs [B, 3, H, W]. outputs: what it gave for `inputs`. The first image is run once more: alone, or if
-    it was alone, beside another one.
+    it was alone, beside another one. None if that fails, or if the model draws random numbers, which warning_of_random_numbers() tells.
     """
-    first = inputs[:1]
+    first = inputs[:1].clone()
     both = torch.cat([first, first.flip(-1) / 2])  # with other statistics too
-    other = first if len(inputs) > 1 else both
     before = _random_states(inputs.device)
-    alike = _alike(outputs[:1], run(other)[:1])
-    if alike or _random_states(inputs.device) != before:  # the latter is told by warning_of_random_numbers()
-        return
-    name = type(module).__name__
-    if not _alike(run(first)[:1], run(first)[:1]):
-        warn(f"model, a {name}, gives two answers to the same image: its results do not repeat")
-        return
-    layer = _first_difference(module, run, first, both)
-    warn(
-        f"model, a {name}, answers an image differently with other images beside it{layer and f' (first seen in {layer})'}: results "
-        "depend on the batch; statistics over the batch, as batch norm takes in training mode, have to be fixed before"
-    )
+    try:
+        again = run(first if len(inputs) > 1 else both)[:1]
+    except Exception:  # such as too little memory: the call itself will tell
+        return None
+    if again.shape != outputs[:1].shape or _random_states(inputs.device) != before:
+        return None
+
+    def tell() -> None:
+        name = type(module).__name__
+        with torch.no_grad():
+            if not bool(_alike(run(first)[:1], run(first)[:1])):
+                warn(f"model, a {name}, gives two answers to the same image: its results do not repeat")
+                return
+            layer = _first_difference(module, run, first, both)
+        warn(
+            f"model, a {name}, answers an image differently with other images beside it{layer and f' (first seen in {layer})'}: results "
+            "depend on the batch; statistics over the batch, as batch norm takes in training mode, have to be fixed before"
+        )
+
+    return _alike(outputs[:1], again), tell
 
 
-def _alike(outputs: Tensor, others: Tensor) -> bool:
-    """Returns whether two outputs of one shape differ by no more than rounding does. Infinity is a masked class."""
-    if outputs.shape != others.shape:
-        return False
+def _alike(outputs: Tensor, others: Tensor) -> Tensor:
+    """Returns whether two outputs of one shape differ by no more than rounding does, as a 0-dim tensor. Infinity is a masked class."""
     share = ROUNDING if outputs.dtype in (torch.float32, torch.float64) else HALF_ROUNDING
     outputs, others = (torch.nan_to_num(found.double(), posinf=0.0, neginf=0.0) for found in (outputs, others))
-    return bool((outputs - others).abs().max() <= max(SMALL, share * float(outputs.abs().max())))
+    return (outputs - others).abs().amax() <= (share * outputs.abs().amax()).clamp(min=SMALL)
 
 
 def _first_difference(module: nn.Module, run: Callable[[Tensor], Tensor], first: Tensor, both: Tensor) -> str:
@@ -164,7 +175,7 @@ def _first_difference(module: nn.Module, run: Callable[[Tensor], Tensor], first:
         for handle in handles:
             handle.remove()
     for part, alone, beside in zip(order, *records, strict=False):
-        if not _alike(alone, beside):
+        if alone.shape != beside.shape or not bool(_alike(alone, beside)):
             return f"{names[part]}, {type(part).__name__}" if names[part] else ""
     return ""
 
@@ -218,15 +229,18 @@ def warn_of_weights_elsewhere(module: nn.Module) -> None:
                 )
 
 
-def warn_of_still_weights(
-    module: nn.Module, adapted: Mapping[str, Tensor], source: Mapping[str, Tensor], parameters: str, lr: float
-) -> None:
-    """Warns if the weights after the first step, of one set or [B, ...] of each image, are still the source weights."""
-    if adapted.keys() == source.keys() and adapted and all(bool((adapted[name] == own).all()) for name, own in source.items()):
+def have_moved(module: nn.Module, adapted: Mapping[str, Tensor], source: Mapping[str, Tensor], parameters: str, lr: float) -> Notice | None:
+    """Looks whether the weights after the first step, of one set or [B, ...] of each image, differ from the source weights."""
+    if not adapted or adapted.keys() != source.keys():
+        return None
+
+    def tell() -> None:
         warn(
             f"the first step changed none of the {parameters!r} parameters of the model, a {type(module).__name__}: their gradient is "
             f"zero, as behind round() or a saturated output, or lr={lr:g} is too small; the answers are the unadapted model's"
         )
+
+    return torch.stack([(adapted[name] != own).any() for name, own in source.items()]).any(), tell
 
 
 def _take_out(now: dict[str, Any], before: dict[str, Any], name: str, value: Any) -> None:

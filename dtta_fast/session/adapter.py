@@ -145,7 +145,7 @@ class Adapter:
         """Returns the online state to continue from (None if it does not change) and the result.
 
         Without a deadline, and if all images run at once, the host waits for the device at most twice: once for the value checks and
-        the pre-check, and once to learn what the guard has to compare.
+        the pre-check, and once to learn what the guard has to compare; in the first call once more, to learn about the model.
         """
         program, config, clock = self.engine.program, self.config, Clock(request.images.device)
         problem, outcomes, state = program.problem, list[Outcome](), None
@@ -175,6 +175,7 @@ class Adapter:
                     pace = self.engine.paces.of(len(here.image_ids), None if here.timesteps is None else here.timesteps.shape[2])
                     call = Call(clock, pace, request.deadline, self._warming, advance)
                     outcomes.append(run(program, state, here, call, config.steps))
+        program.tell()
         unadapted = None
         if rows is not None:
             answers = unchanged(batch.before, batch.matched_outputs).standing, batch.before

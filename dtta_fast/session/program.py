@@ -24,15 +24,16 @@ from dtta_fast.runtime import compiling
 from dtta_fast.runtime.clock import Clock
 from dtta_fast.runtime.failures import is_the_callers, out_of_memory, reason
 from dtta_fast.runtime.phases import phase
-from dtta_fast.runtime.reads import Checks
+from dtta_fast.runtime.reads import Checks, read
 from dtta_fast.runtime.trial import (
+    Notice,
+    are_logits,
     explaining_misfits,
+    have_moved,
+    is_its_own,
     refusing_kept_tensors,
     refusing_recomputation,
     warn_of_foreign_config,
-    warn_of_other_rows,
-    warn_of_probabilities,
-    warn_of_still_weights,
     warning_of_random_numbers,
 )
 from dtta_fast.runtime.warn import warn
@@ -82,6 +83,7 @@ class ModuleProgram(Program):
         self.compile = compile
         self._planner = planner
         self._ran = self._stepped = False  # the first run's checks are done
+        self._notices: list[Notice] = []
         self._tried: set[str] = set()  # the modules of which is known whether vmap can batch them
         # one for a single image, one for several: their weights have different layouts, and so round differently
         self._storage: dict[bool, State] = {}
@@ -93,6 +95,18 @@ class ModuleProgram(Program):
     @property
     def online(self) -> bool:
         return self.problem.config.mode == "online"
+
+    def _note(self, notice: Notice | None) -> None:
+        if notice is not None:
+            self._notices.append(notice)
+
+    def tell(self) -> None:
+        """Tells what the first call found out about the model; the host waits for the device only if there is something to read."""
+        notices, self._notices = self._notices, []
+        if notices:
+            for (_, tell), fine in zip(notices, read(*(fine for fine, _ in notices)), strict=True):
+                if not fine:
+                    tell()
 
     def cropped(self, images: Tensor) -> Tensor:
         """Crops images [B, 3, H, W] in [0, 1] as the task does."""
@@ -155,8 +169,8 @@ class ModuleProgram(Program):
         problem.task.check(outputs, problem.denoiser, problem.config, checks)
         _check_rows(outputs, inputs)
         if not self._ran:
-            warn_of_probabilities(problem.model, outputs)
-            warn_of_other_rows(problem.model, functools.partial(step.forward, problem, {}), inputs, outputs)
+            self._note(are_logits(problem.model, outputs))
+            self._note(is_its_own(problem.model, functools.partial(step.forward, problem, {}), inputs, outputs))
         self._ran = True
         wrong = ~_complete(outputs)
         checks.require(~wrong.any(), lambda: f"model returns NaN or infinity for images {wrong.nonzero()[:, 0].tolist()[:10]} of the batch")
@@ -306,7 +320,7 @@ class ModuleProgram(Program):
             loss: Tensor = self._step(self.problem, self.schedule, state, *given)
         config = self.problem.config
         if not self._stepped and not config.weight_decay:
-            warn_of_still_weights(self.problem.model, state.theta, self.source()[0], config.parameters, config.lr)
+            self._note(have_moved(self.problem.model, state.theta, self.source()[0], config.parameters, config.lr))
         self._stepped = True
         return loss
 

@@ -212,7 +212,7 @@ def load_clip(path: str | Path) -> tuple[nn.Module, Any]:
     model, processor = kinds[kind]
     clip = read_model(model, folder, dtype=torch.float32)
     try:
-        return clip.eval(), processor.from_pretrained(folder)
+        return clip.eval(), processor.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the Rust tokenizers raise a plain Exception
         raise ValueError(f"{folder} has no processor of a {model.__name__} that can be read: {error}") from error
 
