@@ -1,19 +1,23 @@
 """Which models are supported, and what was checked of each.
 
-    python bench/support.py [--count | --test]
+    python bench/support.py [--count | --test | --run]
 
---count builds each family's network at the real sizes of a public model on the meta device, without weights, and counts parameters, and the
-FLOPs of one pair's forward and backward to the condition. --test runs the tests named in CHECKS and notes which of them passed. Both write
-bench/results/support.json, from which bench/readme.py makes the table of docs/models.md. No real weights were ever loaded.
+--count builds each family's network at the real sizes of a public model on the meta device, without weights, and counts
+parameters, and the FLOPs of one pair's forward and backward to the condition. --test runs the tests named in CHECKS and
+notes which of them passed. --run computes a pair at random float32 weights on the CPU, of the models whose weights take at
+most 12 GB, each in a process of its own. All of them write bench/results/support.json, from which bench/readme.py makes the
+table of docs/models.md. No real weights were ever loaded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +39,7 @@ from dtta_fast.runtime import environment  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "support.json"
 SD_BLOCKS: dict[str, Any] = {"in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280)}
+MOST_BYTES = 12 * 2**30
 XL_2: dict[str, Any] = {"patch_size": 2, "in_channels": 4, "hidden_size": 1152, "depth": 28, "num_heads": 16}
 SD3: dict[str, Any] = {
     "sample_size": 128,
@@ -69,7 +74,7 @@ CHECKS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Stable Diffusion 1, 2": {
         "prediction": ("tests/test_open_vocabulary.py", "predicts_as_the_library or pipeline_s_folder"),
-        "gradient": ("tests/test_open_vocabulary.py", "ways_to_run_agree"),
+        "gradient": ("tests/test_open_vocabulary.py", "gradients_of_the_condition"),
         "adapts": ("tests/test_open_vocabulary.py", "adapt_command"),
     },
     **{
@@ -78,16 +83,23 @@ CHECKS: dict[str, dict[str, tuple[str, str]]] = {
             "gradient": (PIPELINE, f"gradients_of_the_condition and {key}"),
             "adapts": (PIPELINE, f"clip_adapts_with_every_family and {key}"),
         }
-        for name, key in (("SDXL", "SDXL"), ("Stable Diffusion 3, 3.5", "SD"), ("PixArt-α", "alpha"), ("PixArt-Σ", "sigma"))
+        for name, key in (("SDXL", "SDXL"), ("Stable Diffusion 3, 3.5", "SD and not SDXL"), ("PixArt-α", "alpha"), ("PixArt-Σ", "sigma"))
     },
 }
 
 
-def conditional(unet: nn.Module, side: int, **added: Tensor) -> Callable[[], Tensor]:
+def conditional(unet: nn.Module, side: int, **added: int) -> Callable[[], Tensor]:
     """Returns a forward of a text-to-image UNet for one pair under a condition that requires a gradient."""
     own: Any = unet
-    states = torch.zeros(1, 77, own.config.cross_attention_dim, requires_grad=True)
-    return lambda: own(torch.zeros(1, 4, side, side), torch.zeros(1), states, added_cond_kwargs=added or None, return_dict=False)[0]
+    shape = 1, 77, own.config.cross_attention_dim
+
+    def forward() -> Tensor:
+        states = torch.zeros(shape, requires_grad=True)
+        given = {name: torch.zeros(1, width) for name, width in added.items()}
+        found: Tensor = own(torch.zeros(1, 4, side, side), torch.zeros(1), states, added_cond_kwargs=given or None, return_dict=False)[0]
+        return found
+
+    return forward
 
 
 def stable_diffusion() -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -102,26 +114,35 @@ def stable_diffusion_xl() -> tuple[nn.Module, Callable[[], Tensor]]:
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
         addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816, use_linear_projection=True,
     )  # fmt: skip
-    return unet, conditional(unet, 128, text_embeds=torch.zeros(1, 1280), time_ids=torch.zeros(1, 6))
+    return unet, conditional(unet, 128, text_embeds=1280, time_ids=6)
 
 
 def stable_diffusion_3(layers: int, heads: int, **config: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
     network = SD3Transformer2DModel(num_layers=layers, num_attention_heads=heads, caption_projection_dim=64 * heads, **SD3, **config)
-    states = torch.zeros(1, 333, 4096, requires_grad=True)
-    return network, lambda: network(torch.zeros(1, 16, 128, 128), states, torch.zeros(1, 2048), torch.zeros(1), return_dict=False)[0]
+
+    def forward() -> Tensor:
+        states = torch.zeros(1, 333, 4096, requires_grad=True)
+        found: Tensor = network(torch.zeros(1, 16, 128, 128), states, torch.zeros(1, 2048), torch.zeros(1), return_dict=False)[0]
+        return found
+
+    return network, forward
 
 
 def pixart(side: int, tokens: int, **config: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
     network = PixArtTransformer2DModel(sample_size=side, caption_channels=4096, **config)
-    states = torch.zeros(1, tokens, 4096, requires_grad=True)
-    sizes = {"resolution": torch.zeros(1, 2), "aspect_ratio": torch.zeros(1, 1)}
-    return network, lambda: network(torch.zeros(1, 4, side, side), states, torch.zeros(1), sizes, return_dict=False)[0]
+
+    def forward() -> Tensor:
+        states = torch.zeros(1, tokens, 4096, requires_grad=True)
+        sizes = {"resolution": torch.zeros(1, 2), "aspect_ratio": torch.zeros(1, 1)}
+        found: Tensor = network(torch.zeros(1, 4, side, side), states, torch.zeros(1), sizes, return_dict=False)[0]
+        return found
+
+    return network, forward
 
 
 def transformer(side: int, **sizes: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
     network = DiTNetwork(input_size=side, **XL_2, **sizes)
-    label = torch.zeros(1, 1152, requires_grad=True)
-    return network, lambda: network(torch.zeros(1, 4, side, side), torch.zeros(1), label)
+    return network, lambda: network(torch.zeros(1, 4, side, side), torch.zeros(1), torch.zeros(1, 1152, requires_grad=True))
 
 
 def cifar_unet() -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -131,8 +152,7 @@ def cifar_unet() -> tuple[nn.Module, Callable[[], Tensor]]:
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=None, class_embed_type="identity",
     )  # fmt: skip
-    label = torch.zeros(1, 512, requires_grad=True)
-    return unet, lambda: unet(torch.zeros(1, 3, 32, 32), torch.zeros(1), label, return_dict=False)[0]
+    return unet, lambda: unet(torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, 512, requires_grad=True), return_dict=False)[0]
 
 
 def adm() -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -142,8 +162,7 @@ def adm() -> tuple[nn.Module, Callable[[], Tensor]]:
         up_block_types=("AttnUpBlock2D",) * 3 + ("ResnetUpsampleBlock2D",) * 3, resnet_time_scale_shift="scale_shift",
         class_embed_type="identity",
     )  # fmt: skip
-    label = torch.zeros(1, 1024, requires_grad=True)
-    return unet, lambda: unet(torch.zeros(1, 3, 256, 256), torch.zeros(1), label, return_dict=False)[0]
+    return unet, lambda: unet(torch.zeros(1, 3, 256, 256), torch.zeros(1), torch.zeros(1, 1024, requires_grad=True), return_dict=False)[0]
 
 
 # family, public model, pixels, how to build it: configs of the hub's files and of the papers
@@ -189,6 +208,32 @@ def counted(family: str, name: str, pixels: int, make: Callable[[], tuple[nn.Mod
     }
 
 
+def computed(number: int) -> dict[str, Any]:
+    """Computes one pair of REAL[number] at random weights; returns its seconds and the process's peak memory."""
+    family, name, _, make = REAL[number]
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        network, forward = make()
+    network = network.to_empty(device="cpu").eval().requires_grad_(False)
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.normal_(std=0.02)
+    started = time.perf_counter()
+    forward().sum().backward()
+    seconds = time.perf_counter() - started
+    return {"family": family, "model": name, "seconds": seconds, "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+def in_processes(sizes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Computes a pair of every model that is small enough, each in a process of its own."""
+    found = []
+    for number, size in enumerate(sizes):
+        if 4 * size["parameters"] <= MOST_BYTES:
+            run = subprocess.run([sys.executable, __file__, "--one", str(number)], check=True, capture_output=True, text=True)
+            found.append(json.loads(run.stdout.splitlines()[-1]))
+            print(found[-1], flush=True)
+    return found
+
+
 def tested(file: str, words: str) -> dict[str, int]:
     """Runs some of a file's tests; returns how many passed and failed."""
     with tempfile.TemporaryDirectory() as folder:
@@ -205,11 +250,19 @@ def main() -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--count", action="store_true")
     kind.add_argument("--test", action="store_true")
+    kind.add_argument("--run", action="store_true")
+    kind.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.one is not None:
+        print(json.dumps(computed(args.one)))
+        return
+    every = not (args.count or args.test or args.run)
     records: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    if not args.test:
+    if args.count or every:
         records["sizes"] = [counted(*each) for each in REAL]
-    if not args.count:
+    if args.run or every:
+        records["computed"] = in_processes(records["sizes"])
+    if args.test or every:
         records["checks"] = {}
         for family, checks in CHECKS.items():
             records["checks"][family] = {name: tested(*which) for name, which in checks.items()}

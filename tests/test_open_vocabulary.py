@@ -164,6 +164,33 @@ def test_unet_predicts_as_the_library_does_and_shares_the_condition(models):
     assert saved == keys_and_values * (10 - 2)  # once an image, not once a pair
 
 
+def test_gradients_of_the_condition_are_right(models):
+    """In float64, against central differences along two directions."""
+    denoiser = copy.deepcopy(models[1]).double().with_classes(NAMES)
+    table = denoiser.class_embeddings({})
+    torch.manual_seed(1)
+    x, t = torch.randn(4, *denoiser.latent_shape, dtype=torch.float64), torch.tensor([5, 300, 600, 990])
+    weights = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]], dtype=torch.float64, requires_grad=True)
+    probe = torch.randn(4, *denoiser.latent_shape, dtype=torch.float64)
+
+    def value(p: torch.Tensor) -> torch.Tensor:
+        return (denoiser(x, t, torch.einsum("bk,ktd->btd", p, table)) * probe).sum()
+
+    gradient = torch.autograd.grad(value(weights), weights)[0]
+    for direction in torch.randn(2, 2, 3, dtype=torch.float64):
+        with torch.no_grad():
+            numeric = (value(weights + 1e-6 * direction) - value(weights - 1e-6 * direction)) / 2e-6
+        torch.testing.assert_close((gradient * direction).sum(), numeric, rtol=1e-4, atol=1e-7)
+
+
+def test_a_loaded_pipeline_serves_too(models):
+    pipeline = StableDiffusionPipeline.from_pretrained(ZOO / "diffusion", safety_checker=None, torch_dtype=torch.float32)
+    found = StableDiffusion.from_pipeline(pipeline).with_classes(NAMES)
+    torch.testing.assert_close(found.class_embeddings({}), models[1].with_classes(NAMES).class_embeddings({}))
+    with pytest.raises(ValueError, match=r"pipeline is a str; a StableDiffusion takes a StableDiffusionPipeline"):
+        StableDiffusion.from_pipeline("pipeline")
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_a_pipeline_s_folder_is_read_whole(tmp_path, models, prediction):
     """A folder that diffusers writes, with its own scheduler class and files of a variant."""

@@ -112,6 +112,18 @@ class StableDiffusion(PromptDenoiser):
         return prediction
 
     @classmethod
+    def from_pipeline(cls, pipeline: Any) -> StableDiffusion:
+        """Wraps a loaded StableDiffusionPipeline, such as one read by from_single_file() or one with LoRA weights; it shares its modules.
+
+        Raises:
+            ValueError: the pipeline is of another kind, or its UNet is not supported.
+        """
+        if type(pipeline).__name__ != "StableDiffusionPipeline":
+            raise ValueError(f"pipeline is a {type(pipeline).__name__}; a StableDiffusion takes a StableDiffusionPipeline")
+        process = NoiseProcess.from_scheduler(pipeline.scheduler)
+        return cls(pipeline.unet, process, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer).eval()
+
+    @classmethod
     @float32_on_cpu()
     def from_pretrained(
         cls,

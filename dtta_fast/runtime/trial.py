@@ -181,6 +181,13 @@ def _first_difference(module: nn.Module, run: Callable[[Tensor], Tensor], first:
 
 
 @contextmanager
+def first_run(module: nn.Module, inputs: Tensor) -> Iterator[None]:
+    """Checks the first forward pass of a model."""
+    with explaining_misfits(module, inputs), warning_of_random_numbers(module, inputs.device):
+        yield
+
+
+@contextmanager
 def refusing_kept_tensors(module: nn.Module) -> Iterator[None]:
     """Raises RuntimeError if a forward under vmap leaves tensors in attributes of the module or in its hooks.
 

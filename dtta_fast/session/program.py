@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,21 +20,20 @@ from dtta_fast.core.problem import Problem, RowCounts, Schedule
 from dtta_fast.core.step import State
 from dtta_fast.core.weights import Parameters, anchor, call, in_dtypes_of, source_weights
 from dtta_fast.denoisers.base import Denoiser
-from dtta_fast.runtime import compiling
+from dtta_fast.runtime import compiling, reads
 from dtta_fast.runtime.clock import Clock
 from dtta_fast.runtime.failures import is_the_callers, out_of_memory, reason
 from dtta_fast.runtime.phases import phase
-from dtta_fast.runtime.reads import Checks, read
+from dtta_fast.runtime.reads import Checks
 from dtta_fast.runtime.trial import (
     Notice,
     are_logits,
-    explaining_misfits,
+    first_run,
     have_moved,
     is_its_own,
     refusing_kept_tensors,
     refusing_recomputation,
     warn_of_foreign_config,
-    warning_of_random_numbers,
 )
 from dtta_fast.runtime.warn import warn
 from dtta_fast.session.checks import Request
@@ -43,13 +42,6 @@ from dtta_fast.session.memory import Needs
 from dtta_fast.session.planning import Planner
 
 SURE = 0.8  # probability from which the pre-check takes an answer that matching does not change; chosen on validation images (docs/log.md)
-
-
-@contextmanager
-def _first_run(model: nn.Module, inputs: Tensor) -> Iterator[None]:
-    """Checks the first forward pass of a model."""
-    with explaining_misfits(model, inputs), warning_of_random_numbers(model, inputs.device):
-        yield
 
 
 class ModuleProgram(Program):
@@ -104,7 +96,7 @@ class ModuleProgram(Program):
         """Tells what the first call found out about the model; the host waits for the device only if there is something to read."""
         notices, self._notices = self._notices, []
         if notices:
-            for (_, tell), fine in zip(notices, read(*(fine for fine, _ in notices)), strict=True):
+            for (_, tell), fine in zip(notices, reads.read(*(fine for fine, _ in notices)), strict=True):
                 if not fine:
                     tell()
 
@@ -164,7 +156,7 @@ class ModuleProgram(Program):
     def checked_outputs(self, inputs: Tensor, checks: Checks) -> Tensor:
         """Runs the source model, and checks that the task can use its outputs."""
         problem = self.problem
-        with nullcontext() if self._ran else _first_run(problem.model, inputs):
+        with nullcontext() if self._ran else first_run(problem.model, inputs):
             outputs = self.plain_outputs(inputs)
         problem.task.check(outputs, problem.denoiser, problem.config, checks)
         _check_rows(outputs, inputs)
