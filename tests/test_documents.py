@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from torchvision.transforms.functional import to_pil_image
 from dtta_fast import denoisers, zoo
 from dtta_fast.commands.cli import main
 
+TINY = runpy.run_path(str(Path(__file__).with_name("tiny_pipelines.py")))
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 # what takes a package there is left to tests/test_embed.py, which has one already
@@ -46,7 +48,7 @@ ALSO_ELSEWHERE = {"cpp", "cmake"}
 FROM_HUB: dict[Any, tuple[str, ...]] = {
     transformers: ("CLIPModel", "CLIPProcessor", "AutoModelForSemanticSegmentation", "AutoModelForDepthEstimation", "AutoImageProcessor"),
     diffusers: ("AutoencoderKL",),
-    denoisers: ("StableDiffusion", "ControlNet", "ConcatUNet"),
+    denoisers: ("StableDiffusion", "StableDiffusionXL", "ControlNet", "ConcatUNet"),
 }
 
 
@@ -59,7 +61,9 @@ def local(tmp_path_factory) -> dict[str, Path]:
     diffusers.AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, **blocks).save_pretrained(made / "vae")
     unet = diffusers.UNet2DConditionModel.from_pretrained(zoo.folder("open_vocabulary") / "diffusion" / "unet")
     diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16, 32)).save_pretrained(made / "controlnet")
+    TINY["stable_diffusion_xl"]().save_pretrained(made / "sdxl")
     return {
+        "stabilityai/stable-diffusion-xl-base-1.0": made / "sdxl",
         "openai/clip-vit-base-patch32": zoo.folder("open_vocabulary") / "clip",
         "stable-diffusion-v1-5/stable-diffusion-v1-5": zoo.folder("open_vocabulary") / "diffusion",
         "stabilityai/sd-vae-ft-ema": made / "vae",

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from dtta_fast import AdaptConfig, adapt, zoo
+from dtta_fast.commands.cli import main
 from dtta_fast.denoisers import PixArt, PixArtSigma, StableDiffusion3, StableDiffusionXL
 from dtta_fast.runs.models import load_denoiser, load_text_to_image, takes_prompts
 from dtta_fast.tasks import ZeroShot
@@ -154,6 +156,20 @@ def test_clip_adapts_with_every_family(family, denoiser_parameters):
     assert found.loss.isfinite().all()
     alone = adapt(clip, denoiser, images[1:], config=config, task=task, image_ids=[1])
     torch.testing.assert_close(alone.loss[0], found.loss[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["SDXL", "SD 3", "PixArt sigma"])
+def test_the_commands_take_a_folder(name, tmp_path, capsys):
+    FAMILIES[name][0]().save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "data").mkdir()
+    for i, image in enumerate(zoo.example("open_vocabulary")[0][:2]):
+        to_pil_image(image).save(tmp_path / "data" / f"{i}.png")
+    own = ["--denoiser", str(tmp_path / "pipeline"), "--preset", "PAPER", "--steps", "1", "--pairs", "2", "--denoiser-parameters", "frozen"]
+    main(["adapt", str(tmp_path / "data" / "0.png"), "--classes", "three, eight, one", *own])
+    assert "eight" in capsys.readouterr().out
+    data = ["--data", "folder", "--root", str(tmp_path / "data"), "--task", "zero_shot", "--classes", "three", "eight", "one"]
+    main(["evaluate", str(tmp_path / "run"), *data, *own])
+    assert len((tmp_path / "run" / "records.jsonl").read_text().splitlines()) == 2
 
 
 def test_half_precision_and_checkpointing(family):
