@@ -36,6 +36,11 @@ def as_map(answer: Any) -> Tensor:
             answer = answer[name]
         elif hasattr(answer, name):
             answer = getattr(answer, name)
+    if hasattr(answer, "class_queries_logits"):  # Mask2Former, MaskFormer, OneFormer
+        raise ValueError(
+            f"model returns a {type(answer).__name__}, whose masks belong to queries and not to classes; give a model with logits for "
+            "every pixel, such as SegFormer or UperNet"
+        )
     if isinstance(answer, (tuple, list)) and answer:
         answer = answer[0]
     if not isinstance(answer, Tensor) or not answer.is_floating_point() or answer.ndim not in (3, 4):
