@@ -28,8 +28,16 @@ NECK = {"neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "patch_size"
 
 
 def depth_anything() -> DepthAnythingForDepthEstimation:
-    backbone = Dinov2Config(hidden_size=16, num_hidden_layers=4, num_attention_heads=2, image_size=56, patch_size=14, out_indices=[1, 2, 3, 4],
-                            reshape_hidden_states=False, apply_layernorm=True)  # fmt: skip
+    backbone = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        out_indices=[1, 2, 3, 4],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
     return DepthAnythingForDepthEstimation(
         DepthAnythingConfig(
             backbone_config=backbone,
@@ -39,7 +47,7 @@ def depth_anything() -> DepthAnythingForDepthEstimation:
             depth_estimation_type="metric",
             max_depth=10,
             **NECK,
-        )  # fmt: skip
+        )
     )
 
 
@@ -54,7 +62,7 @@ def dpt() -> DPTForDepthEstimation:
             backbone_out_indices=[0, 1, 2, 3],
             is_hybrid=False,
             **NECK,
-        )  # fmt: skip
+        )
     )
 
 
@@ -87,9 +95,19 @@ def test_segmentation_without_an_auxiliary_head():
 
 def test_masks_of_queries_are_refused():
     backbone = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], out_features=STAGES)
-    config = Mask2FormerConfig(backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_layers=1,
-                               decoder_layers=1, num_attention_heads=2, num_queries=4, encoder_feedforward_dim=32, dim_feedforward=32,
-                               num_labels=6)  # fmt: skip
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        num_attention_heads=2,
+        num_queries=4,
+        encoder_feedforward_dim=32,
+        dim_feedforward=32,
+        num_labels=6,
+    )
     model = Mask2FormerForUniversalSegmentation(config).eval()
     with pytest.raises(ValueError, match=r"whose masks belong to queries and not to classes; give a model with logits for every pixel"):
         adapt(model, zoo.load("segmentation")[1], torch.rand(1, 3, 64, 64), config=CONFIG, task=Segmentation())

@@ -143,11 +143,9 @@ class RunFolder:
         if self._overwrite or not path.is_file():
             return
         there = json.loads(path.read_text(encoding="utf-8"))
-        if not {"weights"} <= there.keys() & self._config.keys():  # older versions did not note them
-            there, here = ({name: value for name, value in found.items() if name != "weights"} for found in (there, self._config))
-        else:
-            here = self._config
-        changed = list(differences(there, here))
+        both = "weights" in there and "weights" in self._config  # older versions did not note them
+        compared = ({name: value for name, value in found.items() if both or name != "weights"} for found in (there, self._config))
+        changed = list(differences(*compared))
         if changed and any(found.stat().st_size for found in self._named(OF_RECORDS)):
             shown = "; ".join(changed)
             raise ValueError(
