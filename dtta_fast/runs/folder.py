@@ -144,8 +144,8 @@ class RunFolder:
             return
         there = json.loads(path.read_text(encoding="utf-8"))
         both = "weights" in there and "weights" in self._config  # older versions did not note them
-        compared = ({name: value for name, value in found.items() if both or name != "weights"} for found in (there, self._config))
-        changed = list(differences(*compared))
+        stored, own = ({name: value for name, value in found.items() if both or name != "weights"} for found in (there, self._config))
+        changed = list(differences(stored, own))
         if changed and any(found.stat().st_size for found in self._named(OF_RECORDS)):
             shown = "; ".join(changed)
             raise ValueError(
