@@ -228,7 +228,10 @@ def in_processes(sizes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for number, size in enumerate(sizes):
         if 4 * size["parameters"] <= MOST_BYTES:
-            run = subprocess.run([sys.executable, __file__, "--one", str(number)], check=True, capture_output=True, text=True)
+            run = subprocess.run([sys.executable, __file__, "--one", str(number)], check=False, capture_output=True, text=True)
+            if run.returncode:  # such as killed for its memory
+                print(f"{size['model']}: status {run.returncode} {run.stderr[-200:]}", flush=True)
+                continue
             found.append(json.loads(run.stdout.splitlines()[-1]))
             print(found[-1], flush=True)
     return found

@@ -129,13 +129,19 @@ def test_images_of_extreme_proportions_are_refused_before_they_are_resized(adapt
 
 
 @pytest.mark.parametrize("config", [CONFIG.replace(precheck="off", steps=2), presets.RANK.replace(pairs=2, precheck="off")])
-def test_progress_counts_every_step(pixels, config, capsys):
+def test_progress_counts_every_step(pixels, config, capsys, monkeypatch):
     session = Adapter(*zoo.load("digits"), config)
     wanted = session.adapt(pixels)
-    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the stream for a terminal
+    assert capsys.readouterr().err == ""
     found = session.adapt(pixels, progress=True)
     assert torch.equal(found.outputs, wanted.outputs)
-    assert re.search(r"adapting .* 100%", capsys.readouterr().out)
+    written = capsys.readouterr()
+    assert re.search(r"adapting.*100%", written.err)
+    assert written.out == ""
+    monkeypatch.delenv("FORCE_COLOR")
+    session.adapt(pixels, progress=True)
+    assert capsys.readouterr().err.strip() == ""
 
 
 def test_compile_takes_true_and_false():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 from transformers import (
@@ -90,6 +91,19 @@ def test_every_set_of_parameters_adapts(pair, denoiser):
         assert torch.equal(p, before[name])
 
 
+def test_adapters_are_saved_under_the_library_s_names(tmp_path, denoiser):
+    torch.manual_seed(0)
+    model, processor = vit()
+    config = CONFIG.replace(parameters="lora", lora_targets=("q_proj", "v_proj"), mode="online")
+    session = Adapter(model.eval(), denoiser, config, Classification(processor))
+    session.adapt(pictures())
+    session.save_lora(tmp_path)
+    tuned = PeftModel.from_pretrained(model, tmp_path)
+    ready = processor(images=pictures(), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(ready).logits, session.adapt(pictures()).outputs_before, rtol=1e-2, atol=1e-2)
+
+
 def test_a_config_of_tuples_serves_or_is_named(pair, denoiser):
     """Some of the library's models fail by themselves under this config."""
     model, processor = pair
@@ -113,8 +127,10 @@ def test_preprocessing_is_asked_for(pair, denoiser):
     with pytest.raises(ValueError, match=r"transformers' \w+ForImageClassification, which does not hold its preprocessing; give"):
         Adapter(model, denoiser, CONFIG)
     task = Classification(crop=lambda crop: crop[..., :32, :32], normalise=lambda crop: crop * 2 - 1)
-    with pytest.raises(ValueError, match=r"returns a \w*Output\w*; a classifier returns floating-point logits"):
-        adapt(model, denoiser, pictures(), config=CONFIG, task=task)
+    found = adapt(model, denoiser, pictures(), config=CONFIG, task=task)
+    with torch.no_grad():
+        expected = model(pictures()[..., :32, :32].float() / 255 * 2 - 1).logits
+    torch.testing.assert_close(found.outputs_before, expected)
 
 
 def test_folders_load_by_the_command_line(pair, tmp_path, capsys):

@@ -25,6 +25,7 @@ from dtta_fast.core.calibrate import calibrate
 from dtta_fast.data.folder import open_folder
 from dtta_fast.data.maps import open_map_folder
 from dtta_fast.denoisers import DiT
+from dtta_fast.runs import content
 from dtta_fast.runs.config import RunConfig, with_settings
 from dtta_fast.runs.models import load_classifier
 from dtta_fast.runtime.pictures import read_image
@@ -218,11 +219,38 @@ def test_a_map_is_turned_with_its_image(tmp_path, orientation, turned_map):
     assert torch.equal(truth, (image[0] > 20.5 / 255).long())
 
 
+def test_digests_cover_the_whole_of_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(content, "WHOLE", 2**12)
+    monkeypatch.setattr(content, "PIECES", 16)
+    (tmp_path / "model.safetensors").write_bytes(bytes(2**14))
+    before = content.digest_of_files(tmp_path)
+    for place in (0, 2**14 - 1):
+        changed = bytearray(2**14)
+        changed[place] = 1
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        assert content.digest_of_files(tmp_path) != before
+    folder = RunConfig(data="folder", root=".", model=f"local-dir:{tmp_path}", denoiser="zoo")
+    assert set(content.weights_of(folder)) == {"model"}
+
+
 @pytest.mark.parametrize(("size", "orientation"), [((8, 8), 6), ((12, 8), 3)])
-def test_a_map_whose_size_cannot_tell_is_told(tmp_path, size, orientation):
+def test_a_map_whose_size_cannot_tell_is_told_once(tmp_path, size, orientation):
     data = map_folder(tmp_path, size=size, orientation=orientation)
-    with pytest.warns(UserWarning, match=r"is turned by its EXIF, and .* has none; the map is taken as one of the turned image"):
+    with pytest.warns(UserWarning, match=r"is turned by its EXIF, and .* has none; such maps are taken as ones of the turned image"):
         data.pair(0)
+    quiet(lambda: data.pair(0))
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_a_map_with_an_orientation_of_its_own_is_turned(tmp_path, orientation):
+    data = map_folder(tmp_path, orientation=orientation)
+    path = tmp_path / "maps" / "0.png"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(path) as stored:
+        stored.copy().save(path, exif=exif)
+    image, truth, _ = quiet(lambda: data.pair(0))
+    assert torch.equal(truth, (image[0] > 20.5 / 255).long())
 
 
 def test_masks_of_black_and_white_are_told(tmp_path):
@@ -326,11 +354,22 @@ def test_a_run_goes_on_with_the_same_weights_alone(tmp_path, capsys):
     (tmp_path / "run" / "summary.json").unlink()
     weights = tmp_path / "model" / "model.safetensors"
     changed = bytearray(weights.read_bytes())
+    last = bytes(changed[-4:])
     changed[-4:] = bytes(4)
     weights.write_bytes(bytes(changed))
     with pytest.raises(SystemExit):
         main(["evaluate", str(tmp_path / "run"), *own])
     assert "holds the records of another config: weights.model: " in capsys.readouterr().err
+    for name in ("notes.txt", "optimizer.pt"):  # what has nothing to do with the weights
+        (tmp_path / "model" / name).write_text("later")
+    changed[-4:] = last
+    weights.write_bytes(bytes(changed))
+    main(["evaluate", str(tmp_path / "run"), *own])
+    capsys.readouterr()
+    records.write_text("\n".join(first) + "\n")
+    (tmp_path / "run" / "summary.json").unlink()
+    changed[-4:] = bytes(4)
+    weights.write_bytes(bytes(changed))
     del config["weights"]  # a run of an older version goes on
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
     main(["evaluate", str(tmp_path / "run"), *own])

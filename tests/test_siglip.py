@@ -87,6 +87,15 @@ def test_prompts_of_each_class(siglip, processor, denoiser):
     torch.testing.assert_close(bound.texts, torch.stack(found))
 
 
+def test_classes_may_share_a_prompt(siglip, processor, denoiser):
+    own = {"three": ["a digit", "three"], "one": ["a digit", "one"]}
+    bound, conditioned = ZeroShot(own, processor).bind(siglip, denoiser)
+    alone = [ZeroShot({"x": prompts, "y": "eight"}, processor).bind(siglip, denoiser) for prompts in own.values()]
+    torch.testing.assert_close(bound.texts, torch.stack([each[0].texts[0] for each in alone]))
+    found = torch.stack([each[1].class_embeddings({})[0] for each in alone])
+    torch.testing.assert_close(conditioned.class_embeddings({}), found)
+
+
 def test_several_templates_for_the_denoiser(siglip, processor, denoiser):
     task = ZeroShot(NAMES, processor, diffusion_template=["a {}", "{}"])
     conditioned = task.bind(siglip, denoiser)[1]
@@ -99,7 +108,7 @@ def test_several_templates_for_the_denoiser(siglip, processor, denoiser):
     [
         ({"three": [], "one": "one"}, r"classes\['three'\] is \[\]; give a sequence of one string and more"),
         ({"three": ["a", "a"], "one": "one"}, r"classes\['three'\] has 'a' twice"),
-        ({"three": "one", "one": "one"}, "twice|are the same to the tokenizer"),
+        ({"three": "one", "one": "one"}, "classes has the same prompts for 'three' and 'one'; give each class its own"),
         ({}, r"classes is \[\]"),
     ],
 )

@@ -110,7 +110,11 @@ def test_what_cannot_be_read_is_named(tmp_path):
         DiT.from_original(state, num_heads=HEADS, process="REPA")
     with pytest.raises(ValueError, match=r"process is 'Sit'; allowed: DiT, SiT, REPA"):
         DiT.from_original(reference("SiT").state_dict(), num_heads=HEADS, process="Sit")
+    with pytest.raises(ValueError, match="process is None; allowed: DiT, SiT, REPA"):
+        DiT.from_original(reference("SiT").state_dict(), num_heads=HEADS, process=None)
     denoiser = DiT.from_original(reference("SiT").state_dict(), num_heads=HEADS, process="SiT")
+    with pytest.raises(ValueError, match="scheduler is 'REPA', and the denoiser's process is another one"):
+        denoiser.save_pretrained(tmp_path / "c", "REPA")
     with pytest.raises(ValueError, match="process is 'REPAA'"):
         denoiser.save_pretrained(tmp_path / "a", "REPAA")
     assert not (tmp_path / "a").exists()

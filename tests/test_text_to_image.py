@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import LCMScheduler
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
@@ -202,8 +203,10 @@ def test_loaded_with_prompts_of_the_names(family):
     ("prompts", "message"),
     [
         (["cat", "cat"], "'cat' twice"),
+        (["Cat", "cat"], "|".join(["'Cat' and 'cat' are the same to the tokenizer", "'cat' and 'cat' are the same to the tokenizer"])),
         (["a " * 400, "dog"], r"has \d+ tokens, and the text encoder takes \d+; give a shorter name"),
-        ([["cat"], []], "no prompt for class 1"),
+        ([["cat"], []], r"prompts\[1\] is \[\]; give a sequence of one string and more"),
+        ([["cat"], ["cat"]], r"prompts has \['cat'\] for classes 0 and 1"),
         ([], "give a sequence of one string and more"),
     ],
 )
@@ -223,6 +226,49 @@ def test_a_loaded_pipeline_serves_too(family):
         other.from_pipeline(pipeline)
 
 
+def test_a_t5_that_was_not_downloaded_is_missed(tmp_path):
+    TINY["stable_diffusion_3"]().save_pretrained(tmp_path)
+    for part in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(tmp_path / part)
+    with pytest.raises(FileNotFoundError, match="text_encoder_3 is missing"):
+        StableDiffusion3.from_pretrained(tmp_path)
+
+
+def test_padding_is_no_part_of_pixart_s_mixtures():
+    """A token that only one of two prompts has: its state is that prompt's, whatever the encoder makes of the other's padding."""
+    pipeline = TINY["pixart"]()
+    denoiser = PixArt.from_pipeline(pipeline).with_classes(["the dog", "a photo of the ship."])
+    table = denoiser.class_embeddings({})
+    states, mask = denoiser.unpacked(table)
+    short, long = mask.sum(1).long().tolist()
+    assert short < long
+    assert not states[0, short:].any()
+    seen = []
+    handle = pipeline.transformer.register_forward_pre_hook(lambda _, args, given: seen.append((args[1], given)), with_kwargs=True)
+    denoiser(torch.randn(1, *denoiser.latent_shape), torch.tensor([500]), table.mean(0, keepdim=True))
+    handle.remove()
+    mixed, bias = seen[0][0], seen[0][1]["encoder_attention_mask"]
+    torch.testing.assert_close(mixed[0, short:long], states[1, short:long])
+    torch.testing.assert_close(bias[0, 0, short:long], torch.full((long - short,), 0.5).log())
+
+
+def test_a_half_precision_autoencoder_that_overflows_runs_in_full():
+    pipeline = TINY["stable_diffusion_xl"]()
+    pipeline.vae.register_to_config(force_upcast=True)
+    images = torch.rand(1, 3, 16, 16)
+    expected = StableDiffusionXL.from_pipeline(pipeline).encode(images)
+    pipeline.vae.half()
+    torch.testing.assert_close(StableDiffusionXL.from_pipeline(pipeline).encode(images), expected, rtol=2e-2, atol=2e-2)
+    assert pipeline.vae.dtype == torch.float16
+
+
+def test_pipelines_with_a_distilled_model_s_scheduler_are_refused():
+    pipeline = TINY["pixart"]()
+    pipeline.scheduler = LCMScheduler()
+    with pytest.raises(ValueError, match="LCMScheduler, that of a distilled model"):
+        PixArt.from_pipeline(pipeline)
+
+
 @pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "vae", "scheduler", "network"])
 def test_a_missing_part_is_named(family, part, tmp_path):
     _, kind, folder = family
@@ -230,10 +276,11 @@ def test_a_missing_part_is_named(family, part, tmp_path):
     name = kind.part if part == "network" else part
     shutil.rmtree(tmp_path / "copy" / name)
     if kind is StableDiffusionXL and part in ("text_encoder", "tokenizer"):
-        with pytest.raises(ValueError, match="only one of tokenizer and text_encoder"):
+        with pytest.raises(FileNotFoundError, match=rf"copy.{name}.* is missing"):
             kind.from_pretrained(tmp_path / "copy")
-        for rest in {"text_encoder", "tokenizer"} - {name}:
-            shutil.rmtree(tmp_path / "copy" / rest)
+        shutil.rmtree(tmp_path / "copy" / ({"text_encoder", "tokenizer"} - {name}).pop())
+        told = json.loads((tmp_path / "copy" / "model_index.json").read_text())
+        (tmp_path / "copy" / "model_index.json").write_text(json.dumps(told | {"text_encoder": [None, None], "tokenizer": [None, None]}))
         with pytest.raises(ValueError, match="refiner, which takes aesthetic scores; give the base model"):
             kind.from_pretrained(tmp_path / "copy")
     else:

@@ -17,6 +17,8 @@ from dtta_fast.denoisers.reading import download, only_variant
         (["model.fp16.safetensors", "model.bf16.safetensors"], None),
         (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], None),
         (["embeddings.safetensors"], None),
+        (["model.non_ema.safetensors"], None),
+        (["model.fp16.safetensors", "pytorch_model.bin"], None),
         ([], None),
     ],
 )

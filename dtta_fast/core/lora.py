@@ -87,7 +87,7 @@ def save(folder: Path, module: nn.Module, moved: Mapping[str, Tensor], unet: boo
     for name, p in moved.items():
         where, kind, adapter = re.fullmatch(r"(.+)\.(lora_[AB])\.([^.]+)\.weight", name).groups()  # type: ignore[union-attr]
         layer: Any = module.get_submodule(where)
-        key = f"{where}.{kind}.weight"
+        key = f"{where.removeprefix(getattr(module, 'inner_prefix', ''))}.{kind}.weight"  # the names of a model in our wrapper
         if key in state:
             raise ValueError(
                 f"{where} has several active adapters ({', '.join(layer.active_adapters)}), and a folder holds one: activate one"

@@ -258,23 +258,35 @@ def _warn_of_white_foreground(files: Sequence[Path]) -> None:
 
 
 def turned(truth: Tensor, path: Path, image: Path) -> Tensor:
-    """Turns a map [H, W] as its image's EXIF turns that, if the two are stored alike; a map has no EXIF of its own, as a rule.
+    """Turns a map [H, W] by its own EXIF; if it has none, as its image's EXIF turns that, if the two are stored alike.
 
-    Sizes that differ from the stored image's show that a map was drawn on the turned image. Where sizes cannot tell, a warning appears,
-    and the map stays.
+    Sizes that differ from the stored image's show that a map was drawn on the turned image. Where sizes cannot tell, the first such map
+    of a folder brings a warning, and the map stays.
     """
+    with open_image(path) as own:
+        how = own.getexif().get(ORIENTATION, 1)
+    if how in TURNS:
+        return _transposed(truth, how)
     with open_image(image) as stored:
         how, size = stored.getexif().get(ORIENTATION, 1), (stored.height, stored.width)
-    with open_image(path) as own:
-        if how not in TURNS or own.getexif().get(ORIENTATION, 1) != 1:
-            return truth
+    if how not in TURNS:
+        return truth
     if size[0] != size[1] and how >= FIRST_SIDEWAYS:
-        return torch.from_numpy(np.asarray(Image.fromarray(truth.numpy()).transpose(TURNS[how])).copy()) if truth.shape == size else truth
-    warn(
-        f"{image} is turned by its EXIF, and {path} has none; the map is taken as one of the turned image. If it is one of the stored "
-        "image, save the image without EXIF"
-    )
+        return _transposed(truth, how) if truth.shape == size else truth
+    if str(path.parent) not in _TOLD:
+        _TOLD.add(str(path.parent))
+        warn(
+            f"{image} is turned by its EXIF, and {path} has none; such maps are taken as ones of the turned image. If they are of the "
+            "stored image, save the images without EXIF"
+        )
     return truth
+
+
+_TOLD: set[str] = set()  # folders of maps of which a warning was given
+
+
+def _transposed(truth: Tensor, how: int) -> Tensor:
+    return torch.from_numpy(np.asarray(Image.fromarray(truth.numpy()).transpose(TURNS[how])).copy())
 
 
 def _ade20k_names(folder: Path) -> tuple[str, ...]:

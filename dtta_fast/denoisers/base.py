@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
@@ -139,6 +140,9 @@ def to_latents(vae: Any, images: Tensor, size: int) -> Tensor:
     a config with per-channel statistics gives (z - latents_mean) / latents_std * scaling_factor, as in that of SDXL.
     """
     config, at_once = vae.config, max(1, ENCODED_PIXELS // size**2)  # the encoder's activations are far larger than a denoiser's
+    dtype = vae.dtype
+    if dtype == torch.float16 and config.get("force_upcast"):  # as SDXL's, which overflows in half precision
+        vae = copy.deepcopy(vae).float()
     found = [vae.encode(to_model_range(part, size).to(vae.dtype)) for part in images.split(at_once)]
     latents = torch.cat([part.latent_dist.mean if hasattr(part, "latent_dist") else part.latents for part in found])
     for name in ("latents_mean", "latents_std"):

@@ -152,7 +152,7 @@ class ClassUNet(DiffusersDenoiser):
         *,
         image_size: int,
         head_channels: int = 64,
-        schedule: str = "linear",
+        schedule: str | None = None,
         new_attention_order: bool = False,
     ) -> ClassUNet:
         """Loads a class-conditional UNet of ADM's (guided-diffusion), such as 256x256_diffusion.pt.
@@ -161,7 +161,7 @@ class ClassUNet(DiffusersDenoiser):
 
         Args:
             image_size: side length in pixels. head_channels: channels of an attention head, the same at every level.
-            schedule: linear (ADM's for 128 and 256 pixels) or cosine (for 64), 1,000 steps, predicting the noise.
+            schedule: linear or cosine, 1,000 steps, predicting the noise; None is ADM's own for this size: cosine for 64 pixels.
             new_attention_order: as in the model's flags.
 
         Raises:
@@ -173,6 +173,7 @@ class ClassUNet(DiffusersDenoiser):
         from dtta_fast.denoisers.dit_reading import read_file
 
         kinds = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+        schedule = schedule or ("cosine" if image_size == 64 else "linear")
         if schedule not in kinds:
             raise ValueError(f"schedule is {schedule!r}; allowed: {', '.join(kinds)}")
         given = path_or_state_dict

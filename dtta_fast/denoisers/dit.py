@@ -167,7 +167,7 @@ class DiT(Denoiser):
         source = "path_or_state_dict" if isinstance(given, Mapping) else str(given)
         # a training checkpoint has raw and EMA weights; sampling uses EMA
         weights = next((state[name] for name in WRAPPINGS if isinstance(state.get(name), Mapping)), state)
-        process = named_process(process) if isinstance(process, str) else process
+        process = process if isinstance(process, NoiseProcess) else named_process(process)
         network = network_from_original(without_prefix(weights), num_heads, null_class, source)
         return cls(network, process, vae)
 
@@ -226,7 +226,11 @@ class DiT(Denoiser):
         """
         named = {"process": scheduler} if isinstance(scheduler, str) else {}
         if named:
-            named_process(scheduler)
+            process = named_process(scheduler)
+            if not (
+                torch.equal(process.table, self.process.table.cpu()) and torch.equal(process.model_time, self.process.model_time.cpu())
+            ):
+                raise ValueError(f"scheduler is {scheduler!r}, and the denoiser's process is another one; give that of its training")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"_class_name": "DiT", **self.network.sizes, **named}, indent=2) + "\n")

@@ -188,6 +188,7 @@ def read_file(path: Path) -> Mapping[str, Tensor]:
 def _read_torch_file(path: Path) -> Mapping[str, Tensor]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path} is missing")
+    check_pointers(path)
     try:
         with open(path, "rb") as file:
             zipped = file.read(4) == LOCAL  # torch uses the same check

@@ -80,20 +80,24 @@ class PromptDenoiser(DiffusersDenoiser):
                 already set.
         """
         self.text()
-        each: Sequence[str | Sequence[str]] = [] if isinstance(prompts, str) else prompts  # a single one is refused below
+        each = [prompts] if isinstance(prompts, str) else list(prompts)
         groups = [[own] if isinstance(own, str) else list(own) for own in each]
-        several = any(not isinstance(own, str) for own in prompts)
-        flat = [prompt for group in groups for prompt in group]
-        check_names("prompts", prompts if isinstance(prompts, str) else flat)
-        if not all(groups):
-            raise ValueError(f"prompts has no prompt for class {groups.index([])}; give each class one or more")
+        several = any(not isinstance(own, str) for own in each)
+        if several:
+            for k, group in enumerate(groups):
+                check_names(f"prompts[{k}]", group)
+                if group in groups[:k]:
+                    raise ValueError(f"prompts has {group!r} for classes {groups.index(group)} and {k}; give each class its own")
+        else:
+            check_names("prompts", prompts if isinstance(prompts, str) else each)  # type: ignore[arg-type]
+        flat = list(dict.fromkeys(prompt for group in groups for prompt in group))
         self._check_prompts([*flat, *([] if null_prompt in flat else [null_prompt])])
         with as_in_evaluation(*(part for part in self.text() if isinstance(part, torch.nn.Module))):
             encoded = torch.cat([self._encoded(flat[first : first + AT_ONCE]) for first in range(0, len(flat), AT_ONCE)])
             nothing = self._null(null_prompt)
         table, nothing = (found.to(self.network.device, torch.promote_types(self.dtype, torch.float32)) for found in (encoded, nothing))
         if several:
-            table = torch.stack([part.mean(0) for part in table.split([len(group) for group in groups])])
+            table = torch.stack([table[[flat.index(prompt) for prompt in group]].mean(0) for group in groups])
         view = copy.copy(self)
         view._buffers = {**self._buffers, "prompts": table, "no_prompt": nothing}
         view._text = None
@@ -151,12 +155,13 @@ def prompt_tokens(tokenizer: Any, prompts: Sequence[str], limit: int, encoder: A
 
 def check_different(prompts: Sequence[str], ids: Tensor) -> None:
     """Raises ValueError if two prompts have the same token ids [N, limit]."""
-    first: dict[tuple[int, ...], str] = {}
-    for prompt, row in zip(prompts, ids.tolist(), strict=True):
-        if first.setdefault(tuple(row), prompt) != prompt:
-            other = first[tuple(row)]
+    first: dict[tuple[int, ...], int] = {}
+    for i, row in enumerate(ids.tolist()):
+        other = first.setdefault(tuple(row), i)
+        if other != i:
             raise ValueError(
-                f"prompts {other!r} and {prompt!r} are the same to the tokenizer; give names that differ, and a whole tokenizer"
+                f"prompts {prompts[other]!r} and {prompts[i]!r} are the same to the tokenizer; give names that differ, and a whole "
+                "tokenizer"
             )
 
 
@@ -164,9 +169,10 @@ def check_names(argument: str, names: Sequence[str]) -> None:
     """Raises ValueError unless `names` is a non-empty sequence of distinct, non-empty strings."""
     if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{argument} is {names!r}; give a sequence of one string and more")
-    stripped = [name.strip() for name in names]
-    for i, name in enumerate(stripped):
-        if not name or name in stripped[:i]:
+    seen: set[str] = set()
+    for i, name in enumerate(name.strip() for name in names):
+        if not name or name in seen:
             raise ValueError(
                 f"{argument} has {names[i]!r} {'twice, again ' if name else ''}at {i}; give different names, none of them empty"
             )
+        seen.add(name)

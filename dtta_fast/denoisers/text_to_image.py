@@ -30,7 +30,7 @@ class PipelineDenoiser(PromptDenoiser):
 
     Attributes:
         pipeline, components: the name of the pipeline in diffusers, and its components' names and classes, networks and tokenizers;
-            those that a folder may lack are in `optional`.
+            those of `optional` are not there if model_index.json names no class for them.
 
     Args:
         pipeline: a diffusers pipeline of this kind with all of its components.
@@ -49,6 +49,9 @@ class PipelineDenoiser(PromptDenoiser):
         if type(pipeline).__name__ != self.pipeline:
             raise ValueError(f"pipeline is a {type(pipeline).__name__}; a {type(self).__name__} takes a {self.pipeline}")
         parts = pipeline.components
+        scheduler = type(parts["scheduler"]).__name__
+        if scheduler.startswith(("LCM", "TCD")):
+            raise ValueError(f"the pipeline has an {scheduler}, that of a distilled model; give the model that it was distilled from")
         for name, part in parts.items():
             other = name.replace("tokenizer", "text_encoder")
             if name.startswith("tokenizer") and (part is None) != (parts.get(other) is None):
@@ -86,7 +89,8 @@ class PipelineDenoiser(PromptDenoiser):
         parts: dict[str, Any] = {"scheduler": read_scheduler(folder)}
         parts["vae"] = read_model(autoencoder_kind(folder / "vae"), folder / "vae", variant=variant, use_safetensors=True, dtype=dtype)
         for name, kind in cls.components.items():
-            parts[name] = _read_component(folder / name, kind, name in cls.optional, variant, dtype)
+            absent = name in cls.optional and not any(told.get(name) or ())
+            parts[name] = None if absent else _read_component(folder / name, kind, variant, dtype)
         settings = {name: told[name] for name in ("force_zeros_for_empty_prompt",) if isinstance(told.get(name), bool)}
         denoiser = cls(getattr(diffusers, cls.pipeline)(**parts, **settings))
         if calibration:
@@ -97,11 +101,19 @@ class PipelineDenoiser(PromptDenoiser):
         own = self.text()[-1].components
         for name, limit in self.tokens.items():
             if own.get(name) is not None:
-                own[name].padding_side = "right"  # the pipelines take the tokenizer's own
                 prompt_tokens(own[name], prompts, limit, own[name.replace("tokenizer", "text_encoder")])
 
     def _encoded(self, prompts: list[str]) -> Tensor:
-        parts = self._parts_of(self.text()[-1], prompts)
+        pipeline = self.text()[-1]
+        tokenizers = [pipeline.components[name] for name in self.tokens if pipeline.components.get(name) is not None]
+        sides = [tokenizer.padding_side for tokenizer in tokenizers]
+        try:
+            for tokenizer in tokenizers:  # the pipelines pad on the tokenizer's own side
+                tokenizer.padding_side = "right"
+            parts = self._parts_of(pipeline, prompts)
+        finally:
+            for tokenizer, side in zip(tokenizers, sides, strict=True):
+                tokenizer.padding_side = side
         self.layout = tuple(tuple(part.shape[1:]) for part in parts)
         dtype = torch.promote_types(self.dtype, torch.float32)  # masks and hidden states of several encoders in one row
         return torch.cat([part.flatten(1).to(dtype) for part in parts], dim=1)
@@ -142,10 +154,10 @@ class StableDiffusionXL(PipelineDenoiser):
     tokens = {"tokenizer": 77, "tokenizer_2": 77}  # noqa: RUF012
 
     def __init__(self, pipeline: Any) -> None:
+        if any(getattr(pipeline, name, None) is None for name in self.optional):
+            raise ValueError("the pipeline has one text encoder, as SDXL's refiner, which takes aesthetic scores; give the base model")
         super().__init__(pipeline)
         prepare_unet(self.unet)
-        if any(pipeline.components.get(name) is None for name in self.optional):
-            raise ValueError("the pipeline has one text encoder, as SDXL's refiner, which takes aesthetic scores; give the base model")
         side = self.image_size
         self.register_buffer(
             "time_ids", torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=self.network.device), persistent=False
@@ -211,8 +223,8 @@ class StableDiffusion3(PipelineDenoiser):
 class PixArt(PipelineDenoiser):
     """PixArt-α (Chen et al. 2023, arXiv 2310.00426).
 
-    A condition holds the prompt's hidden states and its mask of tokens. A token's attention is biased by the logarithm of its mask, so a
-    prompt alone attends as in the pipeline, and in a mixture a token that only some of the prompts have counts as much as they do.
+    A condition holds the prompt's hidden states and its mask of tokens. In a mixture, the state of a token is the mean over the prompts
+    that have it, and its attention is biased by the logarithm of their weight. A prompt alone attends as in the pipeline.
     """
 
     part = "transformer"
@@ -234,12 +246,13 @@ class PixArt(PipelineDenoiser):
         states, mask, _, _ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, device=self._device(), max_sequence_length=limit
         )
-        return [states, mask]
+        return [states * mask[..., None], mask]  # the encoder's states of padding are not part of a mixture
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """Predicts under conditions [B, N]: the prompts' hidden states and their masks."""
         rows = condition.repeat_interleave(len(x_t) // len(condition), dim=0)
         states, mask = self.unpacked(rows)
+        states = states / torch.where(mask > 0, mask, 1.0)[..., None]  # the mean over the prompts that have this token
         bias = torch.where(mask > 0, mask.clamp(min=1e-30).log(), MASKED)[:, None]
         added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if self.transformer.use_additional_conditions:
@@ -263,11 +276,9 @@ class PixArtSigma(PixArt):
     tokens = {"tokenizer": 300}  # noqa: RUF012
 
 
-def _read_component(folder: Path, kind: str, optional: bool, variant: str | None, dtype: torch.dtype) -> Any:
-    """Reads a network or a tokenizer; None if it is optional and not there."""
+def _read_component(folder: Path, kind: str, variant: str | None, dtype: torch.dtype) -> Any:
+    """Reads a network or a tokenizer."""
     if not folder.is_dir():
-        if optional:
-            return None
         raise FileNotFoundError(f"{folder} is missing, which holds a {kind}")
     found: Any = getattr(diffusers, kind, None) or getattr(transformers, kind)
     if "Tokenizer" in kind:

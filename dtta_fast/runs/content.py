@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +16,15 @@ from torch import Tensor
 from dtta_fast.runtime.files import open_plain
 
 Item = Tensor | tuple[Tensor, Tensor]
-OF_MODELS = {".safetensors", ".bin", ".pt", ".pth", ".json", ".txt", ".model"}
-WHOLE, PARTS = 2**26, 2**10  # bytes of a file that is hashed as a whole, and of how many parts another one is
+# files that a reader of models reads, and the folders of a pipeline's parts
+OF_MODELS = re.compile(
+    r"(model|pytorch_model|diffusion_pytorch_model|embeddings)\b.*|(config|preprocessor_config|calibration|scheduler_config)\.json"
+)
+PARTS_OF_MODELS = (
+    *(f"text_encoder{number}" for number in ("", "_2", "_3")),
+    *("unet", "transformer", "vae", "scheduler", "controlnet"),
+)
+WHOLE, PIECES = 2**26, 2**10  # bytes of a file that is hashed as a whole, and of how many pieces another one is
 MOST_READ = 500  # images that a resumed run reads again; with more records, this many spread evenly over them
 
 
@@ -43,24 +51,31 @@ def digest(item: Item) -> str:
 
 def weights_of(run: Any) -> dict[str, str]:
     """Returns digests of a run's models, by the name of the setting; only of those that are files or folders here."""
-    given = {name: getattr(run, name) for name in ("model", "denoiser", "calibration")}
-    return {name: digest_of_files(Path(place)) for name, place in given.items() if place is not None and os.path.exists(place)}
+    given = {name: str(getattr(run, name) or "").removeprefix("local-dir:") for name in ("model", "denoiser", "calibration")}
+    return {name: digest_of_files(Path(place)) for name, place in given.items() if place not in ("", "zoo") and os.path.exists(place)}
 
 
 def digest_of_files(place: Path) -> str:
-    """Hashes a file, or a folder's files of weights and settings, to 16 hexadecimal digits; of large ones, parts spread over them."""
-    inside = sorted(path for path in place.rglob("*") if path.suffix in OF_MODELS and path.is_file()) if place.is_dir() else [place]
+    """Hashes a file, or the weights and settings of a model's folder and of its parts, to 16 hexadecimal digits.
+
+    Of files above 64 MiB, parts spread from the first to the last byte are hashed. Files of other kinds, such as logs, do not count.
+    """
+    folders = [place, *(place / part for part in PARTS_OF_MODELS)] if place.is_dir() else []
+    inside = sorted(path for folder in folders for path in folder.glob("*") if OF_MODELS.fullmatch(path.name) and path.is_file())
     found = hashlib.blake2b(digest_size=8)
-    for path in inside:
+    for path in inside or [place]:
+        if path.is_dir():
+            continue
         size = path.stat().st_size
         found.update(f"{path.relative_to(place)} {size} ".encode())
         with open_plain(path, 2**50) as file:
             if size <= WHOLE:
                 found.update(file.read())
-            else:
-                for part in range(PARTS):
-                    file.seek(part * (size - size // PARTS // 4) // PARTS)
-                    found.update(file.read(WHOLE // PARTS))
+                continue
+            step = WHOLE // PIECES
+            for piece in range(PIECES):
+                file.seek(piece * (size - step) // (PIECES - 1))
+                found.update(file.read(step))
     return found.hexdigest()
 
 

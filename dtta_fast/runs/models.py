@@ -84,7 +84,7 @@ def load_classifier(name: str) -> nn.Module:
         raise ValueError(
             f"model is {name!r}, and there is no folder {local!r}: give one that holds config.json and weights in timm's format"
         )
-    if is_of_transformers(name):
+    if _is_transformers_model(name):
         import transformers
 
         loaded = read_model(transformers.AutoModelForImageClassification, name, trust_remote_code=False).float()
@@ -99,7 +99,7 @@ def load_classifier(name: str) -> nn.Module:
     return model.eval()
 
 
-def is_of_transformers(name: str) -> bool:
+def _is_transformers_model(name: str) -> bool:
     """Returns whether a folder is a transformers model's, or a name can be a transformers model's hub id: OWNER/NAME."""
     if os.path.isdir(name):
         config = _described(name, "config.json")

@@ -12,16 +12,19 @@ def _nothing(count: int) -> None:
 
 @contextmanager
 def progress_bar(shown: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function that says how many more of `total` image steps are done; `shown` draws them as a bar on a terminal or in a notebook.
+    """Gives a function that says how many more of `total` image steps are done; `shown` draws them as a bar, on standard error, if that is
+    a terminal or a notebook.
 
     The bar is drawn only when that function is called, so no thread of it runs beside the call.
     """
     if not shown:
         yield _nothing
         return
+    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(auto_refresh=False) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, auto_refresh=False, disable=not (console.is_terminal or console.is_jupyter)) as bar:
         task = bar.add_task("adapting", total=total)
 
         def advance(count: int) -> None:

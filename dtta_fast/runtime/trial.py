@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dtta_fast.runtime.failures import is_the_callers
 from dtta_fast.runtime.warn import warn
 
 ROUNDING, HALF_ROUNDING = 0.01, 0.1  # largest difference by rounding, relative to the largest output
 MIXED = ("should be the same", "must have the same dtype", "mixed dtype")  # what torch says of inputs and weights of two formats
 Notice = tuple[Tensor, Callable[[], None]]  # whether all is well, a 0-dim bool tensor, and what to do if it is not
+# names of what transformers' models return, which other modules take from them
+OF_OUTPUTS = ("logits", "last_hidden_state", "pooler_output", "hidden_states", "predicted_depth")
 SMALL = 1e-4  # a difference of logits that changes no probability by more; logits may be near 0 after a subtraction
 
 
@@ -43,7 +48,8 @@ def explaining_misfits(module: nn.Module, inputs: Tensor) -> Iterator[None]:
         yield
     except (RuntimeError, AssertionError, AttributeError) as error:
         if isinstance(error, AttributeError):
-            if "'tuple' object" not in str(error):
+            found = re.search(r"'tuple' object has no attribute '(\w+)'", str(error))
+            if found is None or found[1] not in OF_OUTPUTS:
                 raise
             raise ValueError(
                 f"model's parts return tuples where its forward takes outputs with names ({error}); set return_dict = True in the config "
@@ -124,10 +130,12 @@ def is_its_own(module: nn.Module, run: Callable[[Tensor], Tensor], inputs: Tenso
     """
     first = inputs[:1].clone()
     both = torch.cat([first, first.flip(-1) / 2])  # with other statistics too
-    before = _random_states(inputs.device)
+    before, outer = _random_states(inputs.device), sys.exc_info()[1]
     try:
         again = run(first if len(inputs) > 1 else both)[:1]
-    except Exception:  # such as too little memory: the call itself will tell
+    except Exception as error:  # such as too little memory: the call itself will tell
+        if is_the_callers(error, outer):
+            raise
         return None
     if again.shape != outputs[:1].shape or _random_states(inputs.device) != before:
         return None

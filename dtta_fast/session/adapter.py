@@ -153,7 +153,7 @@ class Adapter:
         with clock.phase("encode"):
             crop = request.images.clone()  # the caller's code may write to its input
             if not request.cropped:
-                crop = program.cropped(crop)
+                crop = problem.task.crop(problem.model, crop)
             batch = program.views(crop, request)
         if self._state is None:
             with clock.phase("adapt"):

@@ -33,7 +33,6 @@ from dtta_fast.runtime.trial import (
     is_its_own,
     refusing_kept_tensors,
     refusing_recomputation,
-    warn_of_foreign_config,
 )
 from dtta_fast.runtime.warn import warn
 from dtta_fast.session.checks import Request
@@ -99,13 +98,6 @@ class ModuleProgram(Program):
             for (_, tell), fine in zip(notices, reads.read(*(fine for fine, _ in notices)), strict=True):
                 if not fine:
                     tell()
-
-    def cropped(self, images: Tensor) -> Tensor:
-        """Crops images [B, 3, H, W] in [0, 1] as the task does."""
-        crop = self.problem.task.crop(self.problem.model, images)
-        if not self._ran:
-            warn_of_foreign_config(self.problem.model, images, crop)
-        return crop
 
     def views(self, crop: Tensor, request: Request) -> Batch:
         """Prepares what the model and the denoiser see of crops [B, 3, H, W] in [0, 1]: matched as the config says, and normalised."""

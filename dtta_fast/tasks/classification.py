@@ -15,6 +15,7 @@ from dtta_fast.kernels import mix_condition
 from dtta_fast.kernels.philox import class_uniforms
 from dtta_fast.runtime.constants import numbers
 from dtta_fast.runtime.reads import Checks
+from dtta_fast.runtime.trial import warn_of_foreign_config
 from dtta_fast.runtime.warn import warn
 from dtta_fast.tasks.base import ClassTask
 from dtta_fast.tasks.image_classifier import ImageClassifier, is_of_transformers
@@ -47,6 +48,7 @@ class Classification(ClassTask):
         subset: Sequence[int] | None = None,
     ) -> None:
         self._processor, self._crop = processor, crop
+        self._looked = False  # whether a first crop was compared with the model's config
         self._normalise = normalise
         if subset is not None and (
             not subset or len(set(subset)) != len(subset) or any(not hasattr(k, "__index__") or k < 0 for k in subset)
@@ -62,7 +64,9 @@ class Classification(ClassTask):
         """
         if self._processor is not None and not isinstance(model, ImageClassifier):
             return ImageClassifier(model, self._processor), denoiser
-        if is_of_transformers(model) and (self._crop is None or self._normalise is None):
+        if is_of_transformers(model):
+            if self._crop is not None and self._normalise is not None:
+                return ImageClassifier(model), denoiser
             raise ValueError(
                 f"model is transformers' {type(model).__name__}, which does not hold its preprocessing; give "
                 "task=Classification(AutoImageProcessor.from_pretrained(..)), or crop= and normalise="
@@ -72,7 +76,11 @@ class Classification(ClassTask):
         return model, denoiser
 
     def crop(self, model: nn.Module, images: Tensor) -> Tensor:
-        return (self._crop or _transforms(model)[0])(images)
+        crop = (self._crop or _transforms(model)[0])(images)
+        if self._crop is None and not self._looked:
+            self._looked = True
+            warn_of_foreign_config(model, images, crop)
+        return crop
 
     def normalise(self, model: nn.Module, crop: Tensor) -> Tensor:
         return (self._normalise or _transforms(model)[1])(crop)
@@ -173,7 +181,8 @@ def _warn_of_a_wrapper(model: nn.Module) -> None:
     if part is not None:
         warn(
             f"model, a {type(model).__name__}, has no timm config, and its part {part} has: it gets images in [0, 1] as they are, neither "
-            f"cropped nor normalised; set model.pretrained_cfg to that of {part}, or give Classification(crop=..., normalise=...)"
+            f"cropped nor normalised; set model.pretrained_cfg to that of {part}, or give Classification(crop=..., normalise=...). If it "
+            "normalises by itself, normalise=lambda crop: crop says so"
         )
 
 

@@ -17,6 +17,8 @@ from dtta_fast.tasks.transforms import Transform, processor_transforms, unchange
 class MapModel(nn.Module):
     """Wraps a model so that it returns a single tensor [B, K, h, w], whatever output type its library uses."""
 
+    inner_prefix = "model."  # of the wrapped model's own names
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dtta_fast.tasks.transforms import Transform, preset_transforms, processor_transforms
+from dtta_fast.tasks.transforms import Transform, preset_transforms, processor_transforms, unchanged
 
 
 class ImageClassifier(nn.Module):
@@ -18,18 +18,28 @@ class ImageClassifier(nn.Module):
         pretrained_cfg: the names of its classes, as timm has them; empty if they are not known.
     """
 
+    inner_prefix = "model."  # of the wrapped model's own names
     transforms: tuple[Transform, Transform]
     pretrained_cfg: dict[str, Any]
 
-    def __init__(self, model: nn.Module, processor: Any) -> None:
-        """processor: a transformers image processor, or the transforms of torchvision's weights."""
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        """processor: a transformers image processor, or the transforms of torchvision's weights. None leaves images as they are."""
         super().__init__()
         self.model = model
-        self.transforms = preset_transforms(processor) if is_preset(processor) else processor_transforms(processor)
+        if processor is None:
+            self.transforms = unchanged, unchanged
+        else:
+            self.transforms = preset_transforms(processor) if is_preset(processor) else processor_transforms(processor)
         names = getattr(getattr(model, "config", None), "id2label", None) or {}
         self.pretrained_cfg = {"label_names": [str(names[k]) for k in sorted(names)]} if names else {}
         self._named = {"return_dict": True} if is_of_transformers(model) else {}  # whatever its config says
         self.training = model.training
+
+    def get_classifier(self) -> Any:
+        """Returns the last layers, as timm's models do; else the last linear layer or convolution."""
+        if hasattr(self.model, "get_classifier"):
+            return self.model.get_classifier()
+        return tuple([part for part in self.model.modules() if isinstance(part, (nn.Linear, nn.Conv2d))][-1:])
 
     def forward(self, images: Tensor) -> Tensor:
         answer = self.model(images, **self._named)

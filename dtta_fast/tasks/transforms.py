@@ -79,7 +79,12 @@ def processor_transforms(processor: Any) -> tuple[Transform, Transform]:
         found: Tensor = processor(images=images, **off, return_tensors="pt")["pixel_values"]
         return found.to(images.device).clamp(0, 1)  # bicubic overshoots
 
-    return crop, _values_transform(processor)
+    try:
+        return crop, _values_transform(processor)
+    except (TypeError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"processor, a {type(processor).__name__}, fails on an image of one colour ({error}); give crop= and normalise= in its place"
+        ) from error
 
 
 def preset_transforms(preset: Any) -> tuple[Transform, Transform]:
@@ -87,6 +92,8 @@ def preset_transforms(preset: Any) -> tuple[Transform, Transform]:
     from torchvision.transforms.v2 import functional as F
 
     def crop(images: Tensor) -> Tensor:
+        if list(images.shape[-2:]) == [int(preset.crop_size[0])] * 2:  # ImageNet-C is already cropped; resizing costs accuracy
+            return images
         resized = F.resize(images, list(preset.resize_size), interpolation=preset.interpolation, antialias=preset.antialias)
         return F.center_crop(resized, list(preset.crop_size)).clamp(0, 1)  # bicubic overshoots
 

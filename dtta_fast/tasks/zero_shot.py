@@ -76,6 +76,9 @@ class ZeroShot(Classification):
             self._prompts = [[given] if isinstance(given, str) else list(given) for given in classes.values()]
             for name, prompts in zip(names, self._prompts, strict=True):
                 check_names(f"classes[{name!r}]", prompts)
+                other = names[self._prompts.index(prompts)]
+                if other != name:
+                    raise ValueError(f"classes has the same prompts for {other!r} and {name!r}; give each class its own")
             self._diffusion_prompts = self._prompts
         else:
             self._prompts = [[template.format(name) for template in templates] for name in names]
@@ -92,7 +95,7 @@ class ZeroShot(Classification):
             raise TypeError(f"denoiser is a {found}, whose classes are fixed; ZeroShot takes one of prompts, such as a StableDiffusion")
         whole: Any = model
         clip: Any = whole.get_base_model() if hasattr(model, "get_base_model") else model  # unwraps peft, keeping the adapters
-        if hasattr(clip, "vision_model") and hasattr(clip, "text_model") and hasattr(clip, "logit_scale"):
+        if getattr(getattr(clip, "config", None), "model_type", None) in ("clip", "siglip"):
             classifier: Any = self._from_transformers(clip)
         elif hasattr(clip, "encode_text") and hasattr(clip, "visual"):
             classifier = self._from_open_clip(clip)
@@ -118,8 +121,15 @@ class ZeroShot(Classification):
         return found
 
     @property
-    def _flat(self) -> list[str]:
-        return [prompt for prompts in self._prompts for prompt in prompts]
+    def _different(self) -> list[str]:
+        """All prompts, each once: two classes may share some."""
+        return list(dict.fromkeys(prompt for prompts in self._prompts for prompt in prompts))
+
+    @property
+    def _places(self) -> list[int]:
+        """The place in _different of every class's prompts, one class after the other."""
+        place = {prompt: i for i, prompt in enumerate(self._different)}
+        return [place[prompt] for prompts in self._prompts for prompt in prompts]
 
     @property
     def _counts(self) -> tuple[int, ...]:
@@ -134,7 +144,7 @@ class ZeroShot(Classification):
             raise TypeError(f"processor is a {found}; a transformers model takes its CLIPProcessor, or (tokenizer, image processor)")
         tokenizer, images = pair
         limit = clip.config.text_config.max_position_embeddings
-        ids = prompt_tokens(tokenizer, self._flat, limit, clip.text_model).to(clip.device)
+        ids = prompt_tokens(tokenizer, self._different, limit, clip.text_model)[self._places].to(clip.device)
         both = self._towers == "both"
         # keep the model's own names, so that peft saves and loads the adapters as its own
         names = ["vision_model", "visual_projection", *(["text_model", "text_projection"] if both else [])]
@@ -148,9 +158,10 @@ class ZeroShot(Classification):
             pooled: Tensor = own.text_model(ids, return_dict=True).pooler_output
             return own.text_projection(pooled) if hasattr(own, "text_projection") else pooled
 
-        with as_in_evaluation(clip):
-            made = _text_features(lambda part: text_features(clip, part), ids, self._counts)
-        texts = ids if both else made
+        texts = ids
+        if not both:
+            with as_in_evaluation(clip):
+                texts = _text_features(lambda part: text_features(clip, part), ids, self._counts)
         classifier = ZeroShotClassifier(parts, image_features, text_features, texts, self._counts, clip.logit_scale, self._normalised)
         head = "visual_projection" if "visual_projection" in parts else "vision_model.head"
         classifier.transforms, classifier.head = processor_transforms(images), head
@@ -162,7 +173,7 @@ class ZeroShot(Classification):
         if isinstance(self._processor, tuple) or not callable(self._processor) or hasattr(self._processor, "image_processor"):
             found = type(self._processor).__name__
             raise TypeError(f"processor is a {found}; a model of open_clip takes its tokenizer, open_clip.get_tokenizer(name)")
-        ids = open_clip_tokens(self._processor, self._flat).to(clip.logit_scale.device)
+        ids = open_clip_tokens(self._processor, self._different)[self._places].to(clip.logit_scale.device)
         with as_in_evaluation(clip):
             texts, counts = _text_features(clip.encode_text, ids, self._counts), self._counts
 
