@@ -37,8 +37,9 @@ class ImageClassifier(nn.Module):
 
     def get_classifier(self) -> Any:
         """Returns the last layers, as timm's models do; else the last linear layer or convolution."""
-        if hasattr(self.model, "get_classifier"):
-            return self.model.get_classifier()
+        own: Any = self.model
+        if hasattr(own, "get_classifier"):
+            return own.get_classifier()
         return tuple([part for part in self.model.modules() if isinstance(part, (nn.Linear, nn.Conv2d))][-1:])
 
     def forward(self, images: Tensor) -> Tensor:
