@@ -83,7 +83,8 @@ def test_every_set_of_parameters_adapts(pair, denoiser):
     for parameters in ("all", "norm", "head", "lora"):
         if parameters == "lora" and not isinstance(model, ViTForImageClassification):
             continue
-        targets = ("q_proj", "v_proj") if parameters == "lora" else None
+        older = any(name.endswith(".query") for name, _ in model.named_modules())  # transformers 5.6 has other names
+        targets = (("query", "value") if older else ("q_proj", "v_proj")) if parameters == "lora" else None
         config = CONFIG.replace(parameters=parameters, lora_targets=targets, guard=0)
         found = adapt(model, denoiser, pictures(), config=config, task=Classification(processor))
         assert not torch.equal(found.outputs, found.outputs_before)
@@ -94,7 +95,8 @@ def test_every_set_of_parameters_adapts(pair, denoiser):
 def test_adapters_are_saved_under_the_library_s_names(tmp_path, denoiser):
     torch.manual_seed(0)
     model, processor = vit()
-    config = CONFIG.replace(parameters="lora", lora_targets=("q_proj", "v_proj"), mode="online")
+    targets = ("query", "value") if any(name.endswith(".query") for name, _ in model.named_modules()) else ("q_proj", "v_proj")
+    config = CONFIG.replace(parameters="lora", lora_targets=targets, mode="online")
     session = Adapter(model.eval(), denoiser, config, Classification(processor))
     session.adapt(pictures())
     session.save_lora(tmp_path)
