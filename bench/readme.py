@@ -243,7 +243,7 @@ def real_sizes() -> str:
         "parameters of the UNet": [f"{r['parameters of the unet'] / 1e6:.0f} M" for r in records.values()],
         "pairs, seconds of the step": [f"{r['pairs']}, {r['step']:.0f} s" for r in records.values()],
         "peak memory of the process": [f"{r['peak bytes of the process'] / gib:.1f} GiB" for r in records.values()],
-        "FLOPs a pair": [f"{r['flops a pair'] / 1e12:.2f} T" for r in records.values()],
+        "FLOPs a pair, without attention's own products": [f"{r['flops a pair'] / 1e12:.2f} T" for r in records.values()],
         "bytes a pair, plain": [f"{r['bytes a pair']['False'] / gib:.2f} GiB" for r in records.values()],
         "bytes a pair, checkpointed": [f"{r['bytes a pair']['True'] / gib:.2f} GiB" for r in records.values()],
     }
