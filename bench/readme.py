@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_tables
+import support_table
 import torch
 from torch import Tensor
 
@@ -341,39 +342,11 @@ def threads() -> str:
     )
 
 
-def support() -> str:
-    """Makes a row per model family: what its tests checked, and the sizes of public models, counted from their configs."""
-    records = json.loads((RESULTS / "support.json").read_text())
-    ran = {found["model"]: found for found in records.get("computed", ())}
-    lines = [
-        "| family | prediction | gradient | adapts | public model, pixels | parameters, M | GFLOP a pair | a pair on 2 cores, s | peak, GB "
-        "| real weights |",
-        "|---" * 10 + "|",
-    ]
-
-    def passed(counts: dict[str, int]) -> str:
-        if counts["failed"] or not counts["passed"]:
-            return "fails" if counts["failed"] else "no test"
-        return f"{counts['passed']} test{'s' if counts['passed'] > 1 else ''}"
-
-    for family, checks in records["checks"].items():
-        sizes = [size for size in records["sizes"] if size["family"] == family]
-        cells = [
-            "<br>".join(f"{size['model']}, {size['pixels']}" for size in sizes),
-            "<br>".join(f"{size['parameters'] / 1e6:,.0f}" for size in sizes),
-            "<br>".join(f"{(size['forward_flops'] + size['backward_flops']) / 1e9:,.0f}" for size in sizes),
-            "<br>".join(f"{ran[size['model']]['seconds']:,.0f}" if size["model"] in ran else "not run" for size in sizes),
-            "<br>".join(f"{ran[size['model']]['peak_bytes'] / 1e9:.1f}" if size["model"] in ran else "" for size in sizes),
-        ]
-        lines.append(f"| {family} | " + " | ".join([*map(passed, checks.values()), *cells]) + " | never |")
-    return "\n".join(lines)
-
-
 TABLES = {
     "README.md": {"gains": gains, "speed": speed, "gpu": gpu_tables.short},
     "docs/performance.md": {"kernels": kernels, "step": step, "end-to-end": end_to_end, "real sizes": real_sizes, "gpu": gpu_tables.full},
     "docs/evaluation.md": {"own time": own_time},
-    "docs/models.md": {"support": support},
+    "docs/models.md": {"support": support_table.support},
     "docs/embedding.md": {"embedding": embedding, "latency": latency, "deadlines": deadlines, "threads": threads},
     "docs/quality.md": {
         "quality": lambda: quality("digits"),

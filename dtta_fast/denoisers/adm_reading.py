@@ -94,14 +94,13 @@ def _config(state: Mapping[str, Tensor], down: list[_Block], up: list[_Block], i
     attends_up = [f"{block.prefix}.1.qkv.weight" in state for block in up if block.number == 0]
     residual = any(_grows(state, k) for k in range(len(up)))
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if residual else ("DownBlock2D", "UpBlock2D")
-    width, outputs = len(state["input_blocks.0.0.weight"]), len(state["out.2.weight"])
     first = state["input_blocks.1.0.emb_layers.1.weight"]
     if any(found % head_channels for found, own in zip(channels, attends, strict=True) if own):
         raise ValueError(f"head_channels {head_channels} does not divide the channels {channels}")
     return {
         "sample_size": image_size,
         "in_channels": state["input_blocks.0.0.weight"].shape[1],
-        "out_channels": outputs,
+        "out_channels": len(state["out.2.weight"]),
         "block_out_channels": tuple(channels),
         "layers_per_block": each,
         "down_block_types": tuple("AttnDownBlock2D" if own else plain[0] for own in attends),
@@ -111,8 +110,8 @@ def _config(state: Mapping[str, Tensor], down: list[_Block], up: list[_Block], i
         "resnet_time_scale_shift": "scale_shift" if len(first) == 2 * channels[0] else "default",
         "attention_head_dim": head_channels,
         "num_class_embeds": len(state["label_emb.weight"]),
-        "norm_num_groups": 32 if width % 32 == 0 else 1,
-        "attn_norm_num_groups": 32 if width % 32 == 0 else 1,
+        "norm_num_groups": 32,
+        "attn_norm_num_groups": 32,
         "norm_eps": 1e-5,
     }
 

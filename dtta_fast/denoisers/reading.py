@@ -154,6 +154,29 @@ def read_networks(folder: Path) -> dict[str, Any]:
     return {name: read_model(kind, folder / name, use_safetensors=True, torch_dtype=torch.float32) for name, kind in kinds.items()}
 
 
+def read_component(folder: Path, kind: str, variant: str | None, dtype: torch.dtype) -> Any:
+    """Reads a network or a tokenizer of a pipeline, by the name of its class in diffusers or transformers.
+
+    Raises:
+        FileNotFoundError, ValueError: it is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is missing, which holds a {kind}")
+    import diffusers
+    import transformers
+
+    found: Any = getattr(diffusers, kind, None) or getattr(transformers, kind)
+    if "Tokenizer" in kind:
+        try:
+            return found.from_pretrained(folder)
+        except Exception as error:  # the Rust tokenizers raise a plain Exception
+            raise ValueError(f"{folder} cannot be read as a {kind}: {error}") from error
+    network = read_model(found, folder, variant=variant, use_safetensors=True, dtype=dtype)
+    if kind == "UNet2DConditionModel":
+        network.to(memory_format=torch.channels_last)  # convolutions run in this format and need no weight conversion
+    return network.eval()
+
+
 def check_weights(state: Mapping[Any, Any], source: str | Path) -> None:
     """Checks that a state dict holds plain weights that do not share memory, so a network of their sizes is no larger than the weights.
 
@@ -215,3 +238,10 @@ def download(model_id: str, patterns: list[str], without: list[str] | None = Non
         raise ValueError(f"{argument} is {model_id!r}, which is no folder and can be no id of the hub: {error}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(f"{model_id} is no folder, and the hub gave no model of that id: {error}") from error
+
+
+def download_pipeline(model_id: str, networks: list[str], variant: str | None) -> Path:
+    """Downloads a pipeline of diffusers: its settings, tokenizers, and the weights of these networks in one variant; see download()."""
+    kept = "*" if variant is None else f"*.{variant}"
+    others = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"] if variant is None else None  # gigabytes that would not be used
+    return download(model_id, ["*.json", "*.txt", "*.model", *(f"{name}/{kept}.safetensors" for name in networks)], others)

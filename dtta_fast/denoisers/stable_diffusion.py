@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.prompts import PromptDenoiser, prompt_tokens
-from dtta_fast.denoisers.reading import autoencoder_kind, download, read_calibration, read_json, read_model, read_process
+from dtta_fast.denoisers.reading import (
+    autoencoder_kind,
+    download_pipeline,
+    read_calibration,
+    read_component,
+    read_json,
+    read_model,
+    read_process,
+)
 from dtta_fast.runtime.defaults import float32_on_cpu
 
 
@@ -147,10 +155,7 @@ class StableDiffusion(PromptDenoiser):
         """
         folder = Path(path)
         if not os.path.isdir(folder):
-            kept = "*" if variant is None else f"*.{variant}"
-            weights = [f"{part}/{kept}.safetensors" for part in ("unet", "vae", "text_encoder")]
-            others = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"] if variant is None else None  # gigabytes that would not be used
-            folder = download(str(path), ["*.json", "*.txt", *weights], others)
+            folder = download_pipeline(str(path), ["unet", "vae", "text_encoder"], variant)
         read_json(folder / "model_index.json")
         from diffusers import UNet2DConditionModel
         from transformers import CLIPTextModel, CLIPTokenizer
@@ -161,10 +166,7 @@ class StableDiffusion(PromptDenoiser):
             if not (folder / name).is_dir():
                 raise FileNotFoundError(f"{folder / name} is missing; a Stable Diffusion folder has {', '.join(kinds)} and scheduler")
             if name == "tokenizer":
-                try:
-                    parts[name] = kind.from_pretrained(folder / name)
-                except Exception as error:  # the Rust tokenizers raise a plain Exception
-                    raise ValueError(f"{folder / name} cannot be read as a {kind.__name__}: {error}") from error
+                parts[name] = read_component(folder / name, "CLIPTokenizer", None, dtype)
                 continue
             kind = autoencoder_kind(folder / name) if name == "vae" else kind
             quantised = {"quantization_config": quantization_config} if name == "unet" and quantization_config is not None else {}

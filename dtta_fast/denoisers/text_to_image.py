@@ -10,12 +10,19 @@ from typing import Any, ClassVar, Self
 
 import diffusers
 import torch
-import transformers
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.prompts import PromptDenoiser, prompt_tokens
-from dtta_fast.denoisers.reading import autoencoder_kind, download, read_calibration, read_json, read_model, read_scheduler
+from dtta_fast.denoisers.reading import (
+    autoencoder_kind,
+    download_pipeline,
+    read_calibration,
+    read_component,
+    read_json,
+    read_model,
+    read_scheduler,
+)
 from dtta_fast.denoisers.stable_diffusion import prepare_unet, unet_regions
 from dtta_fast.runtime.defaults import float32_on_cpu
 
@@ -81,16 +88,13 @@ class PipelineDenoiser(PromptDenoiser):
         """
         folder = Path(path)
         if not os.path.isdir(folder):
-            kept = "*" if variant is None else f"*.{variant}"
-            weights = [f"{name}/{kept}.safetensors" for name in (*cls.components, "vae") if "token" not in name]
-            others = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"] if variant is None else None
-            folder = download(str(path), ["*.json", "*.txt", "*.model", *weights], others)
+            folder = download_pipeline(str(path), [name for name in (*cls.components, "vae") if "token" not in name], variant)
         told = read_json(folder / "model_index.json")
         parts: dict[str, Any] = {"scheduler": read_scheduler(folder)}
         parts["vae"] = read_model(autoencoder_kind(folder / "vae"), folder / "vae", variant=variant, use_safetensors=True, dtype=dtype)
         for name, kind in cls.components.items():
             absent = name in cls.optional and not any(told.get(name) or ())
-            parts[name] = None if absent else _read_component(folder / name, kind, variant, dtype)
+            parts[name] = None if absent else read_component(folder / name, kind, variant, dtype)
         settings = {name: told[name] for name in ("force_zeros_for_empty_prompt",) if isinstance(told.get(name), bool)}
         denoiser = cls(getattr(diffusers, cls.pipeline)(**parts, **settings))
         if calibration:
@@ -274,19 +278,3 @@ class PixArtSigma(PixArt):
 
     pipeline = "PixArtSigmaPipeline"
     tokens = {"tokenizer": 300}  # noqa: RUF012
-
-
-def _read_component(folder: Path, kind: str, variant: str | None, dtype: torch.dtype) -> Any:
-    """Reads a network or a tokenizer."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is missing, which holds a {kind}")
-    found: Any = getattr(diffusers, kind, None) or getattr(transformers, kind)
-    if "Tokenizer" in kind:
-        try:
-            return found.from_pretrained(folder)
-        except Exception as error:  # the Rust tokenizers raise a plain Exception
-            raise ValueError(f"{folder} cannot be read as a {kind}: {error}") from error
-    network = read_model(found, folder, variant=variant, use_safetensors=True, dtype=dtype)
-    if kind == "UNet2DConditionModel":
-        network.to(memory_format=torch.channels_last)  # convolutions run in this format and need no weight conversion
-    return network.eval()
