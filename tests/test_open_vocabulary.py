@@ -380,7 +380,7 @@ def test_adapt_command(tmp_path, capsys):
     assert (config["lr"], config["pairs"], config["optimizer"]) == (1e-4, 8, presets.PAPER.optimizer)
     for change, message in (
         (["--classes", "one, one"], "twice, again at 1"),
-        (["--model", str(tmp_path)], "cannot be read as a CLIPModel"),
+        (["--model", str(tmp_path)], "config.json is missing; give the folder"),
         (["--denoiser", str(tmp_path)], "model_index.json is missing"),
         (["--json", str(tmp_path)], "the result cannot be written"),
         (["--device", "nowhere"], "device is 'nowhere'"),

@@ -216,6 +216,8 @@ def load_clip(path: str | Path) -> tuple[nn.Module, Any]:
     folder = Path(path)
     if not folder.is_dir():
         folder = download(str(path), ["*.json", "*.txt", "*.model", "*.safetensors"])
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder / 'config.json'} is missing; give the folder that save_pretrained() of a CLIP or SigLIP wrote")
     kind = read_json(folder / "config.json").get("model_type")
     kinds: dict[Any, tuple[Any, Any]] = {"clip": (CLIPModel, CLIPProcessor), "siglip": (SiglipModel, AutoProcessor)}
     if kind not in kinds:
