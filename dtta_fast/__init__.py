@@ -17,7 +17,8 @@ from dtta_fast.config import AdaptConfig
 from dtta_fast.core.calibrate import calibrate
 from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.session.adapter import Adapter, adapt
+from dtta_fast.session.module import AsModule
 from dtta_fast.session.result import AdaptResult
 
-__all__ = ["AdaptConfig", "AdaptResult", "Adapter", "Calibration", "adapt", "calibrate", "presets", "zoo"]
+__all__ = ["AdaptConfig", "AdaptResult", "Adapter", "AsModule", "Calibration", "adapt", "calibrate", "presets", "zoo"]
 __version__ = "0.2.0"

@@ -24,7 +24,8 @@ from dtta_fast import Adapter, presets, zoo
 from dtta_fast.runs.config import RunConfig
 from dtta_fast.runs.evaluate import evaluate
 from dtta_fast.runs.folder import RunFolder, read_records
-from dtta_fast.runs.worker import batches_of, open_data
+from dtta_fast.runs.streams import batches_of
+from dtta_fast.runs.worker import open_data
 from dtta_fast.tasks import Classification
 
 DTTA = Path(sys.executable).with_name("dtta")

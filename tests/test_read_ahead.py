@@ -14,7 +14,8 @@ from dtta_fast import presets
 from dtta_fast.runs.config import RunConfig
 from dtta_fast.runs.evaluate import evaluate
 from dtta_fast.runs.folder import read_records
-from dtta_fast.runs.worker import batches_of, fetch, open_data
+from dtta_fast.runs.streams import batches_of
+from dtta_fast.runs.worker import fetch, open_data
 
 evaluate_module = importlib.import_module("dtta_fast.runs.evaluate")
 worker_module = importlib.import_module("dtta_fast.runs.worker")

@@ -19,7 +19,8 @@ from typing import Any
 from dtta_fast.runs.config import RunConfig
 from dtta_fast.runs.evaluate import evaluate
 from dtta_fast.runs.scale import ray_records
-from dtta_fast.runs.worker import batches_of, open_data
+from dtta_fast.runs.streams import batches_of
+from dtta_fast.runs.worker import open_data
 from dtta_fast.runtime import environment
 
 RESULT = Path(__file__).parents[1] / "results" / "own_time.json"

@@ -31,9 +31,10 @@ from dtta_fast.runs.config import RunConfig, flattened, read_yaml, with_settings
 from dtta_fast.runs.evaluate import evaluate
 from dtta_fast.runs.folder import OF_RUN
 from dtta_fast.runs.reference_names import is_reference
+from dtta_fast.runs.streams import batches_of
 from dtta_fast.runs.summary import error_lines
 from dtta_fast.runs.tracking import Tracker, require, tracker
-from dtta_fast.runs.worker import batches_of, open_data
+from dtta_fast.runs.worker import open_data
 
 Tracked = Literal["tensorboard", "trackio", "wandb"]
 
@@ -228,5 +229,7 @@ def _print_summary(found: dict[str, Any], out: Path) -> None:
     table.add_section()
     add("all", found)
     terminal().print(table)
+    if "mce" in found:
+        terminal().print(f"mCE: {100 * found['mce_before']:.1f} -> {100 * found['mce']:.1f} % of AlexNet's error")
     for line in error_lines(found):
         print(shown(line))

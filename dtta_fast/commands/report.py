@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +12,11 @@ import tyro
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from dtta_fast.commands.common import check_path, is_page, shown
+from dtta_fast.commands.common import check_apart, check_path, holds, is_page, shown
 from dtta_fast.data.base import Maps
 from dtta_fast.data.images import Images, open_images
 from dtta_fast.report import Run, make_page, read_runs
+from dtta_fast.report.exchange import HEAD, is_clean, latex_table, model_info
 from dtta_fast.runs.content import digest, mismatch
 from dtta_fast.runs.records import Data, check
 from dtta_fast.runs.writing import check_name, write_whole
@@ -36,15 +39,46 @@ class Report:
     """Location of the runs' dataset for thumbnails, as given to `dtta evaluate`."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("report.html")
     """Output page for any browser: a single file that loads no external resources."""
+    latex: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    """Also write a LaTeX table of the errors by corruption."""
+    model_info: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = None
+    """Also write RobustBench's record of each run on ImageNet-C or CIFAR-C, as FOLDER/DATA/corruptions/RUN.json."""
 
     def run(self) -> None:
         """Raises ValueError if no run is given, or for a folder without records, a damaged file, runs of different tasks, or a bad path."""
         check_path("out", self.out, is_page)
         if self.root is not None:
             check_name("root", self.root)
-        page = make_page(read_runs(self.runs), Pictures(self.root))
-        write_whole(self.out, page)
-        print(f"{shown(self.out)}: written")
+        check_path("latex", self.latex, lambda path: path.open("rb").read(len(HEAD)) == HEAD.encode())
+        check_apart(out=self.out, latex=self.latex)
+        runs = read_runs(self.runs)
+        files = {self.out: make_page(runs, Pictures(self.root))}
+        if self.latex is not None:
+            files[self.latex] = latex_table(runs)
+        if self.model_info is not None:
+            files |= self._model_infos(runs)
+        for path, text in files.items():
+            write_whole(path, text)
+            print(f"{shown(path)}: written")
+
+    def _model_infos(self, runs: Sequence[Run]) -> dict[Path, str]:
+        """Returns RobustBench's records by path; runs on clean images only contribute their accuracy."""
+        assert self.model_info is not None
+        found: dict[Path, str] = {}
+        for run in runs:
+            if is_clean(run) and len(runs) > 1:
+                continue
+            data, info = model_info(run, runs)
+            path = self.model_info / data / "corruptions" / f"{run.folder.name}.json"
+            if path in found:
+                raise ValueError(f"runs has two folders of the name {run.folder.name!r}, and {shown(path)} holds one run: rename one")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"model_info is {str(self.model_info)!r}, where no folder can be made: {error}") from error
+            check_path("model_info", path, holds("corruptions_acc"))
+            found[path] = json.dumps(info, indent=2) + "\n"
+        return found
 
 
 class Pictures:

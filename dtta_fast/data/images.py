@@ -147,13 +147,13 @@ def subsample(data: Images | Maps, per_class: int, seed: int) -> list[int]:
     labels = getattr(data, "labels", None)
     parts: dict[tuple[str, int | None], list[tuple[bytes, int]]] = defaultdict(list)
     for i, (name, group) in enumerate(zip(data.names, data.groups, strict=True)):
-        shown = f"{seed}/{_uncorrupted(name, group)}"
+        shown = f"{seed}/{uncorrupted(name, group)}"
         rank = hashlib.blake2b(shown.encode("utf-8", "surrogateescape"), digest_size=8).digest()
         parts[group, None if labels is None else int(labels[i])].append((rank, i))
     return sorted(i for part in parts.values() for _, i in sorted(part)[:per_class])
 
 
-def _uncorrupted(name: str, group: str) -> str:
+def uncorrupted(name: str, group: str) -> str:
     """Strips corruption and severity from a name.
 
     In the group gaussian_noise5, gaussian_noise/5/n01440764/1.JPEG becomes n01440764/1.JPEG, also within noise/.

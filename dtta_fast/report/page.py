@@ -17,6 +17,7 @@ from markupsafe import Markup
 from dtta_fast.metrics import calibration_error
 from dtta_fast.report import figures
 from dtta_fast.report.cards import Card, ReadImage, cards_of, no_image
+from dtta_fast.report.exchange import corruption_figures
 from dtta_fast.report.measures import ACCURACY, Estimate, Measure, Scale, estimate, gains_by, loss_steps, measures, number, reliability
 from dtta_fast.report.reading import Run
 from dtta_fast.report.svg import Plot
@@ -151,6 +152,11 @@ def _summary(found: Sequence[Answers]) -> list[Row]:
                     confidence = _confidence(answers.leading, f"confidence{suffix}")
                     error = calibration_error(confidence, values)
                     put(i, f"Expected calibration error {when}", "%, 15 bins", Cell(number(100 * error)))
+                for when, figures in zip(("before", "after"), corruption_figures(run, [answers.run for answers in found]), strict=True):
+                    if figures is not None:
+                        put(i, f"Mean corruption error (mCE) {when}", "%, AlexNet has 100", Cell(number(100 * figures.mean)))
+                        if figures.relative is not None:
+                            put(i, f"Relative mCE {when}", "%, AlexNet has 100", Cell(number(100 * figures.relative)))
         elif run.records and run.task == "classification":
             changed = sum(record["prediction"] != record["prediction_before"] for record in run.records)
             put(i, "Answers changed", "images", Cell(f"{changed:,}", note=f"{number(100 * changed / len(run.records))} %"))

@@ -20,10 +20,11 @@ from dtta_fast.runtime.files import read_text
 
 TaskName = Literal["classification", "zero_shot", "segmentation", "depth"]
 Protocol = Literal["episodic", "online", "continual"]
+Stream = Literal["grouped", "gradual", "smooth", "correlated", "mixed"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-DATA_FIELDS = ("root", "corruptions", "severities", "split", "per_class")
+DATA_FIELDS = ("root", "corruptions", "severities", "split", "per_class", "subset")
 DESCRIBED = {"data.name": "data"} | {f"data.{name}": name for name in DATA_FIELDS}  # nested as in described()
-PLACES = ("root", "model", "denoiser", "calibration")  # may be files or folders
+PLACES = ("root", "subset", "model", "denoiser", "calibration")  # may be files or folders
 MOST_YAML = 1_000_000  # characters; real settings fit on a page
 
 
@@ -46,6 +47,8 @@ class RunConfig:
         severities: severities of each corruption to use, 1 to 5; all severities of the data set by default.
         split: split of the data set; by default its test split or, if it has none, its validation split.
         per_class: number of images per class and corruption, at least 1, sampled with the seed; all images by default.
+        subset: text file with the names of the images to use, one a line, such as RobustBench's imagenet_test_image_ids.txt; a name
+            selects that image under every corruption.
         task: task of the model: classification; zero_shot (with a CLIP model); segmentation; or depth.
         model: name, hub id or folder of the model: a timm classifier, a CLIP model, or a transformers model for segmentation or depth,
             depending on task; zoo selects the small model for the task that ships with the package.
@@ -56,6 +59,8 @@ class RunConfig:
         calibration: file that dtta calibrate wrote for the denoiser; by default calibration.json in the denoiser's folder.
         protocol: state that each image starts from: episodic resets to the source model for every image; online carries one state
             through the images of a corruption; continual carries it through all images.
+        stream: order of the images under protocol continual: grouped by corruption; gradual, each corruption from low severity to high and
+            back; smooth, the same with each stage fading into the next; correlated, few classes at a time; or mixed at random.
         batch: number of images adapted in one call, at least 1.
         workers: number of threads that prefetch images, at least 1.
         device: device of both models, such as cpu or cuda; by default a GPU if available.
@@ -69,12 +74,14 @@ class RunConfig:
     severities: Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint=_all_by_default)] = ()
     split: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint=_usual_by_default)] = None
     per_class: Annotated[Count | None, tyro.conf.arg(metavar="INT", help_behavior_hint=_all_by_default)] = None
+    subset: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_all_by_default)] = None
     task: TaskName = "classification"
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "zoo"
     denoiser: Annotated[str, tyro.conf.arg(metavar="DENOISER")] = "zoo"
     classes: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint=_usual_by_default)] = ()
     calibration: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=_usual_by_default)] = None
     protocol: Protocol = "episodic"
+    stream: Stream = "grouped"
     batch: Count = 16
     workers: Count = 2
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
@@ -106,12 +113,18 @@ class RunConfig:
                 f"mode is {self.adapt.mode!r} with protocol {self.protocol!r}, which takes {mode!r}: "
                 f"set protocol to {fitting}, and leave mode out"
             )
+        if self.stream != "grouped" and self.protocol != "continual":
+            why = "whose images do not depend on each other" if self.protocol == "episodic" else "which starts anew at every corruption"
+            raise ValueError(f"stream is {self.stream!r} with protocol {self.protocol!r}, {why}: set protocol to continual")
 
     def described(self) -> dict[str, Any]:
         """Returns the config as nested plain values, as stored in the run's config.json, without fields that cannot change a result."""
         found = dataclasses.asdict(self)
         data = {"name": found.pop("data"), **{name: found.pop(name) for name in DATA_FIELDS}}
         found.pop("workers")
+        for part, name, usual in ((found, "stream", "grouped"), (data, "subset", None)):
+            if part[name] == usual:  # configs of older versions lack it
+                del part[name]
         plain: dict[str, Any] = _plain({"data": data, **found})
         return plain
 

@@ -20,10 +20,12 @@ from dtta_fast.data.base import Maps
 from dtta_fast.data.images import Images
 from dtta_fast.runs.config import RunConfig
 from dtta_fast.runs.content import read_again, shortened, weights_of
+from dtta_fast.runs.corruption_error import corruption_errors_of
 from dtta_fast.runs.folder import RunFolder
 from dtta_fast.runs.records import Record
+from dtta_fast.runs.streams import batches_of
 from dtta_fast.runs.summary import summary, warn_of_numbering
-from dtta_fast.runs.worker import Fetched, Finished, Worker, batches_of, fetch, open_data
+from dtta_fast.runs.worker import Fetched, Finished, Worker, fetch, open_data
 from dtta_fast.runtime import environment
 
 AHEAD = 2  # batches to read ahead per thread
@@ -77,8 +79,11 @@ def evaluate(
         everything, records_digest = folder.finish()
         warn_of_numbering(everything)
         told = None if remaining else folder.summary
+        figures = summary(everything)
+        if run.data == "imagenet-c":
+            figures |= corruption_errors_of(figures["groups"])
         found = {
-            **summary(everything),
+            **figures,
             "config": config,
             "classes": list(data.classes if sorted(run.classes) == sorted(data.classes) else run.classes or data.classes),
             "environment": told["environment"] if told else environment.describe(),

@@ -170,7 +170,7 @@ def load_text_to_image(place: str, *, dtype: torch.dtype = torch.float32, calibr
     index = _described(place, "model_index.json")
     if not index:
         raise FileNotFoundError(
-            f"denoiser is {place!r}, where model_index.json is missing; give the folder that save_pretrained() of a diffusers pipeline wrote"
+            f"denoiser is {place!r}, where model_index.json is missing; give the folder that a diffusers pipeline's save_pretrained() wrote"
         )
     name = str(index.get("_class_name"))
     kind = next((kind for prefix, kind in TEXT_TO_IMAGE.items() if name.startswith(prefix)), None)

@@ -83,6 +83,7 @@ class Data(msgspec.Struct, kw_only=True):
     corruptions: list[str] = []
     severities: list[int] = []
     split: str | None = None
+    subset: str | None = None
 
 
 class Config(msgspec.Struct, kw_only=True):

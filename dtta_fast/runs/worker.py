@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dtta_fast.data.base import Images, Maps
 from dtta_fast.data.folder import natural_key
-from dtta_fast.data.images import holds_maps, open_images, subsample
+from dtta_fast.data.images import holds_maps, open_images
 from dtta_fast.metrics import confusion, depth_errors, mean_class_accuracy, mean_iou
 from dtta_fast.runs.config import RunConfig
 from dtta_fast.runs.content import digest
@@ -60,15 +60,6 @@ def open_data(run: RunConfig) -> Images | Maps:
         split=run.split,
         size=image_size(run.task, run.model),
     )
-
-
-def batches_of(run: RunConfig, data: Images | Maps) -> list[tuple[int, ...]]:
-    """Image ids of each batch, in the order of the data set; all images of a batch belong to the same group."""
-    ids = range(len(data)) if run.per_class is None else subsample(data, run.per_class, run.adapt.seed)
-    by_group: dict[str, list[int]] = {}
-    for i in ids:
-        by_group.setdefault(data.groups[i], []).append(i)
-    return [tuple(part[first : first + run.batch]) for part in by_group.values() for first in range(0, len(part), run.batch)]
 
 
 def fetch(data: Images | Maps, number: int, image_ids: Sequence[int], crop: Callable[[Tensor], Tensor] | None = None) -> Fetched:

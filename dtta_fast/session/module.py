@@ -1,0 +1,134 @@
+"""An adapter as a torch module, for evaluation code that expects a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dtta_fast import presets
+from dtta_fast.config import AdaptConfig
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.session.adapter import Adapter
+from dtta_fast.tasks.base import Task
+
+MOST_IDS = 2**32  # image ids are 32 bits wide
+
+
+class AsModule(nn.Module):
+    """A model that adapts to every batch it is called on, as an nn.Module for other people's evaluation code.
+
+    forward() takes images [B, 3, H, W] in [0, 1] and returns the adapted outputs [B, ...], also under torch.no_grad() and
+    torch.inference_mode(). The outputs carry no gradient. Images are numbered from call to call, so no two of them share random draws, and
+    a harness that walks over a data set in order gets what `dtta evaluate` gets. reset() starts over, at image 0 and with the model's own
+    weights.
+
+    The module holds the model and the denoiser. to() and its relatives move both of them, as they do for any submodule. train() and eval()
+    are passed on to both, and change no answer: adaptation always runs in eval mode. state_dict() holds the weights of both, the number of
+    the next image and, for an online config, the adapted state.
+
+    Args:
+        model, denoiser, config, task: same as for Adapter.
+        mean, std: what the harness normalises its images with, one number per channel. forward() undoes it. By default the images are
+            taken as they are.
+
+    Raises:
+        TypeError, ValueError: same as for Adapter; or mean or std is not one finite number per channel, or std is not positive.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        denoiser: Denoiser,
+        config: AdaptConfig = presets.FAST,
+        task: Task | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self._config, self._task = config, task
+        self._adapter: Adapter | None = Adapter(model, denoiser, config, task)  # None after a move
+        self._online: dict[str, Any] = {}  # the state to continue from when an adapter is made again
+        self._next = 0
+        self.model, self.denoiser = model, denoiser
+        self.register_buffer("mean", _per_channel("mean", mean, 0.0), persistent=False)
+        self.register_buffer("std", _per_channel("std", std, 1.0), persistent=False)
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean is {mean} and std is {std}; give both, or neither")
+        if not bool((self.std > 0).all()):
+            raise ValueError(f"std is {std}; give one positive number for each channel")
+        self._normalised = mean is not None
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter that answers. A move of the module makes a new one, which continues from the same state."""
+        if self._adapter is None:
+            self._adapter = Adapter(self.model, self.denoiser, self._config, self._task)
+            self._adapter.load_state_dict(self._online)
+        return self._adapter
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Adapts to images [B, 3, H, W] and returns the outputs [B, ...].
+
+        Raises:
+            TypeError, ValueError: same as for Adapter.adapt(); nothing has changed then. ValueError: 2^32 images have been seen.
+        """
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            found = tuple(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
+            raise ValueError(f"images is {found}; give a tensor [B, 3, H, W]")
+        if self._next + len(images) > MOST_IDS:
+            raise ValueError(f"{self._next} images have been seen, and {MOST_IDS} have an id of their own; call reset()")
+        with torch.inference_mode(False):  # tensors of inference mode cannot take part in a backward pass
+            given = images.clone()
+            if self._normalised:
+                given = (given.to(self.std.device) * self.std + self.mean).clamp(0, 1)  # rounding leaves [0, 1] by a hair
+            outputs = self.adapter.adapt(given, image_ids=range(self._next, self._next + len(images))).outputs
+        self._next += len(images)
+        return outputs
+
+    def reset(self) -> None:
+        """Returns to the model's own weights, and to image 0."""
+        self._online, self._next = {}, 0
+        if self._adapter is not None:
+            self._adapter.reset()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AsModule:
+        """Moves or converts the module; an adapter on the new device is made at the next call."""
+        if self._adapter is not None:
+            self._online, self._adapter = self._adapter.state_dict(), None
+        super()._apply(fn, recurse)
+        return self
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Returns the number of the next image and the online state, for state_dict()."""
+        return {"next": self._next, "online": self._online if self._adapter is None else self._adapter.state_dict()}
+
+    def set_extra_state(self, state: Any) -> None:
+        """Continues from what get_extra_state() returned.
+
+        Raises:
+            ValueError: the state is of another config or model.
+        """
+        number = state.get("next") if isinstance(state, dict) else None
+        if not isinstance(number, int) or not 0 <= number <= MOST_IDS or "online" not in state:
+            raise ValueError("state_dict has no extra state of an AsModule; give one that state_dict() of an AsModule returned")
+        self.adapter.load_state_dict(state["online"])
+        self._next = number
+
+
+def _per_channel(name: str, values: Sequence[float] | None, default: float) -> Tensor:
+    """Returns one number per channel as a tensor [C, 1, 1].
+
+    Raises:
+        ValueError: values are not finite numbers, one per channel.
+    """
+    try:
+        found = torch.tensor([default] if values is None else [float(value) for value in values], dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is {values!r}; give one number for each channel") from error
+    if len(found) not in (1, 3) or not bool(found.isfinite().all()):
+        raise ValueError(f"{name} is {values!r}; give one finite number for each of 3 channels")
+    return found[:, None, None]
