@@ -16,7 +16,8 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from dtta_fast import AdaptConfig, Adapter, Calibration, adapt, presets, zoo
-from dtta_fast.core.calibrate import BINS, PAIRS, RIVALS, _logistic_slope, calibrate, class_scores, class_signal
+from dtta_fast.core.calibrate import _logistic_slope, calibrate, class_signal, loss_trust
+from dtta_fast.core.differences import BINS, PAIRS, RIVALS, Differences, pair_timesteps
 from dtta_fast.core.guard import compare
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
 from dtta_fast.data.digits import load_digits
@@ -241,9 +242,11 @@ def test_a_gain_is_at_most_4(calibration):
 
 
 def test_how_surely_timesteps_tell_classes_apart(denoiser, images):
-    """Two parts of the process by a plain loop in float64: an image's own class is the best of all, its rivals the next ones."""
-    x0 = denoiser.encode(images)
-    signal, spread = class_signal(denoiser, x0, class_scores(denoiser, x0))
+    """Two parts of the process by a plain loop in float64: an image's own class is the best of all, its rival the next one."""
+    x0, ids = denoiser.encode(images), torch.arange(len(images))
+    measured = Differences(denoiser, "key", images, None)
+    classes = measured.classes()
+    found = measured.along_the_process(classes)
     table, width = denoiser.class_embeddings({}), 1000 // BINS
 
     def losses(i: int, k: int, timesteps: torch.Tensor, step: int) -> torch.Tensor:
@@ -256,17 +259,18 @@ def test_how_surely_timesteps_tell_classes_apart(denoiser, images):
 
     middles = torch.arange(BINS) * width + width // 2
     first = torch.stack([torch.stack([losses(i, k, middles, 0) for k in range(len(table))]) for i in range(len(x0))])
-    order = (first / first.std(1, keepdim=True).mean(0)).mean(2).argsort(1)[:, : 1 + RIVALS]
-    for part in (3, 12):
-        within = part * width + ((torch.arange(PAIRS) + 0.5) / PAIRS * width).long()
-        # the draws of all parts are numbered through
-        margins = []
-        for i in range(len(x0)):
-            everywhere = torch.cat([torch.zeros(part * PAIRS, dtype=torch.int64), within])
-            found = [losses(i, int(k), everywhere, 1)[part * PAIRS :].mean() for k in order[i]]
-            margins += [value - found[0] for value in found[1:]]
-        assert float(signal[part]) == pytest.approx(float(torch.stack(margins).mean()), rel=1e-3, abs=1e-9)
-        assert float(spread[part]) == pytest.approx(float(torch.stack(margins).std()), rel=1e-3, abs=1e-9)
+    scores = (first / first.std(1, keepdim=True).mean(0)).mean(2)
+    order = scores.argsort(1)[:, : 1 + RIVALS]
+    assert torch.equal(classes, order)
+    timesteps = pair_timesteps(denoiser, ids)
+    for i in range(len(x0)):
+        assert timesteps[i].unflatten(0, (BINS, PAIRS)).div(width, rounding_mode="floor").eq(torch.arange(BINS)[:, None]).all()
+        own, rival = (losses(i, int(k), timesteps[i], 1) for k in order[i, :2])
+        torch.testing.assert_close(found[i].flatten(), (rival - own).double(), rtol=1e-3, atol=1e-9)
+    second = Differences(denoiser, "key", images, order[:, 1]).classes()
+    assert torch.equal(second[:, :2], order[:, [1, 0]])  # an answer is taken at its word
+    outputs = torch.randn(len(images), len(table), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Differences(denoiser, "key", images, outputs).classes(), outputs.argsort(1, descending=True)[:, : 1 + RIVALS])
 
 
 @pytest.mark.parametrize("images", [torch.rand(4, 3, 8, 8), torch.rand(8, 8), torch.rand(8, 3, 8, 8) * 255, torch.full((8, 3, 8, 8), 0.5)])
@@ -437,10 +441,10 @@ def test_a_denoiser_that_knows_no_classes_does_no_harm(make):
     model, denoiser = zoo.load("digits")[0], make()
     clean, labels = load_digits("train")
     with torch.no_grad():
-        answers = model(clean[:32] * 2 - 1).argmax(1)
+        answers = model(clean[:32] * 2 - 1)
     denoiser.calibration = calibrate(denoiser, clean[:32], answers)
     blind = dataclasses.replace(denoiser.calibration, trust=1.0)
-    images, labels = (part[:25] for part in load_digits("validation"))
+    images, labels = (part[:50] for part in load_digits("validation"))
     changed = 0
     for name in ("gaussian_blur", "contrast"):
         seen = corrupt(images, name, DIGITS_C[name])
@@ -469,10 +473,21 @@ def test_trust_is_the_slope_of_a_logistic_regression():
     assert _logistic_slope(z.abs()) == MOST_TRUST
 
 
-@pytest.mark.parametrize("answers", [torch.zeros(15, dtype=torch.int64), torch.zeros(16), torch.full((16,), 10), torch.full((16,), -1)])
+@pytest.mark.parametrize(
+    "answers",
+    [
+        torch.zeros(15, dtype=torch.int64),
+        torch.zeros(16),
+        torch.full((16,), 10),
+        torch.full((16,), -1),
+        torch.zeros(16, 9),
+        torch.zeros(16, 10, dtype=torch.int64),
+        torch.full((16, 10), torch.nan),
+    ],
+)
 def test_answers_that_are_none_are_refused(answers):
     _, denoiser = zoo.load("digits")
-    with pytest.raises(ValueError, match="give one class index for each of the 16 images, from 0 to 9"):
+    with pytest.raises(ValueError, match="or one class index for each of the 16 images, from 0 to 9"):
         calibrate(denoiser, load_digits("train")[0][:16], answers)
 
 
@@ -507,3 +522,68 @@ def test_answers_that_are_not_finite_are_never_compared(model, denoiser):
     answers = compare(problem, before, after, outputs)
     assert answers.fresh.tolist() == [[True, False, True], [False, True, True]]
     assert answers.standing.isfinite().all()
+
+
+def test_the_density_comes_from_margins_whose_variances_are_known():
+    """Margins of one image differ by noise, and images from each other: the spread is that of a mean of 16 pairs of one image."""
+    generator = torch.Generator().manual_seed(0)
+    between, within = torch.linspace(0.5, 1.5, BINS, dtype=torch.float64), torch.linspace(3, 1, BINS, dtype=torch.float64)
+    images = between * torch.randn(4000, BINS, generator=generator, dtype=torch.float64)
+    margins = (1 + images)[:, :, None] + within[:, None] * torch.randn(4000, BINS, PAIRS, generator=generator, dtype=torch.float64)
+    signal, spread = class_signal(margins)
+    expected = (between**2 + within**2 / 16).sqrt()
+    torch.testing.assert_close(spread, expected, rtol=0.1, atol=0)
+    ratio = 1 / expected
+    smoothed = F.pad(ratio[None], (1, 1), mode="replicate")[0].unfold(0, 3, 1) @ torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
+    torch.testing.assert_close(signal / spread, smoothed, rtol=0.1, atol=0)
+
+
+def test_trust_grows_with_how_often_the_own_class_wins():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20, 3, 24, generator=generator, dtype=torch.float64)
+    always, often = torch.ones(20), torch.where(torch.arange(20) % 4 > 0, 1.0, -1.0)
+    assert loss_trust(noise + always[:, None, None]) == MOST_TRUST
+    assert 0 < loss_trust(noise + often[:, None, None]) < 0.5
+    assert loss_trust(-noise.abs()) == 0
+
+
+class Counting(DiT):
+    """Counts the rows that the denoiser is evaluated on."""
+
+    rows = 0
+
+    def forward(self, x, timesteps, conditions):
+        Counting.rows += len(x)
+        if Counting.rows > Counting.most:
+            raise KeyboardInterrupt
+        return super().forward(x, timesteps, conditions)
+
+    most = 10**9
+
+
+def test_outputs_of_a_classifier_make_it_cheap_and_an_interrupted_call_goes_on(tmp_path, monkeypatch):
+    model, denoiser = zoo.load("digits")
+    clean = load_digits("train")[0]
+    with torch.no_grad():
+        outputs = model(clean * 2 - 1)
+    monkeypatch.setattr(denoiser, "__class__", Counting)
+    monkeypatch.setattr(Counting, "rows", 0)
+    expected = calibrate(denoiser, clean, outputs)
+    whole = Counting.rows
+    assert whole == 32 * 80 + 20 * 5 * 24 <= 5000
+    path = tmp_path / "c.part"
+    monkeypatch.setattr(Counting, "rows", 0)
+    monkeypatch.setattr(Counting, "most", whole // 2)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(denoiser, clean, outputs, partial=path)
+    monkeypatch.setattr(Counting, "most", 10**9)
+    monkeypatch.setattr(Counting, "rows", 0)
+    with path.open("a") as file:
+        file.write('{"of": "half a li')  # killed while it wrote
+    assert calibrate(denoiser, clean, outputs, partial=path) == expected
+    assert Counting.rows <= whole - whole // 2 + 4 * 80
+    for text in ("{}\n", "[1]\n", "no JSON\n", '{"of": [], "values": [1]}\n'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="no file of an interrupted calibration"):
+            calibrate(denoiser, clean, outputs, partial=path)
+        assert path.read_text() == text

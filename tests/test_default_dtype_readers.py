@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from dtta_fast import AdaptConfig, Adapter, Calibration, zoo
-from dtta_fast.core import calibrate as calibrating
-from dtta_fast.core.calibrate import class_scores, class_signal
+from dtta_fast.core.calibrate import class_signal
+from dtta_fast.core.differences import BINS, class_scores, pair_timesteps, search_losses
 from dtta_fast.data.corruptions import corrupt
 from dtta_fast.data.folder import read_images
 from dtta_fast.data.images import open_images
@@ -112,13 +112,15 @@ def test_a_checkpoint(tmp_path, random_network, standing):
 
 @pytest.mark.parametrize("standing", DEFAULTS[2:], ids=str)
 def test_a_calibration(process, random_network, monkeypatch, standing):
-    monkeypatch.setattr(calibrating, "PAIRS", 1)
     denoiser, kept = DiT(random_network(depth=1), process), zoo.load("digits")[1].calibration
     images = zoo.example("digits")[0][:8]
 
     def measured() -> tuple[Calibration, list[torch.Tensor]]:
-        x0 = denoiser.encode(images[:1])
-        found = [kept.match(images), kept.distance(images), kept.density(1000), *class_signal(denoiser, x0, class_scores(denoiser, x0))]
+        x0, ids = denoiser.encode(images[:1]), torch.arange(1, dtype=torch.int64, device="cpu")
+        generator = torch.Generator("cpu").manual_seed(0)
+        margins = torch.rand(4, BINS, 2, generator=generator, dtype=torch.float64, device="cpu")
+        found = [kept.match(images), kept.distance(images), kept.density(1000), class_scores(search_losses(denoiser, x0, ids))]
+        found += [*class_signal(margins), pair_timesteps(denoiser, ids)]
         return Calibration.measure(denoiser, images), found
 
     expected = measured()

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dtta_fast import AdaptConfig, Adapter, adapt
-from dtta_fast.core.calibrate import BINS, calibrate
+from dtta_fast.core.calibrate import calibrate
+from dtta_fast.core.differences import BINS
 from dtta_fast.core.draws import Draws, cumulative_density
 from dtta_fast.core.guard import GUARD_STEP
 from dtta_fast.core.loss import Noised, accumulated_gradients, noise_mix, noise_mix_null

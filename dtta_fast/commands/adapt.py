@@ -42,7 +42,8 @@ class Adapt:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)")]
     """Image files, and folders of them; - reads names from the standard input, one per line."""
     classes: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help_behavior_hint="(default: those of the classifier)")] = None
-    """Class names for CLIP, separated by commas, such as "a cat, a dog, a car". If omitted, the model is a timm classifier."""
+    """Class names for CLIP, separated by commas, such as "a cat, a dog, a car"; a .txt file with one name a line; a .json file with prompts
+    for each name; or imagenet. If omitted, the model is a timm classifier."""
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "zoo"
     """Classifier: a timm name, hf-hub:ID, or a folder in timm's format; with --classes, a CLIP folder or hub id. zoo: the digits model."""
     denoiser: Annotated[str, tyro.conf.arg(metavar="DENOISER")] = "zoo"
@@ -86,7 +87,7 @@ class Adapt:
                 image = read_image(path) if number else first
                 found = adapter.adapt(image[None].to(device), image_ids=torch.tensor([number], dtype=torch.int64, device=device))
                 before, after = (outputs[0].float().softmax(0).tolist() for outputs in (found.outputs_before, found.outputs))
-                names = class_names(model, len(after)) if self.classes is None else names_of(self.classes)
+                names = class_names(model, len(after)) if self.classes is None else list(names_of(self.classes))
                 rows.append(
                     {
                         "path": str(path),
@@ -110,7 +111,7 @@ class Adapt:
         classifier, denoiser = load_pair(model, place, calibration=self.calibration is None)
         return classifier, denoiser.to(dtype=getattr(torch, self.dtype)), Classification()
 
-    def _clip(self, names: list[str]) -> tuple[nn.Module, Denoiser, Task]:
+    def _clip(self, names: list[str] | dict[str, list[str]]) -> tuple[nn.Module, Denoiser, Task]:
         from dtta_fast.tasks.zero_shot import ZeroShot, load_clip
 
         own = zoo.folder("open_vocabulary")

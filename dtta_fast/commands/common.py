@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dtta_fast.config import AdaptConfig
+from dtta_fast.data.folder import read_lines
 from dtta_fast.runs.folder import CONFIG, OF_LEFTOVER, OF_LOCK, OF_RUN
 from dtta_fast.runs.writing import check_name, write_whole
+from dtta_fast.runtime.files import read_text
 
 Settings = Annotated[AdaptConfig, tyro.conf.arg(name="")]  # one flag per setting; with a name, tyro boxes what it rejects
 OutFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: not written)")]
@@ -106,9 +108,34 @@ def option(arguments: Sequence[str], flag: str) -> str | None:
     return found
 
 
-def names_of(classes: str) -> list[str]:
-    """Splits a comma-separated list of names."""
-    return [name.strip() for name in classes.split(",")]
+def names_of(classes: str) -> list[str] | dict[str, list[str]]:
+    """Reads the class names, or the prompts of each class by its name, that --classes stands for.
+
+    That is a comma-separated list; a .txt file with one name a line; a .json file with a list of names, or an object of a prompt or a list
+    of prompts for each name; or imagenet, for ImageNet's 1000 names.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    if classes == "imagenet":
+        from dtta_fast.data.imagenet import imagenet_classes
+
+        return list(imagenet_classes())
+    path = Path(classes)
+    if "," in classes or path.suffix not in (".txt", ".json"):
+        return [name.strip() for name in classes.split(",")]
+    if path.suffix == ".txt":
+        return [line.strip() for line in read_lines(path) if line.strip()]
+    try:
+        found = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"classes is {classes!r}, which is no JSON file that can be read: {error}") from error
+    if isinstance(found, dict):
+        found = {name: [prompts] if isinstance(prompts, str) else prompts for name, prompts in found.items()}
+    groups = [found] if isinstance(found, list) else list(found.values()) if isinstance(found, dict) else [None]
+    if not found or not all(isinstance(group, list) and all(isinstance(text, str) for text in group) for group in groups):
+        raise ValueError(f"classes is {classes!r}; it has to hold a list of names, or an object of a prompt or prompts for each name")
+    return found
 
 
 def quiet() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -132,12 +132,14 @@ def load_pair(model: str | None, denoiser: str | None, *, calibration: bool = Tr
     return classifier, load_denoiser(denoiser, calibration=calibration).eval()
 
 
-def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = True) -> DiT | DiffusersDenoiser:
+def load_denoiser(
+    place: str, names: Sequence[str] | Mapping[str, Sequence[str]] = (), *, calibration: bool = True
+) -> DiT | DiffusersDenoiser:
     """Loads a DiT, a class-conditional UNet, or a text-to-image model with one prompt per name, on the CPU; its files decide which.
 
     Args:
-        place: a folder or a hub id. names: class names, which a text-to-image model requires. calibration: if False, calibration.json
-            is not read.
+        place: a folder or a hub id. names: class names, or the prompts of each by name, which a text-to-image model requires.
+            calibration: if False, calibration.json is not read.
 
     Raises:
         ValueError, FileNotFoundError: the denoiser cannot be read, or class names are missing.
@@ -152,8 +154,9 @@ def load_denoiser(place: str, names: Sequence[str] = (), *, calibration: bool = 
 
     if not names:
         raise ValueError(f"denoiser is {place!r}, which takes prompts, and no classes are named: give --classes")
-    check_names("classes", names)
-    return load_text_to_image(place, calibration=calibration).with_classes([f"a photo of a {name}." for name in names])
+    check_names("classes", list(names))
+    prompts = list(names.values()) if isinstance(names, Mapping) else [f"a photo of a {name}." for name in names]
+    return load_text_to_image(place, calibration=calibration).with_classes(prompts)
 
 
 def load_text_to_image(place: str, *, dtype: torch.dtype = torch.float32, calibration: bool = True) -> PromptDenoiser:

@@ -1,4 +1,4 @@
-"""A progress bar of image steps, for long adaptations."""
+"""A progress bar for long computations."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def _nothing(count: int) -> None:
 
 
 @contextmanager
-def progress_bar(shown: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function that says how many more of `total` image steps are done; `shown` draws them as a bar, on standard error, if that is
-    a terminal or a notebook.
+def progress_bar(shown: bool, total: int, doing: str = "adapting") -> Iterator[Callable[[int], None]]:
+    """Gives a function that says how many more of `total` steps are done. `shown` draws them as a bar with the time left, on standard
+    error, if that is a terminal or a notebook.
 
     The bar is drawn only when that function is called, so no thread of it runs beside the call.
     """
@@ -25,7 +25,7 @@ def progress_bar(shown: bool, total: int) -> Iterator[Callable[[int], None]]:
 
     console = Console(stderr=True)
     with Progress(console=console, auto_refresh=False, disable=not (console.is_terminal or console.is_jupyter)) as bar:
-        task = bar.add_task("adapting", total=total)
+        task = bar.add_task(doing, total=total)
 
         def advance(count: int) -> None:
             bar.update(task, advance=count, refresh=True)

@@ -1,0 +1,181 @@
+"""The losses that a calibration compares: under an image's own class and under its nearest rivals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dtta_fast.core.draws import Draws
+from dtta_fast.core.loss import pair_losses
+from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.kernels import Pairs
+from dtta_fast.runtime.files import read_text
+
+BINS = 20  # equal parts of the noise process
+PAIRS = 2  # pairs per bin and image
+GUARD_PAIRS = 24  # pairs of a comparison, as in the preset FAST
+RIVALS = 4  # classes that an image's own class is compared with for the trust
+FAVOURED = 3  # of a classifier's next classes, so many count that the loss favours, as it favours an adapted answer
+GOLDEN = 0.6180339887498949  # its multiples fill an interval evenly, so the images' timesteps differ
+ROWS = 64  # rows that the denoiser processes at once
+TOGETHER = 4  # images that are measured, and kept, at once
+SEARCH, COMPARE, TRUST = 0, 1, 2  # step numbers, which give each purpose random draws of its own
+Advance = Callable[[int], None]
+Measure = Callable[[Tensor, Tensor, Tensor], Tensor]  # of latents, ids and rows of a few images
+
+
+def nothing(count: int) -> None:
+    """Takes the place of a progress bar."""
+
+
+class Differences:
+    """Measures images, and keeps the results in a file, one JSON line per image and purpose, so that an interrupted measurement goes on.
+
+    Args:
+        denoiser: in eval mode. key: identifies the denoiser. images: [n, 3, H, W] in [0, 1]. answers: a classifier's outputs [n, K], or
+            classes [n]; without them the loss searches the images' own classes. partial: the file; None keeps nothing. advance: called
+            with the number of evaluations done.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, key: str, images: Tensor, answers: Tensor | None, partial: Path | None = None, advance: Advance = nothing
+    ) -> None:
+        self._denoiser, self._images, self._answers, self._partial, self._advance = denoiser, images, answers, partial, advance
+        self._table = denoiser.class_embeddings({})
+        self._kept: dict[str, list[Any]] = {} if partial is None or not partial.exists() else _read(partial)
+        self._keys = [f"{_digest(key, i, image, None if answers is None else answers[i])}" for i, image in enumerate(images)]
+        self.searched = answers is None or answers.ndim == 1
+
+    def classes(self) -> Tensor:
+        """Returns each image's own class and then its rivals, the nearest first, [n, 1 + RIVALS] or as many as there are."""
+        count = 1 + min(RIVALS, len(self._table) - 1)
+
+        def found(x0: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+            return search_losses(self._denoiser, x0, ids, self._advance)
+
+        if self._answers is not None and not self.searched:
+            return self._answers.topk(count, dim=1).indices
+        everyone = torch.arange(len(self._images), dtype=torch.int64, device=self._images.device)
+        scores = class_scores(self._measured("search", everyone, found, BINS * len(self._table)))
+        if self._answers is not None:
+            scores = scores.scatter(1, self._answers[:, None].long(), -torch.inf)
+        return scores.topk(count, dim=1, largest=False).indices
+
+    def along_the_process(self, classes: Tensor) -> Tensor:
+        """Returns the loss under the nearest rival minus that under the own class, [n, BINS, PAIRS] in float64, from classes()."""
+
+        def found(x0: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+            conditions, timesteps = self._table[classes[rows, :2]], pair_timesteps(self._denoiser, ids)
+            losses = class_losses(self._denoiser, x0, ids, timesteps, conditions, COMPARE, self._advance)
+            return (losses[:, 1] - losses[:, 0]).unflatten(1, (BINS, PAIRS))
+
+        everyone = torch.arange(len(self._images), dtype=torch.int64, device=self._images.device)
+        return self._measured("process", everyone, found, 2 * BINS * PAIRS)
+
+    def as_the_guard(self, classes: Tensor, rows: Tensor, draws: Draws) -> Tensor:
+        """Returns the losses under the rivals minus that under the own class, [n, rivals, GUARD_PAIRS], on pairs like the guard's.
+
+        Args:
+            classes: of all images, from classes(). rows: [n], the images to measure. draws: of the pairs' timesteps.
+        """
+
+        def found(x0: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+            step = torch.tensor(TRUST, dtype=torch.int64, device=x0.device)
+            conditions, timesteps = self._table[classes[rows]], draws.timesteps(ids, step)
+            losses = class_losses(self._denoiser, x0, ids, timesteps, conditions, TRUST, self._advance)
+            margins = losses[:, 1:] - losses[:, :1]
+            if self.searched:  # these rivals are those that the loss favours
+                return margins
+            favoured = margins.mean(2).argsort(1)[:, :FAVOURED, None]
+            return margins.gather(1, favoured.expand(-1, -1, margins.shape[2]))
+
+        density = "" if draws.cumulative is None else hashlib.blake2b(draws.cumulative.cpu().numpy().tobytes(), digest_size=8).hexdigest()
+        return self._measured(f"guard {density}", rows, found, classes.shape[1] * draws.pairs)
+
+    def _measured(self, purpose: str, rows: Tensor, measure: Measure, evaluations: int) -> Tensor:
+        """Returns the values of the images `rows`, stacked, in float64; those in the file are not measured again."""
+        found: dict[int, Any] = {}
+        for part in rows.split(TOGETHER):
+            missing = [i for i in part.tolist() if f"{purpose} {self._keys[i]}" not in self._kept]
+            self._advance(evaluations * (len(part) - len(missing)))
+            if missing:
+                here = torch.tensor(missing, dtype=torch.int64, device=self._images.device)
+                values = measure(self._denoiser.encode(self._images[here]), here, here).double().cpu()
+                new = {f"{purpose} {self._keys[i]}": value.tolist() for i, value in zip(missing, values, strict=True)}
+                self._kept |= new
+                if self._partial is not None:
+                    with self._partial.open("a") as file:
+                        file.write("".join(json.dumps({"of": key, "values": values}) + "\n" for key, values in new.items()))
+            found |= {i: self._kept[f"{purpose} {self._keys[i]}"] for i in part.tolist()}
+        return torch.tensor([found[i] for i in rows.tolist()], dtype=torch.float64, device=self._images.device)
+
+
+def _digest(key: str, number: int, image: Tensor, answer: Tensor | None) -> str:
+    hashed = hashlib.blake2b(f"{key} {number} {tuple(image.shape)}".encode(), digest_size=16)
+    for part in [image] if answer is None else [image, answer]:
+        hashed.update(part.detach().double().cpu().numpy().tobytes())
+    return hashed.hexdigest()
+
+
+def _read(path: Path) -> dict[str, list[Any]]:
+    """Reads what Differences kept, and removes a last line that is incomplete.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    found: dict[str, list[Any]] = {}
+    try:
+        lines = read_text(path).splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]
+        for line in whole:
+            entry = json.loads(line)
+            torch.tensor(entry["values"], dtype=torch.float64)
+            found[entry["of"]] = entry["values"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no file of an interrupted calibration: {error!r}; remove it, or name another") from error
+    if len(whole) < len(lines):
+        path.write_text("".join(whole))
+    return found
+
+
+@torch.no_grad()
+def search_losses(denoiser: Denoiser, x0: Tensor, ids: Tensor, advance: Advance = nothing) -> Tensor:
+    """Returns the losses [n, K, BINS] of latents [n, C, h, w] under every class: one pair per bin, which the classes share."""
+    table, width = denoiser.class_embeddings({}), len(denoiser.process) / BINS
+    middles = ((torch.arange(BINS, dtype=torch.float32, device=x0.device) + 0.5) * width).long().expand(len(x0), BINS)
+    return class_losses(denoiser, x0, ids, middles, table.expand(len(x0), *table.shape), SEARCH, advance)
+
+
+def class_scores(losses: Tensor) -> Tensor:
+    """Averages losses [n, K, BINS] over the bins, each of which is scaled by how much the classes differ in it."""
+    return (losses / losses.std(1, keepdim=True).mean(0).clamp(min=1e-30)).mean(2)
+
+
+def pair_timesteps(denoiser: Denoiser, ids: Tensor) -> Tensor:
+    """Returns timesteps [n, BINS · PAIRS] of images [n]: PAIRS in equal parts of each bin, at a place that differs between images."""
+    steps = len(denoiser.process)
+    place = torch.frac((ids.double() + 1) * GOLDEN)[:, None]
+    starts = torch.arange(BINS * PAIRS, dtype=torch.float64, device=ids.device)
+    return ((starts + place) * (steps / (BINS * PAIRS))).long().clamp(max=steps - 1)
+
+
+@torch.no_grad()
+def class_losses(
+    denoiser: Denoiser, x0: Tensor, ids: Tensor, timesteps: Tensor, conditions: Tensor, step: int, advance: Advance = nothing
+) -> Tensor:
+    """Returns losses [n, M, P] in float64 of latents [n, C, h, w] under conditions [n, M, ...], which share pairs of timesteps [n, P]."""
+    drawn = Pairs(x0, denoiser.process.table, timesteps, ids, 0, torch.tensor(step, dtype=torch.int64, device=x0.device))
+    rows, of_class = max(1, ROWS // len(x0)), []
+    for k in range(conditions.shape[1]):
+        of_class.append(torch.cat([pair_losses(denoiser, conditions[:, k], part, l1=False) for part in drawn.chunks(rows)], dim=1))
+        advance(timesteps.numel())
+    return torch.stack(of_class, dim=1).double()
