@@ -26,6 +26,7 @@ from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
 from dtta_fast.denoisers.noise_process import NOISE, SIGNAL, NoiseProcess
 from dtta_fast.kernels.philox import normal
+from dtta_fast.session.checks import check_calibration
 from dtta_fast.session.program import SURE
 
 
@@ -279,9 +280,29 @@ def test_too_little_to_measure_on(images):
         Calibration.measure(nn.Linear(2, 2), images)
 
 
-def test_a_denoiser_without_one_is_refused(model, denoiser):
-    with pytest.raises(ValueError, match="match is 'both', and the denoiser has no calibration"):
-        Adapter(model, denoiser, presets.FAST.replace(match="both"))
+def test_fast_works_without_a_calibration_and_says_how(model, denoiser, images):
+    """Nothing is matched, no image is left out, and the timesteps have log signal-to-noise ratios from -4 to 0."""
+    with pytest.warns(UserWarning, match=r"no calibration for these.*timesteps='stratified', timestep_range=.*match='off', precheck='off'"):
+        adapter = Adapter(model, denoiser, presets.FAST)
+    config = adapter.config
+    low, high = config.timestep_range
+    ratio = (denoiser.process.table[:, SIGNAL].double().square() / denoiser.process.table[:, NOISE].double().square()).log()
+    assert config == presets.FAST.replace(timesteps="stratified", timestep_range=(low, high), match="off", precheck="off")
+    assert ratio[low] <= 0 < ratio[low - 1]
+    assert ratio[high - 1] >= -4 > ratio[high]
+    torch.testing.assert_close(adapter(images), adapt(model, denoiser, images, config=config).outputs)
+    denoiser.calibration = Calibration.measure(denoiser, torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(3)) ** 2)
+    with pytest.warns(UserWarning, match="no calibration of its timesteps for these settings"):
+        found = Adapter(model, denoiser, presets.FAST).config
+    assert (found.match, found.precheck, found.timesteps) == ("both", "answer", "stratified")
+    kept = Adapter(model, denoiser, presets.FAST.replace(timesteps="stratified", timestep_range=(1, 40))).config
+    assert kept.timestep_range == (1, 40)
+
+
+def test_what_is_kept_under_a_config_s_name_is_refused_without_its_calibration(model, denoiser):
+    with pytest.raises(ValueError, match=r"no calibration for timesteps='calibrated', match='both', precheck='answer': measure one by"):
+        check_calibration(denoiser, presets.FAST.replace(timestep_range=(0, 50)))
+    check_calibration(denoiser, presets.PAPER)
 
 
 def test_the_answer_before_is_to_the_image_as_it_is(model, denoiser, images):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 SIGNAL, NOISE, TARGET_SIGNAL, TARGET_NOISE, WEIGHT = range(5)
+INFORMATIVE = (-4.0, 0.0)  # log signal-to-noise ratios at which the losses of four denoisers tell classes apart best (docs/log.md)
 
 
 class NoiseProcess:
@@ -108,6 +109,17 @@ class NoiseProcess:
         one = torch.ones_like(sigma)
         sign = one if time_of_data == 1 else -one
         return cls(torch.stack([1 - sigma, sigma, sign, -sign, one], dim=1), 1 - sigma if time_of_data == 1 else sigma)
+
+    def informative_range(self) -> tuple[int, int]:
+        """Returns the half-open range of the timesteps whose log signal-to-noise ratio, log(a² / s²), lies in INFORMATIVE.
+
+        The whole process, if it has less than two such timesteps.
+        """
+        table = self.table.double().cpu()
+        ratio = (table[:, SIGNAL].square() / table[:, NOISE].square()).log()
+        low, high = INFORMATIVE
+        inside = ((ratio >= low) & (ratio <= high)).nonzero()[:, 0].tolist()
+        return (inside[0], inside[-1] + 1) if len(inside) > 1 else (0, len(self))
 
     def to(self, device: torch.device | str) -> NoiseProcess:
         """Returns the same process on another device."""

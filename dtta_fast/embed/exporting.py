@@ -22,7 +22,7 @@ from dtta_fast.embed.package import load
 from dtta_fast.runtime import compiling
 from dtta_fast.runtime.reads import Checks
 from dtta_fast.session.adapter import Adapter
-from dtta_fast.session.checks import checked_images
+from dtta_fast.session.checks import check_calibration, checked_images
 from dtta_fast.session.engine import Engine
 from dtta_fast.tasks.base import Task
 
@@ -66,6 +66,7 @@ def export(
         raise ValueError(f"images has shape {tuple(getattr(images, 'shape', ()))}; give [N, 3, H, W] with N of batch = {batch} and more")
     check_exportable(config)
     images = checked_images(images, images.device, Checks()).float()  # as hosts pass them
+    check_calibration(denoiser, config)
     adapter = Adapter(model, denoiser, config.replace(compile="off"), task)
     engine = adapter.engine
     device = anchor(engine.model).device

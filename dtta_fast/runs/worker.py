@@ -21,6 +21,7 @@ from dtta_fast.runs.records import Record, rounded
 from dtta_fast.runtime.failures import out_of_memory
 from dtta_fast.runtime.warn import warn
 from dtta_fast.session.adapter import Adapter
+from dtta_fast.session.checks import check_calibration
 from dtta_fast.session.result import AdaptResult
 from dtta_fast.tasks.base import ClassTask
 
@@ -113,6 +114,7 @@ class Worker:
         elif self._class_of is None and run.task == "classification" and isinstance(data, Images):
             warn_of_order(data.classes)
         self._task = models.task
+        check_calibration(models.denoiser, run.adapt)
         self.adapter = Adapter(models.model, models.denoiser, run.adapt, models.task)
         self._last_group: str | None = None
 

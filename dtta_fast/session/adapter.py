@@ -21,7 +21,17 @@ from dtta_fast.runtime.clock import Clock
 from dtta_fast.runtime.progress import progress_bar
 from dtta_fast.runtime.reads import Checks
 from dtta_fast.runtime.turns import Turns
-from dtta_fast.session.checks import Request, check_arguments, check_denoiser, check_normalisation, checked, checked_pairs
+from dtta_fast.runtime.warn import warn
+from dtta_fast.session.checks import (
+    Request,
+    check_arguments,
+    check_normalisation,
+    check_timestep_range,
+    checked,
+    checked_pairs,
+    differing,
+    without_calibration,
+)
 from dtta_fast.session.engine import Engine
 from dtta_fast.session.inputs import Images, to_batch, to_ids
 from dtta_fast.session.loop import Call, Outcome, run
@@ -52,7 +62,8 @@ class Adapter:
     Args:
         model: the model to adapt, e.g. a timm classifier.
         denoiser: the diffusion model, e.g. a DiT.
-        config: a preset, or an AdaptConfig.
+        config: a preset, or an AdaptConfig. If it needs a calibration that the denoiser lacks, other settings take their place, and a
+            warning names them: see `config`.
         task: None means Classification().
 
     Raises:
@@ -65,7 +76,13 @@ class Adapter:
         check_normalisation(model)
         task = task or Classification()
         model, denoiser = task.bind(model, denoiser)
-        check_denoiser(denoiser, config)
+        check_timestep_range(denoiser, config)
+        asked, config = config, without_calibration(denoiser, config)
+        if config != asked:
+            warn(
+                f"the denoiser has no calibration {'' if denoiser.calibration is None else 'of its timesteps '}for these settings, so they "
+                f"are {differing(asked, config)}; for better answers, set denoiser.calibration = calibrate(denoiser, clean_images, outputs)"
+            )
         if config.compile == "auto":
             recorded = anchor(model).device.type == "cuda" and config.optimizer != "adam8bit"
             config = config.replace(compile="regional+graphs" if recorded else "regional")
@@ -82,7 +99,8 @@ class Adapter:
 
     @property
     def config(self) -> AdaptConfig:
-        """The settings this adapter was created with; compile "auto" is replaced by what it stands for on the model's device."""
+        """The settings this adapter runs with: those it was created with, except that compile "auto" is replaced by what it stands for on
+        the model's device, and settings that need a calibration by others if the denoiser has none."""
         return self.engine.config
 
     def adapt(

@@ -5,6 +5,7 @@ Shape and dtype checks raise immediately. On a GPU, value checks are deferred un
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -71,20 +72,44 @@ def check_normalisation(model: nn.Module) -> None:
             )
 
 
-def check_denoiser(denoiser: Denoiser, config: AdaptConfig) -> None:
-    """Raises ValueError if the denoiser lacks something the config needs: timesteps, or a calibration."""
+def check_timestep_range(denoiser: Denoiser, config: AdaptConfig) -> None:
+    """Raises ValueError if the denoiser's noise process has fewer timesteps than the config names."""
     rows = len(denoiser.process)
     if config.timestep_range is not None and config.timestep_range[1] > rows:
         raise ValueError(f"timestep_range is {config.timestep_range}, and the denoiser's process has timesteps 0 .. {rows - 1}")
-    if config.match != "off" and denoiser.calibration is None:
-        remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or match='off'"
-        raise ValueError(f"match is {config.match!r}, and the denoiser has no calibration; {remedy}")
-    if config.precheck == "statistics" and denoiser.calibration is None:
-        remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or precheck='off'"
-        raise ValueError(f"precheck is 'statistics', and the denoiser has no calibration; {remedy}")
+
+
+def without_calibration(denoiser: Denoiser, config: AdaptConfig) -> AdaptConfig:
+    """Returns the settings that take the place of those that need a calibration which the denoiser lacks.
+
+    Without one, nothing is matched and no image is skipped. Without a calibration of its timesteps, they are stratified over the
+    informative range of the noise process.
+    """
+    changes: dict[str, Any] = {}
+    if denoiser.calibration is None:
+        changes |= {"match": "off"} if config.match != "off" else {}
+        changes |= {"precheck": "off"} if config.precheck != "off" else {}
     if config.timesteps == "calibrated" and (denoiser.calibration is None or not denoiser.calibration.signal):
-        remedy = "set denoiser.calibration = calibrate(denoiser, clean_images), or timesteps='stratified'"
-        raise ValueError(f"timesteps is 'calibrated', and the denoiser has no calibration of its timesteps; {remedy}")
+        changes["timesteps"] = "stratified"
+        if config.timestep_range is None:
+            changes["timestep_range"] = denoiser.process.informative_range()
+    return config.replace(**changes)
+
+
+def check_calibration(denoiser: Denoiser, config: AdaptConfig) -> None:
+    """Raises ValueError if the config needs a calibration that the denoiser lacks, for results that are kept under the config's name."""
+    instead = without_calibration(denoiser, config)
+    if instead != config:
+        raise ValueError(
+            f"the denoiser has no calibration for {differing(instead, config)}: measure one by `dtta calibrate` or calibrate(), or set "
+            f"{differing(config, instead)}"
+        )
+
+
+def differing(config: AdaptConfig, other: AdaptConfig) -> str:
+    """Returns the settings of `other` that `config` has otherwise, such as "match='off', pairs=4"."""
+    names = (field.name for field in dataclasses.fields(config))
+    return ", ".join(f"{name}={getattr(other, name)!r}" for name in names if getattr(config, name) != getattr(other, name))
 
 
 def checked_tensor(name: str, value: Any, device: torch.device) -> Tensor:
