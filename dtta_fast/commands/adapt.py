@@ -23,7 +23,8 @@ from dtta_fast.runs.models import class_names, load_pair, load_text_to_image
 from dtta_fast.runs.writing import check_name
 from dtta_fast.runtime.pictures import read_image
 from dtta_fast.session.adapter import Adapter
-from dtta_fast.tasks import Classification, Task
+from dtta_fast.tasks.base import ClassTask
+from dtta_fast.tasks.classification import Classification
 
 WRITE_EVERY = 5.0  # seconds between two writes of the result so far
 SHOWN = 10  # classes listed in each image's table
@@ -76,7 +77,8 @@ class Adapt:
         device, paths = checked_device(self.device), files(self.images)
         first = read_image(paths[0])
         with terminal(stderr=True).status("loading"):
-            model, denoiser, task = self._classifier() if self.classes is None else self._clip(names_of(self.classes))
+            dtype, own = getattr(torch, self.dtype), self.calibration is None
+            model, denoiser, task = load_pair_or_clip(self.model, self.denoiser, self.classes, dtype, own)
             if self.calibration is not None:
                 denoiser.calibration = Calibration.load(self.calibration, denoiser)
             adapter = Adapter(model.to(device), denoiser.to(device), self.config, task)
@@ -106,19 +108,29 @@ class Adapt:
             if rows:
                 write_json(self.json, {"images": rows, "config": asdict(self.config)})
 
-    def _classifier(self) -> tuple[nn.Module, Denoiser, Task]:
-        model, place = (None if name == "zoo" else name for name in (self.model, self.denoiser))
-        classifier, denoiser = load_pair(model, place, calibration=self.calibration is None)
-        return classifier, denoiser.to(dtype=getattr(torch, self.dtype)), Classification()
 
-    def _clip(self, names: list[str] | dict[str, list[str]]) -> tuple[nn.Module, Denoiser, Task]:
-        from dtta_fast.tasks.zero_shot import ZeroShot, load_clip
+def load_pair_or_clip(
+    model: str, denoiser: str, classes: str | None, dtype: torch.dtype = torch.float32, calibration: bool = True
+) -> tuple[nn.Module, Denoiser, ClassTask]:
+    """Loads a classifier with a denoiser of its classes or, given class names, a CLIP with a text-to-image model; and their task.
 
-        own = zoo.folder("open_vocabulary")
-        clip, processor = load_clip(own / "clip" if self.model == "zoo" else self.model)
-        place = str(own / "diffusion") if self.denoiser == "zoo" else self.denoiser
-        denoiser = load_text_to_image(place, dtype=getattr(torch, self.dtype), calibration=self.calibration is None)
-        return clip, denoiser, ZeroShot(names, processor)
+    Args:
+        model, denoiser: names, hub ids or folders; zoo is the one that ships with the package. classes: as for names_of(). dtype: of the
+            denoiser's weights. calibration: if False, the denoiser's calibration.json is not read.
+
+    Raises:
+        ValueError, FileNotFoundError: a model cannot be read, or does not fit.
+    """
+    if classes is None:
+        names = (None if name == "zoo" else name for name in (model, denoiser))
+        classifier, diffusion = load_pair(*names, calibration=calibration)
+        return classifier, diffusion.to(dtype=dtype), Classification()
+    from dtta_fast.tasks.zero_shot import ZeroShot, load_clip
+
+    own, prompts = zoo.folder("open_vocabulary"), names_of(classes)
+    clip, processor = load_clip(own / "clip" if model == "zoo" else model)
+    place = str(own / "diffusion") if denoiser == "zoo" else denoiser
+    return clip, load_text_to_image(place, dtype=dtype, calibration=calibration), ZeroShot(prompts, processor)
 
 
 def files(given: Sequence[Path]) -> list[Path]:

@@ -19,13 +19,14 @@ from dtta_fast.commands.bench import Bench
 from dtta_fast.commands.calibrate import Calibrate
 from dtta_fast.commands.common import option, shown
 from dtta_fast.commands.demo import Demo
+from dtta_fast.commands.doctor import Doctor
 from dtta_fast.commands.env import Env
 from dtta_fast.commands.evaluate import Evaluate
 from dtta_fast.commands.export import Export
 from dtta_fast.commands.profile import Profile
 from dtta_fast.commands.report import Report
 
-COMMANDS: tuple[Any, ...] = (Demo, Adapt, Evaluate, Report, Calibrate, Bench, Profile, Export, Env)
+COMMANDS: tuple[Any, ...] = (Demo, Adapt, Doctor, Evaluate, Report, Calibrate, Bench, Profile, Export, Env)
 ABOUT = """Test-time adaptation of vision models by diffusion feedback.
 
 Begin with: dtta demo. Help on a subcommand, such as adapt: dtta adapt --help."""
