@@ -44,6 +44,8 @@ TORCHVISION = {
     "aircraft": ("test", "val", "train", "trainval"),
     "pets": ("test", "trainval"),
     "flowers102": ("test", "val", "train"),
+    "dtd": ("test", "val", "train"),
+    "cars": ("test", "train"),
 }
 
 
@@ -187,6 +189,15 @@ def open_torchvision(name: str, root: Path, split: str) -> Images:
             tuple(f"fgvc-aircraft-2013b/data/{file}" for file in ("variants.txt", f"images_variant_{split}.txt", "images")),
         ),
         "pets": (datasets.OxfordIIITPet, (f"oxford-iiit-pet/annotations/{split}.txt", "oxford-iiit-pet/images")),
+        "dtd": (datasets.DTD, (f"dtd/dtd/labels/{split}1.txt", "dtd/dtd/images")),
+        "cars": (
+            datasets.StanfordCars,
+            (
+                "stanford_cars/devkit/cars_meta.mat",
+                "stanford_cars/" + ("devkit/cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"),
+                f"stanford_cars/cars_{split}",
+            ),
+        ),
         "flowers102": (datasets.Flowers102, tuple(f"flowers-102/{file}" for file in ("setid.mat", "imagelabels.mat", "jpg"))),
     }
     kind, files = kinds[name]
@@ -208,12 +219,14 @@ def open_torchvision(name: str, root: Path, split: str) -> Images:
         names = [f"{split}#{i}" for i in range(len(images))]
         return ImageArray(images, names, [name] * len(names), np.asarray(found.targets).tolist(), classes)
     # torchvision has no public attributes for the paths and labels: its items are already decoded by its own reader
-    paths = found._images if name == "pets" else found._image_files
+    samples = found._samples if name == "cars" else None
+    paths = found._images if name == "pets" else [path for path, _ in samples] if samples else found._image_files
+    labels = [label for _, label in samples] if samples else found._labels
     outside = [path for path in map(str, paths) if not _within(path, root)]  # the lists could name any file on this machine
     if outside:
         raise ValueError(f"{root / files[0]} names {outside[0]}, which lies outside of {root}: get the set again")
     names = [Path(path).relative_to(root).as_posix() for path in paths]
-    return ImageFiles(root, names, [name] * len(names), [int(label) for label in found._labels], classes)
+    return ImageFiles(root, names, [name] * len(names), [int(label) for label in labels], classes)
 
 
 def _within(path: str, folder: str | Path) -> bool:

@@ -37,7 +37,7 @@ class _Reader:
 
 
 def _readers() -> dict[str, _Reader]:
-    from dtta_fast.data import arrays, folder, imagenet, maps, shards
+    from dtta_fast.data import arrays, driving, folder, imagenet, lists, maps, shards
 
     found = {
         "imagenet": _Reader(lambda a: imagenet.open_imagenet(a.root)),
@@ -60,6 +60,15 @@ def _readers() -> dict[str, _Reader]:
         "webdataset": _Reader(lambda a: shards.open_webdataset(a.root), needs="a tar file, a folder of them, or a pattern of their names"),
         "ade20k": _Reader(lambda a: maps.Ade20k(a.root, a.split, a.size), splits=("validation", "training"), maps=True),
         "ade20k-c": _Reader(lambda a: maps.Ade20kC(a.root, a.corruptions, a.severities, a.size), corrupted=True, maps=True),
+        "cityscapes": _Reader(lambda a: driving.open_cityscapes(a.root, a.split, a.size), splits=("val", "train"), maps=True),
+        "acdc": _Reader(
+            lambda a: driving.open_acdc(a.root, a.corruptions, a.severities, a.split, a.size),
+            corrupted=True,
+            splits=("val", "train"),
+            maps=True,
+        ),
+        "coop": _Reader(lambda a: lists.open_coop(a.root, a.split), splits=("test", "val", "train")),
+        "image-list": _Reader(lambda a: lists.open_image_list(a.root), needs="a text file, or a folder of them"),
         "nyuv2": _Reader(lambda a: maps.NyuV2(a.root, a.split, a.size), splits=("test", "train"), maps=True),
         "map-folder": _Reader(lambda a: maps.open_map_folder(a.root, a.size), maps=True),
     }

@@ -80,7 +80,7 @@ class Ade20k(Maps):
 
     def pair(self, index: int) -> tuple[Tensor, Tensor, str]:
         image, annotation = self._files[index]
-        labels = _read_map(annotation).long() - 1
+        labels = read_map(annotation).long() - 1
         labels[labels < 0] = NO_LABEL
         return read_image(image), checked_labels(labels, ADE20K_CLASSES, str(annotation)), str(annotation)
 
@@ -218,7 +218,7 @@ class MapFolder(Maps):
 
     def pair(self, index: int) -> tuple[Tensor, Tensor, str]:
         image, path = self._files[index]
-        truth, name = turned(_read_map(path), path, image), str(path)
+        truth, name = turned(read_map(path), path, image), str(path)
         found = checked_depth(truth.float() / 1000, name) if self._classes is None else checked_labels(truth, self._classes, name)
         return read_image(image), found, name
 
@@ -247,7 +247,7 @@ def _warn_of_white_foreground(files: Sequence[Path]) -> None:
     found: set[int] = set()
     for path in files[:: max(1, len(files) // LOOKED_AT)][:LOOKED_AT]:
         try:
-            found |= set(_read_map(path).unique().tolist())
+            found |= set(read_map(path).unique().tolist())
         except ValueError:  # said when it is read
             continue
     if found == {0, NO_LABEL}:
@@ -318,7 +318,12 @@ def _pairs(images: Path, maps: Path) -> list[tuple[Path, Path]]:
     return [(path, maps / f"{path.stem}.png") for path in files]
 
 
-def _read_map(path: Path) -> Tensor:
+def read_map(path: Path) -> Tensor:
+    """Reads a map of one channel as int32 [H, W].
+
+    Raises:
+        ValueError: the file is missing or damaged, or has several channels.
+    """
     try:
         with open_image(path) as image:
             values = np.asarray(image)

@@ -1,0 +1,94 @@
+"""Data sets whose images and labels stand in list files: CoOp's splits of the CLIP sets, and lists of a path and a label a line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dtta_fast.data.folder import ImageFiles, read_lines
+from dtta_fast.runtime.files import read_text
+
+
+def open_coop(root: Path, split: str) -> ImageFiles:
+    """Opens a data set with one of CoOp's splits (Zhou et al. 2022, arXiv 2109.01134), on which CLIPs are usually compared.
+
+    The folder holds split_zhou_NAME.json, with [path, label, class name] for each image of train, val and test; and the images, whose
+    paths are relative to the folder or to one of its subfolders. CoOp has such files for Caltech101, DTD, EuroSAT, Flowers102, Food101,
+    Oxford Pets, Stanford Cars, SUN397 and UCF101 (frames).
+
+    Args:
+        root: the folder. split: "train", "val" or "test".
+
+    Raises:
+        ValueError: the file is missing, there are several, or it has other contents; or its images are not there.
+    """
+    listed = sorted(root.glob("split_zhou_*.json")) if root.is_dir() else []
+    if len(listed) != 1:
+        found = f"holds {len(listed)} of them" if listed else "holds none"
+        raise ValueError(f"{root} {found}: give the folder of a data set with its split_zhou_NAME.json, as CoOp's DATASETS.md lists them")
+    try:
+        rows = [(str(path), int(label), str(name)) for path, label, name in json.loads(read_text(listed[0]))[split]]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{listed[0]} is no split of CoOp: {error!r}; it holds [path, label, class name] for train, val and test"
+        ) from error
+    names = {label: name.replace("_", " ") for _, label, name in rows}
+    if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
+        raise ValueError(f"{listed[0]} has labels {sorted(names)[:5]}, .. in {split!r}; they have to be 0, 1, .. with a name for each")
+    return _files(root, listed[0], [(path, label) for path, label, _ in rows], [names[k] for k in sorted(names)], ["coop"] * len(rows))
+
+
+def open_image_list(root: Path) -> ImageFiles:
+    """Opens lists of images: text files with a path and a label a line, as DomainNet-126 and VisDA-C come.
+
+    Each file is a domain, and a group of its own: real_list.txt is the group real. Paths are relative to the files' folder, or to one of
+    its subfolders. A class is named after the folder that all of its images lie in, if there is one for each class.
+
+    Args:
+        root: a text file, or a folder of them.
+
+    Raises:
+        ValueError: there is no such file, a line is no path with a label, or an image is not there.
+    """
+    listed = [root] if root.is_file() else sorted(root.glob("*.txt")) if root.is_dir() else []
+    if not listed:
+        raise ValueError(f"{root} is no text file and holds none; give a list with a path and a label a line, or a folder of such lists")
+    rows: list[tuple[str, int]] = []
+    groups: list[str] = []
+    for path in listed:
+        for number, line in enumerate(read_lines(path), 1):
+            if not line.strip():
+                continue
+            place, _, label = line.strip().rpartition(" ")
+            if not place or not re.fullmatch("[0-9]{1,6}", label):
+                raise ValueError(f"{path}, line {number}, is {line[:60]!r}; write a path, a space, and the number of a class")
+            rows.append((place, int(label)))
+            groups.append(re.sub("_list$", "", path.stem))
+    if not rows:
+        raise ValueError(f"{listed[0]} names no image")
+    count = 1 + max(label for _, label in rows)
+    folders: dict[int, set[str]] = {}
+    for place, label in rows:
+        folders.setdefault(label, set()).add(PurePosixPath(place).parent.name)
+    names = [next(iter(folders.get(k, ()))) if len(folders.get(k, ())) == 1 else "" for k in range(count)]
+    if len(set(names)) < count or "" in names:
+        names = [f"class {k}" for k in range(count)]
+    return _files(listed[0].parent, listed[0], rows, [name.replace("_", " ") for name in names], groups)
+
+
+def _files(root: Path, listed: Path, rows: Sequence[tuple[str, int]], classes: Sequence[str], groups: Sequence[str]) -> ImageFiles:
+    """Returns the images of a list, whose paths are relative to the root or to one of its subfolders."""
+    for path, _ in rows:
+        parts: Any = PurePosixPath(path)
+        if parts.is_absolute() or ".." in parts.parts or "\0" in path:
+            raise ValueError(f"{listed} names {path[:80]!r}, which may lie outside of {root}: paths are relative, and without ..")
+    places = [root, *sorted(place for place in root.iterdir() if place.is_dir())]
+    above = next((place for place in places if rows and (place / rows[0][0]).is_file()), None)
+    if above is None:
+        shown = repr(rows[0][0][:80]) if rows else "no image"
+        raise ValueError(f"{listed} names {shown}, which is neither in {root} nor in a folder there: put the images beside the list")
+    names = [(above / path).relative_to(root).as_posix() for path, _ in rows]
+    return ImageFiles(root, names, groups, [label for _, label in rows], classes)
