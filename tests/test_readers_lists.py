@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from dtta_fast.data.base import NO_LABEL
 from dtta_fast.data.driving import CLASSES
+from dtta_fast.data.imagenet import imagenet_classes
 from dtta_fast.data.images import open_images
+from dtta_fast.runs import models
+from dtta_fast.runs.config import RunConfig
+from dtta_fast.tasks import Classification
 
 
 def draw(path, value, size=(8, 6)):
@@ -199,3 +204,15 @@ def test_imagenet_3dcc_is_laid_out_like_imagenet_c(tmp_path):
     assert torch.equal(
         torch.tensor([data.outputs[int(label)] if data.outputs else int(label) for label in data.labels]), torch.zeros(3).long()
     )
+
+
+@pytest.mark.parametrize("given", [(), ("tench", "goldfish")])
+def test_a_part_of_imagenet_gives_a_text_to_image_model_every_name(tmp_path, monkeypatch, given):
+    """ImageNet-A has 200 of the 1000 classes; a classifier of 1000 needs a denoiser of as many."""
+    told = []
+    monkeypatch.setattr(models, "_model", lambda run, names, outputs: (nn.Linear(1, 1), Classification(subset=outputs)))
+    monkeypatch.setattr(models, "_denoiser", lambda run, names: told.extend(names) or nn.Linear(1, 1))
+    run = RunConfig(data="imagenet-a", root=str(tmp_path), model="any", denoiser="any", classes=given, device="cpu")
+    models.load_models(run, ("goldfish", "hen"), [1, 8])
+    assert told == (list(given) or list(imagenet_classes()))
+    assert len(set(told)) == (len(given) or 1000)

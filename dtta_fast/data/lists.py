@@ -59,20 +59,20 @@ def open_image_list(root: Path) -> ImageFiles:
     rows: list[tuple[str, int]] = []
     groups: list[str] = []
     for path in listed:
-        for number, line in enumerate(read_lines(path), 1):
+        for row, line in enumerate(read_lines(path), 1):
             if not line.strip():
                 continue
             place, _, label = line.strip().rpartition(" ")
             if not place or not re.fullmatch("[0-9]{1,6}", label):
-                raise ValueError(f"{path}, line {number}, is {line[:60]!r}; write a path, a space, and the number of a class")
+                raise ValueError(f"{path}, line {row}, is {line[:60]!r}; write a path, a space, and the number of a class")
             rows.append((place, int(label)))
             groups.append(re.sub("_list$", "", path.stem))
     if not rows:
         raise ValueError(f"{listed[0]} names no image")
     count = 1 + max(label for _, label in rows)
     folders: dict[int, set[str]] = {}
-    for place, label in rows:
-        folders.setdefault(label, set()).add(PurePosixPath(place).parent.name)
+    for place, number in rows:
+        folders.setdefault(number, set()).add(PurePosixPath(place).parent.name)
     names = [next(iter(folders.get(k, ()))) if len(folders.get(k, ())) == 1 else "" for k in range(count)]
     if len(set(names)) < count or "" in names:
         names = [f"class {k}" for k in range(count)]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dtta_fast import zoo
+from dtta_fast.data.imagenet import imagenet_classes
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.denoisers.dit import DiT
@@ -56,6 +57,8 @@ def load_models(run: RunConfig, classes: Sequence[str] = (), outputs: Sequence[i
         ValueError, FileNotFoundError: a model cannot be read, or the task lacks class names.
     """
     names = list(run.classes or classes)
+    if outputs is not None and not run.classes and run.task == "classification":
+        names = list(imagenet_classes())  # the denoiser has a class for each of the model's outputs, not only for those of the data set
     model, task = _model(run, names, outputs)
     by_name = outputs_by_name(model, run.classes, classes) if run.task in ("classification", "zero_shot") and outputs is None else None
     if by_name is not None and (not run.classes or sorted(run.classes) == sorted(classes)):  # other names are prompts

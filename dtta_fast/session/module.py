@@ -54,10 +54,12 @@ class AsModule(nn.Module):
         self._online: dict[str, Any] = {}  # the state to continue from when an adapter is made again
         self._next = 0
         self.model, self.denoiser = model, denoiser
-        self.register_buffer("mean", _per_channel("mean", mean, 0.0), persistent=False)
-        self.register_buffer("std", _per_channel("std", std, 1.0), persistent=False)
         if (mean is None) != (std is None):
             raise ValueError(f"mean is {mean} and std is {std}; give both, or neither")
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", _per_channel("mean", mean, 0.0), persistent=False)
+        self.register_buffer("std", _per_channel("std", std, 1.0), persistent=False)
         if not bool((self.std > 0).all()):
             raise ValueError(f"std is {std}; give one positive number for each channel")
         self._normalised = mean is not None
