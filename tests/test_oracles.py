@@ -70,9 +70,7 @@ def test_eata_over_two_batches(model, images):
     """The second batch is filtered by the mean answer to the first, and drawn back to the source by the Fisher information."""
     fisher = [torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in range(4)]
     own = baselines.Eata(model, 1e-2, fisher)
-    theirs = EataEngine(
-        copy.deepcopy(model), e_margin=own.MARGIN * math.log(CLASSES), d_margin=own.REDUNDANT, fisher_alpha=own.FORGETTING
-    )
+    theirs = EataEngine(copy.deepcopy(model), e_margin=own.MARGIN * math.log(CLASSES), d_margin=own.REDUNDANT, fisher_alpha=own.FORGETTING)
     names = [name for name, p in theirs.model.named_parameters() if p.requires_grad]
     moving = [p for p in theirs.model.parameters() if p.requires_grad]
     theirs.fishers = {name: (f, p.detach().clone()) for name, f, p in zip(names, fisher, moving, strict=True)}
