@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import classes_tables
 import gpu_tables
 import support_table
 import torch
@@ -344,7 +345,14 @@ def threads() -> str:
 
 TABLES = {
     "README.md": {"gains": gains, "speed": speed, "gpu": gpu_tables.short},
-    "docs/performance.md": {"kernels": kernels, "step": step, "end-to-end": end_to_end, "real sizes": real_sizes, "gpu": gpu_tables.full},
+    "docs/performance.md": {
+        "kernels": kernels,
+        "step": step,
+        "end-to-end": end_to_end,
+        "real sizes": real_sizes,
+        "real sizes of classes": classes_tables.real_sizes,
+        "gpu": gpu_tables.full,
+    },
     "docs/evaluation.md": {"own time": own_time},
     "docs/models.md": {"support": support_table.support},
     "docs/embedding.md": {"embedding": embedding, "latency": latency, "deadlines": deadlines, "threads": threads},
@@ -361,6 +369,7 @@ TABLES = {
         "digits unseen": lambda: quality("digits_unseen"),
         "fashion unseen": lambda: quality("fashion_unseen"),
         "classes": classes,
+        "calibration": classes_tables.calibration,
         "segmentation": lambda: dense("segmentation"),
         "depth": lambda: dense("depth"),
     },
