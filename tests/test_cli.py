@@ -64,6 +64,7 @@ def test_demo_prints_a_table_and_writes_its_result(tmp_path, capsys):
         (["demo", "--images", "501"], "images is 501"),
         (["demo", "--seed", "-1"], "seed is -1"),
         (["demo", "--picture", "maps.png"], "picture is of maps"),
+        (["demo", "--task", "depth", "--html", "page.html"], "for maps, give --picture FILE"),
         (["demo", "--task", "depth", "--open-vocabulary"], "open_vocabulary is a way of classification"),
         (["demo", "--json", "nowhere/at/all.json"], "give a file in a folder that exists"),
         (["env", "--json", "."], "give a file in a folder that exists"),
@@ -293,3 +294,17 @@ def test_a_reader_that_has_seen_enough_is_no_error(arguments, status):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == status
+
+
+def test_demo_writes_the_report_of_its_run(tmp_path, capsys):
+    page, result = tmp_path / "demo.html", tmp_path / "demo.json"
+    for _ in range(2):  # a page of an earlier run may be replaced
+        main(["demo", "--images", "3", "--html", str(page), "--json", str(result)])
+    assert f"{page}: the images that changed most" in capsys.readouterr().out.replace("\n", "")
+    text, found = page.read_text(), json.loads(result.read_text())
+    rows = [*found["corruptions"].values(), found["clean"]]
+    after = sum(row["adapted_accuracy"] for row in rows) / len(rows)
+    row = text[text.index("Accuracy after") :]
+    assert f"{100 * after:.1f}" in row[: row.index("</tr>")]
+    assert text.count("data:image/png;base64") >= 1
+    assert all(name in text for name in found["corruptions"])

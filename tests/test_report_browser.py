@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import runpy
 import shutil
@@ -14,6 +15,8 @@ import pytest
 from PIL import Image
 
 from dtta_fast.report import make_page, read_runs
+from dtta_fast.report.exchange import corruption_figures
+from dtta_fast.runs.corruption_error import ALEXNET, SEVERITIES
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -22,6 +25,7 @@ pytestmark = [
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (Debian: chromium chromium-driver)"),
 ]
 
+LABELS = [f"{kind} {when}" for kind in ("Mean corruption error (mCE)", "Relative mCE") for when in ("before", "after")]
 SCREENS = {"phone": (375, 800), "desk": (1280, 900)}
 write_run = runpy.run_path(str(Path(__file__).with_name("report_runs.py")))["write_run"]
 
@@ -207,3 +211,21 @@ def test_plots_stay_within_the_page_and_their_text_keeps_its_size(browser, pages
         assert min(left for left, _, _ in boxes) >= 0
         assert max(right for _, right, _ in boxes) <= SCREENS[screen][0]
         assert min(height for _, _, height in boxes) > 10
+
+
+def test_the_mean_corruption_error_is_shown(browser, tmp_path):
+    groups = tuple(f"{name}{severity}" for name in ALEXNET for severity in SEVERITIES)
+    for name, data, kinds in (("corrupted", "imagenet-c", groups), ("clean", "imagenet", ("imagenet",))):
+        write_run(tmp_path / name, images=300, groups=kinds)
+        for file in ("config.json", "summary.json"):
+            told = json.loads((tmp_path / name / file).read_text())
+            (told if file == "config.json" else told["config"])["data"] = {"name": data, "root": "/data"}
+            (tmp_path / name / file).write_text(json.dumps(told))
+    page = tmp_path / "report.html"
+    page.write_text(make_page(read_runs([tmp_path / "corrupted", tmp_path / "clean"])), encoding="utf-8")
+    open_page(browser, page, "desk")
+    check_page(browser, "desk", "mCE")
+    shown = {row.text.split("\n")[0]: row.text for row in all_of(browser, "tr") if "mCE" in row.text and row.is_displayed()}
+    assert [next((text for head, text in shown.items() if head.startswith(label)), None) is not None for label in LABELS] == [True] * 4
+    figures = corruption_figures(*(lambda runs: (runs[0], runs))(read_runs([tmp_path / "corrupted", tmp_path / "clean"])))
+    assert any(f"{100 * figures[1].mean:,.1f}" in text for text in shown.values())

@@ -15,8 +15,9 @@ from torchvision.transforms.functional import to_pil_image
 from dtta_fast import presets
 from dtta_fast.commands import demo_digits as demo
 from dtta_fast.commands import demo_maps as demo_dense
-from dtta_fast.commands.common import OutFile, check_apart, check_path, holds, progress_bar, quiet, shown, terminal, write_json
+from dtta_fast.commands.common import OutFile, check_apart, check_path, holds, is_page, progress_bar, quiet, shown, terminal, write_json
 from dtta_fast.data.corruptions import DIGITS_C
+from dtta_fast.report import make_page
 from dtta_fast.report.measures import number, scale_of
 from dtta_fast.runs.writing import write_whole
 from dtta_fast.runtime import environment
@@ -39,6 +40,8 @@ class Demo:
     """Test images per corruption, at most 500 for digits; the default is a sample that takes about a minute on 2 cores."""
     picture: OutFile = None
     """Write a PNG to this file, for segmentation or depth: inputs, maps before and after, ground truth and changes."""
+    html: OutFile = None
+    """Write a report of the run to this file, a page for any browser, for classification."""
     open_vocabulary: bool = False
     """Use CLIP and Stable Diffusion with the names of the digits instead of a classifier and a DiT."""
     seed: int = 0
@@ -53,13 +56,17 @@ class Demo:
         config = presets.get(preset).replace(seed=self.seed)
         check_path("json", self.json, holds("benchmark", "environment"))
         check_path("picture", self.picture, _is_picture)
-        check_apart(json=self.json, picture=self.picture)
+        check_path("html", self.html, is_page)
+        check_apart(json=self.json, picture=self.picture, html=self.html)
+        if self.html is not None and dense:
+            raise ValueError(f"html is of classes, and task is {self.task!r}: for maps, give --picture FILE")
         if dense and self.open_vocabulary:
             raise ValueError(f"open_vocabulary is a way of classification; task is {self.task!r}")
         if self.picture is not None and not dense:
             raise ValueError("picture is of maps: give --task segmentation or --task depth")
         if self.open_vocabulary or dense:
             quiet()
+        kept = demo.Kept()
         with progress_bar() as progress:
             corruptions = demo_dense.CORRUPTIONS[dense] if dense else DIGITS_C
             bar = progress.add_task("loading", total=self.images * (1 + len(corruptions)))
@@ -70,7 +77,7 @@ class Demo:
             if dense:
                 found = demo_dense.run(dense, config, self.images, advance=advance)
             else:
-                found = demo.run(config, self.images, open_vocabulary=self.open_vocabulary, advance=advance)
+                found = demo.run(config, self.images, open_vocabulary=self.open_vocabulary, advance=advance, keep=kept)
         result = {
             "benchmark": "scenes-C" if dense else "digits-C",
             "task": self.task,
@@ -83,6 +90,11 @@ class Demo:
         }
         write_json(self.json, result)
         (_print_dense if dense else _print_demo)(result)
+        if self.html is not None:
+            told = {"data": {"name": "digits-c"}, "task": "classification", "adapt": result["config"]}
+            page = make_page([kept.as_run(told, result["environment"])], lambda run, i: to_pil_image(kept.images[i]))
+            write_whole(self.html, page)
+            print(f"{shown(self.html)}: the images that changed most, and the figures")
         if dense and self.picture is not None:
             about, png = PngInfo(), io.BytesIO()
             about.add_text(*SIGNED)

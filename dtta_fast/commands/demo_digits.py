@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,17 @@ from torch import Tensor, nn
 from dtta_fast import zoo
 from dtta_fast.config import AdaptConfig
 from dtta_fast.data.corruptions import DIGITS_C, corrupt
-from dtta_fast.data.digits import Split, load_digits
+from dtta_fast.data.digits import DIGITS, Split, load_digits
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.metrics import bootstrap_interval
+from dtta_fast.report import Run
+from dtta_fast.runs.records import Record, rounded
 from dtta_fast.session.adapter import Adapter
+from dtta_fast.session.result import AdaptResult
 from dtta_fast.tasks.base import Task
 
 CLEAN = "clean"
+TOP = 5  # classes whose probabilities a report shows
 
 
 def run(
@@ -28,12 +33,14 @@ def run(
     split: Split = "test",
     open_vocabulary: bool = False,
     advance: Callable[[str, int], None] = lambda name, done: None,
+    keep: Callable[[str, Tensor, Tensor, AdaptResult], None] = lambda name, images, labels, result: None,
 ) -> dict[str, Any]:
     """Adapts to the first `images` digits of a split, clean and under every corruption of digits-C.
 
     Args:
         open_vocabulary: use CLIP and Stable Diffusion with the names of the digits, instead of a classifier and a DiT.
-        advance: called with the corruption's name and the number of images finished since the last call.
+        advance: called with the corruption's name and the number of images finished since the last call. keep: called with the
+            corruption's name, and the images, labels and result of each batch.
 
     Returns:
         Accuracies in 0..1, evaluations and seconds per image: at the top, means over the corruptions, with the 95 % interval of the
@@ -62,6 +69,7 @@ def run(
         results = []
         for ids in torch.arange(images, dtype=torch.int64, device="cpu").split(batch):
             results.append(adapter.adapt(inputs[ids], image_ids=ids))
+            keep(name, inputs[ids], labels[ids], results[-1])
             advance(name, len(ids))
         seconds = time.perf_counter() - start
         before, after = (
@@ -81,6 +89,52 @@ def run(
     means = {key: sum(row[key] for row in corrupted) / len(corrupted) for key in corrupted[0] if key != "severity"}
     interval = bootstrap_interval(torch.stack([gains[name] for name in DIGITS_C]).mean(0))
     return {"images": images, "batch": batch, **means, "gain_interval": interval, CLEAN: rows.pop(CLEAN), "corruptions": rows}
+
+
+class Kept:
+    """Keeps the images and records of a demo, for a report of it."""
+
+    def __init__(self) -> None:
+        self.images: list[Tensor] = []
+        self._records: list[Record] = []
+        self._seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, images: Tensor, labels: Tensor, result: AdaptResult) -> None:
+        """Adds a batch; see run()."""
+        group = f"{name}{DIGITS_C.get(name, '')}"
+        for phase, seconds in result.seconds.items():
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        shares = [outputs.float().softmax(1).sort(1, descending=True) for outputs in (result.outputs_before, result.outputs)]
+        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            number = len(self.images)
+            record: Record = {"image_id": number, "batch": 0, "path": f"{group}#{i}", "group": group, "label": label}
+            for suffix, (values, classes) in zip(("_before", ""), shares, strict=True):
+                top = [[k, rounded(p)] for k, p in zip(classes[i, :TOP].tolist(), values[i, :TOP].tolist(), strict=True)]
+                record |= {f"prediction{suffix}": top[0][0], f"confidence{suffix}": top[0][1], f"top{suffix}": top}
+            record |= {
+                "loss": [rounded(loss) for loss in result.loss[i].tolist()],
+                "accepted": bool(result.accepted[i]),
+                "evaluations": int(result.evaluations[i]),
+                "seconds": sum(result.seconds.values()) / len(images),
+            }
+            self._records.append(record)
+            self.images.append(image)
+
+    def as_run(self, config: dict[str, Any], environment: dict[str, str]) -> Run:
+        """Returns what was kept as a run, whose config and environment are shown as given."""
+        return Run(
+            name="demo",
+            folder=Path("demo"),
+            task="classification",
+            records=self._records,
+            failed=(),
+            config=config,
+            classes=DIGITS,
+            environment=environment,
+            seconds=self._seconds,
+            wall_seconds=sum(self._seconds.values()),
+            unfinished="",
+        )
 
 
 @torch.no_grad()
