@@ -132,7 +132,7 @@ class AdaptConfig:
             replacement and anew in every step.
         logit_scale: the condition is softmax(logit_scale · logits / ‖logits‖₂); None is softmax(logits).
         match: what gets images matched to the statistics of the denoiser's own images (see Calibration.match): nothing (off), the
-            denoiser, or the model as well (both). Needs a denoiser with a calibration.
+            denoiser, or the model as well (both). Takes a calibration of the denoiser, without which nothing is matched.
         precheck: which images are left unadapted, at no denoiser evaluations, because adaptation would do more harm than good
             (docs/log.md): none (off); those for which the source model gives the same answer with and without matching and, if matching
             changes the image, is at least 80 % sure of it (answer, needs match both); or those whose statistics are typical of the

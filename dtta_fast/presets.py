@@ -16,7 +16,7 @@ PAPER = AdaptConfig(
     momentum=0.9,
 )
 
-# Chosen on the validation splits of digits-C and Fashion-C (bench/quality/choose.py, docs/log.md). Needs a denoiser with a calibration.
+# Chosen on the validation splits of digits-C and Fashion-C (bench/quality/choose.py, docs/log.md). Works best with a calibration.
 FAST = AdaptConfig(
     steps=3,
     pairs=4,
@@ -41,7 +41,7 @@ RANK = AdaptConfig(
     precheck="answer",
 )
 
-# For streams: one set of weights, one update per batch, no guard. Chosen like FAST; needs a denoiser with a calibration.
+# For streams: one set of weights, one update per batch, no guard. Chosen like FAST; works best with a calibration of the denoiser.
 ONLINE = AdaptConfig(
     steps=1,
     pairs=4,

@@ -48,10 +48,10 @@ def session(preset: str, names: tuple[str, ...]) -> Adapter:
     return Adapter(*zoo.load("open_vocabulary"), config, ZeroShot(names, zoo.load_processor("open_vocabulary")))
 
 
-def chosen(upload: Image.Image | None, number: float) -> Tensor:
+def chosen(upload: Image.Image | None, number: int) -> Tensor:
     """Returns the uploaded image, or a test image by its number, [3, 32, 32] in [0, 1]."""
     if upload is None:
-        return digits()[int(number)]
+        return digits()[number]
     side = min(upload.size)
     left, top = (upload.width - side) // 2, (upload.height - side) // 2
     square = upload.convert("RGB").crop((left, top, left + side, top + side))
@@ -59,15 +59,16 @@ def chosen(upload: Image.Image | None, number: float) -> Tensor:
 
 
 def adapted(
-    upload: Image.Image | None, number: float, corruption: str, severity: float, typed: str, preset: str
+    upload: Image.Image | None, number: float | None, corruption: str, severity: float, typed: str, preset: str
 ) -> tuple[Image.Image, dict[str, float], dict[str, float], str]:
     """Corrupts the image, adapts to it, and returns it with the probabilities before and after and what happened."""
+    number = min(max(int(number or 0), 0), len(digits()) - 1)  # the field may be empty, or beyond the slider
     names = tuple(name.strip() for name in typed.split(",") if name.strip())
     image = chosen(upload, number)[None]
     if corruption != NONE:
-        image = corrupt(image, corruption, int(severity), first_id=int(number))
+        image = corrupt(image, corruption, int(severity), first_id=number)
     try:
-        result = session(preset, names).adapt(image, image_ids=[int(number)])
+        result = session(preset, names).adapt(image, image_ids=[number])
     except ValueError as error:
         raise gr.Error(str(error)) from error
     shown = names or zoo.DIGITS
@@ -87,6 +88,8 @@ def guard(result: Any, config: Any) -> str:
         return "The pre-check left the image alone: matching does not change the answer, and the model is sure of it."
     if bool(result.accepted[0]):
         return f"The denoising loss favours the adapted answer{'' if changed else ', which is the same as before'}."
+    if config.method == "posterior":
+        return "The denoising losses of the likeliest classes did not change the answer."
     if int(result.evaluations[0]) > config.steps * config.pairs:
         return "The guard compared the answers and kept that of the unadapted model" + (" to the matched image." if changed else ".")
     return "The answer to the matched image stands." if changed else "Adaptation did not change the answer."

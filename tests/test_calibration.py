@@ -608,3 +608,17 @@ def test_outputs_of_a_classifier_make_it_cheap_and_an_interrupted_call_goes_on(t
         with pytest.raises(ValueError, match="no file of an interrupted calibration"):
             calibrate(denoiser, clean, outputs, partial=path)
         assert path.read_text() == text
+
+
+def test_what_was_measured_of_other_classes_is_not_taken(tmp_path):
+    """The prompts of a text-to-image model are not in its fingerprint."""
+    denoiser, images = zoo.load("open_vocabulary")[1], load_digits("train")[0][:8]
+    path = tmp_path / "c.part"
+    found = [
+        calibrate(denoiser.with_classes([f"a photo of the number {name}." for name in names]), images, partial=path) for names in NAMES
+    ]
+    fresh = calibrate(denoiser.with_classes([f"a photo of the number {name}." for name in NAMES[1]]), images)
+    assert found[1] == fresh != found[0]
+
+
+NAMES = (("one", "two"), ("seven", "nine"))

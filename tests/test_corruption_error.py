@@ -9,7 +9,7 @@ import pytest
 
 from dtta_fast.commands.cli import main
 from dtta_fast.report import read_runs
-from dtta_fast.report.exchange import latex_table
+from dtta_fast.report.exchange import latex_table, model_info
 from dtta_fast.runs.corruption_error import ALEXNET, ALEXNET_CLEAN, SEVERITIES, corruption_error, corruption_errors_of
 
 write_run = runpy.run_path(str(Path(__file__).with_name("report_runs.py")))["write_run"]
@@ -48,11 +48,19 @@ def test_a_part_of_imagenet_c_has_no_mean_corruption_error():
     assert (entries["mce_before"], entries["mce"]) == (pytest.approx(1), pytest.approx(0.5))
 
 
+def as_on_disk(record):
+    """Gives an image the place that it has below ImageNet-C's folder."""
+    group = record["group"]
+    record["path"] = (
+        f"{group[:-1]}/{group[-1]}/n01440764/{record['image_id']}.JPEG" if group[-1].isdigit() else f"{record['image_id']}.JPEG"
+    )
+
+
 @pytest.fixture
 def runs(tmp_path):
     """A run on ImageNet-C and one on ImageNet with the same models."""
     for name, data, groups, images in (("noise_run", "imagenet-c", GROUPS, 600), ("clean", "imagenet", ("all",), 40)):
-        write_run(tmp_path / name, groups=groups, images=images)
+        write_run(tmp_path / name, groups=groups, images=images, change=as_on_disk)
         for file in ("config.json", "summary.json"):
             told = json.loads((tmp_path / name / file).read_text())
             (told if file == "config.json" else told["config"])["data"] = {"name": data, "root": "/data"}
@@ -105,7 +113,16 @@ def test_runs_that_have_no_such_figures_are_refused(runs, tmp_path):
     write_run(tmp_path / "depth", "depth")
     with pytest.raises(ValueError, match="no labelled images"):
         latex_table(read_runs([tmp_path / "depth"]))
+    write_run(tmp_path / "part", groups=GROUPS[5:], images=600, change=as_on_disk)
+    for file in ("config.json", "summary.json"):
+        told = json.loads((tmp_path / "part" / file).read_text())
+        (told if file == "config.json" else told["config"])["data"] = {"name": "cifar10-c"}
+        (tmp_path / "part" / file).write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="lacks 5 of RobustBench's 75"):
+        model_info(*(lambda found: (found[0], found))(read_runs([tmp_path / "part"])))
+    assert "mCE" not in latex_table(read_runs([tmp_path / "part"]))
     (runs[0] / "summary.json").unlink()
+    assert "mCE" not in latex_table(read_runs(runs))  # unfinished
     with pytest.raises(SystemExit):
         main(["report", str(runs[0]), "--out", str(tmp_path / "p.html"), "--model-info", str(tmp_path / "info")])
     (tmp_path / "paper.tex").write_text(r"\documentclass{article}")

@@ -83,7 +83,7 @@ def test_another_numbering_of_the_classes_shows(images):
     [
         ({"agreement": 0.3}, "contradicts the classifier"),
         ({"agreement": 0.55}, "does not clearly prefer"),
-        ({"calibrated": False, "unusual": float("nan")}, "there is no calibration"),
+        ({"calibrated": False, "unusual": None}, "there is no calibration"),
         ({"trust": 0.1}, "trust is 0.10"),
         ({"unusual": 0.06}, "there is little to gain"),
         ({"by_matching": 0.0, "by_adaptation": 0.0}, "no answer changes"),
@@ -125,3 +125,17 @@ def test_the_command(images, tmp_path, capsys, classes):
         with pytest.raises(SystemExit):
             main(["doctor", str(tmp_path / "0.png"), *arguments])
         assert message in capsys.readouterr().err
+
+
+def test_the_caller_s_model_stays_as_it_was(images):
+    _, denoiser = zoo.load("digits")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    ).train()
+    model.pretrained_cfg = zoo.load("digits")[0].pretrained_cfg
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = [examine(model, denoiser, images[:4], presets.FAST) for _ in range(2)]
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert found[0].agreement == found[1].agreement

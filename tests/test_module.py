@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -149,3 +150,57 @@ def test_bad_input_changes_nothing(images):
 def test_a_normalisation_that_cannot_be_undone_is_refused(mean, std, message):
     with pytest.raises(ValueError, match=message):
         AsModule(*zoo.load("digits"), SMALL, mean=mean, std=std)
+
+
+def test_bad_pixels_are_refused_with_a_normalisation_too(images):
+    models, mean, std = zoo.load("digits"), (0.5,) * 3, (0.25,) * 3
+    module = AsModule(*models, SMALL, mean=mean, std=std)
+    given = (images[:2] - 0.5) / 0.25
+    for bad, message in (
+        (given * 5, "give \\[0, 1\\]"),
+        (given / 0, "NaN|infinity|give"),
+        ((given * 50).to(torch.uint8), "floating point"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            module(bad)
+    assert module._next == 0
+    module(given + 1e-3)  # rounding
+
+
+def test_a_state_that_cannot_be_taken_over_is_not_lost(images, monkeypatch):
+    module = AsModule(*zoo.load("digits"), presets.ONLINE.replace(pairs=2))
+    module(images[:4])
+    weights = module.get_extra_state()["online"]["theta"]
+    module.to("cpu")
+    monkeypatch.setattr(Adapter, "load_state_dict", lambda self, state: (_ for _ in ()).throw(ValueError("another model")))
+    for _ in range(2):  # no call goes on from the model's own weights
+        with pytest.raises(ValueError, match="another model"):
+            module(images[4:])
+    monkeypatch.undo()
+    assert module._next == 4
+    module(images[4:])
+    kept = AsModule(*zoo.load("digits"), presets.ONLINE.replace(pairs=2))
+    kept(images[:4])
+    kept(images[4:])
+    assert all(torch.equal(kept.adapter.state_dict()["theta"][name], value) for name, value in module.adapter.state_dict()["theta"].items())
+    assert weights.keys() == module.adapter.state_dict()["theta"].keys()
+
+
+def test_a_state_is_converted_with_its_module(images):
+    module = AsModule(*zoo.load("digits"), presets.ONLINE.replace(pairs=2))
+    module(images[:4])
+    double = module.double()
+    assert double(images[:2].double()).dtype == torch.float64
+    assert double._next == 6
+
+
+def test_threads_take_turns_and_share_no_numbers(images):
+    module, seen = AsModule(*zoo.load("digits"), SMALL), []
+    adapt_ = module.adapter.adapt
+    module.adapter.adapt = lambda given, image_ids: seen.append(tuple(image_ids)) or adapt_(given, image_ids=image_ids)
+    threads = [threading.Thread(target=module, args=(images[:2],)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == [(0, 1), (2, 3), (4, 5)]

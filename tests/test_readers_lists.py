@@ -41,6 +41,10 @@ def test_a_split_of_coop(tmp_path, folder):
     assert data.names[2].endswith("sea_horse/image_test0.png")
     assert [int(data.read(i)[0, 0, 0]) for i in (0, 3)] == [10, 11]
     assert len(open_images("coop", tmp_path, split="train")) == 6
+    splits = json.loads((tmp_path / "split_zhou_Caltech101.json").read_text())
+    splits["test"] = splits["test"][:2]  # of one class alone
+    (tmp_path / "split_zhou_Caltech101.json").write_text(json.dumps(splits))
+    assert open_images("coop", tmp_path).classes == ("face", "sea horse")
 
 
 @pytest.mark.parametrize(
@@ -48,11 +52,16 @@ def test_a_split_of_coop(tmp_path, folder):
     [
         (lambda splits: splits.pop("test"), "is no split of CoOp"),
         (lambda splits: splits.update(test=[["a.png", 0]]), "is no split of CoOp"),
-        (lambda splits: splits.update(test=[["a.png", 1, "one"]]), r"labels \[1\]"),
-        (lambda splits: splits.update(test=[["a.png", 0, "one"], ["b.png", 1, "one"]]), "a name for each"),
-        (lambda splits: splits.update(test=[["../a.png", 0, "one"]]), "may lie outside"),
-        (lambda splits: splits.update(test=[["/etc/a.png", 0, "one"]]), "may lie outside"),
-        (lambda splits: splits.update(test=[["none.png", 0, "one"]]), "put the images beside the list"),
+        (lambda splits: splits.update(test=[["a.png", 0, "another"]]), "another name elsewhere"),
+        (lambda splits: splits.update(test=[["a.png", 0.5, "face"]]), "is no number"),
+        (lambda splits: splits.update(test=[["a.png", float("inf"), "face"]]), "is no number"),
+        (lambda splits: splits.update(test=[["a.png", 5, "five"]]), r"labels \[0, 1, 5\]"),
+        (lambda splits: splits.update(test=[["a.png", 2, "face"]]), "a name for each"),
+        (lambda splits: splits.update(test=[]), "a name for each"),
+        (lambda splits: splits.update(test=[["../a.png", 0, "face"]]), "may lie outside"),
+        (lambda splits: splits.update(test=[["/etc/a.png", 0, "face"]]), "may lie outside"),
+        (lambda splits: splits.update(test=[["none.png", 0, "face"]]), "put the images beside the list"),
+        (lambda splits: splits.update(test=[["n" * 300, 0, "face"]]), "put the images beside the list"),
     ],
 )
 def test_a_split_of_coop_that_does_not_fit(tmp_path, change, message):

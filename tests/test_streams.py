@@ -130,6 +130,8 @@ def test_a_subset_names_the_images_of_every_corruption(tmp_path):
     data = Listed()
     found = order("grouped", data, subset=str(listed))
     assert [data.names[i] for i in found] == [f"{g[:-1]}/{g[-1]}/{n}.png" for g in dict.fromkeys(data.groups) for n in ("0003", "0300")]
+    assert len(order("grouped", data, subset=str(listed), per_class=1)) == len(found)  # they are of different classes
+    assert order("grouped", data, subset=str(listed), per_class=5) == found
     listed.write_text("0003.png\n9999.png\n")
     with pytest.raises(ValueError, match=r"fog1 lacks 1 of its 2 images, such as '9999.png'.*look like '0000.png'"):
         order("grouped", data, subset=str(listed))

@@ -82,6 +82,8 @@ class Adapt:
             if self.calibration is not None:
                 denoiser.calibration = Calibration.load(self.calibration, denoiser)
             adapter = Adapter(model.to(device), denoiser.to(device), self.config, task)
+            config = adapter.config.replace(compile=self.config.compile)  # without a calibration, other than asked for
+        given = None if self.classes is None else list(names_of(self.classes))
         rows: list[dict[str, Any]] = []
         written = time.monotonic()
         try:
@@ -89,7 +91,7 @@ class Adapt:
                 image = read_image(path) if number else first
                 found = adapter.adapt(image[None].to(device), image_ids=torch.tensor([number], dtype=torch.int64, device=device))
                 before, after = (outputs[0].float().softmax(0).tolist() for outputs in (found.outputs_before, found.outputs))
-                names = class_names(model, len(after)) if self.classes is None else list(names_of(self.classes))
+                names = given or class_names(model, len(after))
                 rows.append(
                     {
                         "path": str(path),
@@ -102,11 +104,11 @@ class Adapt:
                 )
                 _print_probabilities(rows[-1])
                 if time.monotonic() > written + WRITE_EVERY:
-                    write_json(self.json, {"images": rows, "config": asdict(self.config)})
+                    write_json(self.json, {"images": rows, "config": asdict(config)})
                     written = time.monotonic()
         finally:
             if rows:
-                write_json(self.json, {"images": rows, "config": asdict(self.config)})
+                write_json(self.json, {"images": rows, "config": asdict(config)})
 
 
 def load_pair_or_clip(

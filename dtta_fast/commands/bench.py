@@ -27,6 +27,7 @@ from dtta_fast.commands.common import (
 from dtta_fast.commands.subjects import EVERY_IMAGE, load_subject
 from dtta_fast.measure import benchmark
 from dtta_fast.runtime import environment
+from dtta_fast.session.checks import check_calibration
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Bench:
         with progress_bar() as progress:
             bar = progress.add_task("loading", total=benchmark.rounds_of(self.calls, self.batches))
             subject = load_subject(self.model, self.denoiser, self.images, max(self.calls, *self.batches), device)
+            check_calibration(subject.denoiser, self.config)
             found = benchmark.run(
                 subject.model,
                 subject.denoiser,

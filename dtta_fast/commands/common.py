@@ -84,7 +84,7 @@ def is_page(path: Path) -> bool:
 def write_json(path: Path | None, result: Any) -> None:
     """Writes a result atomically: the whole file or nothing. Does nothing if `path` is None."""
     if path is not None:
-        write_whole(path, json.dumps(result, indent=2) + "\n")
+        write_whole(path, json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def shown(value: object) -> str:
@@ -122,9 +122,9 @@ def names_of(classes: str) -> list[str] | dict[str, list[str]]:
 
         return list(imagenet_classes())
     path = Path(classes)
-    if "," in classes or path.suffix not in (".txt", ".json"):
+    if "," in classes or path.suffix.lower() not in (".txt", ".json"):
         return [name.strip() for name in classes.split(",")]
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         return [line.strip() for line in read_lines(path) if line.strip()]
     try:
         found = json.loads(read_text(path))
@@ -133,7 +133,7 @@ def names_of(classes: str) -> list[str] | dict[str, list[str]]:
     if isinstance(found, dict):
         found = {name: [prompts] if isinstance(prompts, str) else prompts for name, prompts in found.items()}
     groups = [found] if isinstance(found, list) else list(found.values()) if isinstance(found, dict) else [None]
-    if not found or not all(isinstance(group, list) and all(isinstance(text, str) for text in group) for group in groups):
+    if not found or not all(isinstance(group, list) and group and all(isinstance(text, str) for text in group) for group in groups):
         raise ValueError(f"classes is {classes!r}; it has to hold a list of names, or an object of a prompt or prompts for each name")
     return found
 

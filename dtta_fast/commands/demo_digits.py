@@ -33,14 +33,14 @@ def run(
     split: Split = "test",
     open_vocabulary: bool = False,
     advance: Callable[[str, int], None] = lambda name, done: None,
-    keep: Callable[[str, Tensor, Tensor, AdaptResult], None] = lambda name, images, labels, result: None,
+    keep: Callable[[str, Tensor, Tensor, Tensor, AdaptResult], None] = lambda name, ids, images, labels, result: None,
 ) -> dict[str, Any]:
     """Adapts to the first `images` digits of a split, clean and under every corruption of digits-C.
 
     Args:
         open_vocabulary: use CLIP and Stable Diffusion with the names of the digits, instead of a classifier and a DiT.
         advance: called with the corruption's name and the number of images finished since the last call. keep: called with the
-            corruption's name, and the images, labels and result of each batch.
+            corruption's name, and the numbers, images, labels and result of each batch.
 
     Returns:
         Accuracies in 0..1, evaluations and seconds per image: at the top, means over the corruptions, with the 95 % interval of the
@@ -67,11 +67,13 @@ def run(
         matched = _accuracy_on_matched(source, task, denoiser, inputs, labels) if config.match == "both" else {}
         start = time.perf_counter()
         results = []
-        for ids in torch.arange(images, dtype=torch.int64, device="cpu").split(batch):
+        batches = torch.arange(images, dtype=torch.int64, device="cpu").split(batch)
+        for ids in batches:
             results.append(adapter.adapt(inputs[ids], image_ids=ids))
-            keep(name, inputs[ids], labels[ids], results[-1])
             advance(name, len(ids))
         seconds = time.perf_counter() - start
+        for ids, result in zip(batches, results, strict=True):
+            keep(name, ids, inputs[ids], labels[ids], result)
         before, after = (
             torch.cat([getattr(result, which) for result in results]) == labels for which in ("predictions_before", "predictions")
         )
@@ -99,15 +101,16 @@ class Kept:
         self._records: list[Record] = []
         self._seconds: dict[str, float] = {}
 
-    def __call__(self, name: str, images: Tensor, labels: Tensor, result: AdaptResult) -> None:
+    def __call__(self, name: str, ids: Tensor, images: Tensor, labels: Tensor, result: AdaptResult) -> None:
         """Adds a batch; see run()."""
-        group = f"{name}{DIGITS_C.get(name, '')}"
+        severity = DIGITS_C.get(name)
+        group, place = (name, name) if severity is None else (f"{name}{severity}", f"{name}/{severity}")
         for phase, seconds in result.seconds.items():
             self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
         shares = [outputs.float().softmax(1).sort(1, descending=True) for outputs in (result.outputs_before, result.outputs)]
         for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
             number = len(self.images)
-            record: Record = {"image_id": number, "batch": 0, "path": f"{group}#{i}", "group": group, "label": label}
+            record: Record = {"image_id": number, "batch": 0, "path": f"{place}#{int(ids[i])}", "group": group, "label": label}
             for suffix, (values, classes) in zip(("_before", ""), shares, strict=True):
                 top = [[k, rounded(p)] for k, p in zip(classes[i, :TOP].tolist(), values[i, :TOP].tolist(), strict=True)]
                 record |= {f"prediction{suffix}": top[0][0], f"confidence{suffix}": top[0][1], f"top{suffix}": top}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -58,7 +57,8 @@ class Doctor:
         if self.most < 1:
             raise ValueError(f"most is {self.most}; give 1 and more")
         device, paths = checked_device(self.device), files(self.images)
-        paths = [paths[i * len(paths) // min(self.most, len(paths))] for i in range(min(self.most, len(paths)))]
+        count = min(self.most, len(paths))
+        paths = [paths[i * len(paths) // count] for i in range(count)]
         with terminal(stderr=True).status("loading") as status:
             pixels = [read_image(path) for path in paths]
             model, denoiser, task = load_pair_or_clip(self.model, self.denoiser, self.classes)
@@ -81,7 +81,7 @@ def _lines(found: Suitability, model: str) -> list[str]:
         ("denoiser", f"{found.denoiser_parameters / 1e6:.1f} M parameters, {'calibrated' if found.calibrated else 'not calibrated'}"),
         ("trust", f"{found.trust:.2f} of 3" if found.calibrated else "not measured"),
         ("loss prefers the model's first choice to its second", agreement),
-        ("unusual images", "not known" if math.isnan(found.unusual) else f"{found.unusual:.0%}; of the denoiser's own images, 5 %"),
+        ("unusual images", "not known" if found.unusual is None else f"{found.unusual:.0%} (5 % of the denoiser's own images are)"),
         ("adapted images", f"{found.selected:.0%}"),
         ("answers changed by matching", f"{found.by_matching:.0%}"),
         ("answers changed by adaptation", f"{found.by_adaptation:.0%}"),

@@ -30,6 +30,7 @@ from dtta_fast.measure.bottleneck import Row
 from dtta_fast.runs.writing import write_whole
 from dtta_fast.runtime import environment
 from dtta_fast.session.adapter import Adapter
+from dtta_fast.session.checks import check_calibration
 
 WIDE = 110  # terminal columns needed to show all figures of an operator
 
@@ -80,6 +81,7 @@ class Profile:
         quiet()
         with terminal(stderr=True).status("loading") as status:
             subject = load_subject(self.model, self.denoiser, None, self.images, device)
+            check_calibration(subject.denoiser, self.config)
             adapter = Adapter(subject.model, subject.denoiser, self.config)
             status.update("measuring")
             found = profile(adapter, subject.images, trace=self.trace)

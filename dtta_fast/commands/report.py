@@ -49,7 +49,7 @@ class Report:
         check_path("out", self.out, is_page)
         if self.root is not None:
             check_name("root", self.root)
-        check_path("latex", self.latex, lambda path: path.open("rb").read(len(HEAD)) == HEAD.encode())
+        check_path("latex", self.latex, _is_table)
         check_apart(out=self.out, latex=self.latex)
         runs = read_runs(self.runs)
         files = {self.out: make_page(runs, Pictures(self.root))}
@@ -66,19 +66,28 @@ class Report:
         assert self.model_info is not None
         found: dict[Path, str] = {}
         for run in runs:
-            if is_clean(run) and len(runs) > 1:
+            if is_clean(run):
                 continue
             data, info = model_info(run, runs)
             path = self.model_info / data / "corruptions" / f"{run.folder.name}.json"
             if path in found:
                 raise ValueError(f"runs has two folders of the name {run.folder.name!r}, and {shown(path)} holds one run: rename one")
+            found[path] = json.dumps(info, indent=2) + "\n"
+        if not found:
+            raise ValueError("model_info is given, and all runs are on clean images: add a run on ImageNet-C or CIFAR-C")
+        for path in found:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ValueError(f"model_info is {str(self.model_info)!r}, where no folder can be made: {error}") from error
             check_path("model_info", path, holds("corruptions_acc"))
-            found[path] = json.dumps(info, indent=2) + "\n"
         return found
+
+
+def _is_table(path: Path) -> bool:
+    """Checks whether a file is a table written by this command."""
+    with path.open("rb") as file:
+        return file.read(len(HEAD)) == HEAD.encode()
 
 
 class Pictures:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dtta_fast.core.differences import BINS, GUARD_PAIRS, PAIRS, RIVALS, Differences
+from dtta_fast.core.differences import GUARD_PAIRS, Differences
 from dtta_fast.core.draws import Draws, cumulative_density
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.calibration import MOST_TRUST, Calibration
@@ -31,12 +31,12 @@ def calibrate(
     answers: Tensor | None = None,
     *,
     progress: bool = False,
-    partial: Path | None = None,
+    partial: str | Path | None = None,
 ) -> Calibration:
     """Calibrates a denoiser on at least 8 clean images [N, 3, H, W] in [0, 1], similar to its training images and cropped to what it sees.
 
     32 of the images take part, evenly spaced, because a folder may be sorted by class. Along the whole noise process, an image's own class
-    is compared with its nearest rival. With a classifier's outputs as `answers`, this takes at most 5,000 evaluations of the denoiser,
+    is compared with its nearest rival. With a classifier's outputs as `answers`, this takes 4,960 evaluations of the denoiser at most,
     however many classes there are. Otherwise the classes have to be searched: 20 more evaluations for each image and class. A denoiser of
     maps has no rival classes, so it gets only the statistics, for matching.
 
@@ -55,7 +55,7 @@ def calibrate(
         return _calibrated(denoiser, images, answers, progress, partial)
 
 
-def _calibrated(denoiser: Denoiser, images: Tensor, answers: Tensor | None, progress: bool, partial: Path | None) -> Calibration:
+def _calibrated(denoiser: Denoiser, images: Tensor, answers: Tensor | None, progress: bool, partial: str | Path | None) -> Calibration:
     found = Calibration.measure(denoiser, images)
     if denoiser.takes_maps:
         if answers is not None:
@@ -72,11 +72,9 @@ def _calibrated(denoiser: Denoiser, images: Tensor, answers: Tensor | None, prog
     images = images[rows.to(images.device)].to(device)
     answers = None if answers is None else answers[rows.to(answers.device)].to(device)
     trusted = 0 if answers is None else min(TRUST_IMAGES, count)
-    total = count * 2 * BINS * PAIRS + trusted * (1 + min(RIVALS, classes - 1)) * GUARD_PAIRS
-    if answers is None or answers.ndim == 1:
-        total += count * BINS * classes
-    with progress_bar(progress, total, "calibrating") as advance:
-        measured = Differences(own, found.fingerprint, images, answers, partial, advance)
+    place = None if partial is None else Path(partial)
+    measured = Differences(own, found.fingerprint, images, answers, place)
+    with progress_bar(progress, measured.evaluations(trusted), "calibrating") as measured.advance:
         near = measured.classes()
         signal, spread = class_signal(measured.along_the_process(near))
         found = dataclasses.replace(found, signal=tuple(signal.tolist()), spread=tuple(spread.tolist()))

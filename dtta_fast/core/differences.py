@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dtta_fast.core.loss import pair_losses
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.kernels import Pairs
 from dtta_fast.runtime.files import read_text
+from dtta_fast.runtime.progress import nothing
 
 BINS = 20  # equal parts of the noise process
 PAIRS = 2  # pairs per bin and image
@@ -26,103 +28,126 @@ GOLDEN = 0.6180339887498949  # its multiples fill an interval evenly, so the ima
 ROWS = 64  # rows that the denoiser processes at once
 TOGETHER = 4  # images that are measured, and kept, at once
 SEARCH, COMPARE, TRUST = 0, 1, 2  # step numbers, which give each purpose random draws of its own
+MOST_KEPT = 2**30  # bytes of the file; a search of 1,000 classes keeps 13 MB
 Advance = Callable[[int], None]
-Measure = Callable[[Tensor, Tensor, Tensor], Tensor]  # of latents, ids and rows of a few images
-
-
-def nothing(count: int) -> None:
-    """Takes the place of a progress bar."""
+Measure = Callable[[Tensor, Tensor], Tensor]  # of the latents and numbers of a few images
 
 
 class Differences:
     """Measures images, and keeps the results in a file, one JSON line per image and purpose, so that an interrupted measurement goes on.
 
+    A result is found again if everything that it depends on is the same: the denoiser, the image, its number, and the conditions.
+
     Args:
         denoiser: in eval mode. key: identifies the denoiser. images: [n, 3, H, W] in [0, 1]. answers: a classifier's outputs [n, K], or
-            classes [n]; without them the loss searches the images' own classes. partial: the file; None keeps nothing. advance: called
-            with the number of evaluations done.
+            classes [n]; without them the loss searches the images' own classes. partial: the file; None keeps nothing.
+
+    Attributes:
+        advance: called with the number of evaluations done.
 
     Raises:
         ValueError: the file holds something else.
     """
 
-    def __init__(
-        self, denoiser: Denoiser, key: str, images: Tensor, answers: Tensor | None, partial: Path | None = None, advance: Advance = nothing
-    ) -> None:
-        self._denoiser, self._images, self._answers, self._partial, self._advance = denoiser, images, answers, partial, advance
+    def __init__(self, denoiser: Denoiser, key: str, images: Tensor, answers: Tensor | None, partial: Path | None = None) -> None:
+        self._denoiser, self._images, self._answers, self._partial = denoiser, images, answers, partial
+        self.advance: Advance = nothing
         self._table = denoiser.class_embeddings({})
-        self._kept: dict[str, list[Any]] = {} if partial is None or not partial.exists() else _read(partial)
-        self._keys = [f"{_digest(key, i, image, None if answers is None else answers[i])}" for i, image in enumerate(images)]
-        self.searched = answers is None or answers.ndim == 1
+        self._kept: dict[str, list[Any]] = {} if partial is None or not os.path.exists(partial) else _read(partial)
+        self._keys = [_digest(key, str(i), image) for i, image in enumerate(images)]
+        self._latents: dict[int, Tensor] = {}
+        self._searches = answers is None or answers.ndim == 1
+
+    def evaluations(self, trusted: int) -> int:
+        """Returns how many evaluations there are in all, of which `trusted` images take part in as_the_guard()."""
+        of_an_image = 2 * BINS * PAIRS + (BINS * len(self._table) if self._searches else 0)
+        return len(self._images) * of_an_image + trusted * (1 + self._rivals) * GUARD_PAIRS
+
+    @property
+    def _rivals(self) -> int:
+        return min(RIVALS, len(self._table) - 1)
 
     def classes(self) -> Tensor:
         """Returns each image's own class and then its rivals, the nearest first, [n, 1 + RIVALS] or as many as there are."""
-        count = 1 + min(RIVALS, len(self._table) - 1)
+        if self._answers is not None and not self._searches:
+            return self._answers.topk(1 + self._rivals, dim=1).indices
 
-        def found(x0: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-            return search_losses(self._denoiser, x0, ids, self._advance)
+        def losses(x0: Tensor, ids: Tensor) -> Tensor:
+            return search_losses(self._denoiser, x0, ids, self.advance)
 
-        if self._answers is not None and not self.searched:
-            return self._answers.topk(count, dim=1).indices
-        everyone = torch.arange(len(self._images), dtype=torch.int64, device=self._images.device)
-        scores = class_scores(self._measured("search", everyone, found, BINS * len(self._table)))
+        purpose = f"search {_digest('', '', self._table)}"
+        scores = class_scores(self._measured([purpose] * len(self._images), self._everyone, losses, BINS * len(self._table)))
         if self._answers is not None:
             scores = scores.scatter(1, self._answers[:, None].long(), -torch.inf)
-        return scores.topk(count, dim=1, largest=False).indices
+        return scores.topk(1 + self._rivals, dim=1, largest=False).indices
 
     def along_the_process(self, classes: Tensor) -> Tensor:
         """Returns the loss under the nearest rival minus that under the own class, [n, BINS, PAIRS] in float64, from classes()."""
 
-        def found(x0: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
-            conditions, timesteps = self._table[classes[rows, :2]], pair_timesteps(self._denoiser, ids)
-            losses = class_losses(self._denoiser, x0, ids, timesteps, conditions, COMPARE, self._advance)
+        def margins(x0: Tensor, ids: Tensor) -> Tensor:
+            conditions, timesteps = self._table[classes[ids, :2]], pair_timesteps(self._denoiser, ids)
+            losses = class_losses(self._denoiser, x0, ids, timesteps, conditions, COMPARE, self.advance)
             return (losses[:, 1] - losses[:, 0]).unflatten(1, (BINS, PAIRS))
 
-        everyone = torch.arange(len(self._images), dtype=torch.int64, device=self._images.device)
-        return self._measured("process", everyone, found, 2 * BINS * PAIRS)
+        return self._measured(self._purposes("process", classes[:, :2]), self._everyone, margins, 2 * BINS * PAIRS)
 
-    def as_the_guard(self, classes: Tensor, rows: Tensor, draws: Draws) -> Tensor:
+    def as_the_guard(self, classes: Tensor, ids: Tensor, draws: Draws) -> Tensor:
         """Returns the losses under the rivals minus that under the own class, [n, rivals, GUARD_PAIRS], on pairs like the guard's.
 
         Args:
-            classes: of all images, from classes(). rows: [n], the images to measure. draws: of the pairs' timesteps.
+            classes: of all images, from classes(). ids: [n], numbers of the images to measure. draws: of the pairs' timesteps.
         """
 
-        def found(x0: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+        def margins(x0: Tensor, ids: Tensor) -> Tensor:
             step = torch.tensor(TRUST, dtype=torch.int64, device=x0.device)
-            conditions, timesteps = self._table[classes[rows]], draws.timesteps(ids, step)
-            losses = class_losses(self._denoiser, x0, ids, timesteps, conditions, TRUST, self._advance)
-            margins = losses[:, 1:] - losses[:, :1]
-            if self.searched:  # these rivals are those that the loss favours
-                return margins
-            favoured = margins.mean(2).argsort(1)[:, :FAVOURED, None]
-            return margins.gather(1, favoured.expand(-1, -1, margins.shape[2]))
+            losses = class_losses(self._denoiser, x0, ids, draws.timesteps(ids, step), self._table[classes[ids]], TRUST, self.advance)
+            found = losses[:, 1:] - losses[:, :1]
+            if self._searches:  # these rivals are those that the loss favours
+                return found
+            favoured = found.mean(2).argsort(1)[:, :FAVOURED, None]
+            return found.gather(1, favoured.expand(-1, -1, found.shape[2]))
 
-        density = "" if draws.cumulative is None else hashlib.blake2b(draws.cumulative.cpu().numpy().tobytes(), digest_size=8).hexdigest()
-        return self._measured(f"guard {density}", rows, found, classes.shape[1] * draws.pairs)
+        density = "" if draws.cumulative is None else _digest("", "", draws.cumulative)
+        return self._measured(self._purposes(f"guard {density}", classes), ids, margins, classes.shape[1] * draws.pairs)
 
-    def _measured(self, purpose: str, rows: Tensor, measure: Measure, evaluations: int) -> Tensor:
-        """Returns the values of the images `rows`, stacked, in float64; those in the file are not measured again."""
+    @property
+    def _everyone(self) -> Tensor:
+        return torch.arange(len(self._images), dtype=torch.int64, device=self._images.device)
+
+    def _purposes(self, name: str, classes: Tensor) -> list[str]:
+        """Returns a name for what is measured of each image, which depends on the conditions of its classes [n, M]."""
+        return [f"{name} {_digest('', '', self._table[own])}" for own in classes]
+
+    def _measured(self, purposes: list[str], ids: Tensor, measure: Measure, evaluations: int) -> Tensor:
+        """Returns the values of the images with these numbers, stacked, in float64; those in the file are not measured again."""
         found: dict[int, Any] = {}
-        for part in rows.split(TOGETHER):
-            missing = [i for i in part.tolist() if f"{purpose} {self._keys[i]}" not in self._kept]
-            self._advance(evaluations * (len(part) - len(missing)))
+        for part in ids.split(TOGETHER):
+            keys = {i: f"{purposes[i]} {self._keys[i]}" for i in part.tolist()}
+            missing = [i for i, key in keys.items() if key not in self._kept]
+            self.advance(evaluations * (len(keys) - len(missing)))
             if missing:
                 here = torch.tensor(missing, dtype=torch.int64, device=self._images.device)
-                values = measure(self._denoiser.encode(self._images[here]), here, here).double().cpu()
-                new = {f"{purpose} {self._keys[i]}": value.tolist() for i, value in zip(missing, values, strict=True)}
+                values = measure(self._encoded(missing), here).double().cpu()
+                new = {keys[i]: value.tolist() for i, value in zip(missing, values, strict=True)}
                 self._kept |= new
                 if self._partial is not None:
                     with self._partial.open("a") as file:
                         file.write("".join(json.dumps({"of": key, "values": values}) + "\n" for key, values in new.items()))
-            found |= {i: self._kept[f"{purpose} {self._keys[i]}"] for i in part.tolist()}
-        return torch.tensor([found[i] for i in rows.tolist()], dtype=torch.float64, device=self._images.device)
+            found |= {i: self._kept[key] for i, key in keys.items()}
+        return torch.tensor([found[i] for i in ids.tolist()], dtype=torch.float64, device=self._images.device)
+
+    def _encoded(self, ids: list[int]) -> Tensor:
+        """Returns the latents of images, each of which is encoded once."""
+        new = [i for i in ids if i not in self._latents]
+        if new:
+            rows = torch.tensor(new, dtype=torch.int64, device=self._images.device)
+            self._latents |= dict(zip(new, self._denoiser.encode(self._images[rows]), strict=True))
+        return torch.stack([self._latents[i] for i in ids])
 
 
-def _digest(key: str, number: int, image: Tensor, answer: Tensor | None) -> str:
-    hashed = hashlib.blake2b(f"{key} {number} {tuple(image.shape)}".encode(), digest_size=16)
-    for part in [image] if answer is None else [image, answer]:
-        hashed.update(part.detach().double().cpu().numpy().tobytes())
+def _digest(key: str, number: str, values: Tensor) -> str:
+    hashed = hashlib.blake2b(f"{key} {number} {tuple(values.shape)}".encode(), digest_size=16)
+    hashed.update(values.detach().double().cpu().numpy().tobytes())
     return hashed.hexdigest()
 
 
@@ -134,7 +159,7 @@ def _read(path: Path) -> dict[str, list[Any]]:
     """
     found: dict[str, list[Any]] = {}
     try:
-        lines = read_text(path).splitlines(keepends=True)
+        lines = read_text(path, MOST_KEPT).splitlines(keepends=True)
         whole = [line for line in lines if line.endswith("\n")]
         for line in whole:
             entry = json.loads(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def open_acdc(root: Path, conditions: Sequence[str], severities: Sequence[int], 
 
 
 def _images(folder: Path, pattern: str) -> list[Path]:
-    found = sorted(folder.glob(pattern)) if folder.is_dir() else []
+    found = sorted(folder.glob(pattern)) if os.path.isdir(folder) else []
     if not found:
         raise ValueError(f"{folder} holds no {pattern}; give the folder that the archives were unpacked in")
     return found
@@ -111,7 +112,7 @@ def _paired(
     for image in images:
         place = root / of_maps / image.parent.relative_to(root / of_images)
         choices = [place / f"{image.name.removesuffix(end)}{kind}{ids}.png" for ids in ("labelTrainIds", "labelIds")]
-        there = next((path for path in choices if path.is_file()), None)
+        there = next((path for path in choices if os.path.isfile(path)), None)
         if there is None:
             raise ValueError(f"{choices[0]} is missing, and so is {choices[1].name}: every image needs its map")
         files.append((image, there))

@@ -142,8 +142,10 @@ def _reader(name: str) -> _Reader:
     return readers[name]
 
 
-def subsample(data: Images | Maps, per_class: int, seed: int) -> list[int]:
+def subsample(data: Images | Maps, per_class: int, seed: int, among: Sequence[int] | None = None) -> list[int]:
     """Selects `per_class` images of each class and group, or of each group if there are no labels, and returns their sorted indices.
+
+    among: the indices to select from; all by default.
 
     If there are fewer images, all are selected. The selection depends on the images' names without corruption and severity, so every
     corruption gets the same images.
@@ -155,11 +157,17 @@ def subsample(data: Images | Maps, per_class: int, seed: int) -> list[int]:
         raise ValueError(f"per_class is {per_class}; give 1 and more")
     labels = getattr(data, "labels", None)
     parts: dict[tuple[str, int | None], list[tuple[bytes, int]]] = defaultdict(list)
-    for i, (name, group) in enumerate(zip(data.names, data.groups, strict=True)):
-        shown = f"{seed}/{uncorrupted(name, group)}"
+    for i in range(len(data)) if among is None else among:
+        group = data.groups[i]
+        shown = f"{seed}/{uncorrupted(data.names[i], group)}"
         rank = hashlib.blake2b(shown.encode("utf-8", "surrogateescape"), digest_size=8).digest()
         parts[group, None if labels is None else int(labels[i])].append((rank, i))
     return sorted(i for part in parts.values() for _, i in sorted(part)[:per_class])
+
+
+def corruption_of(name: str, group: str) -> str | None:
+    """Returns the corruption in a group such as fog3, going by the name of one of its images; None for a group without a severity."""
+    return group[:-1] if group[-1:].isdigit() and uncorrupted(name, group) != name else None
 
 
 def uncorrupted(name: str, group: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -25,20 +26,29 @@ def open_coop(root: Path, split: str) -> ImageFiles:
     Raises:
         ValueError: the file is missing, there are several, or it has other contents; or its images are not there.
     """
-    listed = sorted(root.glob("split_zhou_*.json")) if root.is_dir() else []
+    listed = sorted(root.glob("split_zhou_*.json")) if os.path.isdir(root) else []
     if len(listed) != 1:
         found = f"holds {len(listed)} of them" if listed else "holds none"
         raise ValueError(f"{root} {found}: give the folder of a data set with its split_zhou_NAME.json, as CoOp's DATASETS.md lists them")
+    names: dict[int, str] = {}
+    rows: list[tuple[str, int]] = []
     try:
-        rows = [(str(path), int(label), str(name)) for path, label, name in json.loads(read_text(listed[0]))[split]]
+        found = json.loads(read_text(listed[0]))
+        for part in ("train", "val", "test"):
+            for path, label, name in found[part]:
+                if type(label) is not int or names.setdefault(label, str(name)) != name:
+                    raise ValueError(
+                        f"{part} has [{path!r}, {label!r}, {name!r}], and the label is no number, or has another name elsewhere"
+                    )
+                if part == split:
+                    rows.append((str(path), label))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
-            f"{listed[0]} is no split of CoOp: {error!r}; it holds [path, label, class name] for train, val and test"
+            f"{listed[0]} is no split of CoOp: {error!r}; it needs [path, label, class name] for train, val and test"
         ) from error
-    names = {label: name.replace("_", " ") for _, label, name in rows}
-    if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
-        raise ValueError(f"{listed[0]} has labels {sorted(names)[:5]}, .. in {split!r}; they have to be 0, 1, .. with a name for each")
-    return _files(root, listed[0], [(path, label) for path, label, _ in rows], [names[k] for k in sorted(names)], ["coop"] * len(rows))
+    if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names) or not rows:
+        raise ValueError(f"{listed[0]} has the labels {sorted(names)[:5]}, ..; they have to be 0, 1, .. with a name for each")
+    return _files(root, listed[0], rows, [names[k].replace("_", " ") for k in sorted(names)], ["coop"] * len(rows))
 
 
 def open_image_list(root: Path) -> ImageFiles:
@@ -53,7 +63,13 @@ def open_image_list(root: Path) -> ImageFiles:
     Raises:
         ValueError: there is no such file, a line is no path with a label, or an image is not there.
     """
-    listed = [root] if root.is_file() else sorted(root.glob("*.txt")) if root.is_dir() else []
+    listed = (
+        [root]
+        if os.path.isfile(root)
+        else sorted(path for path in root.glob("*.txt") if path.name[0] != ".")
+        if os.path.isdir(root)
+        else []
+    )
     if not listed:
         raise ValueError(f"{root} is no text file and holds none; give a list with a path and a label a line, or a folder of such lists")
     rows: list[tuple[str, int]] = []
@@ -62,10 +78,10 @@ def open_image_list(root: Path) -> ImageFiles:
         for row, line in enumerate(read_lines(path), 1):
             if not line.strip():
                 continue
-            place, _, label = line.strip().rpartition(" ")
-            if not place or not re.fullmatch("[0-9]{1,6}", label):
+            stated = re.fullmatch(r"(.*\S)\s+([0-9]{1,6})", line.strip())
+            if stated is None:
                 raise ValueError(f"{path}, line {row}, is {line[:60]!r}; write a path, a space, and the number of a class")
-            rows.append((place, int(label)))
+            rows.append((stated[1], int(stated[2])))
             groups.append(re.sub("_list$", "", path.stem))
     if not rows:
         raise ValueError(f"{listed[0]} names no image")
@@ -85,8 +101,8 @@ def _files(root: Path, listed: Path, rows: Sequence[tuple[str, int]], classes: S
         parts: Any = PurePosixPath(path)
         if parts.is_absolute() or ".." in parts.parts or "\0" in path:
             raise ValueError(f"{listed} names {path[:80]!r}, which may lie outside of {root}: paths are relative, and without ..")
-    places = [root, *sorted(place for place in root.iterdir() if place.is_dir())]
-    above = next((place for place in places if rows and (place / rows[0][0]).is_file()), None)
+    places = [root, *sorted(place for place in root.iterdir() if os.path.isdir(place))]
+    above = next((place for place in places if rows and os.path.isfile(place / rows[0][0])), None)
     if above is None:
         shown = repr(rows[0][0][:80]) if rows else "no image"
         raise ValueError(f"{listed} names {shown}, which is neither in {root} nor in a folder there: put the images beside the list")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,14 +12,16 @@ from torch import Tensor, nn
 
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.calibration import Calibration
+from dtta_fast.runtime.encoding import as_in_evaluation
 from dtta_fast.session.adapter import Adapter
-from dtta_fast.session.checks import without_calibration
+from dtta_fast.session.checks import fitted_to_denoiser
 from dtta_fast.tasks.base import ClassTask
 from dtta_fast.tasks.classification import Classification
 
 PAIRS = 24  # of a comparison of two classes, as in the guard of FAST
 LEAST_TRUST = 0.2  # below it, the guard hardly ever accepts an adapted answer
-FEW_UNUSUAL = 0.10  # 5 % of the denoiser's own images are
+FEW_UNUSUAL = 0.10  # not many more than the 5 % of the denoiser's own images that are called unusual
 PROBE = 32  # side of the blank images that show the normalisation
 
 
@@ -34,7 +35,7 @@ class Suitability:
         crop: height and width that the model sees. mean, std: normalisation by channel, as found on blank images; empty if there is none
             to be found.
         calibrated: whether the denoiser has a calibration; trust is its trust, and 1 without one.
-        unusual: share that lies outside the range of 95 % of the denoiser's own images; NaN without a calibration.
+        unusual: share that lies outside the range of 95 % of the denoiser's own images; None without a calibration.
         selected: share that was adapted. by_matching, by_adaptation: shares whose answer changed, by what.
         agreement: share in which the denoising loss prefers the classifier's answer to its second choice, and error its standard error.
             Near 0.5, the loss does not know these classes, or numbers them differently.
@@ -51,7 +52,7 @@ class Suitability:
     std: tuple[float, ...]
     calibrated: bool
     trust: float
-    unusual: float
+    unusual: float | None
     selected: float
     by_matching: float
     by_adaptation: float
@@ -74,8 +75,8 @@ class Suitability:
             found.append("there is no calibration, so nothing is matched: run `dtta calibrate` on clean images, and this again")
         elif self.trust < LEAST_TRUST:
             found.append(f"trust is {self.trust:.2f}: the guard will hardly accept an adapted answer; use matching alone")
-        if self.calibrated and self.unusual <= FEW_UNUSUAL:
-            found.append(f"{self.unusual:.0%} of the images are unusual, where 5 % of the denoiser's own are: there is little to gain")
+        if self.unusual is not None and self.unusual <= FEW_UNUSUAL:
+            found.append(f"{self.unusual:.0%} of the images are unusual, as 5 % of the denoiser's own are: there is little to gain")
         changed = self.by_matching + self.by_adaptation
         if changed == 0:
             found.append("no answer changes: adaptation costs time and does nothing here")
@@ -99,7 +100,7 @@ def examine(
     if len(images) == 0:
         raise ValueError("images is empty; give one and more, 50 for shares that are good to about 7 points")
     task = task or Classification()
-    config = without_calibration(denoiser, config)
+    config = fitted_to_denoiser(denoiser, config)
     adapter, device = Adapter(model, denoiser, config, task), next(denoiser.parameters()).device
     crops = [adapter.crop((image.float() / 255 if image.dtype == torch.uint8 else image.float())[None].to(device))[0] for image in images]
     batches = _alike(crops)
@@ -115,7 +116,6 @@ def examine(
     bound, _ = task.bind(model, denoiser)
     mean, std = _normalisation(bound, task, device)
     calibration, changed = denoiser.calibration, before != after
-    distances = torch.full((1,), math.nan) if calibration is None else torch.cat([calibration.distance(batch) for _, batch in batches])
     return Suitability(
         images=len(crops),
         sizes=dict(Counter(f"{image.shape[-1]}x{image.shape[-2]}" for image in images).most_common()),
@@ -127,7 +127,7 @@ def examine(
         std=std,
         calibrated=calibration is not None,
         trust=1.0 if calibration is None else calibration.trust,
-        unusual=math.nan if calibration is None else float((distances > calibration.limit).float().mean()),
+        unusual=None if calibration is None else _unusual(calibration, [batch for _, batch in batches]),
         selected=float((evaluations > 0).float().mean()),
         by_matching=float((changed & ~accepted).float().mean()),
         by_adaptation=float((changed & accepted).float().mean()),
@@ -136,6 +136,11 @@ def examine(
         evaluations=float(evaluations.float().mean()),
         seconds=seconds / len(crops),
     )
+
+
+def _unusual(calibration: Calibration, batches: Sequence[Tensor]) -> float:
+    distances = torch.cat([calibration.distance(batch) for batch in batches])
+    return float((distances > calibration.limit).float().mean())
 
 
 def _alike(crops: Sequence[Tensor], most: int = 16) -> list[tuple[Tensor, Tensor]]:
@@ -168,7 +173,7 @@ def _preferences(
     compare = Adapter(model, denoiser, config, task)
     answers, preferred = [], []
     bound, _ = task.bind(model, denoiser)
-    with torch.no_grad():
+    with as_in_evaluation(bound):
         for ids, batch in batches:
             seen = batch if own.match != "both" or denoiser.calibration is None else denoiser.calibration.match(batch)
             answers.append(bound(task.normalise(bound, seen)).argmax(1))

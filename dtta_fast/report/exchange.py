@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dtta_fast.data.images import corruption_of
 from dtta_fast.report.reading import Run
-from dtta_fast.runs.corruption_error import CorruptionError, corruption_error
+from dtta_fast.runs.corruption_error import ALEXNET, SEVERITIES, CorruptionError, corruption_error
 
 WHEN = ("_before", "")
 HEAD = "% dtta report: error in %, lower is better; needs the packages booktabs and graphicx"  # first line of a LaTeX table
@@ -27,7 +28,8 @@ def group_errors(run: Run, suffix: str) -> dict[str, float]:
 def clean_error(run: Run, runs: Sequence[Run], suffix: str) -> float | None:
     """Returns the error on clean images, from the run among `runs` that has the same models and settings; None if there is none."""
     for other in runs:
-        if _data(other) in CLEAN_OF.get(_data(run), ()) and _without_data(other.config) == _without_data(run.config):
+        alike = _without_data(other.config) == _without_data(run.config) and _images_of(other) == _images_of(run)
+        if _data(other) in CLEAN_OF.get(_data(run), ()) and alike:
             errors = group_errors(other, suffix)
             if errors and not other.unfinished:
                 return sum(errors.values()) / len(errors)
@@ -40,8 +42,8 @@ def is_clean(run: Run) -> bool:
 
 
 def corruption_figures(run: Run, runs: Sequence[Run]) -> tuple[CorruptionError | None, CorruptionError | None]:
-    """Returns the corruption errors before and after of a run on all of ImageNet-C; None for any other run."""
-    if _data(run) != "imagenet-c":
+    """Returns the corruption errors before and after of a finished run on all of ImageNet-C; None for any other run."""
+    if _data(run) != "imagenet-c" or run.unfinished:
         return None, None
     before, after = (corruption_error(group_errors(run, suffix), clean_error(run, runs, suffix)) for suffix in WHEN)
     return before, after
@@ -62,8 +64,9 @@ def latex_table(runs: Sequence[Run]) -> str:
             if not errors:
                 raise ValueError(f"{run.name} has no labelled images, and a table of errors needs them: leave the run out")
             by_name: dict[str, list[float]] = {}
+            paths = {record["group"]: record["path"] for record in run.records}
             for group, error in errors.items():
-                by_name.setdefault(group.rstrip("12345") or group, []).append(error)
+                by_name.setdefault(corruption_of(paths[group], group) or group, []).append(error)
             rows.append((f"{run.name}, {name}", {group: sum(part) / len(part) for group, part in by_name.items()}, figures))
     columns = list(dict.fromkeys(name for _, errors, _ in rows for name in errors))
     with_mce = any(figures is not None for *_, figures in rows)
@@ -90,15 +93,16 @@ def model_info(run: Run, runs: Sequence[Run]) -> tuple[str, dict[str, Any]]:
     Fields that a run cannot know, such as the authors, are None. clean_acc comes from the run on clean images among `runs`, if any.
 
     Raises:
-        ValueError: RobustBench has no such data set, or the run is unfinished or has no labelled images.
+        ValueError: RobustBench has no such data set, or the run is unfinished or lacks a corruption or severity.
     """
     if _data(run) not in ROBUSTBENCH:
         raise ValueError(f"{run.name} is on {_data(run)!r}; RobustBench's leaderboards of corruptions are of {', '.join(ROBUSTBENCH)}")
     if run.unfinished:
         raise ValueError(f"{run.name} is not finished: {run.unfinished}")
     errors = group_errors(run, "")
-    if not errors:
-        raise ValueError(f"{run.name} has no labelled images")
+    lacking = [f"{name}{s}" for name in ALEXNET for s in SEVERITIES if f"{name}{s}" not in errors]
+    if lacking:
+        raise ValueError(f"{run.name} lacks {len(lacking)} of RobustBench's 75 corruptions and severities, such as {lacking[0]}")
     clean, figures = clean_error(run, runs, ""), corruption_figures(run, runs)[1]
     return ROBUSTBENCH[_data(run)], {
         "link": None,
@@ -115,7 +119,7 @@ def model_info(run: Run, runs: Sequence[Run]) -> tuple[str, dict[str, Any]]:
         "corruptions_acc": _percent(1 - sum(errors.values()) / len(errors)),
         "corruptions_mce": None if figures is None else _percent(figures.mean),
         "autoattack_acc": None,
-        "footnote": "test-time adaptation by dtta_fast; the images of a corruption were adapted to",
+        "footnote": "Adapts to the test images, by dtta_fast.",
     }
 
 
@@ -125,6 +129,12 @@ def _percent(value: float) -> str:
 
 def _data(run: Run) -> str:
     return str(run.config.get("data", {}).get("name", ""))
+
+
+def _images_of(run: Run) -> tuple[Any, Any]:
+    """Returns what selects a run's images, besides its data set."""
+    data = run.config.get("data", {})
+    return data.get("per_class"), data.get("subset")
 
 
 def _without_data(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The order in which a run meets its images, and their division into batches.
 
 A data set is grouped by corruption and severity. `grouped` keeps that order. The other streams carry one state through all images, and
-differ in how the shift, or the mix of classes, changes over time. Every image occurs once. The orders come from Python's own generator,
-whose sequences are the same in all versions, so a run can be resumed anywhere.
+differ in how the shift, or the mix of classes, changes over time. Every image occurs once. The orders come from Python's own generator, so
+a run can be resumed on another machine; if an order should differ there, the run is refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dtta_fast.data.base import Images, Maps
 from dtta_fast.data.folder import read_lines
-from dtta_fast.data.images import subsample, uncorrupted
+from dtta_fast.data.images import corruption_of, subsample, uncorrupted
 from dtta_fast.runs.config import RunConfig
 
 CONCENTRATION = 0.1  # of the Dirichlet distribution, as in NOTE and RoTTA
@@ -34,9 +34,9 @@ def batches_of(run: RunConfig, data: Images | Maps) -> list[tuple[int, ...]]:
     Raises:
         ValueError: the data set cannot fill the stream, or lacks an image of the subset.
     """
-    ids: Sequence[int] = range(len(data)) if run.per_class is None else subsample(data, run.per_class, run.adapt.seed)
-    if run.subset is not None:
-        ids = _named(data, ids, Path(run.subset))
+    ids: Sequence[int] = range(len(data)) if run.subset is None else _named(data, Path(run.subset))
+    if run.per_class is not None:
+        ids = subsample(data, run.per_class, run.adapt.seed, ids)
     if run.stream == "grouped":
         parts = list(_by_group(data, ids).values())
     else:
@@ -63,8 +63,8 @@ def _shuffled(ids: Sequence[int], generator: random.Random) -> list[int]:
     return [i for _, i in sorted((generator.random(), i) for i in ids)]
 
 
-def _named(data: Images | Maps, ids: Sequence[int], subset: Path) -> list[int]:
-    """Returns those of the ids whose image's name, without corruption and severity, is a line of the file `subset`.
+def _named(data: Images | Maps, subset: Path) -> list[int]:
+    """Returns the ids of the images whose name, without corruption and severity, is a line of the file `subset`.
 
     Raises:
         ValueError: the file is missing or names an image that a group lacks.
@@ -73,12 +73,12 @@ def _named(data: Images | Maps, ids: Sequence[int], subset: Path) -> list[int]:
     if not wanted:
         raise ValueError(f"subset is {str(subset)!r}, which names no image; write one name a line, such as {data.names[0]!r}")
     found, seen = [], dict[str, set[str]]()
-    for i in ids:
+    for i in range(len(data)):
         name = uncorrupted(data.names[i], data.groups[i])
         if name in wanted:
             found.append(i)
             seen.setdefault(data.groups[i], set()).add(name)
-    for group in _by_group(data, ids):
+    for group in dict.fromkeys(data.groups):
         if lacking := sorted(wanted - seen.get(group, set())):
             raise ValueError(
                 f"subset is {str(subset)!r}, and {group} lacks {len(lacking)} of its {len(wanted)} images, such as {lacking[0]!r}; "
@@ -114,9 +114,10 @@ def _there_and_back(data: Images | Maps, ids: Sequence[int], generator: random.R
     """Returns the stages of a gradual stream: the ids at each corruption's severities, rising and then falling."""
     corruptions: dict[str, dict[str, list[int]]] = {}
     for group, members in _by_group(data, ids).items():
-        if not group[-1:].isdigit():
+        name = corruption_of(data.names[members[0]], group)
+        if name is None:
             raise ValueError(f"stream needs corruptions at several severities, and this data set has {group!r}: use stream 'mixed'")
-        corruptions.setdefault(group[:-1], {})[group[-1]] = _shuffled(members, generator)
+        corruptions.setdefault(name, {})[group[-1]] = _shuffled(members, generator)
     found: list[list[int]] = []
     for name, severities in corruptions.items():
         if len(severities) < 2:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-def _nothing(count: int) -> None:
-    pass
+def nothing(count: int) -> None:
+    """Takes the place of a progress bar that is not shown."""
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def progress_bar(shown: bool, total: int, doing: str = "adapting") -> Iterator[C
     The bar is drawn only when that function is called, so no thread of it runs beside the call.
     """
     if not shown:
-        yield _nothing
+        yield nothing
         return
     from rich.console import Console
     from rich.progress import Progress

@@ -29,8 +29,8 @@ from dtta_fast.session.checks import (
     check_timestep_range,
     checked,
     checked_pairs,
-    differing,
-    without_calibration,
+    fitted_to_denoiser,
+    settings_that_differ,
 )
 from dtta_fast.session.engine import Engine
 from dtta_fast.session.inputs import Images, to_batch, to_ids
@@ -77,11 +77,12 @@ class Adapter:
         task = task or Classification()
         model, denoiser = task.bind(model, denoiser)
         check_timestep_range(denoiser, config)
-        asked, config = config, without_calibration(denoiser, config)
+        asked, config = config, fitted_to_denoiser(denoiser, config)
         if config != asked:
+            of_what = "" if denoiser.calibration is None else "of its timesteps "
             warn(
-                f"the denoiser has no calibration {'' if denoiser.calibration is None else 'of its timesteps '}for these settings, so they "
-                f"are {differing(asked, config)}; for better answers, set denoiser.calibration = calibrate(denoiser, clean_images, outputs)"
+                f"the denoiser has no calibration {of_what}for these settings, so they are {settings_that_differ(config, asked)}; for "
+                "better answers, set denoiser.calibration = calibrate(denoiser, clean_images, outputs)"
             )
         if config.compile == "auto":
             recorded = anchor(model).device.type == "cuda" and config.optimizer != "adam8bit"

@@ -79,7 +79,7 @@ def check_timestep_range(denoiser: Denoiser, config: AdaptConfig) -> None:
         raise ValueError(f"timestep_range is {config.timestep_range}, and the denoiser's process has timesteps 0 .. {rows - 1}")
 
 
-def without_calibration(denoiser: Denoiser, config: AdaptConfig) -> AdaptConfig:
+def fitted_to_denoiser(denoiser: Denoiser, config: AdaptConfig) -> AdaptConfig:
     """Returns the settings that take the place of those that need a calibration which the denoiser lacks.
 
     Without one, nothing is matched and no image is skipped. Without a calibration of its timesteps, they are stratified over the
@@ -98,18 +98,18 @@ def without_calibration(denoiser: Denoiser, config: AdaptConfig) -> AdaptConfig:
 
 def check_calibration(denoiser: Denoiser, config: AdaptConfig) -> None:
     """Raises ValueError if the config needs a calibration that the denoiser lacks, for results that are kept under the config's name."""
-    instead = without_calibration(denoiser, config)
+    instead = fitted_to_denoiser(denoiser, config)
     if instead != config:
         raise ValueError(
-            f"the denoiser has no calibration for {differing(instead, config)}: measure one by `dtta calibrate` or calibrate(), or set "
-            f"{differing(config, instead)}"
+            f"the denoiser has no calibration for {settings_that_differ(config, instead)}: measure one by `dtta calibrate` or calibrate(), "
+            f"or set {settings_that_differ(instead, config)}"
         )
 
 
-def differing(config: AdaptConfig, other: AdaptConfig) -> str:
-    """Returns the settings of `other` that `config` has otherwise, such as "match='off', pairs=4"."""
+def settings_that_differ(config: AdaptConfig, other: AdaptConfig) -> str:
+    """Returns the settings of `config` that differ from those of `other`, such as "match='off', pairs=4"."""
     names = (field.name for field in dataclasses.fields(config))
-    return ", ".join(f"{name}={getattr(other, name)!r}" for name in names if getattr(config, name) != getattr(other, name))
+    return ", ".join(f"{name}={getattr(config, name)!r}" for name in names if getattr(config, name) != getattr(other, name))
 
 
 def checked_tensor(name: str, value: Any, device: torch.device) -> Tensor:

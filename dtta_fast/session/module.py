@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from dtta_fast import presets
 from dtta_fast.config import AdaptConfig
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.runtime.constants import numbers
+from dtta_fast.runtime.turns import Turns
 from dtta_fast.session.adapter import Adapter
 from dtta_fast.tasks.base import Task
 
 MOST_IDS = 2**32  # image ids are 32 bits wide
+ROUNDING = 1e-2  # of images that were normalised in half precision, say
 
 
 class AsModule(nn.Module):
@@ -22,8 +27,8 @@ class AsModule(nn.Module):
 
     forward() takes images [B, 3, H, W] in [0, 1] and returns the adapted outputs [B, ...], also under torch.no_grad() and
     torch.inference_mode(). The outputs carry no gradient. Images are numbered from call to call, so no two of them share random draws, and
-    a harness that walks over a data set in order gets what `dtta evaluate` gets. reset() starts over, at image 0 and with the model's own
-    weights.
+    a harness that walks over a data set in order, with images of the model's size, gets what `dtta evaluate` gets. reset() starts over, at
+    image 0 and with the model's own weights. Calls from several threads take turns.
 
     The module holds the model and the denoiser. to() and its relatives move both of them, as they do for any submodule. train() and eval()
     are passed on to both, and change no answer: adaptation always runs in eval mode. state_dict() holds the weights of both, the number of
@@ -50,26 +55,23 @@ class AsModule(nn.Module):
     ) -> None:
         super().__init__()
         self._config, self._task = config, task
-        self._adapter: Adapter | None = Adapter(model, denoiser, config, task)  # None after a move
-        self._online: dict[str, Any] = {}  # the state to continue from when an adapter is made again
-        self._next = 0
-        self.model, self.denoiser = model, denoiser
+        self._mean, self._std = _per_channel("mean", mean), _per_channel("std", std)
         if (mean is None) != (std is None):
             raise ValueError(f"mean is {mean} and std is {std}; give both, or neither")
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", _per_channel("mean", mean, 0.0), persistent=False)
-        self.register_buffer("std", _per_channel("std", std, 1.0), persistent=False)
-        if not bool((self.std > 0).all()):
+        if not all(value > 0 for value in self._std):
             raise ValueError(f"std is {std}; give one positive number for each channel")
-        self._normalised = mean is not None
+        self._adapter: Adapter | None = Adapter(model, denoiser, config, task)  # None after a move
+        self._online: dict[str, Any] = {}  # the state to continue from when an adapter is made again
+        self._next, self._turns = 0, Turns()
+        self.model, self.denoiser = model, denoiser
 
     @property
     def adapter(self) -> Adapter:
         """The adapter that answers. A move of the module makes a new one, which continues from the same state."""
         if self._adapter is None:
-            self._adapter = Adapter(self.model, self.denoiser, self._config, self._task)
-            self._adapter.load_state_dict(self._online)
+            made = Adapter(self.model, self.denoiser, self._config, self._task)
+            made.load_state_dict(self._online)
+            self._adapter = made
         return self._adapter
 
     def forward(self, images: Tensor) -> Tensor:
@@ -81,15 +83,24 @@ class AsModule(nn.Module):
         if not isinstance(images, Tensor) or images.ndim != 4:
             found = tuple(images.shape) if isinstance(images, Tensor) else f"a {type(images).__name__}"
             raise ValueError(f"images is {found}; give a tensor [B, 3, H, W]")
-        if self._next + len(images) > MOST_IDS:
-            raise ValueError(f"{self._next} images have been seen, and {MOST_IDS} have an id of their own; call reset()")
-        with torch.inference_mode(False):  # tensors of inference mode cannot take part in a backward pass
-            given = images.clone()
-            if self._normalised:
-                given = (given.to(self.std.device) * self.std + self.mean).clamp(0, 1)  # rounding leaves [0, 1] by a hair
-            outputs = self.adapter.adapt(given, image_ids=range(self._next, self._next + len(images))).outputs
-        self._next += len(images)
+        with self._turns.several(), torch.inference_mode(False):  # tensors of inference mode cannot take part in a backward pass
+            ids = range(self._next, self._next + len(images))
+            if ids.stop > MOST_IDS:
+                raise ValueError(f"{self._next} images have been seen, and {MOST_IDS} have an id of their own; call reset()")
+            outputs = self.adapter.adapt(self._restored(images), image_ids=ids).outputs
+            self._next = ids.stop
         return outputs
+
+    def _restored(self, images: Tensor) -> Tensor:
+        """Undoes the harness's normalisation of images [B, C, H, W]; rounding may leave [0, 1] by a hair, which is cut off."""
+        if not self._mean:
+            return images.clone() if images.is_inference() else images
+        if not images.is_floating_point():
+            raise ValueError(f"images has dtype {images.dtype}; with mean and std, give floating point as the harness normalises it")
+        mean, std = (numbers(values, images.device, torch.float32)[:, None, None] for values in (self._mean, self._std))
+        found = images * std + mean
+        bounded = found.clamp(0, 1)
+        return torch.where((found - bounded).abs() < ROUNDING, bounded, found)  # what is farther out is refused by the adapter
 
     def reset(self) -> None:
         """Returns to the model's own weights, and to image 0."""
@@ -102,6 +113,7 @@ class AsModule(nn.Module):
         if self._adapter is not None:
             self._online, self._adapter = self._adapter.state_dict(), None
         super()._apply(fn, recurse)
+        self._online = pytree.tree_map_only(Tensor, lambda part: fn(part) if part.is_floating_point() else part, self._online)
         return self
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -121,16 +133,18 @@ class AsModule(nn.Module):
         self._next = number
 
 
-def _per_channel(name: str, values: Sequence[float] | None, default: float) -> Tensor:
-    """Returns one number per channel as a tensor [C, 1, 1].
+def _per_channel(name: str, values: Sequence[float] | None) -> tuple[float, ...]:
+    """Returns one number per channel; () for None.
 
     Raises:
         ValueError: values are not finite numbers, one per channel.
     """
+    if values is None:
+        return ()
     try:
-        found = torch.tensor([default] if values is None else [float(value) for value in values], dtype=torch.float32)
+        found = tuple(float(value) for value in values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is {values!r}; give one number for each channel") from error
-    if len(found) not in (1, 3) or not bool(found.isfinite().all()):
+    if len(found) != 3 or not all(math.isfinite(value) for value in found):
         raise ValueError(f"{name} is {values!r}; give one finite number for each of 3 channels")
-    return found[:, None, None]
+    return found
