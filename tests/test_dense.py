@@ -161,8 +161,8 @@ def test_matching_serves_maps_too(of_depth, images):
     assert of_depth.calibration.signal == ()
     result = adapt(DepthNet(), of_depth, images * 0.3 + 0.3, config=CONFIG.replace(match="both"), task=Depth())
     assert int(result.evaluations.max()) <= 2 * 4 + 3 * 4
-    with pytest.raises(ValueError, match="no calibration of its timesteps"):
-        Adapter(DepthNet(), of_depth, CONFIG.replace(timesteps="calibrated"), Depth())
+    with pytest.warns(UserWarning, match="no calibration of its timesteps"):
+        assert Adapter(DepthNet(), of_depth, CONFIG.replace(timesteps="calibrated"), Depth()).config.timesteps == "stratified"
 
 
 def test_relative_depth_is_blind_to_scale_and_shift():

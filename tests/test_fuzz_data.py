@@ -53,7 +53,7 @@ def test_images(place, seed, suffix):
     path.write_bytes(_bytes_of(IMAGES[suffix]))
     assert folder.read_pixels(path, str(path)).shape == maps.read_image(path).shape == (3, 12, 16)
     path.write_bytes(damaged(_bytes_of(IMAGES[suffix]), seed))
-    for read in (lambda: folder.read_pixels(path, str(path)), lambda: folder.read_image(path), lambda: maps._read_map(path)):
+    for read in (lambda: folder.read_pixels(path, str(path)), lambda: folder.read_image(path), lambda: maps.read_map(path)):
         found = held(read, str(path), root=here)
         assert found is None or found.numel() <= 3 * Image.MAX_IMAGE_PIXELS
     held(lambda: folder.open_folder(here), str(here))
@@ -74,7 +74,7 @@ def test_bombs_and_interpreters(tmp_path):
         "program.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
     }.items():
         (tmp_path / name).write_bytes(content)
-        for read in (folder.read_image, maps._read_map):
+        for read in (folder.read_image, maps.read_map):
             with pytest.raises(ValueError, match=f"{name} is no (image|map) that can be read") as raised:
                 read(tmp_path / name)
             assert name != "program.png" or "cannot identify" in str(raised.value)

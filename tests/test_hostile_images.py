@@ -64,7 +64,7 @@ LONG = [(80_000_000, 1), (1, 80_000_000), (6500, 100), (65, 1), (9_000, 139)]
 def test_a_long_image_is_refused_before_it_is_decoded(tmp_path, size):
     path = tmp_path / "long.png"
     path.write_bytes(headed(*size))
-    for read in (folder.read_image, lambda path: folder.read_pixels(path, str(path)), maps._read_map):
+    for read in (folder.read_image, lambda path: folder.read_pixels(path, str(path)), maps.read_map):
         with pytest.raises(ValueError, match=rf"long\.png is no .*it is {size[0]}x{size[1]} pixels; crop it"):
             read(path)
     with pytest.raises(ValueError, match=r"long\.png is no image"):
@@ -116,7 +116,7 @@ def test_only_plain_files_are_opened(tmp_path, kind):
         path.mkdir()
     for read, file in (
         (folder.read_image, "x.png"),
-        (maps._read_map, "x.png"),
+        (maps.read_map, "x.png"),
         (folder.read_lines, "x.png"),
         (imagenet._mapping, "x.png"),
         (arrays._load_array, "x.png"),

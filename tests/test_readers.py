@@ -350,7 +350,7 @@ def test_workers_of_a_loader_read_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "imagenet-x"}, r"name is 'imagenet-x'; choose one of ade20k, .*webdataset"),
+        ({"name": "imagenet-x"}, r"name is 'imagenet-x'; choose one of acdc, ade20k, .*webdataset"),
         ({"name": "imagenet", "root": None}, "root is missing: imagenet needs the folder that holds it"),
         ({"name": "digits"}, "digits is made, not read: leave it out"),
         ({"name": "imagenet", "corruptions": ["fog"]}, r"corruptions is \['fog'\], which imagenet does not have; the corrupted sets are"),

@@ -163,7 +163,7 @@ def _read(path: Path) -> dict[str, list[Any]]:
         whole = [line for line in lines if line.endswith("\n")]
         for line in whole:
             entry = json.loads(line)
-            torch.tensor(entry["values"], dtype=torch.float64)
+            torch.tensor(entry["values"], dtype=torch.float64, device="cpu")
             found[entry["of"]] = entry["values"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no file of an interrupted calibration: {error!r}; remove it, or name another") from error

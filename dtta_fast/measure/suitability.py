@@ -183,7 +183,7 @@ def _preferences(
 
 def _normalisation(model: nn.Module, task: ClassTask, device: torch.device) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns mean and deviation by channel that the task normalises crops with, as found on blank images."""
-    blank = torch.zeros(1, 3, PROBE, PROBE, device=device)
+    blank = torch.zeros(1, 3, PROBE, PROBE, dtype=torch.float32, device=device)
     try:
         low, high = (task.normalise(model, blank + value)[0, :, PROBE // 2, PROBE // 2].double() for value in (0.0, 1.0))
     except (RuntimeError, ValueError, IndexError):
