@@ -302,9 +302,7 @@ def test_demo_writes_the_report_of_its_run(tmp_path, capsys):
         main(["demo", "--images", "3", "--html", str(page), "--json", str(result)])
     assert f"{page}: the images that changed most" in capsys.readouterr().out.replace("\n", "")
     text, found = page.read_text(), json.loads(result.read_text())
-    rows = [*found["corruptions"].values(), found["clean"]]
-    after = sum(row["adapted_accuracy"] for row in rows) / len(rows)
     row = text[text.index("Accuracy after") :]
-    assert f"{100 * after:.1f}" in row[: row.index("</tr>")]
+    assert f"{100 * found['adapted_accuracy']:.1f}" in row[: row.index("</tr>")]
     assert text.count("data:image/png;base64") >= 1
     assert all(name in text for name in found["corruptions"])

@@ -128,6 +128,11 @@ def test_bad_input_changes_nothing(images):
         with pytest.raises((TypeError, ValueError), match=message):
             module(given)
     assert module._next == 2
+    with pytest.raises(ValueError, match="or give AsModule the mean and std that your loader normalises with"):
+        module(images * 2 - 1)
+    other = AsModule(*zoo.load("digits"), SMALL.replace(lr=1e-2))
+    with pytest.raises(ValueError, match=r"another config.*lr="):
+        other.load_state_dict(module.state_dict())
     module._next = 2**32 - 1
     with pytest.raises(ValueError, match=r"call reset\(\)"):
         module(images[:2])
@@ -145,6 +150,8 @@ def test_bad_input_changes_nothing(images):
         ("abc", (1.0,) * 3, "one number for each channel"),
         ((0.5,) * 3, (1.0, 0.0, 1.0), "one positive number"),
         ((math.nan,) * 3, (1.0,) * 3, "one finite number"),
+        ((123.0, 116.0, 103.0), (0.5,) * 3, r"of images in \[0, 1\], such as 0.485"),
+        ((0.5,) * 3, (58.0, 57.0, 57.0), r"of images in \[0, 1\], such as 0.229"),
     ],
 )
 def test_a_normalisation_that_cannot_be_undone_is_refused(mean, std, message):

@@ -104,7 +104,7 @@ def test_mixed_leaves_no_order():
 @pytest.mark.parametrize(
     ("stream", "data", "message"),
     [
-        ("gradual", Listed(severities="5"), "at least two severities of each corruption, and fog has 5 alone"),
+        ("gradual", Listed(severities="5"), "at least two severities of each corruption, and fog has severity 5 alone: name more"),
         ("smooth", Listed(corruptions=()), "this data set has 'all'"),
         ("correlated", Listed(labels=False), "this data set has none"),
         ("correlated", Listed(classes=1), "images of one class only"),
@@ -138,7 +138,7 @@ def test_a_subset_names_the_images_of_every_corruption(tmp_path):
     listed.write_text("\n")
     with pytest.raises(ValueError, match="names no image"):
         order("grouped", data, subset=str(listed))
-    with pytest.raises(ValueError, match="no list that can be read"):
+    with pytest.raises(ValueError, match="there is no such file"):
         order("grouped", data, subset=str(tmp_path / "none.txt"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from dtta_fast.commands.common import (
 from dtta_fast.core.calibrate import calibrate
 from dtta_fast.data.folder import read_images
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.calibration import LEAST
 from dtta_fast.runs.models import load_classifier, load_denoiser, load_text_to_image, takes_prompts
 from dtta_fast.runs.writing import check_name, write_whole
 from dtta_fast.tasks.base import Task
@@ -64,6 +66,8 @@ class Calibrate:
     def run(self) -> None:
         """Raises ValueError for a bad device, classes or images, or if the denoiser is not a local folder and out is omitted."""
         check_name("denoiser", self.denoiser)
+        if self.denoiser == "zoo":
+            raise ValueError("denoiser is 'zoo', whose calibration ships with it; give the folder or hub id of another one")
         folder = Path(self.denoiser)
         if self.out is None and not folder.is_dir():
             raise ValueError(f"denoiser is {self.denoiser!r}, which is no folder here; say where to write by --out FILE")
@@ -94,7 +98,15 @@ class Calibrate:
             denoiser.to(device)
             images = read_images(self.images, denoiser.image_size, self.most)
             answers = None if model is None else _outputs(model.to(device), task, denoiser, images.to(device))
-        found = calibrate(denoiser, images.to(device), answers, progress=True, partial=partial)
+        if len(images) < LEAST:
+            raise ValueError(f"images is {str(self.images)!r}, which holds {len(images)}; give a folder of {LEAST} and more")
+        if partial.exists():
+            print(shown(f"goes on from what {partial} holds"), file=sys.stderr)
+        try:
+            found = calibrate(denoiser, images.to(device), answers, progress=True, partial=partial)
+        except KeyboardInterrupt:
+            print(shown(f"{partial} keeps what has been measured: repeat the command to go on, or remove it"), file=sys.stderr)
+            raise
         write_whole(path, found.to_json())
         partial.unlink(missing_ok=True)
         write_json(self.json, {"denoiser": self.denoiser, "images": len(images), "calibration": asdict(found)})

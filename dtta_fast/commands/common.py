@@ -124,6 +124,8 @@ def names_of(classes: str) -> list[str] | dict[str, list[str]]:
     path = Path(classes)
     if "," in classes or path.suffix.lower() not in (".txt", ".json"):
         return [name.strip() for name in classes.split(",")]
+    if not path.is_file():
+        raise ValueError(f"classes is {classes!r}, and there is no such file; give one, or names separated by commas")
     if path.suffix.lower() == ".txt":
         return [line.strip() for line in read_lines(path) if line.strip()]
     try:

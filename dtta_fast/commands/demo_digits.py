@@ -102,9 +102,10 @@ class Kept:
         self._seconds: dict[str, float] = {}
 
     def __call__(self, name: str, ids: Tensor, images: Tensor, labels: Tensor, result: AdaptResult) -> None:
-        """Adds a batch; see run()."""
-        severity = DIGITS_C.get(name)
-        group, place = (name, name) if severity is None else (f"{name}{severity}", f"{name}/{severity}")
+        """Adds a batch; see run(). Clean images are left out, as they are of the table's mean."""
+        if name == CLEAN:
+            return
+        group, place = f"{name}{DIGITS_C[name]}", f"{name}/{DIGITS_C[name]}"
         for phase, seconds in result.seconds.items():
             self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
         shares = [outputs.float().softmax(1).sort(1, descending=True) for outputs in (result.outputs_before, result.outputs)]

@@ -60,19 +60,31 @@ class Doctor:
         count = min(self.most, len(paths))
         paths = [paths[i * len(paths) // count] for i in range(count)]
         with terminal(stderr=True).status("loading") as status:
-            pixels = [read_image(path) for path in paths]
+            pixels, unreadable = [], list[str]()
+            for path in paths:
+                try:
+                    pixels.append(read_image(path))
+                except ValueError as error:
+                    unreadable.append(str(error))
+            if not pixels:
+                raise ValueError(unreadable[0])
             model, denoiser, task = load_pair_or_clip(self.model, self.denoiser, self.classes)
             status.update(f"examining {len(pixels)} images")
             found = examine(model.to(device), denoiser.to(device), pixels, config, task)
         write_json(self.json, {**asdict(found), "advice": found.advice()})
         names = class_names(model, found.classes) if self.classes is None else list(names_of(self.classes))
-        print(*(shown(line) for line in _lines(found, f"{type(model).__name__} of {', '.join(names[:3])}, ..")), sep="\n")
+        for text in unreadable:
+            print(shown(f"left out: {text}"), file=sys.stderr)
+        whose = "the zoo's " if self.model == "zoo" else ""
+        told = f"{whose}{type(model).__name__} of {', '.join(names[:3])}, .."
+        print(*(shown(line) for line in _lines(found, told)), sep="\n")
 
 
 def _lines(found: Suitability, model: str) -> list[str]:
     """Returns the page as lines."""
     sizes = ", ".join(f"{count} of {size}" for size, count in list(found.sizes.items())[:3])
-    agreement = f"{found.agreement:.0%} ± {2 * found.error:.0%} of the images; chance is 50 %"
+    low, high = (min(1.0, max(0.0, found.agreement + sign * 2 * found.error)) for sign in (-1, 1))
+    agreement = f"{found.agreement:.0%} of the images ({low:.0%} to {high:.0%}); chance is 50 %"
     rows = [
         ("images", f"{found.images}: {sizes}{', ..' if len(found.sizes) > 3 else ''}"),
         ("model", f"{model}; {found.classes} classes, {found.parameters / 1e6:.1f} M parameters"),

@@ -19,6 +19,7 @@ from dtta_fast.commands.common import (
     check_path,
     checked_device,
     holds,
+    names_of,
     option,
     progress_bar,
     quiet,
@@ -122,6 +123,11 @@ class Evaluate:
         if self.track is not None:
             require(self.track)
         run = self.run_config
+        if len(run.classes) == 1:  # a file, as for the other commands
+            names = names_of(run.classes[0])
+            if isinstance(names, dict):
+                raise ValueError(f"classes is {run.classes[0]!r}, which holds prompts; a run takes names alone: give a list of names")
+            run = dataclasses.replace(run, classes=tuple(names))
 
         def sent() -> Tracker | None:
             """Starts the tracker with the first records: by then the folder belongs to this run and the settings are known to be valid."""

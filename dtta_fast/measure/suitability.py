@@ -22,6 +22,8 @@ from dtta_fast.tasks.classification import Classification
 PAIRS = 24  # of a comparison of two classes, as in the guard of FAST
 LEAST_TRUST = 0.2  # below it, the guard hardly ever accepts an adapted answer
 FEW_UNUSUAL = 0.10  # not many more than the 5 % of the denoiser's own images that are called unusual
+NEARLY_ALL = 0.9
+FEW = 20  # images whose shares are good to 22 points at best
 PROBE = 32  # side of the blank images that show the normalisation
 
 
@@ -77,13 +79,20 @@ class Suitability:
             found.append(f"trust is {self.trust:.2f}: the guard will hardly accept an adapted answer; use matching alone")
         if self.unusual is not None and self.unusual <= FEW_UNUSUAL:
             found.append(f"{self.unusual:.0%} of the images are unusual, as 5 % of the denoiser's own are: there is little to gain")
+        if self.unusual is not None and self.unusual >= NEARLY_ALL:
+            found.append(
+                f"{self.unusual:.0%} of the images are unusual: either all of them are corrupted, or they show other things than the "
+                "denoiser's own images do, and then its losses mean nothing"
+            )
+        if self.images < FEW:
+            found.append(f"{self.images} images say little: give {FEW} and more")
         changed = self.by_matching + self.by_adaptation
         if changed == 0:
             found.append("no answer changes: adaptation costs time and does nothing here")
         elif self.calibrated and self.by_adaptation < 0.1 * changed:
             found.append("nearly all changes come from matching: calibration.match() gives them without a step of adaptation")
-        if not found:
-            found.append(f"worth trying: {changed:.0%} of the answers change, which bounds the gain; check some of them with labels")
+        if changed and not any("leave adaptation off" in line or "more often than not" in line for line in found):
+            found.append(f"{changed:.0%} of the answers change, so the accuracy can rise by at most that; check some of them with labels")
         return found
 
 

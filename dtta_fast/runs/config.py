@@ -53,9 +53,9 @@ class RunConfig:
         model: name, hub id or folder of the model: a timm classifier, a CLIP model, or a transformers model for segmentation or depth,
             depending on task; zoo selects the small model for the task that ships with the package.
         denoiser: folder or hub id of the diffusion model; zoo selects the small one for the task that ships with the package.
-        classes: class names for zero_shot and for Stable Diffusion, each given as a separate argument and without commas; by default
-            those of the data set. For classification, the names of the class folders in the order of the model's outputs, if that is not
-            the order of the folders.
+        classes: class names for zero_shot and for Stable Diffusion, each given as a separate argument and without commas, or a .txt
+            file with one name a line; by default those of the data set. For classification, the names of the class folders in the order
+            of the model's outputs, if that is not the order of the folders.
         calibration: file that dtta calibrate wrote for the denoiser; by default calibration.json in the denoiser's folder.
         protocol: state that each image starts from: episodic resets to the source model for every image; online carries one state
             through the images of a corruption; continual carries it through all images.

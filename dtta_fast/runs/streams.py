@@ -69,6 +69,8 @@ def _named(data: Images | Maps, subset: Path) -> list[int]:
     Raises:
         ValueError: the file is missing or names an image that a group lacks.
     """
+    if not subset.is_file():
+        raise ValueError(f"subset is {str(subset)!r}, and there is no such file; give a text file with the name of an image a line")
     wanted = {line.strip() for line in read_lines(subset)} - {""}
     if not wanted:
         raise ValueError(f"subset is {str(subset)!r}, which names no image; write one name a line, such as {data.names[0]!r}")
@@ -116,12 +118,16 @@ def _there_and_back(data: Images | Maps, ids: Sequence[int], generator: random.R
     for group, members in _by_group(data, ids).items():
         name = corruption_of(data.names[members[0]], group)
         if name is None:
-            raise ValueError(f"stream needs corruptions at several severities, and this data set has {group!r}: use stream 'mixed'")
+            raise ValueError(f"streams gradual and smooth need corruptions with severities, and this data set has {group!r}: use 'mixed'")
         corruptions.setdefault(name, {})[group[-1]] = _shuffled(members, generator)
     found: list[list[int]] = []
     for name, severities in corruptions.items():
         if len(severities) < 2:
-            raise ValueError(f"stream needs at least two severities of each corruption, and {name} has {next(iter(severities))} alone")
+            only = next(iter(severities))
+            raise ValueError(
+                f"streams gradual and smooth need at least two severities of each corruption, and {name} has severity {only} alone: name "
+                "more, as in --severities 1 3 5"
+            )
         *rising, top = sorted(severities)
         found += [severities[s][::2] for s in rising] + [severities[top]] + [severities[s][1::2] for s in reversed(rising)]
     return [stage for stage in found if stage]

@@ -58,8 +58,10 @@ class AsModule(nn.Module):
         self._mean, self._std = _per_channel("mean", mean), _per_channel("std", std)
         if (mean is None) != (std is None):
             raise ValueError(f"mean is {mean} and std is {std}; give both, or neither")
-        if not all(value > 0 for value in self._std):
-            raise ValueError(f"std is {std}; give one positive number for each channel")
+        if not all(0 < value <= 1 for value in self._std):
+            raise ValueError(f"std is {std}; give one positive number for each channel, of images in [0, 1], such as 0.229")
+        if not all(0 <= value <= 1 for value in self._mean):
+            raise ValueError(f"mean is {mean}; give one number for each channel, of images in [0, 1], such as 0.485")
         self._adapter: Adapter | None = Adapter(model, denoiser, config, task)  # None after a move
         self._online: dict[str, Any] = {}  # the state to continue from when an adapter is made again
         self._next, self._turns = 0, Turns()
@@ -87,7 +89,12 @@ class AsModule(nn.Module):
             ids = range(self._next, self._next + len(images))
             if ids.stop > MOST_IDS:
                 raise ValueError(f"{self._next} images have been seen, and {MOST_IDS} have an id of their own; call reset()")
-            outputs = self.adapter.adapt(self._restored(images), image_ids=ids).outputs
+            try:
+                outputs = self.adapter.adapt(self._restored(images), image_ids=ids).outputs
+            except ValueError as error:
+                if self._mean or "not normalised" not in str(error):
+                    raise
+                raise ValueError(f"{error}; or give AsModule the mean and std that your loader normalises with") from error
             self._next = ids.stop
         return outputs
 
@@ -118,7 +125,8 @@ class AsModule(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Returns the number of the next image and the online state, for state_dict()."""
-        return {"next": self._next, "online": self._online if self._adapter is None else self._adapter.state_dict()}
+        online = self._online if self._adapter is None else self._adapter.state_dict()
+        return {"next": self._next, "config": repr(self._config), "online": online}
 
     def set_extra_state(self, state: Any) -> None:
         """Continues from what get_extra_state() returned.
@@ -129,6 +137,8 @@ class AsModule(nn.Module):
         number = state.get("next") if isinstance(state, dict) else None
         if not isinstance(number, int) or not 0 <= number <= MOST_IDS or "online" not in state:
             raise ValueError("state_dict has no extra state of an AsModule; give one that state_dict() of an AsModule returned")
+        if state.get("config") != repr(self._config):
+            raise ValueError(f"state_dict is of another config, {state.get('config')}; make this AsModule with that one")
         self.adapter.load_state_dict(state["online"])
         self._next = number
 
