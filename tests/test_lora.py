@@ -6,6 +6,7 @@ import copy
 import json
 
 import pytest
+import timm
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -196,3 +197,35 @@ def test_a_clip_s_towers_keep_their_mode(models):
     Adapter(clip, denoiser, LORA.replace(match="off", precheck="off"), ZeroShot(NAMES, zoo.load_processor("open_vocabulary")))
     assert clip.training
     assert not clip.vision_model.training
+
+
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "beit_base_patch16_224"])
+def test_a_layer_whose_weight_is_read_directly_gets_no_adapter(name):
+    """timm's EVA and BEiT add the biases of q and v themselves, so their qkv layer is never called."""
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=10)
+    found = lora.targets(model, None, "model")
+    assert found
+    assert {name.rpartition(".")[2] for name in found} <= {"fc1", "fc1_g", "fc1_x", "fc2"}
+    with pytest.raises(ValueError, match="match no linear layer"):
+        lora.targets(model, ["qkv"], "model")
+
+
+def test_an_eva_tower_of_open_clip_adapts():
+    from open_clip import SimpleTokenizer
+    from open_clip.model import CustomTextCLIP
+
+    torch.manual_seed(0)
+    vision = {
+        "timm_model_name": "eva02_tiny_patch14_224",
+        "timm_model_pretrained": False,
+        "timm_pool": "token",
+        "timm_proj": None,
+        "image_size": 224,
+    }
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
+    clip = CustomTextCLIP(embed_dim=64, vision_cfg=vision, text_cfg=text).eval()
+    denoiser, images = zoo.load("open_vocabulary")[1], zoo.example("digits")[0][:2]
+    config = AdaptConfig(steps=1, pairs=2, parameters="lora", lr=5e-3)
+    result = Adapter(clip, denoiser, config, ZeroShot(zoo.DIGITS, SimpleTokenizer())).adapt(images)
+    assert float((result.outputs - result.outputs_before).abs().max()) > 1e-3

@@ -13,9 +13,16 @@ from torch import Tensor, nn
 
 from dtta_fast.runtime.private import evaluating
 
-# the attention projections under their names in transformers, diffusers and timm; and the MLP of open_clip, whose attention holds the three
-# projections as one parameter instead of a layer
-USUAL = (("q_proj", "v_proj"), ("to_q", "to_k", "to_v", "to_out.0"), ("query", "value"), ("qkv",), ("c_fc", "c_proj"))
+# the attention projections under their names in transformers, diffusers and timm; and the MLPs of open_clip and of timm's EVA and BEiT,
+# whose attention reads its weights without calling a layer
+USUAL = (
+    ("q_proj", "v_proj"),
+    ("to_q", "to_k", "to_v", "to_out.0"),
+    ("query", "value"),
+    ("qkv",),
+    ("c_fc", "c_proj"),
+    ("fc1", "fc1_g", "fc1_x", "fc2"),
+)
 
 
 def weight_names(module: nn.Module) -> list[str]:
@@ -36,8 +43,9 @@ def targets(module: nn.Module, wanted: Sequence[str] | None, what: str) -> list[
     Raises:
         ValueError: no layer matches.
     """
-    # nn.MultiheadAttention reads the weight of its output layer directly and would bypass an adapter
+    # these read the weight of a layer directly and would bypass an adapter: nn.MultiheadAttention, and timm's attention with q_bias
     inside = {id(part.out_proj) for part in module.modules() if isinstance(part, nn.MultiheadAttention)}
+    inside |= {id(part.qkv) for part in module.modules() if isinstance(getattr(part, "q_bias", None), Tensor) and hasattr(part, "qkv")}
     linear = [name for name, part in module.named_modules() if isinstance(part, nn.Linear) and id(part) not in inside]
     for suffixes in USUAL if wanted is None else (wanted,):
         found = [name for name in linear if any(f".{name}".endswith(f".{suffix}") for suffix in suffixes)]
