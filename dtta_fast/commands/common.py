@@ -123,7 +123,10 @@ def names_of(classes: str) -> list[str] | dict[str, list[str]]:
         return list(imagenet_classes())
     path = Path(classes)
     if "," in classes or path.suffix.lower() not in (".txt", ".json"):
-        return [name.strip() for name in classes.split(",")]
+        names = [name.strip() for name in classes.split(",")]
+        if len(names) < 2:
+            raise ValueError(f"classes is {classes!r}; give two names and more, separated by commas, or a .txt or .json file of them")
+        return names
     if not path.is_file():
         raise ValueError(f"classes is {classes!r}, and there is no such file; give one, or names separated by commas")
     if path.suffix.lower() == ".txt":

@@ -123,7 +123,7 @@ class Evaluate:
         if self.track is not None:
             require(self.track)
         run = self.run_config
-        if len(run.classes) == 1:  # a file, as for the other commands
+        if len(run.classes) == 1 and Path(run.classes[0]).suffix.lower() in (".txt", ".json"):  # a file, as for the other commands
             names = names_of(run.classes[0])
             if isinstance(names, dict):
                 raise ValueError(f"classes is {run.classes[0]!r}, which holds prompts; a run takes names alone: give a list of names")
