@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dtta_fast import AdaptConfig, Calibration, adapt, calibrate, presets, zoo
-from dtta_fast.core import calibrate as calibrating
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.noise_process import NoiseProcess
@@ -139,17 +138,18 @@ def test_presets_in_their_own_precision(subject, preset, moved, device):
     torch.testing.assert_close(found.loss[:, 0].cpu(), expected.loss[:, 0], rtol=0.02, atol=0, equal_nan=True)
 
 
-def test_calibration_on_the_device(random_network, process, moved, device, monkeypatch):
-    """Statistics, distances, matching, and the timesteps that tell classes apart."""
-    monkeypatch.setattr(calibrating, "PAIRS", 2)  # enough to compare devices
+def test_calibration_on_the_device(random_network, process, moved, device):
+    """Statistics, distances, matching, the timesteps that tell classes apart, and the trust."""
     denoiser = DiT(random_network(depth=1), process)
     clean, images = torch.rand(2, 8, 3, 16, 16, generator=torch.Generator().manual_seed(7))
-    expected = calibrate(denoiser, clean)
-    there, own_clean, own_images = moved(device, torch.float32, denoiser, clean, images * 0.3)
-    found = calibrate(there, own_clean)
+    outputs = torch.randn(8, len(denoiser.class_embeddings({})), generator=torch.Generator().manual_seed(8))
+    expected = calibrate(denoiser, clean, outputs)
+    there, own_clean, own_images, own_outputs = moved(device, torch.float32, denoiser, clean, images * 0.3, outputs)
+    found = calibrate(there, own_clean, own_outputs)
     assert found.fingerprint == expected.fingerprint
     for name in ("typical", "scatter", "limit", "signal", "spread"):
         values = [torch.tensor(getattr(calibration, name)) for calibration in (found, expected)]
         torch.testing.assert_close(*values, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    assert found.trust == pytest.approx(expected.trust, abs=0.05)
     for measure in (expected.distance, expected.match):
         torch.testing.assert_close(measure(own_images).cpu(), measure(images * 0.3), rtol=1e-3, atol=1e-4)
