@@ -1,6 +1,8 @@
 """Data sets given by lists, and street scenes, each on a small tree of its real layout."""
 
 import json
+import socket
+import sys
 
 import numpy as np
 import pytest
@@ -225,3 +227,33 @@ def test_a_part_of_imagenet_gives_a_text_to_image_model_every_name(tmp_path, mon
     models.load_models(run, ("goldfish", "hen"), [1, 8])
     assert told == (list(given) or list(imagenet_classes()))
     assert len(set(told)) == (len(given) or 1000)
+
+
+def test_wilds_by_its_own_package(tmp_path, monkeypatch):
+    root = tmp_path / "waterbirds_v1.0"
+    rows = ["img_id,img_filename,y,split,place,place_filename"]
+    for i in range(6):
+        draw(root / "001" / f"{i}.jpg", 40 * i)
+        rows.append(f"{i},001/{i}.jpg,{i % 2},{i % 3},{i // 3},x")
+    (root / "metadata.csv").write_text("\n".join(rows) + "\n")
+    (root / "RELEASE_v1.0.txt").write_text("")
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("wilds", "outdated")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(socket, "create_connection", lambda *given, **keywords: pytest.fail("wilds asks the network"))
+    data = open_images("wilds", root)
+    assert "outdated" not in sys.modules
+    assert (data.names, list(data.labels)) == (["test#2", "test#5"], [0, 1])
+    assert data.classes == ("class 0", "class 1")
+    assert abs(int(data.read(1)[0, 0, 0]) - 200) < 4
+    assert list(open_images("wilds", root, split="train").labels) == [0, 1]
+    (root / "001" / "5.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="test#5 cannot be read"):
+        data.read(1)
+    with pytest.raises(ValueError, match="cannot be read by wilds"):
+        open_images("wilds", root, split="id_test")
+    (root / "metadata.csv").unlink()
+    with pytest.raises(ValueError, match="cannot be read by wilds"):
+        open_images("wilds", root)
+    for place in (tmp_path, tmp_path / "camelyon17_v1.0"):
+        with pytest.raises(ValueError, match="give the folder of a data set of WILDS"):
+            open_images("wilds", place)

@@ -37,7 +37,7 @@ class _Reader:
 
 
 def _readers() -> dict[str, _Reader]:
-    from dtta_fast.data import arrays, driving, folder, imagenet, lists, maps, shards
+    from dtta_fast.data import arrays, driving, folder, imagenet, lists, maps, shards, wilds
 
     found = {
         "imagenet": _Reader(lambda a: imagenet.open_imagenet(a.root)),
@@ -68,6 +68,7 @@ def _readers() -> dict[str, _Reader]:
             maps=True,
         ),
         "coop": _Reader(lambda a: lists.open_coop(a.root, a.split), splits=("test", "val", "train")),
+        "wilds": _Reader(lambda a: wilds.open_wilds(a.root, a.split), splits=wilds.SPLITS),
         "image-list": _Reader(lambda a: lists.open_image_list(a.root), needs="a text file, or a folder of them"),
         "nyuv2": _Reader(lambda a: maps.NyuV2(a.root, a.split, a.size), splits=("test", "train"), maps=True),
         "map-folder": _Reader(lambda a: maps.open_map_folder(a.root, a.size), maps=True),
