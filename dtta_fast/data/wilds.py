@@ -6,10 +6,10 @@ import io
 import re
 import sys
 import warnings
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from PIL import Image
 from torch import Tensor
@@ -42,6 +42,19 @@ class Wilds(Images):
         return pil_to_tensor(image.convert("RGB"))
 
 
+@contextmanager
+def _without(name: str) -> Iterator[None]:
+    """Makes a module seem not to be installed."""
+    there = sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if there is not None:
+            sys.modules[name] = there
+
+
 def open_wilds(root: Path, split: str) -> Wilds:
     """Opens a data set of WILDS, such as waterbirds_v1.0, camelyon17_v1.0 or iwildcam_v2.0. Nothing is downloaded.
 
@@ -56,7 +69,7 @@ def open_wilds(root: Path, split: str) -> Wilds:
     if found is None or not root.is_dir():
         raise ValueError(f"root is {str(root)!r}; give the folder of a data set of WILDS, such as data/waterbirds_v1.0")
     try:
-        with patch.dict(sys.modules, {"outdated": None}):  # by which the package would look for a newer version of itself on the network
+        with _without("outdated"):  # by which the package would look for a newer version of itself on the network
             from wilds import get_dataset
     except ModuleNotFoundError as error:
         raise ImportError("wilds needs its own package: pip install 'dtta-fast[data]'") from error
