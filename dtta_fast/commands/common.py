@@ -127,7 +127,7 @@ def names_of(classes: str) -> list[str] | dict[str, list[str]]:
         if len(names) < 2:
             raise ValueError(f"classes is {classes!r}; give two names and more, separated by commas, or a .txt or .json file of them")
         return names
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"classes is {classes!r}, and there is no such file; give one, or names separated by commas")
     if path.suffix.lower() == ".txt":
         return [line.strip() for line in read_lines(path) if line.strip()]

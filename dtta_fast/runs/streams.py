@@ -7,6 +7,7 @@ a run can be resumed on another machine; if an order should differ there, the ru
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def _named(data: Images | Maps, subset: Path) -> list[int]:
     Raises:
         ValueError: the file is missing or names an image that a group lacks.
     """
-    if not subset.is_file():
+    if not os.path.isfile(subset):
         raise ValueError(f"subset is {str(subset)!r}, and there is no such file; give a text file with the name of an image a line")
     wanted = {line.strip() for line in read_lines(subset)} - {""}
     if not wanted:
