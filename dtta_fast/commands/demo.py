@@ -59,14 +59,14 @@ class Demo:
         check_path("html", self.html, is_page)
         check_apart(json=self.json, picture=self.picture, html=self.html)
         if self.html is not None and dense:
-            raise ValueError(f"html is of classes, and task is {self.task!r}: for maps, give --picture FILE")
+            raise ValueError(f"html shows a classifier's answers, and task is {self.task!r}: for maps, give --picture FILE")
         if dense and self.open_vocabulary:
             raise ValueError(f"open_vocabulary is a way of classification; task is {self.task!r}")
         if self.picture is not None and not dense:
             raise ValueError("picture is of maps: give --task segmentation or --task depth")
         if self.open_vocabulary or dense:
             quiet()
-        kept = demo.Kept()
+        kept = None if self.html is None else demo.Kept()
         with progress_bar() as progress:
             corruptions = demo_dense.CORRUPTIONS[dense] if dense else DIGITS_C
             bar = progress.add_task("loading", total=self.images * (1 + len(corruptions)))
@@ -77,7 +77,7 @@ class Demo:
             if dense:
                 found = demo_dense.run(dense, config, self.images, advance=advance)
             else:
-                found = demo.run(config, self.images, open_vocabulary=self.open_vocabulary, advance=advance, keep=kept)
+                found = demo.run(config, self.images, open_vocabulary=self.open_vocabulary, advance=advance, keep=kept or demo.nothing)
         result = {
             "benchmark": "scenes-C" if dense else "digits-C",
             "task": self.task,
@@ -90,9 +90,10 @@ class Demo:
         }
         write_json(self.json, result)
         (_print_dense if dense else _print_demo)(result)
-        if self.html is not None:
+        if self.html is not None and kept is not None:
             told = {"data": {"name": "digits-c"}, "task": "classification", "adapt": result["config"]}
-            page = make_page([kept.as_run(told, result["environment"])], lambda run, i: to_pil_image(kept.images[i]))
+            images = kept.images
+            page = make_page([kept.as_run(told, result["environment"])], lambda run, i: to_pil_image(images[i]))
             write_whole(self.html, page)
             print(f"{shown(self.html)}: the images that changed most, and the figures")
         if dense and self.picture is not None:

@@ -26,6 +26,10 @@ CLEAN = "clean"
 TOP = 5  # classes whose probabilities a report shows
 
 
+def nothing(name: str, ids: Tensor, images: Tensor, labels: Tensor, result: AdaptResult) -> None:
+    """Keeps nothing of a batch."""
+
+
 def run(
     config: AdaptConfig,
     images: int,
@@ -33,7 +37,7 @@ def run(
     split: Split = "test",
     open_vocabulary: bool = False,
     advance: Callable[[str, int], None] = lambda name, done: None,
-    keep: Callable[[str, Tensor, Tensor, Tensor, AdaptResult], None] = lambda name, ids, images, labels, result: None,
+    keep: Callable[[str, Tensor, Tensor, Tensor, AdaptResult], None] = nothing,
 ) -> dict[str, Any]:
     """Adapts to the first `images` digits of a split, clean and under every corruption of digits-C.
 

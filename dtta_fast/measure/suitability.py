@@ -65,10 +65,10 @@ class Suitability:
 
     def advice(self) -> list[str]:
         """Says what follows from the findings, the most important first."""
-        found = []
+        found, tells = [], self.agreement - 2 * self.error >= 0.5
         if self.agreement + 2 * self.error < 0.5:
             found.append("the loss contradicts the classifier more often than not: is class k of the model class k of the denoiser?")
-        elif self.agreement - 2 * self.error < 0.5:
+        elif not tells:
             found.append(
                 "the loss does not clearly prefer the classifier's answers to its second choices: look at more images, check that class k "
                 "of the model is class k of the denoiser, train the denoiser longer, or leave adaptation off"
@@ -91,7 +91,7 @@ class Suitability:
             found.append("no answer changes: adaptation costs time and does nothing here")
         elif self.calibrated and self.by_adaptation < 0.1 * changed:
             found.append("nearly all changes come from matching: calibration.match() gives them without a step of adaptation")
-        if changed and not any("leave adaptation off" in line or "more often than not" in line for line in found):
+        if changed and tells:
             found.append(f"{changed:.0%} of the answers change, so the accuracy can rise by at most that; check some of them with labels")
         return found
 

@@ -40,7 +40,7 @@ class AsModule(nn.Module):
             taken as they are.
 
     Raises:
-        TypeError, ValueError: same as for Adapter; or mean or std is not one finite number per channel, or std is not positive.
+        TypeError, ValueError: same as for Adapter; or mean or std is not one number from 0 to 1 per channel, or a std is 0.
     """
 
     def __init__(
