@@ -25,7 +25,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import PixArtTransformer2DModel, SanaTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,7 +83,13 @@ CHECKS: dict[str, dict[str, tuple[str, str]]] = {
             "gradient": (PIPELINE, f"gradients_of_the_condition and {key}"),
             "adapts": (PIPELINE, f"clip_adapts_with_every_family and {key}"),
         }
-        for name, key in (("SDXL", "SDXL"), ("Stable Diffusion 3, 3.5", "SD and not SDXL"), ("PixArt-α", "alpha"), ("PixArt-Σ", "sigma"))
+        for name, key in (
+            ("SDXL", "SDXL"),
+            ("Stable Diffusion 3, 3.5", "SD and not SDXL"),
+            ("PixArt-α", "alpha"),
+            ("PixArt-Σ", "sigma"),
+            ("Sana", "Sana"),
+        )
     },
 }
 
@@ -140,6 +146,17 @@ def pixart(side: int, tokens: int, **config: Any) -> tuple[nn.Module, Callable[[
     return network, forward
 
 
+def sana(**config: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
+    network = SanaTransformer2DModel(**config)
+
+    def forward() -> Tensor:
+        states = torch.zeros(1, 300, 2304, requires_grad=True)
+        found: Tensor = network(torch.zeros(1, 32, 32, 32), states, torch.zeros(1), return_dict=False)[0]
+        return found
+
+    return network, forward
+
+
 def transformer(side: int, **sizes: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
     network = DiTNetwork(input_size=side, **XL_2, **sizes)
     return network, lambda: network(torch.zeros(1, 4, side, side), torch.zeros(1), torch.zeros(1, 1152, requires_grad=True))
@@ -184,6 +201,7 @@ REAL: tuple[tuple[str, str, int, Callable[[], tuple[nn.Module, Callable[[], Tens
     ("PixArt-α", "PixArt-XL-2-512x512", 512, lambda: pixart(64, 120)),
     ("PixArt-α", "PixArt-XL-2-1024-MS", 1024, lambda: pixart(128, 120)),
     ("PixArt-Σ", "PixArt-Sigma-XL-2-1024-MS", 1024, lambda: pixart(128, 300, use_additional_conditions=False, interpolation_scale=2)),
+    ("Sana", "Sana_1600M_1024px", 1024, sana),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, DDPMScheduler, VQModel
+from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, DDPMScheduler, VQModel
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import check_vae, image_size, to_latents
@@ -45,9 +45,21 @@ def test_autoencoders_without_a_posterior(images):
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
     )
     vq = VQModel(**SIZES, scaling_factor=0.25)
-    for vae in (tiny.eval(), vq.eval()):
+    deep = AutoencoderDC(
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        latent_channels=4,
+        scaling_factor=0.41,
+    )
+    for vae in (tiny.eval(), vq.eval(), deep.eval()):
         check_vae(vae)
-        wanted = vae.encode(images * 2 - 1).latents * vae.config.scaling_factor
+        wanted = vae.encode(images * 2 - 1, return_dict=False)[0] * vae.config.scaling_factor
         torch.testing.assert_close(to_latents(vae, images, 16), wanted)
         assert image_size(vae, wanted.shape[-1]) == 16
 
@@ -60,8 +72,8 @@ def test_folders_say_which_autoencoder_they_hold(tmp_path):
     DiT(network, NoiseProcess.from_scheduler(scheduler), tiny).save_pretrained(tmp_path, scheduler)
     assert isinstance(DiT.from_pretrained(tmp_path).vae, AutoencoderTiny)
     config = (tmp_path / "vae" / "config.json").read_text()
-    (tmp_path / "vae" / "config.json").write_text(config.replace("AutoencoderTiny", "AutoencoderDC"))
-    with pytest.raises(ValueError, match=r"names 'AutoencoderDC'; an autoencoder is one of AutoencoderKL"):
+    (tmp_path / "vae" / "config.json").write_text(config.replace("AutoencoderTiny", "AutoencoderOobleck"))
+    with pytest.raises(ValueError, match=r"names 'AutoencoderOobleck'; an autoencoder is one of AutoencoderDC, AutoencoderKL"):
         DiT.from_pretrained(tmp_path)
 
 
@@ -69,21 +81,11 @@ def test_folders_say_which_autoencoder_they_hold(tmp_path):
     "vae",
     [
         nn.Identity(),
-        AutoencoderDC(
-            encoder_block_out_channels=(8, 16),
-            decoder_block_out_channels=(8, 16),
-            encoder_layers_per_block=(1, 1),
-            decoder_layers_per_block=(1, 1),
-            encoder_block_types="ResBlock",
-            decoder_block_types="ResBlock",
-            encoder_qkv_multiscales=((), ()),
-            decoder_qkv_multiscales=((), ()),
-            latent_channels=4,
-        ),
+        AsymmetricAutoencoderKL(down_block_out_channels=(8,), up_block_out_channels=(8,), norm_num_groups=4),
     ],
-    ids=["Identity", "AutoencoderDC"],
+    ids=["Identity", "AsymmetricAutoencoderKL"],
 )
 def test_others_are_refused_when_the_denoiser_is_made(vae):
     network = DiTNetwork(input_size=8, patch_size=2, in_channels=4, hidden_size=16, depth=1, num_heads=2, num_classes=3)
-    with pytest.raises(ValueError, match=rf"vae is a {type(vae).__name__}; give one of diffusers': AutoencoderKL"):
+    with pytest.raises(ValueError, match=rf"vae is a {type(vae).__name__}; give one of diffusers': AutoencoderDC, AutoencoderKL"):
         DiT(network, NoiseProcess.from_scheduler(DDPMScheduler(10)), vae)

@@ -299,6 +299,21 @@ def test_fast_works_without_a_calibration_and_says_how(model, denoiser, images):
     assert kept.timestep_range == (1, 40)
 
 
+def test_updates_that_nothing_guards_are_warned_of_where_the_loss_is_not_trusted(model, denoiser, recwarn):
+    found = Calibration.measure(denoiser, torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(3)) ** 2)
+    denoiser.calibration = dataclasses.replace(found, trust=0.45)
+    own = {"timesteps": "stratified", "timestep_range": (1, 40)}
+    for settings in (presets.FAST.replace(**own), presets.RANK.replace(**own)):
+        Adapter(model, denoiser, settings)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"trust 0\.45: its loss says little about the class, and with guard 0 .* such as FAST"):
+        Adapter(model, denoiser, presets.ONLINE.replace(**own))
+    denoiser.calibration = dataclasses.replace(found, trust=1.0)
+    recwarn.clear()
+    Adapter(model, denoiser, presets.ONLINE.replace(**own))
+    assert not recwarn.list
+
+
 def test_what_is_kept_under_a_config_s_name_is_refused_without_its_calibration(model, denoiser):
     with pytest.raises(ValueError, match=r"no calibration for timesteps='calibrated', match='both', precheck='answer': measure one by"):
         check_calibration(denoiser, presets.FAST.replace(timestep_range=(0, 50)))

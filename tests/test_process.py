@@ -62,7 +62,7 @@ def test_a_used_flow_scheduler_gives_the_whole_process():
 
 
 def test_processes_that_have_no_row_here_are_refused():
-    with pytest.raises(ValueError, match="use_flow_sigmas is True"):
+    with pytest.raises(ValueError, match="use_flow_sigmas, prediction_type 'epsilon'"):
         NoiseProcess.from_scheduler(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True))
     with pytest.raises(ValueError, match="timestep_type is 'continuous'"):
         NoiseProcess.from_scheduler(diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"))

@@ -6,8 +6,26 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from dtta_fast import zoo
 
@@ -84,3 +102,35 @@ def pixart(kind: str = "PixArtAlphaPipeline", additional: bool = False) -> Any:
     )  # fmt: skip
     scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
     return getattr(diffusers, kind)(t5_tokenizer(), t5_encoder(16), vae(4), transformer.eval(), scheduler)
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    letters = sorted({letter for word in WORDS for letter in word} | set("pcdg"))
+    return GemmaTokenizer(
+        vocab={piece: i for i, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "▁", *letters])}, merges=[], add_bos_token=True
+    )
+
+
+def deep_compression_autoencoder(channels: int, **config: Any) -> AutoencoderDC:
+    return AutoencoderDC(
+        latent_channels=channels, encoder_block_out_channels=(8, 16), decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1), encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock", encoder_qkv_multiscales=((), ()), decoder_qkv_multiscales=((), ()), **config,
+    ).eval()  # fmt: skip
+
+
+def sana(timestep_scale: float = 1.0) -> Any:
+    torch.manual_seed(0)
+    transformer = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, num_layers=2, num_cross_attention_heads=4,
+        cross_attention_head_dim=8, cross_attention_dim=32, caption_channels=16, sample_size=32, timestep_scale=timestep_scale,
+    )  # fmt: skip
+    tokenizer = gemma_tokenizer()
+    encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        )
+    ).eval()  # fmt: skip
+    scheduler = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return diffusers.SanaPipeline(tokenizer, encoder, deep_compression_autoencoder(4, scaling_factor=0.4), transformer.eval(), scheduler)

@@ -6,7 +6,8 @@
 All methods see the same corrupted and clean images; a seed sets a method's random draws. The results go to
 bench/results/quality_BENCHMARK.json, with one record per method: the accuracy and every answer by corruption, the denoiser's forward and
 backward passes, seconds per image, how many right answers turned wrong, and the expected calibration error. A method that is run again
-replaces its record. bench/readme.py makes the tables and bench/quality/plot.py the plots.
+replaces its record; with --keep, only the seeds that its record lacks are measured. bench/readme.py makes the tables and
+bench/quality/plot.py the plots.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dtta_fast.data.digits import load_digits
 from dtta_fast.data.fashion import load_fashion
 from dtta_fast.denoisers import ClassUNet
 from dtta_fast.denoisers.base import Denoiser
+from dtta_fast.denoisers.calibration import fingerprint
 from dtta_fast.metrics import bootstrap_interval, calibration_error
 from dtta_fast.runtime import environment
 
@@ -97,6 +99,12 @@ def measure(method: Method, setting: Setting, streams: dict[str, Tensor], labels
     return rows
 
 
+def kept(record: dict[str, Any] | None, images: int, severities: dict[str, int], denoiser: str) -> list[dict[str, Any]]:
+    """Returns the rows of a record's seeds, or none if it was measured on other images or with another denoiser."""
+    same = record is not None and (record["images"], record["severities"], record.get("denoiser")) == (images, severities, denoiser)
+    return list(record["runs"]) if record is not None and same else []
+
+
 def bits(rows: dict[str, Any], names: list[str]) -> Tensor:
     """Returns which answers are right, as 0 or 1: [corruptions, images]."""
     return torch.tensor([[float(r) for r in rows[name]["right"]] for name in names])
@@ -127,6 +135,7 @@ def main() -> None:
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--keep", action="store_true", help="keep the seeds on record")
     parser.add_argument("--only", nargs="*")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--unseen", action="store_true", help="corruptions on which no setting was chosen")
@@ -149,22 +158,26 @@ def main() -> None:
     path = args.out or RESULTS / f"quality_{args.benchmark}{suffix}.json"
     records = json.loads(path.read_text()) if path.is_file() else {}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=False).stdout.strip()
+    known = fingerprint(denoiser)
     source = measure((ZERO_SHOT if methods is ZERO_SHOT else METHODS)["source"], Setting(model, denoiser, train, 0), streams, labels)
     for name in args.only or methods:
         method = methods[name]
-        runs = [measure(method, Setting(model, denoiser, train, seed), streams, labels) for seed in range(args.seeds)]
-        records[name] = {
-            "family": method.family,
-            "protocol": method.protocol,
-            "images": len(labels),
-            "severities": severities,
-            "corrupted": summary(runs, source, list(severities)),
-            "clean": summary(runs, source, ["clean"]),
-            "runs": runs,
-            "commit": commit,
-            "environment": environment.describe(),
-        }
-        path.write_text(json.dumps(records) + "\n")
+        runs = kept(records.get(name), len(labels), severities, known) if args.keep else []
+        for seed in range(len(runs), max(args.seeds, 1)):
+            runs.append(measure(method, Setting(model, denoiser, train, seed), streams, labels))
+            records[name] = {
+                "family": method.family,
+                "protocol": method.protocol,
+                "images": len(labels),
+                "severities": severities,
+                "denoiser": known,
+                "corrupted": summary(runs, source, list(severities)),
+                "clean": summary(runs, source, ["clean"]),
+                "runs": runs,
+                "commit": commit,
+                "environment": environment.describe(),
+            }
+            path.write_text(json.dumps(records) + "\n")
         found, whole = records[name]["corrupted"], records[name]["clean"]
         low, high = found["gain_interval"]
         print(

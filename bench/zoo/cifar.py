@@ -1,6 +1,6 @@
 """Trains a class-conditional UNet on CIFAR-10's training images (45,000), on a GPU or a CPU.
 
-    python bench/zoo/cifar.py train --root FOLDER --out FOLDER --minutes N [--total N]
+    python bench/zoo/cifar.py train --root FOLDER --out FOLDER --minutes N [--total N] [--start FOLDER]
     python bench/zoo/cifar.py finish --root FOLDER --out FOLDER --to FOLDER
 
 `train` runs for N minutes and leaves OUT/checkpoint.pt, from which the next run goes on. The learning rate falls to 0 over --total, the
@@ -10,6 +10,7 @@ ClassUNet.from_pretrained, with a calibration, and measures the diffusion classi
 
 The first part of the training minimises the denoising loss alone. From CONTRAST_FROM on, a second term raises the loss under a wrong class
 above that under the image's own, on the same pair, as in the hard-negative training of Krojer et al. (2023, arXiv 2305.16397).
+With --start, the folder of a finished UNet, the training begins from its weights, and the second term counts from the first iteration.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ CHANNELS = {"cpu": (32, 64, 128), "cuda": (96, 192, 384)}
 BATCH = {"cpu": 64, "cuda": 512}
 TINY = (16, 32)
 LR, WARM_UP, DECAY, UNLABELLED = 1e-3, 200, 0.999, 0.1
+JITTER = 0.3  # the largest change of an image's contrast (as a factor) and of its brightness (of the distance from grey to white)
 CONTRAST_FROM = 0.6  # share of the training after which wrong classes count
 CONTRAST, SHARPNESS = 0.02, 200.0  # weight of the logistic loss of a wrong class, and the factor of the difference of the two losses
 PART = 15 * 2**20  # bytes of a file of weights
@@ -78,13 +80,18 @@ class Draw(NamedTuple):
 
 
 def drawn(images: Tensor, labels: Tensor, table: Tensor, batch: int, seed: int) -> Draw:
-    """Draws from images [N, 3, 32, 32], uint8; half of them are mirrored. Timesteps have a logit-normal density (Esser et al. 2024,
-    arXiv 2403.03206), since the middle of the process tells most about the class."""
+    """Draws from images [N, 3, 32, 32], uint8; half of them are mirrored, and all are changed in contrast and brightness.
+
+    Timesteps have a logit-normal density (Esser et al. 2024, arXiv 2403.03206), since the middle of the process tells most about the class.
+    """
     generator = torch.Generator(images.device).manual_seed(seed)
     rows = torch.randint(len(images), (batch,), generator=generator, device=images.device)
     x0 = images[rows].float() / 127.5 - 1
     mirrored, unlabelled = torch.rand(2, batch, generator=generator, device=images.device)
     x0 = torch.where(mirrored[:, None, None, None] < 0.5, x0.flip(3), x0)
+    contrast, brightness = JITTER * (2 * torch.rand(2, batch, 1, 1, 1, generator=generator, device=images.device) - 1)
+    mean = x0.mean((1, 2, 3), keepdim=True)
+    x0 = ((x0 - mean) * (1 + contrast) + mean + brightness).clamp(-1, 1)
     rivals = (labels[rows] + torch.randint(1, CLASSES, (batch,), generator=generator, device=images.device)) % CLASSES
     classes = torch.where(unlabelled < UNLABELLED, CLASSES, labels[rows])
     timesteps = (torch.randn(batch, generator=generator, device=images.device).sigmoid() * len(table)).long()
@@ -130,7 +137,7 @@ class Training:
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
         self.autocast = device.type == "cuda" or "avx512_bf16" in cpu_flags()
-        self.iteration, self.seconds = 0, 0.0
+        self.iteration, self.seconds, self.contrast_from = 0, 0.0, CONTRAST_FROM
         self.losses: list[tuple[int, float, float]] = []
 
     def compile(self) -> None:
@@ -147,7 +154,7 @@ class Training:
     def step(self, images: Tensor, labels: Tensor, batch: int, share: float) -> Tensor:
         """Makes one iteration, when a share of all the time has passed; returns the denoising loss and how many wrong classes had more."""
         draw = drawn(images, labels, self.process.table, batch, (self.seed << 32) + self.iteration)
-        if share < CONTRAST_FROM:
+        if share < self.contrast_from:
             own = self.pair_losses(draw, draw.classes)
             loss, found = own.mean(), torch.zeros((), device=self.device)
         else:
@@ -169,7 +176,7 @@ class Training:
 
     def save(self, folder: Path) -> None:
         """Writes checkpoint.pt, the parts of the moving average's weights, and training.json; each appears whole or not at all."""
-        state = {name: getattr(self, name) for name in ("channels", "seed", "iteration", "seconds", "losses")}
+        state = {name: getattr(self, name) for name in ("channels", "seed", "iteration", "seconds", "contrast_from", "losses")}
         modules = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
         torch.save({**state, **modules}, folder / "checkpoint.tmp")
         (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
@@ -184,6 +191,13 @@ class Training:
         about = {**state, "parts": len(parts), "device": str(self.device), "torch": torch.__version__}
         (folder / "training.json").write_text(json.dumps(about, indent=2) + "\n")
 
+    def start(self, folder: Path) -> None:
+        """Begins from the weights of a finished UNet of the same sizes, wrong classes counting from the first iteration."""
+        weights = ClassUNet.from_pretrained(folder).unet.state_dict()
+        for network in (self.network, self.average):
+            network.unet.load_state_dict({name: value.float() for name, value in weights.items()})
+        self.contrast_from = 0.0
+
     def load(self, path: Path) -> None:
         """Goes on from a checkpoint of the same sizes and seed."""
         state = torch.load(path, map_location=self.device, weights_only=True)
@@ -191,7 +205,7 @@ class Training:
             raise ValueError(f"{path} holds a training of {state['channels']} channels with seed {state['seed']}; choose another --out")
         for name in ("network", "average", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
-        for name in ("iteration", "seconds", "losses"):
+        for name in ("iteration", "seconds", "contrast_from", "losses"):
             setattr(self, name, state[name])
 
 
@@ -201,6 +215,8 @@ def train(args: argparse.Namespace) -> None:
     training = Training(TINY if args.tiny else CHANNELS[device.type], device, args.seed)
     if (args.out / "checkpoint.pt").exists():
         training.load(args.out / "checkpoint.pt")
+    elif args.start:
+        training.start(args.start)
     images, labels = (part.to(device) for part in cifar10.load(args.root, "train"))
     batch, total = 16 if args.tiny else BATCH[device.type], 60 * (args.total or args.minutes)
     before, running, started = training.seconds, list[Tensor](), time.monotonic()
@@ -258,6 +274,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--total", type=float)
+    parser.add_argument("--start", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="a network of no use, to test this program")
     parser.add_argument("--to", type=Path, default=Path(__file__).parent / "cifar_weights" / "denoiser")

@@ -49,7 +49,7 @@ class Adapt:
     """Classifier: a timm name, hf-hub:ID, or a folder in timm's format; with --classes, a CLIP folder or hub id. zoo: the digits model."""
     denoiser: Annotated[str, tyro.conf.arg(metavar="DENOISER")] = "zoo"
     """Diffusion model of the model's classes, a DiT or a class-conditional UNet: a folder or a hub id; with --classes, a text-to-image
-    model: Stable Diffusion 1 to 3.5, SDXL or PixArt. zoo: the digits model."""
+    model: Stable Diffusion 1 to 3.5, SDXL, PixArt or Sana. zoo: the digits model."""
     calibration: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the denoiser's own)")] = None
     """Calibration of the denoiser, as written by `dtta calibrate`; defaults to calibration.json in the denoiser's folder."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"

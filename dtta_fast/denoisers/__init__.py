@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dtta_fast.denoisers.concat_unet import ConcatUNet
     from dtta_fast.denoisers.controlnet import ControlNet
     from dtta_fast.denoisers.stable_diffusion import StableDiffusion
-    from dtta_fast.denoisers.text_to_image import PixArt, PixArtSigma, StableDiffusion3, StableDiffusionXL
+    from dtta_fast.denoisers.text_to_image import PixArt, PixArtSigma, Sana, StableDiffusion3, StableDiffusionXL
 
 __all__ = [
     "ClassUNet",
@@ -21,6 +21,7 @@ __all__ = [
     "DiT",
     "PixArt",
     "PixArtSigma",
+    "Sana",
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
@@ -32,6 +33,7 @@ LATE = {
     "ControlNet": "controlnet",
     "PixArt": "text_to_image",
     "PixArtSigma": "text_to_image",
+    "Sana": "text_to_image",
     "StableDiffusion": "stable_diffusion",
     "StableDiffusion3": "text_to_image",
     "StableDiffusionXL": "text_to_image",

@@ -15,7 +15,7 @@ from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.runtime.constants import kept
 
-AUTOENCODERS = {"AutoencoderKL", "AutoencoderTiny", "VQModel"}  # by name, since importing diffusers takes a second
+AUTOENCODERS = {"AutoencoderDC", "AutoencoderKL", "AutoencoderTiny", "VQModel"}  # by name, since importing diffusers takes a second
 ENCODED_PIXELS = 4 * 512**2  # the most pixels a VAE encodes at once
 
 
@@ -144,7 +144,7 @@ def to_latents(vae: Any, images: Tensor, size: int) -> Tensor:
     if dtype == torch.float16 and config.get("force_upcast"):  # as SDXL's, which overflows in half precision
         vae = copy.deepcopy(vae).float()
     found = [vae.encode(to_model_range(part, size).to(vae.dtype)) for part in images.split(at_once)]
-    latents = torch.cat([part.latent_dist.mean if hasattr(part, "latent_dist") else part.latents for part in found])
+    latents = torch.cat([_latents(part) for part in found])
     for name in ("latents_mean", "latents_std"):
         if config.get(name) is not None:
             values = torch.tensor(config[name], dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)
@@ -152,8 +152,17 @@ def to_latents(vae: Any, images: Tensor, size: int) -> Tensor:
     return (latents - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
 
 
+def _latents(encoded: Any) -> Tensor:
+    """Returns the latents that an autoencoder's encode() gave; the libraries' outputs name them differently."""
+    if hasattr(encoded, "latent_dist"):
+        mean: Tensor = encoded.latent_dist.mean
+        return mean
+    latents: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent
+    return latents
+
+
 def _widths(vae: Any) -> Any:
-    """Returns the encoder's channels by resolution; AutoencoderTiny has another name for them."""
+    """Returns the encoder's channels by resolution; AutoencoderTiny and AutoencoderDC have another name for them."""
     return vae.config.get("block_out_channels") or vae.config.get("encoder_block_out_channels")
 
 

@@ -47,15 +47,18 @@ class NoiseProcess:
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseProcess:
         """Reads a diffusers scheduler: one with `alphas_cumprod` (DDPM, DDIM, PNDM, Euler, DPM-Solver, ...), a flow-matching one with
-        only `sigmas`, or one with EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364, table 1).
+        only `sigmas`, a solver with flow sigmas (as Sana's), or one with EDM's preconditioning (Karras et al. 2022, arXiv 2206.00364,
+        table 1).
 
         Raises:
             ValueError: the scheduler has neither, or its prediction type or an option is not supported.
         """
         own = dict(getattr(scheduler, "config", {}))
-        for field, ordinary in (("use_flow_sigmas", False), ("invert_sigmas", False), ("timestep_type", "discrete")):
+        for field, ordinary in (("invert_sigmas", False), ("timestep_type", "discrete")):
             if own.get(field, ordinary) != ordinary:
                 raise ValueError(f"scheduler.config.{field} is {own[field]!r}; supported: {ordinary!r}")
+        if own.get("use_flow_sigmas"):
+            return cls._flow_solver(scheduler)
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is not None:
             alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
@@ -71,14 +74,32 @@ class NoiseProcess:
             # A fresh scheduler has all timesteps; set_timesteps() may have reduced them here. The trailing 0 for the sampler is cut off.
             scheduler = type(scheduler).from_config(scheduler.config)
             count = int(scheduler.config.num_train_timesteps)
-            sigma, order = torch.as_tensor(scheduler.sigmas, dtype=torch.float64)[:count].sort()
-            one = torch.ones_like(sigma)
-            table = torch.stack([1 - sigma, sigma, -one, one, one], dim=1)
-            return cls(table, torch.as_tensor(scheduler.timesteps, dtype=torch.float64)[:count].cpu()[order])
+            return cls._flow(scheduler.sigmas[:count], scheduler.timesteps[:count])
         if type(scheduler).__name__.startswith("EDM"):
             return cls._preconditioned(type(scheduler).from_config(scheduler.config))
         found = type(scheduler).__name__
         raise ValueError(f"scheduler is a {found}, which has no alphas_cumprod, and is neither a FlowMatch nor an EDM scheduler")
+
+    @classmethod
+    def _flow(cls, sigmas: Any, times: Any) -> NoiseProcess:
+        """Returns the linear path at these noise levels and model times, whose target is its velocity ε - x0."""
+        sigma, order = torch.as_tensor(sigmas, dtype=torch.float64).cpu().sort()
+        one = torch.ones_like(sigma)
+        return cls(torch.stack([1 - sigma, sigma, -one, one, one], dim=1), torch.as_tensor(times, dtype=torch.float64).cpu()[order])
+
+    @classmethod
+    def _flow_solver(cls, scheduler: Any) -> NoiseProcess:
+        """Reads a DPM-Solver or UniPC scheduler whose samples follow a linear path, with one row for each training timestep."""
+        config = scheduler.config
+        if config.prediction_type != "flow_prediction" or config.get("use_dynamic_shifting"):
+            raise ValueError(
+                f"scheduler.config has use_flow_sigmas, prediction_type {config.prediction_type!r} and use_dynamic_shifting "
+                f"{config.get('use_dynamic_shifting')!r}; supported with use_flow_sigmas: 'flow_prediction' and False"
+            )
+        count = int(config.num_train_timesteps)
+        scheduler = type(scheduler).from_config(config)
+        scheduler.set_timesteps(count)
+        return cls._flow(scheduler.sigmas[:count], scheduler.timesteps[:count])
 
     @classmethod
     def _preconditioned(cls, scheduler: Any) -> NoiseProcess:

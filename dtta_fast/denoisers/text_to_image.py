@@ -1,7 +1,8 @@
-"""Text-to-image pipelines of diffusers whose condition has several parts: SDXL, Stable Diffusion 3, and PixArt."""
+"""Text-to-image pipelines of diffusers whose condition has several parts: SDXL, Stable Diffusion 3, PixArt, and Sana."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from abc import abstractmethod
@@ -57,7 +58,7 @@ class PipelineDenoiser(PromptDenoiser):
             raise ValueError(f"pipeline is a {type(pipeline).__name__}; a {type(self).__name__} takes a {self.pipeline}")
         parts = pipeline.components
         scheduler = type(parts["scheduler"]).__name__
-        if scheduler.startswith(("LCM", "TCD")):
+        if scheduler.startswith(("LCM", "TCD", "SCM")):
             raise ValueError(f"the pipeline has an {scheduler}, that of a distilled model; give the model that it was distilled from")
         for name, part in parts.items():
             other = name.replace("tokenizer", "text_encoder")
@@ -119,6 +120,10 @@ class PipelineDenoiser(PromptDenoiser):
             for tokenizer, side in zip(tokenizers, sides, strict=True):
                 tokenizer.padding_side = side
         self.layout = tuple(tuple(part.shape[1:]) for part in parts)
+        return self._packed(parts)
+
+    def _packed(self, parts: list[Tensor]) -> Tensor:
+        """Stores the parts [K, ...] of conditions as rows [K, N]."""
         dtype = torch.promote_types(self.dtype, torch.float32)  # masks and hidden states of several encoders in one row
         return torch.cat([part.flatten(1).to(dtype) for part in parts], dim=1)
 
@@ -224,15 +229,35 @@ class StableDiffusion3(PipelineDenoiser):
         return prediction
 
 
-class PixArt(PipelineDenoiser):
-    """PixArt-α (Chen et al. 2023, arXiv 2310.00426).
+class MaskedDenoiser(PipelineDenoiser):
+    """A denoiser whose condition holds a prompt's hidden states [L, D] and its mask of tokens [L].
 
-    A condition holds the prompt's hidden states and its mask of tokens. In a mixture, the state of a token is the mean over the prompts
-    that have it, and its attention is biased by the logarithm of their weight. A prompt alone attends as in the pipeline.
+    In a mixture, the state of a token is the mean over the prompts that have it, and its attention is biased by the logarithm of their
+    weight. A prompt alone attends as in the pipeline.
     """
 
     part = "transformer"
     transformer: Any
+
+    def _check_prompts(self, prompts: list[str]) -> None:
+        super()._check_prompts(self.text()[-1]._text_preprocessing(prompts))
+
+    def _masked(self, states: Tensor, mask: Tensor) -> list[Tensor]:
+        """Returns hidden states [K, L, D] without those of padding, which are not part of a mixture, and the mask [K, L]."""
+        mask = mask.to(states.dtype)
+        return [states * mask[..., None], mask]
+
+    def _attended(self, condition: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Returns the hidden states [rows, L, D] and the attention bias [rows, 1, L] of conditions [B, N]."""
+        states, mask = self.unpacked(condition.repeat_interleave(rows // len(condition), dim=0))
+        states = states / torch.where(mask > 0, mask, 1.0)[..., None]  # the mean over the prompts that have this token
+        bias = torch.where(mask > 0, mask.clamp(min=1e-30).log(), MASKED)[:, None]
+        return states.to(dtype), bias.to(dtype)
+
+
+class PixArt(MaskedDenoiser):
+    """PixArt-α (Chen et al. 2023, arXiv 2310.00426)."""
+
     pipeline = "PixArtAlphaPipeline"
     components = {  # noqa: RUF012
         "transformer": "PixArtTransformer2DModel",
@@ -241,33 +266,26 @@ class PixArt(PipelineDenoiser):
     }
     tokens = {"tokenizer": 120}  # noqa: RUF012
 
-    def _check_prompts(self, prompts: list[str]) -> None:
-        pipeline = self.text()[-1]
-        super()._check_prompts(pipeline._text_preprocessing(prompts))
-
     def _parts_of(self, pipeline: Any, prompts: list[str]) -> list[Tensor]:
         limit = self.tokens["tokenizer"]
         states, mask, _, _ = pipeline.encode_prompt(
             prompts, do_classifier_free_guidance=False, device=self._device(), max_sequence_length=limit
         )
-        return [states * mask[..., None], mask]  # the encoder's states of padding are not part of a mixture
+        return self._masked(states, mask)
 
     def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
         """Predicts under conditions [B, N]: the prompts' hidden states and their masks."""
-        rows = condition.repeat_interleave(len(x_t) // len(condition), dim=0)
-        states, mask = self.unpacked(rows)
-        states = states / torch.where(mask > 0, mask, 1.0)[..., None]  # the mean over the prompts that have this token
-        bias = torch.where(mask > 0, mask.clamp(min=1e-30).log(), MASKED)[:, None]
+        states, bias = self._attended(condition, len(x_t), x_t.dtype)
         added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if self.transformer.use_additional_conditions:
             side = float(self.image_size)
             added = {"resolution": x_t.new_full((len(x_t), 2), side), "aspect_ratio": x_t.new_ones(len(x_t), 1)}
         prediction: Tensor = self.transformer(
             x_t,
-            states.to(x_t.dtype),
+            states,
             self.process.model_time[timesteps],
             added_cond_kwargs=added,
-            encoder_attention_mask=bias.to(x_t.dtype),
+            encoder_attention_mask=bias,
             return_dict=False,
         )[0]
         return prediction
@@ -278,3 +296,37 @@ class PixArtSigma(PixArt):
 
     pipeline = "PixArtSigmaPipeline"
     tokens = {"tokenizer": 300}  # noqa: RUF012
+
+
+class Sana(MaskedDenoiser):
+    """Sana and Sana 1.5 (Xie et al. 2024, arXiv 2410.10629): linear attention on the latents of a deep-compression autoencoder.
+
+    Prompts follow the pipeline's own instruction to its language model; the unconditional prompt has none, as in the pipeline.
+    """
+
+    pipeline = "SanaPipeline"
+    components = {  # noqa: RUF012
+        "transformer": "SanaTransformer2DModel",
+        "text_encoder": "Gemma2Model",
+        "tokenizer": "GemmaTokenizer",
+    }
+    tokens = {"tokenizer": 298}  # noqa: RUF012  # of 300, two can fall to the end of the instruction
+
+    def _parts_of(self, pipeline: Any, prompts: list[str]) -> list[Tensor]:
+        instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+        return self._instructed(pipeline, prompts, instruction)
+
+    def _instructed(self, pipeline: Any, prompts: list[str], instruction: list[str] | None) -> list[Tensor]:
+        """Encodes prompts behind an instruction to the language model."""
+        states, mask, _, _ = pipeline.encode_prompt(prompts, False, device=self._device(), complex_human_instruction=instruction)
+        return self._masked(states, mask)
+
+    def _null(self, prompt: str) -> Tensor:
+        return self._packed(self._instructed(self.text()[-1], [prompt], None))[0]
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """Predicts under conditions [B, N]: the prompts' hidden states and their masks."""
+        states, bias = self._attended(condition, len(x_t), x_t.dtype)
+        time = self.process.model_time[timesteps] * self.transformer.config.timestep_scale
+        prediction: Tensor = self.transformer(x_t, states, time, encoder_attention_mask=bias, return_dict=False)[0]
+        return prediction

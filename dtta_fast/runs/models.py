@@ -35,6 +35,7 @@ TEXT_TO_IMAGE = {
     "StableDiffusion": "StableDiffusion",
     "PixArtAlpha": "PixArt",
     "PixArtSigma": "PixArtSigma",
+    "SanaPipeline": "Sana",
 }
 
 
