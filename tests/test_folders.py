@@ -100,9 +100,9 @@ def test_sixteen_bits_are_scaled(suffix, tmp_path):
 
 def test_all_files_that_can_be_read_are_listed(tmp_path):
     image = Image.new("RGB", (8, 8), (200, 0, 0))
-    names = ["a.ppm", "b.gif", "c.jfif", "d.pgm", "e.PNG", "f.jpe", *(["g.avif"] if "AVIF" in FORMATS else [])]
+    names = ["a.ppm", "b.gif", "c.jfif", "d.pgm", "e.PNG", "f.jpe", *(["g.avif"] if "AVIF" in FORMATS else []), "h.apng", "i.mpo"]
     for name in names:
-        kind = {"ppm": "PPM", "gif": "GIF", "pgm": "PPM", "PNG": "PNG", "avif": "AVIF"}.get(name.split(".")[1], "JPEG")
+        kind = {"ppm": "PPM", "gif": "GIF", "pgm": "PPM", "PNG": "PNG", "avif": "AVIF", "apng": "PNG"}.get(name.split(".")[1], "JPEG")
         (image.convert("L") if name.endswith("pgm") else image).save(tmp_path / name, kind)
     for folder in ("__MACOSX", "@eaDir", ".cache", "lost+found"):
         (tmp_path / folder).mkdir()
@@ -119,5 +119,8 @@ def test_pictures_in_other_formats_are_counted(tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     (tmp_path / "x.heic").write_bytes(b"")
     (tmp_path / "y.dng").write_bytes(b"")
-    with pytest.warns(UserWarning, match=r"2 pictures are in a format that is not read, such as x\.heic"):
+    for name, kind in (("w", "PNG"), ("z", "JPEG")):
+        Image.new("RGB", (8, 8)).save(tmp_path / name, kind)
+    (tmp_path / "LICENSE").write_text("no picture")
+    with pytest.warns(UserWarning, match=r"4 pictures are in a format that is not read, or without the format's ending, such as w; save"):
         assert image_files(tmp_path) == ["a.png", "b.png"]

@@ -27,6 +27,7 @@ from dtta_fast import AdaptConfig, Adapter, adapt, presets, zoo
 from dtta_fast.commands.cli import main
 from dtta_fast.runs.models import class_names, load_classifier
 from dtta_fast.tasks import Classification
+from dtta_fast.tasks.image_classifier import ImageClassifier
 
 CONFIG = AdaptConfig(steps=1, pairs=2, guard=2, lr=1e-3)
 NAMES = {str(k): f"digit {k}" for k in range(10)}
@@ -54,6 +55,13 @@ def pair(request):
     torch.manual_seed(0)
     model, processor = request.param()
     return model.eval(), processor
+
+
+def test_names_with_numbers_as_text_keep_the_order_of_the_outputs():
+    """Of twelve classes, "10" stands before "2" in the order of text."""
+    own = vit()[0]
+    own.config.id2label = {str(k): f"class {k}" for k in range(12)}
+    assert ImageClassifier(own).pretrained_cfg["label_names"] == [f"class {k}" for k in range(12)]
 
 
 @pytest.fixture(scope="module")

@@ -408,6 +408,13 @@ def test_script_modules_are_refused(floats):
         adapt(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(768, 7))), *floats, config=CONFIG)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_parallel_modules_are_refused(floats, wrapped):
+    parallel = nn.DataParallel(nn.Sequential(nn.Flatten(), nn.Linear(768, 7)))
+    with pytest.raises(TypeError, match=r"DataParallel.*\.module"):
+        adapt(nn.Sequential(parallel) if wrapped else parallel, *floats, config=CONFIG)
+
+
 class Dropping(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(super().forward(x), 0.5)
@@ -498,6 +505,8 @@ def test_what_a_model_does_not_take_is_explained(denoiser):
         adapt(small, denoiser, images, config=CONFIG)
     found = adapt(small, denoiser, images, config=CONFIG, task=Classification(crop=lambda crop: crop))
     assert found.outputs.shape == (2, 7)
+    with pytest.raises(ValueError, match=r"subset is \[3\]; give two and more"):
+        Classification(subset=[3])
     with pytest.raises(ValueError, match=r"returns 1 logit for each image.*\[0, z\]"):
         adapt(nn.Sequential(nn.Flatten(), nn.Linear(3072, 1)), denoiser, images, config=CONFIG)
 

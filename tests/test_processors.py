@@ -18,7 +18,7 @@ from transformers import (
 
 from dtta_fast import AdaptConfig, Adapter, zoo
 from dtta_fast.runs import models
-from dtta_fast.tasks import Classification, Segmentation
+from dtta_fast.tasks import Classification, Depth, Segmentation
 from dtta_fast.tasks.transforms import processed_size, processor_transforms
 
 SIZE = {"size": {"height": 32, "width": 32}}
@@ -116,6 +116,11 @@ def test_maps_and_images_have_the_size_that_the_processor_makes(monkeypatch):
 def test_a_processor_without_a_size_is_refused():
     with pytest.raises(ValueError, match="different sizes; it needs do_resize and a size"):
         processed_size(SegformerImageProcessor(do_resize=False))
+
+
+def test_a_processor_that_fails_is_named():
+    with pytest.raises(ValueError, match=r"processor, a DPTImageProcessor\w*, fails on an image of one colour \(.*complete its settings"):
+        Depth(DPTImageProcessor(size=None))
 
 
 def test_a_segmenter_with_bgr_input_is_fed_once_and_in_order():

@@ -145,10 +145,10 @@ def to_latents(vae: Any, images: Tensor, size: int) -> Tensor:
         vae = copy.deepcopy(vae).float()
     found = [vae.encode(to_model_range(part, size).to(vae.dtype)) for part in images.split(at_once)]
     latents = torch.cat([_latents(part) for part in found])
-    for name in ("latents_mean", "latents_std"):
-        if config.get(name) is not None:
-            values = torch.tensor(config[name], dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1)
-            latents = latents - values if name == "latents_mean" else latents / values
+    statistics = [config.get(name) for name in ("latents_mean", "latents_std")]
+    if None not in statistics:  # the pipelines use them only together
+        mean, deviation = (torch.tensor(own, dtype=latents.dtype, device=latents.device).view(1, -1, 1, 1) for own in statistics)
+        latents = (latents - mean) / deviation
     return (latents - (config.get("shift_factor") or 0.0)) * config["scaling_factor"]
 
 

@@ -118,14 +118,16 @@ def check_pointers(folder: str | Path) -> None:
 
 
 def only_variant(folder: Path) -> str | None:
-    """Returns the variant of a folder's weights, such as "fp16", if they exist in that variant alone.
+    """Returns the variant of a folder's weights, such as "fp16", if they exist in no plain form: fp16 before others.
 
     Weights without a moving average ("non_ema") are never chosen by themselves.
     """
     if any(folder.glob("*.bin*")):
         return None
-    found = {match[1] for path in folder.glob("*.safetensors") if (match := OF_WEIGHTS.fullmatch(path.name))}
-    return found.pop() if len(found) == 1 and found != {"non_ema"} else None
+    found = {match[1] for path in folder.glob("*.safetensors") if (match := OF_WEIGHTS.fullmatch(path.name))} - {"non_ema"}
+    if None in found or not found:
+        return None
+    return "fp16" if "fp16" in found else sorted(found)[0]  # type: ignore[type-var]  # fp16 has more digits than bf16
 
 
 def autoencoder_kind(folder: Path) -> Any:

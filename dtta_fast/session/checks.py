@@ -44,6 +44,9 @@ def check_arguments(model: Any, denoiser: Any, config: Any, task: Any) -> None:
         raise TypeError(
             f"model is a {type(model).__name__}; give a torch.nn.Module (of a DataParallel or DistributedDataParallel, its .module)"
         )
+    inner = [type(part).__name__ for part in model.modules() if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel))]
+    if inner:
+        raise TypeError(f"model, a {type(model).__name__}, holds a {inner[0]}, which cannot be copied; put its .module in its place")
     if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
         raise TypeError(
             f"model, a {type(model).__name__}, holds a ScriptModule, whose weights cannot be exchanged; give what it was made of"

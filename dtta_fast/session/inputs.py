@@ -49,7 +49,7 @@ def to_ids(image_ids: Any, device: torch.device) -> Any:
     """Converts a sequence of whole numbers, or an array of them, to a tensor; returns anything else unchanged.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a number is out of range. TypeError: a list holds anything but whole numbers.
     """
     if isinstance(image_ids, np.ndarray) and image_ids.ndim == 1:
         image_ids = list(image_ids)
@@ -57,6 +57,8 @@ def to_ids(image_ids: Any, device: torch.device) -> Any:
         if any(not 0 <= i < 2**32 for i in image_ids):
             raise ValueError(f"image_ids lies in {min(image_ids)} .. {max(image_ids)}; give 0 .. 2^32 - 1")
         return torch.tensor([int(i) for i in image_ids], dtype=torch.int64, device=device)
+    if isinstance(image_ids, Sequence):
+        raise TypeError(f"image_ids is a {type(image_ids).__name__} of {str(list(image_ids)[:3])[:80]}; give whole numbers, one an image")
     return image_ids
 
 

@@ -36,7 +36,7 @@ class Classification(ClassTask):
             ImageNet-R with 200. The other classes are ignored and never predicted. None means all classes.
 
     Raises:
-        ValueError: subset is empty, or has a repeated or negative index.
+        ValueError: subset has less than two indices, or a repeated or negative one.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Classification(ClassTask):
         self._looked = False  # whether a first crop was compared with the model's config
         self._normalise = normalise
         if subset is not None and (
-            not subset or len(set(subset)) != len(subset) or any(not hasattr(k, "__index__") or k < 0 for k in subset)
+            len(subset) < 2 or len(set(subset)) != len(subset) or any(not hasattr(k, "__index__") or k < 0 for k in subset)
         ):
-            raise ValueError(f"subset is {list(subset)[:5]}; give different numbers of the model's classes, 0 and more")
+            raise ValueError(f"subset is {list(subset)[:5]}; give two and more different numbers of the model's classes, from 0 on")
         self._subset = None if subset is None else tuple(map(int, subset))
 
     def bind(self, model: nn.Module, denoiser: Denoiser) -> tuple[nn.Module, Denoiser]:

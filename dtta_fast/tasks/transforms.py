@@ -69,7 +69,7 @@ def processor_transforms(processor: Any) -> tuple[Transform, Transform]:
     result. The crop is in RGB, as the denoiser needs it.
 
     Raises:
-        ValueError: the processor changes pixel values in a way that is not linear.
+        ValueError: the processor fails, or changes pixel values in a way that is not linear.
     """
     # the steps that are not geometry; some processors have only the first two
     off = dict.fromkeys(("do_rescale", "do_normalize"), False)
@@ -79,12 +79,7 @@ def processor_transforms(processor: Any) -> tuple[Transform, Transform]:
         found: Tensor = processor(images=images, **off, return_tensors="pt")["pixel_values"]
         return found.to(images.device).clamp(0, 1)  # bicubic overshoots
 
-    try:
-        return crop, _values_transform(processor)
-    except (TypeError, IndexError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"processor, a {type(processor).__name__}, fails on an image of one colour ({error}); give crop= and normalise= in its place"
-        ) from error
+    return crop, _values_transform(processor)
 
 
 def preset_transforms(preset: Any) -> tuple[Transform, Transform]:
@@ -114,9 +109,19 @@ def processed_size(processor: Any) -> tuple[int, int]:
 
 
 def _processed(processor: Any, colour: tuple[int, int, int], side: int = PROBE) -> Tensor:
-    """Returns what a processor makes of an image of one colour, [3, h, w]."""
+    """Returns what a processor makes of an image of one colour, [3, h, w].
+
+    Raises:
+        ValueError: the processor fails, such as one whose size is None.
+    """
     image = torch.tensor(colour, dtype=torch.uint8, device="cpu").view(3, 1, 1).repeat(1, side, side)
-    found: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    try:
+        found: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    except (TypeError, ValueError, IndexError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(
+            f"processor, a {type(processor).__name__}, fails on an image of one colour ({error}); complete its settings, or give crop= and "
+            "normalise= in its place"
+        ) from error
     return found
 
 
