@@ -127,3 +127,14 @@ def test_folders_load(siglip, processor, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "siglip2"}')
     with pytest.raises(ValueError, match="model_type 'siglip2'; supported: clip, siglip"):
         load_clip(tmp_path)
+
+
+def test_a_tower_without_its_head_is_named(processor, denoiser):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 32, "max_position_embeddings": 16, "projection_size": 16}
+    vision = {**sizes, "image_size": 32, "patch_size": 8, "vision_use_head": False}
+    headless = SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()
+    with pytest.raises(ValueError, match="image tower has no head, as with vision_use_head=False"):
+        adapt(headless, denoiser, images(), config=CONFIG, task=ZeroShot(NAMES, processor))
+    with pytest.raises(ValueError, match="classes is .*give two names and more"):
+        ZeroShot(["three"], processor)

@@ -152,6 +152,9 @@ class ZeroShot(Classification):
         names = ["vision_model", "visual_projection", *(["text_model", "text_projection"] if both else [])]
         parts = {name: getattr(clip, name) for name in names if hasattr(clip, name)}  # SigLIP has no projections
 
+        if "visual_projection" not in parts and not hasattr(clip.vision_model, "head"):
+            raise ValueError("model's image tower has no head, as with vision_use_head=False in its config; load the model with it")
+
         def image_features(own: Any, pixels: Tensor) -> Tensor:
             pooled: Tensor = own.vision_model(pixels, return_dict=True).pooler_output
             return own.visual_projection(pooled) if hasattr(own, "visual_projection") else pooled
