@@ -303,10 +303,10 @@ def test_updates_that_nothing_guards_are_warned_of_where_the_loss_is_not_trusted
     found = Calibration.measure(denoiser, torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(3)) ** 2)
     denoiser.calibration = dataclasses.replace(found, trust=0.45)
     own = {"timesteps": "stratified", "timestep_range": (1, 40)}
-    for settings in (presets.FAST.replace(**own), presets.RANK.replace(**own)):
+    for settings in (presets.FAST.replace(**own), presets.RANK.replace(**own), presets.PAPER):
         Adapter(model, denoiser, settings)
     assert not recwarn.list
-    with pytest.warns(UserWarning, match=r"trust 0\.45: its loss says little about the class, and with guard 0 .* such as FAST"):
+    with pytest.warns(UserWarning, match=r"trust 0\.45: its loss separates the classes poorly, and with guard 0 .* such as FAST"):
         Adapter(model, denoiser, presets.ONLINE.replace(**own))
     denoiser.calibration = dataclasses.replace(found, trust=1.0)
     recwarn.clear()

@@ -82,7 +82,19 @@ def test_the_process_is_the_schedulers(cifar):
     assert torch.equal(cifar.process().model_time, theirs.model_time)
 
 
-def test_draws_are_of_the_iteration_and_targets_of_the_process(cifar):
+def test_draws_change_contrast_and_brightness(cifar):
+    """Of a chequered image, a draw without noise is one of two values, in the range that JITTER allows."""
+    images = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)
+    images[..., ::2] = 140
+    x_t = cifar.drawn(images, torch.zeros(1, dtype=torch.long), torch.tensor([[1.0, 0, 0, 0, 1]]).expand(1000, 5), 64, 0).x_t
+    low, high = x_t.amin((1, 2, 3)), x_t.amax((1, 2, 3))
+    contrast, brightness = (high - low) / (40 / 127.5), (high + low) / 2 - (120 / 127.5 - 1)
+    assert 0.7 <= contrast.min() < 0.8 < 1.2 < contrast.max() <= 1.3
+    assert -0.3 <= brightness.min() < -0.2 < 0.2 < brightness.max() <= 0.3
+
+
+def test_draws_are_of_the_iteration_and_targets_of_the_process(cifar, monkeypatch):
+    monkeypatch.setattr(cifar, "JITTER", 0.0)
     images, labels = torch.randint(0, 255, (7, 3, 32, 32), dtype=torch.uint8), torch.arange(7)
     table = cifar.process().table
     one, again, other = (cifar.drawn(images, labels, table, 64, seed) for seed in (5, 5, 6))
@@ -103,6 +115,7 @@ def test_draws_are_of_the_iteration_and_targets_of_the_process(cifar):
 
 
 def test_the_second_part_pushes_wrong_classes_up(cifar, monkeypatch):
+    monkeypatch.setattr(cifar, "JITTER", 0.0)
     images, labels = torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20) % 10
     images += (25 * labels)[:, None, None, None].byte()  # a class is a grey
     training = cifar.Training(cifar.TINY, torch.device("cpu"), 0)
@@ -151,3 +164,11 @@ def test_a_training_goes_on_where_it_stopped_and_becomes_a_denoiser(cifar, tmp_p
     assert json.loads((to / "training.json").read_text())["images"] == 16
     for name, value in denoiser.unet.state_dict().items():
         torch.testing.assert_close(value.float(), weights[name].float(), rtol=0, atol=0)
+    after = ["--out", str(tmp_path / "more"), "--start", str(to)]
+    monkeypatch.setattr(sys, "argv", [*common, "--minutes", "0.05", *after])
+    cifar.main()
+    more = json.loads((tmp_path / "more" / "training.json").read_text())
+    assert more["before"]["iteration"] == reached[1]["iteration"]
+    assert more["contrast_from"] == 0.0
+    with pytest.raises(SystemExit, match="holds a checkpoint, from which the training goes on; leave --start out"):
+        cifar.main()

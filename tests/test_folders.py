@@ -102,7 +102,9 @@ def test_all_files_that_can_be_read_are_listed(tmp_path):
     image = Image.new("RGB", (8, 8), (200, 0, 0))
     names = ["a.ppm", "b.gif", "c.jfif", "d.pgm", "e.PNG", "f.jpe", *(["g.avif"] if "AVIF" in FORMATS else []), "h.apng", "i.mpo"]
     for name in names:
-        kind = {"ppm": "PPM", "gif": "GIF", "pgm": "PPM", "PNG": "PNG", "avif": "AVIF", "apng": "PNG"}.get(name.split(".")[1], "JPEG")
+        kind = {"ppm": "PPM", "gif": "GIF", "pgm": "PPM", "PNG": "PNG", "avif": "AVIF", "apng": "PNG", "mpo": "MPO"}.get(
+            name.split(".")[1], "JPEG"
+        )
         (image.convert("L") if name.endswith("pgm") else image).save(tmp_path / name, kind)
     for folder in ("__MACOSX", "@eaDir", ".cache", "lost+found"):
         (tmp_path / folder).mkdir()
@@ -122,5 +124,5 @@ def test_pictures_in_other_formats_are_counted(tmp_path):
     for name, kind in (("w", "PNG"), ("z", "JPEG")):
         Image.new("RGB", (8, 8)).save(tmp_path / name, kind)
     (tmp_path / "LICENSE").write_text("no picture")
-    with pytest.warns(UserWarning, match=r"4 pictures are in a format that is not read, or without the format's ending, such as w; save"):
+    with pytest.warns(UserWarning, match=r"4 pictures are in a format that is not read, or without an extension, such as w; convert"):
         assert image_files(tmp_path) == ["a.png", "b.png"]

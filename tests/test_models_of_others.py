@@ -505,7 +505,7 @@ def test_what_a_model_does_not_take_is_explained(denoiser):
         adapt(small, denoiser, images, config=CONFIG)
     found = adapt(small, denoiser, images, config=CONFIG, task=Classification(crop=lambda crop: crop))
     assert found.outputs.shape == (2, 7)
-    with pytest.raises(ValueError, match=r"subset is \[3\]; give two and more"):
+    with pytest.raises(ValueError, match=r"subset is \[3\]; give at least two"):
         Classification(subset=[3])
     with pytest.raises(ValueError, match=r"returns 1 logit for each image.*\[0, z\]"):
         adapt(nn.Sequential(nn.Flatten(), nn.Linear(3072, 1)), denoiser, images, config=CONFIG)

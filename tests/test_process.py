@@ -61,8 +61,37 @@ def test_a_used_flow_scheduler_gives_the_whole_process():
     assert torch.equal(NoiseProcess.from_scheduler(scheduler).table, expected)
 
 
+SANA = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+
+
+@pytest.mark.parametrize("kind", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler"])
+def test_solvers_with_flow_sigmas(kind):
+    """The linear path, shifted: sigma = 3u / (1 + 2u) for u from 1/1000 to 1."""
+    process = NoiseProcess.from_scheduler(getattr(diffusers, kind)(**SANA))
+    a, s, u, v, _ = process.table.double().unbind(1)
+    even = 1 - torch.linspace(1, 1 / 1000, 1001, dtype=torch.float64)[1:]
+    torch.testing.assert_close(s, 3 * even / (1 + 2 * even), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(a + s, torch.ones(1000, dtype=torch.float64))
+    assert (u == -1).all()
+    assert (v == 1).all()
+    assert (process.model_time - 1000 * process.table[:, 1]).abs().max() < 1
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "HeunDiscreteScheduler", "DDIMScheduler", "EDMEulerScheduler"])
+def test_a_flow_model_s_solver_changed_for_another_kind_is_refused(kind):
+    """from_config() keeps the settings that the other kind does not have."""
+    other = getattr(diffusers, kind).from_config(diffusers.DPMSolverMultistepScheduler(**SANA).config)
+    with pytest.raises(ValueError, match="prediction_type is 'flow_prediction'"):
+        NoiseProcess.from_scheduler(other)
+
+
+def test_flow_sigmas_of_another_spacing_are_refused():
+    with pytest.raises(ValueError, match="use_karras_sigmas is True with use_flow_sigmas"):
+        NoiseProcess.from_scheduler(diffusers.DPMSolverMultistepScheduler(**SANA, use_karras_sigmas=True))
+
+
 def test_processes_that_have_no_row_here_are_refused():
-    with pytest.raises(ValueError, match="use_flow_sigmas, prediction_type 'epsilon'"):
+    with pytest.raises(ValueError, match="prediction_type is 'epsilon' with use_flow_sigmas"):
         NoiseProcess.from_scheduler(diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True))
     with pytest.raises(ValueError, match="timestep_type is 'continuous'"):
         NoiseProcess.from_scheduler(diffusers.EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction"))

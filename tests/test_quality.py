@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from pathlib import Path
 
 import pytest
@@ -119,6 +120,16 @@ def test_ablations_of_an_open_vocabulary_are_refused(run, monkeypatch, capsys):
     assert "--ablations" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_seeds_on_record_are_kept_in_the_same_setup_alone(run):
+    setup = {"images": 4, "severities": {"fog": 3}, "split": "test", "denoiser": "a 0.5"}
+    record = {**setup, "runs": [{"fog": {"right": "1100"}}], "commit": "c"}
+    assert run.kept(record, setup) == record["runs"]
+    for name, other in (("images", 5), ("severities", {"fog": 2}), ("split", "validation"), ("denoiser", "a 0.4")):
+        assert run.kept(record, {**setup, name: other}) == []
+    assert run.kept({"runs": record["runs"], "images": 4, "severities": {"fog": 3}}, setup) == []  # an older file
+    assert run.kept(None, setup) == []
+
+
 def test_fast_is_compared_on_the_images_and_seeds_that_both_have(monkeypatch):
     monkeypatch.syspath_prepend(str(QUALITY.parent))
     readme = importlib.import_module("readme")
@@ -161,3 +172,26 @@ def test_names_at_near_points_do_not_cover_each_other(plot):
     plot.plt.close(figure)
     assert len(boxes) == 7
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_the_relighting_experiment_s_normals_and_shading(monkeypatch):
+    """A plane n · p = c has the normal n everywhere, towards the camera, and a flat surface's light is one number an image."""
+    monkeypatch.syspath_prepend(str(QUALITY))
+    relight = importlib.import_module("relight")
+    normal = torch.nn.functional.normalize(torch.tensor([0.3, 0.5, -1.0], dtype=torch.float64), dim=0)
+    along = ((torch.arange(32, dtype=torch.float64) + 0.5) / 16 - 1) * math.tan(relight.HALF_ANGLE)  # through the pixels' centres
+    rays = torch.stack([along.expand(32, 32), -along[:, None].expand(32, 32), torch.ones(32, 32, dtype=torch.float64)], dim=-1)
+    depth = -3.0 / (rays @ normal)
+    found = relight.normals(depth[None])[0].movedim(0, -1)
+    assert (depth > 0).all()
+    torch.testing.assert_close(found, normal.expand(32, 32, 3), rtol=1e-9, atol=1e-9)
+    flat, images = torch.full((4, 16, 16), 2.0), torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    lit = relight.relit(images, flat, torch.Generator().manual_seed(1))
+    less = relight.relit(images / 2, flat, torch.Generator().manual_seed(1))
+    share = (lit - less) / (images / 2)  # of a flat surface: its light, one number an image
+    assert 0 < share.min() <= share.max() < 1
+    torch.testing.assert_close(share, share[:, :1, :1, :1].expand_as(share), rtol=1e-2, atol=1e-2)
+    facing = relight.normals(flat)[0, :, 8, 8]
+    torch.testing.assert_close(facing, torch.tensor([0.0, 0.0, -1.0]))  # towards the camera
+    dark = relight.relit(torch.zeros(64, 3, 8, 8), torch.full((64, 8, 8), 2.0), torch.Generator().manual_seed(2))
+    assert dark.amax() > 0.1  # a highlight needs no colour of the surface

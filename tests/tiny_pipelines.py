@@ -119,11 +119,11 @@ def deep_compression_autoencoder(channels: int, **config: Any) -> AutoencoderDC:
     ).eval()  # fmt: skip
 
 
-def sana(timestep_scale: float = 1.0) -> Any:
+def sana(**config: Any) -> Any:
     torch.manual_seed(0)
     transformer = SanaTransformer2DModel(
         in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, num_layers=2, num_cross_attention_heads=4,
-        cross_attention_head_dim=8, cross_attention_dim=32, caption_channels=16, sample_size=32, timestep_scale=timestep_scale,
+        cross_attention_head_dim=8, cross_attention_dim=32, caption_channels=16, sample_size=32, **config,
     )  # fmt: skip
     tokenizer = gemma_tokenizer()
     encoder = Gemma2Model(

@@ -99,10 +99,9 @@ def measure(method: Method, setting: Setting, streams: dict[str, Tensor], labels
     return rows
 
 
-def kept(record: dict[str, Any] | None, images: int, severities: dict[str, int], denoiser: str) -> list[dict[str, Any]]:
-    """Returns the rows of a record's seeds, or none if it was measured on other images or with another denoiser."""
-    same = record is not None and (record["images"], record["severities"], record.get("denoiser")) == (images, severities, denoiser)
-    return list(record["runs"]) if record is not None and same else []
+def kept(record: dict[str, Any] | None, setup: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the rows of a record's seeds, or none if it was measured in another setup: on other images, or with another denoiser."""
+    return list(record["runs"]) if record is not None and all(record.get(name) == value for name, value in setup.items()) else []
 
 
 def bits(rows: dict[str, Any], names: list[str]) -> Tensor:
@@ -135,7 +134,7 @@ def main() -> None:
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--keep", action="store_true", help="keep the seeds on record")
+    parser.add_argument("--keep", action="store_true", help="keep the seeds on record, if the method's settings have not changed")
     parser.add_argument("--only", nargs="*")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--unseen", action="store_true", help="corruptions on which no setting was chosen")
@@ -158,19 +157,20 @@ def main() -> None:
     path = args.out or RESULTS / f"quality_{args.benchmark}{suffix}.json"
     records = json.loads(path.read_text()) if path.is_file() else {}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS, check=False).stdout.strip()
-    known = fingerprint(denoiser)
+    trust = None if denoiser.calibration is None else denoiser.calibration.trust
+    setup = {"images": len(labels), "severities": severities, "split": args.split, "denoiser": f"{fingerprint(denoiser)} {trust}"}
     source = measure((ZERO_SHOT if methods is ZERO_SHOT else METHODS)["source"], Setting(model, denoiser, train, 0), streams, labels)
     for name in args.only or methods:
         method = methods[name]
-        runs = kept(records.get(name), len(labels), severities, known) if args.keep else []
+        runs = kept(records.get(name), setup) if args.keep else []
         for seed in range(len(runs), max(args.seeds, 1)):
             runs.append(measure(method, Setting(model, denoiser, train, seed), streams, labels))
+            if not args.keep and seed + 1 < args.seeds:
+                continue
             records[name] = {
                 "family": method.family,
                 "protocol": method.protocol,
-                "images": len(labels),
-                "severities": severities,
-                "denoiser": known,
+                **setup,
                 "corrupted": summary(runs, source, list(severities)),
                 "clean": summary(runs, source, ["clean"]),
                 "runs": runs,

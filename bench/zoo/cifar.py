@@ -11,6 +11,7 @@ ClassUNet.from_pretrained, with a calibration, and measures the diffusion classi
 The first part of the training minimises the denoising loss alone. From CONTRAST_FROM on, a second term raises the loss under a wrong class
 above that under the image's own, on the same pair, as in the hard-negative training of Krojer et al. (2023, arXiv 2305.16397).
 With --start, the folder of a finished UNet, the training begins from its weights, and the second term counts from the first iteration.
+Images are changed in contrast and brightness by up to 30 % (JITTER), as digits are in the zoo's training.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -138,6 +139,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
         self.autocast = device.type == "cuda" or "avx512_bf16" in cpu_flags()
         self.iteration, self.seconds, self.contrast_from = 0, 0.0, CONTRAST_FROM
+        self.before: dict[str, Any] = {}  # how the weights were trained that this training began from
         self.losses: list[tuple[int, float, float]] = []
 
     def compile(self) -> None:
@@ -176,7 +178,7 @@ class Training:
 
     def save(self, folder: Path) -> None:
         """Writes checkpoint.pt, the parts of the moving average's weights, and training.json; each appears whole or not at all."""
-        state = {name: getattr(self, name) for name in ("channels", "seed", "iteration", "seconds", "contrast_from", "losses")}
+        state = {name: getattr(self, name) for name in ("channels", "seed", "iteration", "seconds", "contrast_from", "before", "losses")}
         modules = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
         torch.save({**state, **modules}, folder / "checkpoint.tmp")
         (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
@@ -188,12 +190,13 @@ class Training:
             parts[-1][name] = small
         for i, part in enumerate(parts):
             save_file(part, folder / f"weights{i}.safetensors")
-        about = {**state, "parts": len(parts), "device": str(self.device), "torch": torch.__version__}
+        about = {**state, "jitter": JITTER, "parts": len(parts), "device": str(self.device), "torch": torch.__version__}
         (folder / "training.json").write_text(json.dumps(about, indent=2) + "\n")
 
     def start(self, folder: Path) -> None:
         """Begins from the weights of a finished UNet of the same sizes, wrong classes counting from the first iteration."""
         weights = ClassUNet.from_pretrained(folder).unet.state_dict()
+        self.before = json.loads((folder / "training.json").read_text())
         for network in (self.network, self.average):
             network.unet.load_state_dict({name: value.float() for name, value in weights.items()})
         self.contrast_from = 0.0
@@ -205,7 +208,7 @@ class Training:
             raise ValueError(f"{path} holds a training of {state['channels']} channels with seed {state['seed']}; choose another --out")
         for name in ("network", "average", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
-        for name in ("iteration", "seconds", "contrast_from", "losses"):
+        for name in ("iteration", "seconds", "contrast_from", "before", "losses"):
             setattr(self, name, state[name])
 
 
@@ -214,6 +217,8 @@ def train(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     training = Training(TINY if args.tiny else CHANNELS[device.type], device, args.seed)
     if (args.out / "checkpoint.pt").exists():
+        if args.start:
+            raise SystemExit(f"{args.out} holds a checkpoint, from which the training goes on; leave --start out, or choose another --out")
         training.load(args.out / "checkpoint.pt")
     elif args.start:
         training.start(args.start)

@@ -18,12 +18,11 @@ from dtta_fast.runtime.pictures import read_image as read_image  # public under 
 from dtta_fast.runtime.warn import warn
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
-SUFFIXES = {".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"}
-SUFFIXES |= {".webp"}
-# not read
-PICTURES = {".cr2", ".dib", ".dng", ".eps", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".nef", ".psd", ".raw", ".svg", ".tga"}
-BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # of pictures in files whose name has no ending
-(SUFFIXES if "AVIF" in FORMATS else PICTURES).add(".avif")
+SUFFIXES = {".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"}
+SUFFIXES |= {".pbm", ".pgm", ".pnm", ".ppm"}  # of Netpbm
+NOT_READ = {".cr2", ".dib", ".dng", ".eps", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".nef", ".psd", ".raw", ".svg", ".tga"}
+BEGINNINGS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # of pictures in files without an extension
+(SUFFIXES if "AVIF" in FORMATS else NOT_READ).add(".avif")
 SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 
 
@@ -107,11 +106,12 @@ def image_files(folder: Path) -> list[str]:
         prefix = "" if inner == "." else f"{inner}/"
         for name in sorted(files):  # macOS creates ._NAME.jpg files that are not images
             suffix = os.path.splitext(name)[1].lower()
-            if not name.startswith(".") and (suffix in SUFFIXES | PICTURES or (not suffix and _is_picture(Path(place, name)))):
+            if not name.startswith(".") and (suffix in SUFFIXES | NOT_READ or (not suffix and _is_picture(Path(place, name)))):
                 (found if suffix in SUFFIXES else passed).append(prefix + name)
     if passed:
         some = f"{len(passed)} pictures are" if len(passed) > 1 else "1 picture is"
-        warn(f"{folder}: {some} in a format that is not read, or without the format's ending, such as {passed[0]}; save as .png or .jpg")
+        remedy = "convert to PNG or JPEG, or add the extension"
+        warn(f"{folder}: {some} in a format that is not read, or without an extension, such as {passed[0]}; {remedy}")
     return found
 
 

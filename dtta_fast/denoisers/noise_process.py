@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -57,8 +58,8 @@ class NoiseProcess:
         for field, ordinary in (("invert_sigmas", False), ("timestep_type", "discrete")):
             if own.get(field, ordinary) != ordinary:
                 raise ValueError(f"scheduler.config.{field} is {own[field]!r}; supported: {ordinary!r}")
-        if own.get("use_flow_sigmas"):
-            return cls._flow_solver(scheduler)
+        if own.get("use_flow_sigmas") and "use_flow_sigmas" in inspect.signature(type(scheduler).__init__).parameters:
+            return cls._flow_solver(scheduler)  # other schedulers keep the setting in their config, and ignore it
         alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
         if alphas_cumprod is not None:
             alphas_cumprod = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
@@ -89,13 +90,19 @@ class NoiseProcess:
 
     @classmethod
     def _flow_solver(cls, scheduler: Any) -> NoiseProcess:
-        """Reads a DPM-Solver or UniPC scheduler whose samples follow a linear path, with one row for each training timestep."""
+        """Reads a DPM-Solver, DEIS or UniPC scheduler whose samples follow a linear path, with one row for each training timestep.
+
+        Its times are whole numbers, as its pipeline gives them to the network, so some rows share one.
+        """
         config = scheduler.config
-        if config.prediction_type != "flow_prediction" or config.get("use_dynamic_shifting"):
+        if config.prediction_type != "flow_prediction":
             raise ValueError(
-                f"scheduler.config has use_flow_sigmas, prediction_type {config.prediction_type!r} and use_dynamic_shifting "
-                f"{config.get('use_dynamic_shifting')!r}; supported with use_flow_sigmas: 'flow_prediction' and False"
+                f"scheduler.config.prediction_type is {config.prediction_type!r} with use_flow_sigmas; supported there: 'flow_prediction'"
             )
+        others = ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+        for name in others:
+            if config.get(name):
+                raise ValueError(f"scheduler.config.{name} is {config[name]!r} with use_flow_sigmas; supported there: False")
         count = int(config.num_train_timesteps)
         scheduler = type(scheduler).from_config(config)
         scheduler.set_timesteps(count)

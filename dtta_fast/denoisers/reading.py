@@ -24,6 +24,7 @@ CALIBRATION = "calibration.json"
 OF_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, ImportError, RuntimeError, MemoryError)
 # names of weight files, of which the libraries put the variant before the ending or before the number of the part
 OF_WEIGHTS = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.([a-zA-Z]\w*))?(?:-\d+-of-\d+)?\.safetensors")
+PRECISIONS = ("fp32", "fp16", "bf16")  # variants of the same weights, those with more digits first
 MOST_TIMESTEPS = 100_000  # the most timesteps of a schedule; its table has one row for each
 WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # allowed dtypes of stored weights
 
@@ -118,16 +119,16 @@ def check_pointers(folder: str | Path) -> None:
 
 
 def only_variant(folder: Path) -> str | None:
-    """Returns the variant of a folder's weights, such as "fp16", if they exist in no plain form: fp16 before others.
+    """Returns the variant of a folder's weights, such as "fp16", if they exist in no plain form and in one variant, or in PRECISIONS.
 
     Weights without a moving average ("non_ema") are never chosen by themselves.
     """
     if any(folder.glob("*.bin*")):
         return None
     found = {match[1] for path in folder.glob("*.safetensors") if (match := OF_WEIGHTS.fullmatch(path.name))} - {"non_ema"}
-    if None in found or not found:
-        return None
-    return "fp16" if "fp16" in found else sorted(found)[0]  # type: ignore[type-var]  # fp16 has more digits than bf16
+    if len(found) == 1:
+        return found.pop()
+    return next((name for name in PRECISIONS if name in found), None) if found <= set(PRECISIONS) else None
 
 
 def autoencoder_kind(folder: Path) -> Any:
@@ -244,6 +245,7 @@ def download(model_id: str, patterns: list[str], without: list[str] | None = Non
 
 def download_pipeline(model_id: str, networks: list[str], variant: str | None) -> Path:
     """Downloads a pipeline of diffusers: its settings, tokenizers, and the weights of these networks in one variant; see download()."""
-    kept = "*" if variant is None else f"*.{variant}"
-    others = ["*.fp16.*", "*.bf16.*", "*.non_ema.*"] if variant is None else None  # gigabytes that would not be used
-    return download(model_id, ["*.json", "*.txt", "*.model", *(f"{name}/{kept}.safetensors" for name in networks)], others)
+    kept = ["*"] if variant is None else [f"*.{variant}", f"*.{variant}-*"]  # the second is one part of several
+    names = [f"*.{name}{end}*" for name in ("fp16", "bf16", "non_ema") for end in ".-"]
+    others = names if variant is None else None  # gigabytes that would not be used
+    return download(model_id, ["*.json", "*.txt", "*.model", *(f"{name}/{end}.safetensors" for name in networks for end in kept)], others)

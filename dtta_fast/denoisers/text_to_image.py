@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -38,7 +39,8 @@ class PipelineDenoiser(PromptDenoiser):
 
     Attributes:
         pipeline, components: the name of the pipeline in diffusers, and its components' names and classes, networks and tokenizers;
-            those of `optional` are not there if model_index.json names no class for them.
+            those of `optional` are not there if model_index.json names no class for them. Those of `overflowing` do not fit float16, and
+            are loaded in bfloat16 in its place.
 
     Args:
         pipeline: a diffusers pipeline of this kind with all of its components.
@@ -50,6 +52,7 @@ class PipelineDenoiser(PromptDenoiser):
     pipeline: ClassVar[str]
     components: ClassVar[dict[str, str]]
     optional: ClassVar[tuple[str, ...]] = ()
+    overflowing: ClassVar[tuple[str, ...]] = ()
     tokens: ClassVar[dict[str, int]]  # the most tokens of a prompt, by tokenizer
     layout: tuple[tuple[int, ...], ...] = ()
 
@@ -92,10 +95,12 @@ class PipelineDenoiser(PromptDenoiser):
             folder = download_pipeline(str(path), [name for name in (*cls.components, "vae") if "token" not in name], variant)
         told = read_json(folder / "model_index.json")
         parts: dict[str, Any] = {"scheduler": read_scheduler(folder)}
-        parts["vae"] = read_model(autoencoder_kind(folder / "vae"), folder / "vae", variant=variant, use_safetensors=True, dtype=dtype)
+        dtypes = dict.fromkeys(cls.overflowing, torch.bfloat16) if dtype == torch.float16 else {}
+        own = dtypes.get("vae", dtype)
+        parts["vae"] = read_model(autoencoder_kind(folder / "vae"), folder / "vae", variant=variant, use_safetensors=True, dtype=own)
         for name, kind in cls.components.items():
             absent = name in cls.optional and not any(told.get(name) or ())
-            parts[name] = None if absent else read_component(folder / name, kind, variant, dtype)
+            parts[name] = None if absent else read_component(folder / name, kind, variant, dtypes.get(name, dtype))
         settings = {name: told[name] for name in ("force_zeros_for_empty_prompt",) if isinstance(told.get(name), bool)}
         denoiser = cls(getattr(diffusers, cls.pipeline)(**parts, **settings))
         if calibration:
@@ -239,6 +244,16 @@ class MaskedDenoiser(PipelineDenoiser):
     part = "transformer"
     transformer: Any
 
+    def with_classes(self, prompts: Sequence[str | Sequence[str]], null_prompt: str = "") -> Self:
+        view = super().with_classes(prompts, null_prompt)
+        states, mask = view.unpacked(torch.cat([view.class_embeddings({}), view.null_embedding({})[None]]))
+        longest = int(mask.any(0).nonzero().max()) + 1  # what comes after is padding of all prompts
+        parts = [states[:, :longest], mask[:, :longest]]
+        view.layout = tuple(tuple(part.shape[1:]) for part in parts)
+        rows = torch.cat([part.flatten(1) for part in parts], dim=1)
+        view.prompts, view.no_prompt = rows[:-1], rows[-1]
+        return view
+
     def _check_prompts(self, prompts: list[str]) -> None:
         super()._check_prompts(self.text()[-1]._text_preprocessing(prompts))
 
@@ -310,6 +325,7 @@ class Sana(MaskedDenoiser):
         "text_encoder": "Gemma2Model",
         "tokenizer": "GemmaTokenizer",
     }
+    overflowing = ("text_encoder", "vae")
     tokens = {"tokenizer": 298}  # noqa: RUF012  # of 300, two can fall to the end of the instruction
 
     def _parts_of(self, pipeline: Any, prompts: list[str]) -> list[Tensor]:

@@ -78,7 +78,7 @@ class Suitability:
         elif self.trust < LEAST_TRUST:
             found.append(f"trust is {self.trust:.2f}: the guard will hardly accept an adapted answer; use matching alone")
         elif self.trust < UNGUARDED_TRUST:
-            found.append(f"trust is {self.trust:.2f}: use a preset with a guard, such as FAST or RANK; ONLINE and DUSA have none")
+            found.append(f"trust is {self.trust:.2f}: use FAST or RANK, which check the answers; ONLINE and DUSA do not")
         if self.unusual is not None and self.unusual <= FEW_UNUSUAL:
             found.append(f"{self.unusual:.0%} of the images are unusual, as 5 % of the denoiser's own are: there is little to gain")
         if self.unusual is not None and self.unusual >= NEARLY_ALL:

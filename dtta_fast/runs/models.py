@@ -184,7 +184,7 @@ def load_text_to_image(place: str, *, dtype: torch.dtype = torch.float32, calibr
     if kind is None:
         raise ValueError(
             f"denoiser is {place!r}, a {name[:80]}, which dtta_fast cannot condition on a mixture of classes; it takes pipelines of "
-            f"{', '.join(TEXT_TO_IMAGE)}"
+            f"{', '.join(TEXT_TO_IMAGE.values())}"
         )
     own: type[Any] = getattr(denoisers, kind)
     loaded: PromptDenoiser = own.from_pretrained(place, dtype=dtype, calibration=calibration)
@@ -264,7 +264,7 @@ def image_size(task: str, model: str) -> int | None:
     try:
         height, width = processed_size(processor)
     except OF_VALUES as error:
-        raise ValueError(f"model is {model!r}, whose image processor fails on an image; see preprocessor_config.json: {error}") from error
+        raise ValueError(f"model is {model!r}, whose image processor cannot be used; see preprocessor_config.json: {error}") from error
     if height != width:
         raise ValueError(f"model is {model!r}, whose image processor makes a square image {height}x{width}; images and maps need one side")
     return height

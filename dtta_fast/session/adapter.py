@@ -85,10 +85,10 @@ class Adapter:
                 f"the denoiser has no calibration {of_what}for these settings, so they are {settings_that_differ(config, asked)}; for "
                 "better answers, set denoiser.calibration = calibrate(denoiser, clean_images, outputs)"
             )
-        elif is_unguarded(denoiser, config):
+        if denoiser.calibration is not None and is_unguarded(denoiser, config):
             warn(
-                f"denoiser.calibration has trust {denoiser.calibration.trust:.2f}: its loss says little about the class, and with guard 0 "  # type: ignore[union-attr]
-                "nothing keeps the answers from following it; measure on labelled images first, or use a preset with a guard, such as FAST"
+                f"denoiser.calibration has trust {denoiser.calibration.trust:.2f}: its loss separates the classes poorly, and with guard 0 "
+                "nothing rejects bad updates of a stream; measure on labelled images first, or use a preset with a guard, such as FAST"
             )
         if config.compile == "auto":
             recorded = anchor(model).device.type == "cuda" and config.optimizer != "adam8bit"

@@ -46,7 +46,7 @@ def to_batch(images: Images, device: torch.device, crop: Callable[[Tensor], Tens
 
 
 def to_ids(image_ids: Any, device: torch.device) -> Any:
-    """Converts a sequence of whole numbers, or an array of them, to a tensor; returns anything else unchanged.
+    """Converts a sequence of whole numbers, or an array of them, to a tensor; returns what is neither unchanged.
 
     Raises:
         ValueError: a number is out of range. TypeError: a list holds anything but whole numbers.
@@ -58,7 +58,8 @@ def to_ids(image_ids: Any, device: torch.device) -> Any:
             raise ValueError(f"image_ids lies in {min(image_ids)} .. {max(image_ids)}; give 0 .. 2^32 - 1")
         return torch.tensor([int(i) for i in image_ids], dtype=torch.int64, device=device)
     if isinstance(image_ids, Sequence):
-        raise TypeError(f"image_ids is a {type(image_ids).__name__} of {str(list(image_ids)[:3])[:80]}; give whole numbers, one an image")
+        found = type(image_ids[0]).__name__ if len(image_ids) else "nothing"
+        raise TypeError(f"image_ids holds {found}; give whole numbers, one per image")
     return image_ids
 
 

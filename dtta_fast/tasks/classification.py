@@ -36,7 +36,7 @@ class Classification(ClassTask):
             ImageNet-R with 200. The other classes are ignored and never predicted. None means all classes.
 
     Raises:
-        ValueError: subset has less than two indices, or a repeated or negative one.
+        ValueError: subset has fewer than two indices, or a repeated or negative one.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Classification(ClassTask):
         if subset is not None and (
             len(subset) < 2 or len(set(subset)) != len(subset) or any(not hasattr(k, "__index__") or k < 0 for k in subset)
         ):
-            raise ValueError(f"subset is {list(subset)[:5]}; give two and more different numbers of the model's classes, from 0 on")
+            raise ValueError(f"subset is {list(subset)[:5]}; give at least two different numbers of the model's classes, starting at 0")
         self._subset = None if subset is None else tuple(map(int, subset))
 
     def bind(self, model: nn.Module, denoiser: Denoiser) -> tuple[nn.Module, Denoiser]:

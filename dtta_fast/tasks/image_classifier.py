@@ -31,7 +31,8 @@ class ImageClassifier(nn.Module):
         else:
             self.transforms = preset_transforms(processor) if is_preset(processor) else processor_transforms(processor)
         names = getattr(getattr(model, "config", None), "id2label", None) or {}
-        self.pretrained_cfg = {"label_names": [str(names[k]) for k in sorted(names, key=int)]} if names else {}
+        order = sorted(names, key=int if all(str(k).isdecimal() for k in names) else None)  # a config may have them as text
+        self.pretrained_cfg = {"label_names": [str(names[k]) for k in order]} if names else {}
         self._named = {"return_dict": True} if is_of_transformers(model) else {}  # whatever its config says
         self.training = model.training
 

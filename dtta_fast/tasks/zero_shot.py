@@ -41,7 +41,7 @@ class ZeroShot(Classification):
         normalised: whether image features are normalised to length 1, as in CLIP's training; the reference implementation does not.
 
     Raises:
-        ValueError: there are less than two classes, a name is empty or repeated, or a template has no {}.
+        ValueError: there are fewer than two classes, a name is empty or repeated, or a template has no {}.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ZeroShot(Classification):
         check_names("classes", classes if isinstance(classes, str) else list(classes))
         names = list(classes)
         if len(names) < 2:
-            raise ValueError(f"classes is {names}: with one class there is nothing to decide; give two names and more")
+            raise ValueError(f"classes is {names}: with one class there is nothing to decide; give at least two names")
         check_names("templates", templates)
         own = [diffusion_template] if isinstance(diffusion_template, str) else list(diffusion_template)
         check_names("diffusion_template", own)
