@@ -28,6 +28,7 @@ from dtta_fast.denoisers.noise_process import NOISE, SIGNAL, NoiseProcess
 from dtta_fast.kernels.philox import normal
 from dtta_fast.session.checks import check_calibration
 from dtta_fast.session.program import SURE
+from dtta_fast.tasks import Classification
 
 
 @pytest.fixture
@@ -493,6 +494,20 @@ def test_a_denoiser_that_knows_no_classes_does_no_harm(make):
         changed += int((adapt(model, believing, seen, config=presets.FAST).predictions != found.predictions).sum())
     assert changed > 3  # what it would do if its loss were taken at its word
     assert denoiser.calibration.trust < 0.3
+
+
+def test_a_denoiser_without_any_class_signal_leaves_the_matched_answers(model, denoiser, images):
+    model, denoiser, images = model.float(), denoiser.float(), images.float()
+    found = Calibration.measure(denoiser, torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(3)) ** 2)
+    rows = len(denoiser.process)
+    denoiser.calibration = dataclasses.replace(found, signal=(-0.1,) * rows, spread=(1.0,) * rows, trust=0.0)
+    with torch.no_grad():
+        matched = model(Classification().normalise(model, found.match(images)))
+    for preset in (presets.FAST, presets.RANK.replace(top_k=2)):
+        with pytest.warns(UserWarning, match="no calibration of its timesteps"):
+            result = adapt(model, denoiser, images, config=preset)
+        assert result.evaluations.sum() == 0
+        assert torch.equal(result.predictions, matched.argmax(1))
 
 
 def test_trust_is_the_slope_of_a_logistic_regression():

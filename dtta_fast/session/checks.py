@@ -89,13 +89,14 @@ def fitted_to_denoiser(denoiser: Denoiser, config: AdaptConfig) -> AdaptConfig:
     """Returns the settings that take the place of those that need a calibration which the denoiser lacks.
 
     Without one, nothing is matched and no image is skipped. Without a calibration of its timesteps, they are stratified over the
-    informative range of the noise process.
+    informative range of the noise process. So are they if the calibration found none at which the loss told classes apart.
     """
     changes: dict[str, Any] = {}
     if denoiser.calibration is None:
         changes |= {"match": "off"} if config.match != "off" else {}
         changes |= {"precheck": "off"} if config.precheck != "off" else {}
-    if config.timesteps == "calibrated" and (denoiser.calibration is None or not denoiser.calibration.signal):
+    found, rows = denoiser.calibration, len(denoiser.process)
+    if config.timesteps == "calibrated" and (found is None or not found.signal or not bool(found.density(rows).any())):
         changes["timesteps"] = "stratified"
         if config.timestep_range is None:
             changes["timestep_range"] = denoiser.process.informative_range()
