@@ -35,7 +35,7 @@ ARGUMENTS = {
     "ids' dtype": ({"image_ids": torch.zeros(2)}, ValueError, "image_ids is"),
     "negative ids": ({"image_ids": torch.tensor([0, -1])}, ValueError, "image_ids lies"),
     "one channel": ({"images": torch.rand(2, 1, 16, 16)}, ValueError, "images has shape"),
-    "ids as a list of floats": ({"image_ids": [0.5, 1.0]}, TypeError, "image_ids is a list"),
+    "ids as a list of floats": ({"image_ids": [0.5, 1.0]}, TypeError, "image_ids holds float; give whole numbers"),
     "noise as an array": ({"noise": np.zeros(3)}, TypeError, "noise is a ndarray"),
     "timesteps elsewhere": ({"timesteps": torch.zeros(2, 2, 2, dtype=torch.int64, device="meta")}, ValueError, "timesteps is on meta"),
     "latents' size": ({"latents": torch.zeros(2, 3, 8, 8)}, ValueError, "latents has shape"),

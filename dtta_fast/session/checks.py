@@ -95,8 +95,7 @@ def fitted_to_denoiser(denoiser: Denoiser, config: AdaptConfig) -> AdaptConfig:
     if denoiser.calibration is None:
         changes |= {"match": "off"} if config.match != "off" else {}
         changes |= {"precheck": "off"} if config.precheck != "off" else {}
-    found, rows = denoiser.calibration, len(denoiser.process)
-    if config.timesteps == "calibrated" and (found is None or not found.signal or not bool(found.density(rows).any())):
+    if config.timesteps == "calibrated" and (denoiser.calibration is None or max(denoiser.calibration.signal, default=0.0) <= 0):
         changes["timesteps"] = "stratified"
         if config.timestep_range is None:
             changes["timestep_range"] = denoiser.process.informative_range()
