@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, AutoencoderTiny, DDPMScheduler, VQModel
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny, DDPMScheduler, VQModel
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import check_vae, image_size, to_latents
@@ -12,6 +15,7 @@ from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.dit_network import DiTNetwork
 from dtta_fast.denoisers.noise_process import NoiseProcess
 
+TINY = runpy.run_path(str(Path(__file__).with_name("tiny_pipelines.py")))
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
 SIZES = {**BLOCKS, "block_out_channels": (8, 16), "norm_num_groups": 4}
 
@@ -45,19 +49,8 @@ def test_autoencoders_without_a_posterior(images):
         encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
     )
     vq = VQModel(**SIZES, scaling_factor=0.25)
-    deep = AutoencoderDC(
-        encoder_block_out_channels=(8, 16),
-        decoder_block_out_channels=(8, 16),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock",
-        encoder_qkv_multiscales=((), ()),
-        decoder_qkv_multiscales=((), ()),
-        latent_channels=4,
-        scaling_factor=0.41,
-    )
-    for vae in (tiny.eval(), vq.eval(), deep.eval()):
+    deep = TINY["deep_compression_autoencoder"](4, scaling_factor=0.41)
+    for vae in (tiny.eval(), vq.eval(), deep):
         check_vae(vae)
         wanted = vae.encode(images * 2 - 1, return_dict=False)[0] * vae.config.scaling_factor
         torch.testing.assert_close(to_latents(vae, images, 16), wanted)

@@ -32,6 +32,7 @@ from dtta_fast.commands.demo_maps import CORRUPTIONS
 from dtta_fast.data.corruptions import corrupt
 from dtta_fast.data.scenes import FARTHEST, SIZE, scenes
 from dtta_fast.denoisers.base import at_latent_size
+from dtta_fast.denoisers.noise_process import NOISE, SIGNAL
 from dtta_fast.metrics import bootstrap_interval, depth_errors
 from dtta_fast.runtime import environment
 from dtta_fast.tasks.dense import resized
@@ -117,7 +118,7 @@ def refine(model: Any, denoiser: Any, images: Tensor, setting: Setting, steps: i
             x0 = 2 * F.interpolate(relit(images, depth, generator), denoiser.latent_shape[1:], mode="area") - 1
             t = torch.randint(low, high + 1, (len(images),), generator=generator)
             noise = torch.randn(x0.shape, generator=generator)
-            a, s = (table[t, column, None, None, None] for column in (0, 1))
+            a, s = (table[t, column, None, None, None] for column in (SIGNAL, NOISE))
             with torch.no_grad():
                 wanted = denoiser(a * x0 + s * noise, t, condition)  # the UNet predicts x0
                 change = a / s * (x0 - wanted)  # the predicted noise less the noise

@@ -39,8 +39,8 @@ class PipelineDenoiser(PromptDenoiser):
 
     Attributes:
         pipeline, components: the name of the pipeline in diffusers, and its components' names and classes, networks and tokenizers;
-            those of `optional` are not there if model_index.json names no class for them. Those of `overflowing` do not fit float16, and
-            are loaded in bfloat16 in its place.
+            those of `optional` are not there if model_index.json names no class for them. Those of `overflowing` may overflow in
+            float16, and are loaded in bfloat16 instead.
 
     Args:
         pipeline: a diffusers pipeline of this kind with all of its components.

@@ -30,8 +30,8 @@ from dtta_fast.session.checks import (
     checked,
     checked_pairs,
     fitted_to_denoiser,
-    is_unguarded,
     settings_that_differ,
+    warn_of_unguarded,
 )
 from dtta_fast.session.engine import Engine
 from dtta_fast.session.inputs import Images, to_batch, to_ids
@@ -85,11 +85,7 @@ class Adapter:
                 f"the denoiser has no calibration {of_what}for these settings, so they are {settings_that_differ(config, asked)}; for "
                 "better answers, set denoiser.calibration = calibrate(denoiser, clean_images, outputs)"
             )
-        if denoiser.calibration is not None and is_unguarded(denoiser, config):
-            warn(
-                f"denoiser.calibration has trust {denoiser.calibration.trust:.2f}: its loss separates the classes poorly, and with guard 0 "
-                "nothing rejects bad updates of a stream; measure on labelled images first, or use a preset with a guard, such as FAST"
-            )
+        warn_of_unguarded(denoiser, config)
         if config.compile == "auto":
             recorded = anchor(model).device.type == "cuda" and config.optimizer != "adam8bit"
             config = config.replace(compile="regional+graphs" if recorded else "regional")

@@ -16,6 +16,7 @@ from dtta_fast.core.weights import anchor
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.runtime.pictures import check_size
 from dtta_fast.runtime.reads import Checks
+from dtta_fast.runtime.warn import warn
 
 # Gains of ONLINE, which has no guard, over the source: -5.4 points on CIFAR-10 (trust 0.50), +6.8 on Fashion-MNIST-C and -2.4 on its unseen
 # corruptions (0.42), +12.2 on digits-C (1.0)
@@ -89,7 +90,7 @@ def fitted_to_denoiser(denoiser: Denoiser, config: AdaptConfig) -> AdaptConfig:
     """Returns the settings that take the place of those that need a calibration which the denoiser lacks.
 
     Without one, nothing is matched and no image is skipped. Without a calibration of its timesteps, they are stratified over the
-    informative range of the noise process. So are they if the calibration found none at which the loss told classes apart.
+    informative range of the noise process, also if the calibration found none at which the loss told classes apart.
     """
     changes: dict[str, Any] = {}
     if denoiser.calibration is None:
@@ -102,10 +103,14 @@ def fitted_to_denoiser(denoiser: Denoiser, config: AdaptConfig) -> AdaptConfig:
     return config.replace(**changes)
 
 
-def is_unguarded(denoiser: Denoiser, config: AdaptConfig) -> bool:
-    """Returns whether a stream's updates follow a loss that separates the classes poorly, according to the calibration, without a guard."""
+def warn_of_unguarded(denoiser: Denoiser, config: AdaptConfig) -> None:
+    """Warns if a stream's updates, without a guard, follow a loss that separates the classes poorly according to the calibration."""
     found = denoiser.calibration
-    return found is not None and found.trust < UNGUARDED_TRUST and config.mode == "online" and not config.guard
+    if found is not None and found.trust < UNGUARDED_TRUST and config.mode == "online" and not config.guard:
+        warn(
+            f"denoiser.calibration has trust {found.trust:.2f}: its loss separates the classes poorly, and with guard 0 nothing rejects "
+            "bad updates of a stream; measure on labelled images first, or use a preset with a guard, such as FAST"
+        )
 
 
 def check_calibration(denoiser: Denoiser, config: AdaptConfig) -> None:
