@@ -4,8 +4,8 @@
 
 --count builds each family's network at the real sizes of a public model on the meta device, without weights, and counts
 parameters, and the FLOPs of one pair's forward and backward to the condition. --test runs the tests named in CHECKS and
-notes which of them passed. --run computes a pair at random float32 weights on the CPU, of the models whose weights take at
-most 12 GB, each in a process of its own. All of them write bench/results/support.json, from which bench/readme.py makes the
+notes which of them passed. --run computes a pair at random bfloat16 weights on the CPU, of the models whose weights take at
+most 12 GiB, each in a process of its own. All of them write bench/results/support.json, from which bench/readme.py makes the
 table of docs/models.md. No real weights were ever loaded.
 """
 
@@ -35,6 +35,7 @@ from bench import source_tree
 source_tree.use()
 
 from dtta_fast.denoisers.dit_network import DiTNetwork  # noqa: E402
+from dtta_fast.denoisers.edm_unet import EDMUNet  # noqa: E402
 from dtta_fast.runtime import environment  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "support.json"
@@ -71,6 +72,11 @@ CHECKS: dict[str, dict[str, tuple[str, str]]] = {
         "prediction": ("tests/test_adm.py", "predictions_are_adm_s"),
         "gradient": ("tests/test_class_unet.py", "gradient"),
         "adapts": ("tests/test_adm.py", "folder_adapts"),
+    },
+    "EDM": {
+        "prediction": ("tests/test_edm.py", "predictions_are_edm_s or preconditioning"),
+        "gradient": ("tests/test_edm.py", "gradient"),
+        "adapts": ("tests/test_edm.py", "folder_adapts"),
     },
     "Stable Diffusion 1, 2": {
         "prediction": ("tests/test_open_vocabulary.py", "predicts_as_the_library or pipeline_s_folder"),
@@ -182,12 +188,33 @@ def adm() -> tuple[nn.Module, Callable[[], Tensor]]:
     return unet, lambda: unet(torch.zeros(1, 3, 256, 256), torch.zeros(1), torch.zeros(1, 1024, requires_grad=True), return_dict=False)[0]
 
 
+def edm(side: int, classes: int, **sizes: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
+    unet = EDMUNet(sample_size=side, in_channels=3, out_channels=3, num_class_embeds=classes, **sizes)
+    rows = torch.zeros(1, unet.class_embedding.embedding_dim, requires_grad=True)
+    return unet, lambda: unet(torch.zeros(1, 3, side, side), torch.zeros(1), rows)[0]
+
+
+EDM_CIFAR: dict[str, Any] = {
+    "noise_channels": 128,
+    "block_out_channels": (256,) * 3,
+    "layers_per_block": 4,
+    "attention": (False, True, False),
+}
+EDM_IMAGENET: dict[str, Any] = {
+    "noise_channels": 192,
+    "block_out_channels": (192, 384, 576, 768),
+    "layers_per_block": 3,
+    "attention": (False, True, True, True),
+}
+
 # family, public model, pixels, how to build it: configs of the hub's files and of the papers
 REAL: tuple[tuple[str, str, int, Callable[[], tuple[nn.Module, Callable[[], Tensor]]]], ...] = (
     ("DiT", "DiT-XL/2", 256, lambda: transformer(32)),
     ("SiT, REPA", "SiT-XL/2", 256, lambda: transformer(32)),
     ("class-conditional UNet", "ddpm-cifar10-32's sizes", 32, cifar_unet),
     ("ADM", "256x256_diffusion.pt", 256, adm),
+    ("EDM", "edm-cifar10-32x32-cond-vp", 32, lambda: edm(32, 10, adm=False, **EDM_CIFAR)),
+    ("EDM", "edm-imagenet-64x64-cond-adm", 64, lambda: edm(64, 1000, adm=True, **EDM_IMAGENET)),
     ("Stable Diffusion 1, 2", "Stable Diffusion 1.5", 512, stable_diffusion),
     ("SDXL", "SDXL base 1.0", 1024, stable_diffusion_xl),
     ("Stable Diffusion 3, 3.5", "SD 3 medium", 1024, lambda: stable_diffusion_3(24, 24, pos_embed_max_size=192)),
@@ -230,6 +257,7 @@ def computed(number: int) -> dict[str, Any]:
     """Computes one pair of REAL[number] at random weights; returns its seconds and the process's peak memory."""
     family, name, _, make = REAL[number]
     torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
         network, forward = make()
     network = network.to_empty(device="cpu").eval().requires_grad_(False)
@@ -245,7 +273,7 @@ def in_processes(sizes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Computes a pair of every model that is small enough, each in a process of its own."""
     found = []
     for number, size in enumerate(sizes):
-        if 4 * size["parameters"] <= MOST_BYTES:
+        if 2 * size["parameters"] <= MOST_BYTES:
             run = subprocess.run([sys.executable, __file__, "--one", str(number)], check=False, capture_output=True, text=True)
             if run.returncode:  # such as killed for its memory
                 print(f"{size['model']}: status {run.returncode} {run.stderr[-200:]}", flush=True)

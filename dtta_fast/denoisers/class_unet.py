@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ class _SoftEmbedding(nn.Embedding):
 
 
 class ClassUNet(DiffusersDenoiser):
-    """A diffusers UNet2DModel with `num_class_embeds`, whose class embeddings are added to the time embedding.
+    """A diffusers UNet2DModel with `num_class_embeds`, or an EDMUNet, whose class embeddings are added to the time embedding.
 
     Args:
         unet: the UNet. Its class embedding is replaced by one that also takes mixtures of its rows; the weights stay the same tensors.
@@ -182,6 +183,35 @@ class ClassUNet(DiffusersDenoiser):
         unet = unet_from_adm(state, image_size, head_channels, new_attention_order, source)
         scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule=kinds[schedule])
         return cls(unet, NoiseProcess.from_scheduler(scheduler)).eval()
+
+    @classmethod
+    @float32_on_cpu()
+    def from_edm(cls, path_or_state_dict: str | Path | Mapping[str, Tensor], *, sigma_data: float = 0.5) -> ClassUNet:
+        """Loads a class-conditional UNet of EDM's (DDPM++ or ADM), such as those for CIFAR-10 and for ImageNet at 64 pixels.
+
+        The published files are pickles of code and weights. Save the weights in EDM's own repository first, with
+        `torch.save(network.state_dict(), "edm.pt")`. A .safetensors file is read as such, any other file with weights_only.
+
+        Args:
+            sigma_data: standard deviation of the data that the preconditioning assumes.
+
+        Raises:
+            FileNotFoundError, ValueError: the file does not exist, or the weights are not those of such a UNet.
+        """
+        if not isinstance(sigma_data, (int, float)) or not 0 < sigma_data < math.inf:
+            raise ValueError(f"sigma_data is {sigma_data!r}; give a positive number, 0.5 for EDM's own")
+        from diffusers import EDMEulerScheduler
+
+        from dtta_fast.denoisers.dit_reading import read_file
+        from dtta_fast.denoisers.edm_unet import unet_from_edm
+
+        given = path_or_state_dict
+        if not isinstance(given, Mapping) and Path(given).suffix == ".pkl":
+            remedy = 'in EDM\'s repository, unpickle the network and save its weights with torch.save(network.state_dict(), "edm.pt")'
+            raise ValueError(f"{given} is a pickle, which would run its code: {remedy}")
+        state: Mapping[str, Tensor] = given if isinstance(given, Mapping) else read_file(Path(given))
+        unet = unet_from_edm(state, "path_or_state_dict" if isinstance(given, Mapping) else str(given))
+        return cls(unet, NoiseProcess.from_scheduler(EDMEulerScheduler(sigma_data=sigma_data))).eval()
 
     def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
         """Writes config.json, unet/, scheduler/ (the diffusers scheduler used in training), and, if the denoiser has them, vae/ and

@@ -146,14 +146,19 @@ def autoencoder_kind(folder: Path) -> Any:
 
 
 def read_networks(folder: Path) -> dict[str, Any]:
-    """Reads a folder's UNet2DModel and, if it has one, its autoencoder, in float32: {"unet": .., "vae": ..}.
+    """Reads a folder's UNet2DModel or EDMUNet and, if it has one, its autoencoder, in float32: {"unet": .., "vae": ..}.
 
     Raises:
         FileNotFoundError, ValueError: one cannot be read.
     """
     from diffusers import UNet2DModel
 
-    kinds = {"unet": UNet2DModel} | ({"vae": autoencoder_kind(folder / "vae")} if (folder / "vae").is_dir() else {})
+    unet: Any = UNet2DModel
+    if read_json(folder / "unet" / "config.json").get("_class_name") == "EDMUNet":
+        from dtta_fast.denoisers.edm_unet import EDMUNet
+
+        unet = EDMUNet
+    kinds = {"unet": unet} | ({"vae": autoencoder_kind(folder / "vae")} if (folder / "vae").is_dir() else {})
     return {name: read_model(kind, folder / name, use_safetensors=True, torch_dtype=torch.float32) for name, kind in kinds.items()}
 
 
