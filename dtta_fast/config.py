@@ -96,7 +96,7 @@ def _description(kind: Any, quoted: bool) -> str:
         return ", ".join(f'"{choice}"' if quoted else choice for choice in get_args(kind))
     if kind in (bool, str, types.NoneType):
         return {bool: "True, False", str: "text", types.NoneType: "None"}[kind]
-    return f"a {'whole' if kind.__origin__ is int else 'finite'} number of {_low(kind)} and more"
+    return f"a {'whole' if kind.__origin__ is int else 'finite'} number of {_low(kind)} or more"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +229,7 @@ class AdaptConfig:
                 refuse(self, "lora_targets", "None or names such as ('q_proj', 'v_proj')")
             object.__setattr__(self, "lora_targets", tuple(names))
         if self.guard_threshold and self.guard == 1:
-            raise ValueError(f"guard is 1 with guard_threshold {self.guard_threshold}; a standard error takes 2 pairs and more")
+            raise ValueError(f"guard is 1 with guard_threshold {self.guard_threshold}; a standard error takes 2 pairs or more")
         if self.antithetic and self.pairs % 2:
             raise ValueError(f"antithetic with pairs {self.pairs}; opposite noises take an even number of pairs")
         if self.drawn_classes and self.top_k is None:
@@ -260,5 +260,5 @@ class AdaptConfig:
         known = [field.name for field in dataclasses.fields(self)]
         for name in changes:
             if name not in known:
-                raise ValueError(f"{name} is no field of AdaptConfig; it has {', '.join(known)}")
+                raise ValueError(f"AdaptConfig has no field {name!r}; it has {', '.join(known)}")
         return dataclasses.replace(self, **changes)

@@ -94,5 +94,5 @@ def get(name: str) -> AdaptConfig:
         ValueError: there is no such preset.
     """
     if str(name).upper() not in ALL:
-        raise ValueError(f"preset is {name!r}; there are {', '.join(ALL)}")
+        raise ValueError(f"preset is {name!r}; choose one of {', '.join(ALL)}")
     return ALL[name.upper()]

@@ -35,7 +35,7 @@ def _check_pairs(pairs: Pairs) -> None:
     _check(table.dtype == torch.float32, f"table has dtype {table.dtype}; give NoiseProcess.table, float32")
     _check(
         timesteps.ndim == 2 and timesteps.shape[0] == x0.shape[0] and timesteps.shape[1] > 0,
-        f"timesteps has shape {tuple(timesteps.shape)}; give [B, P] with B = {x0.shape[0]} and P of 1 and more",
+        f"timesteps has shape {tuple(timesteps.shape)}; give [B, P] with B = {x0.shape[0]} and P of 1 or more",
     )
     _check(image_ids.shape == x0.shape[:1], f"image_ids has shape {tuple(image_ids.shape)}; give one an image: [{x0.shape[0]}]")
     for name, value in (("timesteps", timesteps), ("image_ids", image_ids), ("step", step)):
@@ -126,7 +126,7 @@ def _check_timestep_draw(image_ids: Tensor, step: Tensor, cumulative: Tensor | N
     fits = cumulative is None or (cumulative.ndim == 1 and len(cumulative) > 1 and cumulative.dtype == torch.int64)
     _check(fits, "cumulative is no int64 [T + 1]; give cumulative_density()'s result")
     _check(0 <= seed < 2**63, f"seed is {seed}; give 0 .. 2^63 - 1")
-    _check(pairs > 0, f"pairs is {pairs}; give 1 and more")
+    _check(pairs > 0, f"pairs is {pairs}; give 1 or more")
     _check(0 <= low < high < 2**31, f"low and high are {low} and {high}; give 0 <= low < high")
     _check_devices(image_ids, {"step": step, "cumulative": cumulative})
 

@@ -52,6 +52,11 @@ def test_the_gradient_reaches_soft_classes(pairs):
     assert torch.autograd.gradcheck(lambda w: ours(x_t, timesteps, w.softmax(1) @ table).square().mean(), weights)
 
 
+def test_a_scheduler_in_place_of_the_process_is_named():
+    with pytest.raises(TypeError, match=r"process is a DDPMScheduler; give NoiseProcess.from_scheduler\(scheduler\)"):
+        ClassUNet(unet(), SCHEDULER)
+
+
 def test_patches_are_channels_of_one_pixel(pairs):
     network = unet(12, out_channels=24).double()
     ours = denoiser(network, patch_size=2)

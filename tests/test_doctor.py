@@ -13,6 +13,7 @@ from dtta_fast.commands.cli import main
 from dtta_fast.data.corruptions import corrupt
 from dtta_fast.data.digits import load_digits
 from dtta_fast.measure.suitability import Suitability, examine
+from dtta_fast.tasks import Classification
 
 FOUND = Suitability(
     images=50,
@@ -57,8 +58,11 @@ def test_what_it_finds_is_what_adapt_gives(images):
     found = examine(model, denoiser, images, presets.FAST)
     result, calibration = adapt(model, denoiser, images), denoiser.calibration
     changed = result.predictions != result.predictions_before
-    assert found.by_matching == pytest.approx(float((changed & ~result.accepted).float().mean()))
-    assert found.by_adaptation == pytest.approx(float((changed & result.accepted).float().mean()))
+    with torch.no_grad():
+        matched = model(Classification().normalise(model, calibration.match(images))).argmax(1)
+    by_matching = result.predictions == matched
+    assert found.by_matching == pytest.approx(float((changed & by_matching).float().mean()))
+    assert found.by_adaptation == pytest.approx(float((changed & ~by_matching).float().mean()))
     assert found.selected == pytest.approx(float((result.evaluations > 0).float().mean()))
     assert found.evaluations == pytest.approx(float(result.evaluations.float().mean()))
     assert found.unusual == pytest.approx(float((calibration.distance(images) > calibration.limit).float().mean()))
@@ -66,6 +70,18 @@ def test_what_it_finds_is_what_adapt_gives(images):
     assert found.agreement - 2 * found.error > 0.5
     assert found.seconds > 0
     assert "of the answers change" in found.advice()[-1]
+
+
+def test_changes_that_matching_makes_alone_are_not_adaptation_s(images):
+    """Where the adapted weights repeat the answer to the matched image, `accepted` is true."""
+    model, denoiser = zoo.load("digits")
+    faint = images * 0.2 + 0.6
+    result, found = adapt(model, denoiser, faint), examine(model, denoiser, faint, presets.FAST)
+    with torch.no_grad():
+        matched = model(Classification().normalise(model, denoiser.calibration.match(faint))).argmax(1)
+    repeats = (result.predictions != result.predictions_before) & result.accepted & (result.predictions == matched)
+    assert repeats.any()
+    assert found.by_matching >= float(repeats.float().mean())
 
 
 def test_another_numbering_of_the_classes_shows(images):
@@ -126,7 +142,7 @@ def test_the_command(images, tmp_path, capsys, classes):
     for arguments, message in (
         (["--most", "0"], "most is 0"),
         (["--preset", "ONLINE"], "adapts to a stream"),
-        (["--model", "nowhere/at-all"], "without a denoiser"),
+        (["--model", "nowhere/at-all"], "and the denoiser is the digits zoo's"),
     ):
         with pytest.raises(SystemExit):
             main(["doctor", str(tmp_path / "0.png"), *arguments])

@@ -294,7 +294,7 @@ def test_bad_input_in_python(package, digits):
     for images, keywords, message in (
         (digits[:2], {}, r"images has shape \(2, 3, 32, 32\); this package takes \[1, 3, 32, 32\]"),
         (digits[:1, :, :31], {}, "this package takes"),
-        (digits[:1] * 300, {}, "images lies in"),
+        (digits[:1] * 300, {}, "images has values from"),
         (digits[:1], {"deadline_ms": 0}, "deadline_ms is 0; give a positive number"),
         (digits[:1], {"image_ids": torch.tensor([-1])}, "image_ids"),
     ):
@@ -331,9 +331,9 @@ def test_a_model_that_cannot_be_exported_leaves_nothing_behind(model, denoiser, 
     [
         (["model.onnx"], "path is 'model.onnx'; give a file ending in .pt2"),
         (["m.pt2", "--parameters", "logits", "--precheck", "off"], "parameters is 'logits', which cannot be exported"),
-        (["m.pt2", "--batch", "0"], "batch is 0; give a whole number of 1 and more"),
-        (["m.pt2", "--batch", "4", "--measured", "2"], "measured is 2; give batch = 4 and more"),
-        (["m.pt2", "--model", "resnet18"], "model is 'resnet18' without a denoiser"),
+        (["m.pt2", "--batch", "0"], "batch is 0; give a whole number of 1 or more"),
+        (["m.pt2", "--batch", "4", "--measured", "2"], "measured is 2; give batch = 4 or more"),
+        (["m.pt2", "--model", "resnet18"], "model is 'resnet18', and the denoiser is the digits zoo's"),
     ],
 )
 def test_bad_arguments_of_the_command(arguments, message, capsys):

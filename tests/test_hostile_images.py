@@ -65,11 +65,11 @@ def test_a_long_image_is_refused_before_it_is_decoded(tmp_path, size):
     path = tmp_path / "long.png"
     path.write_bytes(headed(*size))
     for read in (folder.read_image, lambda path: folder.read_pixels(path, str(path)), maps.read_map):
-        with pytest.raises(ValueError, match=rf"long\.png is no .*it is {size[0]}x{size[1]} pixels; crop it"):
+        with pytest.raises(ValueError, match=rf"long\.png .*it is {size[0]}x{size[1]} pixels; crop it"):
             read(path)
-    with pytest.raises(ValueError, match=r"long\.png is no image"):
+    with pytest.raises(ValueError, match=r"long\.png cannot be read as an image"):
         folder.read_images(tmp_path, 224, 1)
-    with pytest.raises(ValueError, match="a row is no image"):
+    with pytest.raises(ValueError, match="a row cannot be read as an image"):
         folder.read_pixels(io.BytesIO(headed(*size)), "a row")
 
 
@@ -139,7 +139,7 @@ def test_files_of_any_size(tmp_path):
     """Sparse ones, which take no room on a disk; /proc's say that they are empty."""
     picture(tmp_path / "x.png")
     os.truncate(tmp_path / "x.png", pictures.MOST_BYTES + 1)
-    with pytest.raises(ValueError, match=r"x\.png is no image that can be read: it has 536870913 bytes, and 536870912 is the most"):
+    with pytest.raises(ValueError, match=r"x\.png cannot be read as an image: it has 536870913 bytes, and 536870912 is the most"):
         folder.read_image(tmp_path / "x.png")
     (tmp_path / "classes.txt").touch()
     os.truncate(tmp_path / "classes.txt", MOST_TEXT + 1)
@@ -162,11 +162,11 @@ def test_long_images_in_a_shard(tmp_path):
             about.size = len(content)
             archive.addfile(about, io.BytesIO(content))
     data = shards.open_webdataset(tmp_path / "a.tar")
-    with pytest.raises(ValueError, match=r"sample a\.tar/a is no image that can be read: it is 80000000x1"):
+    with pytest.raises(ValueError, match=r"sample a\.tar/a cannot be read as an image: it is 80000000x1"):
         data.read(0)
     assert data.read(1).shape == (3, 6, 8)
     data._spans[1] = (tmp_path / "a.tar", 0, pictures.MOST_BYTES + 1)
-    with pytest.raises(ValueError, match=r"sample a\.tar/b is no image that can be read: it has 536870913 bytes"):
+    with pytest.raises(ValueError, match=r"sample a\.tar/b cannot be read as an image: it has 536870913 bytes"):
         data.read(1)
 
 

@@ -123,7 +123,7 @@ def test_embeddings_of_another_dtype(tmp_path):
 @pytest.mark.parametrize("name", ["x" * 300, "someone/" + "x" * 5000, "x\0y", "a/b/c/d"])
 def test_an_id_that_no_file_and_no_model_can_have(name):
     for kind in (DiT, ConcatUNet, StableDiffusion):
-        with pytest.raises(ValueError, match=r"^path is .*, which is no folder and can be no id of the hub"):
+        with pytest.raises(ValueError, match=r"^path is .*: there is no such folder, and it cannot be a hub id"):
             kind.from_pretrained(name)
     with pytest.raises((FileNotFoundError, ValueError), match=r"is missing|cannot be read"):
         DiT.from_original(name, num_heads=2)
@@ -131,7 +131,7 @@ def test_an_id_that_no_file_and_no_model_can_have(name):
 
 def test_a_controlnet_s_id(monkeypatch):
     monkeypatch.setattr(StableDiffusion, "from_pretrained", lambda *given, **named: None)
-    with pytest.raises(ValueError, match=r"^controlnet is 'xxx.*can be no id of the hub"):
+    with pytest.raises(ValueError, match=r"^controlnet is 'xxx.*it cannot be a hub id"):
         ControlNet.from_pretrained("any", "x" * 300)
 
 

@@ -89,7 +89,7 @@ def test_different_sizes_are_cropped_one_by_one(pixels):
 
 def test_values_are_checked_before_a_crop_clamps_them(adapter, pixels):
     large = torch.nn.functional.interpolate(pixels[:1].float(), (64, 64))[0]
-    with pytest.raises(ValueError, match=r"images lies in \[0, 2\d\d\]; give \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"images has values from 0 to 2\d\d; give \[0, 1\]"):
         adapter.adapt([pixels[0].float(), large])
     with pytest.raises(ValueError, match=r"dtype torch.int32"):
         adapter.adapt([pixels[0].float() / 255, large.int()])
@@ -103,17 +103,24 @@ def test_ids_out_of_range_are_named(adapter, pixels):
     torch.testing.assert_close(adapter.adapt(pixels[:2], image_ids=ids).outputs, wanted.outputs)
 
 
+def test_arrays_of_grey_values_are_taken(adapter, pixels):
+    grey = pixels[0, 0].numpy()
+    wanted = adapter.adapt(torch.from_numpy(grey).expand(1, 3, -1, -1))
+    for image in (grey, [grey], Image.fromarray(grey)):
+        torch.testing.assert_close(adapter.adapt(image).outputs, wanted.outputs)
+
+
 @pytest.mark.parametrize(
     ("images", "error", "message"),
     [
         ([], ValueError, "empty list"),
-        (3, TypeError, "a int; give a tensor"),
-        ([object()], TypeError, "list of object"),
-        (np.zeros((4, 4)), ValueError, r"shape \(4, 4\); give \[H, W, 3\]"),
+        (3, TypeError, "of type int; give a tensor"),
+        ([object()], TypeError, "contains, an object of type object"),
+        (np.zeros((1, 1, 4, 4, 3)), ValueError, r"shape \(1, 1, 4, 4, 3\)"),
         (np.zeros((3, 8, 8), dtype=np.uint8), ValueError, "channels last"),
         (np.zeros((8, 8, 3), dtype=np.int32), ValueError, "array of int32"),
         ([torch.zeros(1, 3, 8, 8)], ValueError, r"in a list, give \[3, H, W\]"),
-        ("nothing.png", ValueError, "nothing.png is no image"),
+        ("nothing.png", ValueError, "nothing.png cannot be read as an image"),
         (Image.new("F", (8, 8)), ValueError, "of no known range"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from transformers import (
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -141,6 +144,24 @@ def test_preprocessing_is_asked_for(pair, denoiser):
     with torch.no_grad():
         expected = model(pictures()[..., :32, :32].float() / 255 * 2 - 1).logits
     torch.testing.assert_close(found.outputs_before, expected)
+
+
+def test_a_model_of_another_task_is_told_its_task(denoiser):
+    sizes = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4, "decoder_hidden_size": 8}
+    segmenter = SegformerForSemanticSegmentation(SegformerConfig(**sizes)).eval()
+    for model, task in ((segmenter, "Segmentation"), (zoo.load_model("depth"), "Depth"), (zoo.load_model("open_vocabulary"), "ZeroShot")):
+        kind = type(model).__name__
+        with pytest.raises(ValueError, match=rf"transformers' {kind}, which does not hold its preprocessing; give task={task}\("):
+            Adapter(model, denoiser, CONFIG)
+
+
+def test_torchvision_s_models_without_a_task_warn(denoiser):
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    with pytest.warns(UserWarning, match=r"torchvision's ResNet, which does not hold its preprocessing"):
+        Adapter(model, denoiser, CONFIG)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Adapter(model, denoiser, CONFIG, Classification(normalise=lambda crop: crop))
 
 
 def test_folders_load_by_the_command_line(pair, tmp_path, capsys):

@@ -100,12 +100,14 @@ def test_templates_are_averaged_as_directions(models, processor):
     torch.testing.assert_close(texts, torch.nn.functional.normalize(each[0] + each[1], dim=1))
 
 
-def test_open_clip(models, digits):
+@pytest.mark.parametrize("quick_gelu", [False, True], ids=["LAION's", "OpenAI's and DFN's"])
+def test_open_clip(models, digits, quick_gelu):
     open_clip = pytest.importorskip("open_clip")
     torch.manual_seed(0)
     vision = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
     text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    clip = open_clip.CLIP(embed_dim=16, vision_cfg=open_clip.CLIPVisionCfg(**vision), text_cfg=open_clip.CLIPTextCfg(**text)).eval()
+    configs = {"vision_cfg": open_clip.CLIPVisionCfg(**vision), "text_cfg": open_clip.CLIPTextCfg(**text)}
+    clip = open_clip.CLIP(embed_dim=16, **configs, quick_gelu=quick_gelu).eval()
     open_clip.set_model_preprocess_cfg(clip, {"size": 32, "mean": (0.4,) * 3, "std": (0.3,) * 3})
     tokenizer = open_clip.SimpleTokenizer()
     task = ZeroShot(NAMES, tokenizer)
@@ -398,7 +400,7 @@ def test_adapt_command_names_a_file_that_is_no_image(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["adapt", str(tmp_path / "none.png"), "--classes", "one, two"])
     assert stop.value.code == 2
-    assert "none.png is no image" in capsys.readouterr().err
+    assert "none.png cannot be read as an image" in capsys.readouterr().err
 
 
 def test_clip_loads_from_its_hub_layout():

@@ -258,7 +258,7 @@ def test_the_command_prints_tables_and_writes_its_result(tmp_path, capsys):
     assert set(result["warmup"]) == {"cold", "warm"}
     assert result["device"] == environment.device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # as of dtta bench
     assert {row["name"] for row in result["phases"]} == STEP
-    for name in (*STEP, result["bottleneck"], *(f"{path}: written" for path in paths)):
+    for name in (*STEP, result["bottleneck"], *(f"wrote {path}" for path in paths)):
         assert name in printed.out
     assert not printed.err
     assert all(path.stat().st_size for path in paths)
@@ -267,7 +267,7 @@ def test_the_command_prints_tables_and_writes_its_result(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--images", "0"], "images is 0; give 1 and more"),
+        (["--images", "0"], "images is 0; give 1 or more"),
         (["--preset", "SLOW"], "preset is 'SLOW'"),
         (["--device", "moon"], "device is 'moon'"),
         (["--model", "resnet18"], "give --denoiser too"),

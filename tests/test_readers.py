@@ -94,7 +94,7 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         for i, name in enumerate(data.names):
-            with pytest.raises(ValueError, match=f"{name} is no image that can be read"):
+            with pytest.raises(ValueError, match=f"{name} cannot be read as an image"):
                 data[i]
         with pytest.raises(ValueError, match="it has 6300 pixels, more than"):
             data[data.names.index("huge.png")]
@@ -119,7 +119,7 @@ def test_folder_of_classes(tmp_path):
 
 
 def test_folders_that_are_none(tmp_path):
-    with pytest.raises(ValueError, match="missing is missing or no folder"):
+    with pytest.raises(ValueError, match="missing does not exist, or is not a folder"):
         open_images("folder", tmp_path / "missing")
     _junk(tmp_path)
     with pytest.raises(ValueError, match="holds no class folder and no file ending in"):
@@ -139,7 +139,7 @@ def test_calibration_s_images_leave_hidden_files_out(tmp_path):
     _save(tmp_path / "sub" / "x.png", size=(8, 6))
     _junk(tmp_path / "sub")
     assert read_images(tmp_path, 4, 9).shape == (1, 3, 4, 4)
-    with pytest.raises(ValueError, match="most is 0; give 1 and more"):
+    with pytest.raises(ValueError, match="most is 0; give 1 or more"):
         read_images(tmp_path, 4, 0)
 
 
@@ -352,7 +352,7 @@ def test_workers_of_a_loader_read_the_same(tmp_path):
     [
         ({"name": "imagenet-x"}, r"name is 'imagenet-x'; choose one of acdc, ade20k, .*webdataset"),
         ({"name": "imagenet", "root": None}, "root is missing: imagenet needs the folder that holds it"),
-        ({"name": "digits"}, "digits is made, not read: leave it out"),
+        ({"name": "digits"}, "digits is generated and reads no files: leave it out"),
         ({"name": "imagenet", "corruptions": ["fog"]}, r"corruptions is \['fog'\], which imagenet does not have; the corrupted sets are"),
         ({"name": "folder", "severities": [1]}, r"severities is \[1\], which folder does not have"),
         ({"name": "imagenet-c", "severities": [5, 5]}, "name each once"),
@@ -387,7 +387,7 @@ def test_subsample_takes_the_same_images_of_every_corruption(tmp_path):
         for i in subsample(data, 3, seed)[:3]:
             counts[int(Path(data.names[i]).stem)] += 1
     assert counts.min() > 40  # of 75 expected, 7.5 standard deviation
-    with pytest.raises(ValueError, match="per_class is 0; give 1 and more"):
+    with pytest.raises(ValueError, match="per_class is 0; give 1 or more"):
         subsample(data, 0, 0)
 
 

@@ -156,7 +156,7 @@ def test_food101(tmp_path):
     }
     assert data.classes == ("apple pie", "waffles")
     assert data[0].shape == (3, 3, 4)
-    with pytest.raises(ValueError, match=r"apple_pie/8.jpg is no image that can be read"):
+    with pytest.raises(ValueError, match=r"apple_pie/8.jpg cannot be read as an image"):
         data[2]
     with pytest.raises(ValueError, match=r"train.json is missing; food101 is torchvision's Food101"):
         open_images("food101", tmp_path, split="train")
@@ -278,7 +278,7 @@ def test_image_folder_by_datasets(tmp_path, hub):
     data = open_images("hf", tmp_path / "set")
     assert (data.labels, data.classes) == ([0, 1, 1], ("cat", "dog"))
     assert int(data[1][0, 0, 0]) == 20
-    with pytest.raises(ValueError, match=r"test#2.* is no image that can be read"):
+    with pytest.raises(ValueError, match=r"test#2.* cannot be read as an image"):
         data[2]
 
 
@@ -347,5 +347,5 @@ def test_shards_that_do_not_fit(tmp_path):
         with pytest.raises(ValueError, match=f"{name} is no tar file that can be read"):
             open_images("webdataset", tmp_path / name)
     data = open_images("webdataset", _tar(tmp_path / "bad.tar", {"a.png": picture[:50]}))
-    with pytest.raises(ValueError, match=r"sample bad.tar/a is no image that can be read"):
+    with pytest.raises(ValueError, match=r"sample bad.tar/a cannot be read as an image"):
         data[0]

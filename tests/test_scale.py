@@ -113,7 +113,7 @@ def test_an_imagenet_c_tree_from_the_shell(tmp_path, capsys):
     arguments += ["--timesteps", "stratified", "--pairs", "2", "--guard", "2", "--batch", "4", "--json", str(tmp_path / "summary.json")]
     main(arguments)
     shown = capsys.readouterr().out
-    assert "24 images, 1 of them failed" in shown
+    assert "24 images, 1 failed" in shown
     assert "error % [gaussian_noise5]: " in shown
     found = list(read_records(tmp_path / "run" / "records.jsonl"))
     assert [record["label"] for record in found[:6]] == [0, 0, 7, 7, 999, 999]

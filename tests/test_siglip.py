@@ -106,7 +106,7 @@ def test_several_templates_for_the_denoiser(siglip, processor, denoiser):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ({"three": [], "one": "one"}, r"classes\['three'\] is \[\]; give a sequence of one string and more"),
+        ({"three": [], "one": "one"}, r"classes\['three'\] is \[\]; give a sequence of one string or more"),
         ({"three": ["a", "a"], "one": "one"}, r"classes\['three'\] has 'a' twice"),
         ({"three": "one", "one": "one"}, "classes has the same prompts for 'three' and 'one'; give each class its own"),
         ({}, r"classes is \[\]"),

@@ -60,7 +60,7 @@ def test_summaries_and_probabilities_show_names_as_they_are(monkeypatch, tmp_pat
     monkeypatch.setattr("dtta_fast.commands.evaluate.evaluate", evaluate)
     main(["evaluate", str(folder), "--json", str(result)])
     printed = capsys.readouterr().out
-    assert "".join(f"of them failed; {shown(folder)}".split()) in "".join(printed.split())  # a title is broken to its table's width
+    assert "".join(f"failed; {shown(folder)}".split()) in "".join(printed.split())  # a title is broken to its table's width
     assert f"error % [{shown(name)}]: " in printed
     assert printed.replace("\n", "").isprintable()
     assert json.loads(result.read_text()) == found
@@ -119,7 +119,7 @@ def test_a_terminal_without_a_letter_shows_its_number(monkeypatch):
     with pytest.raises(SystemExit):
         main(["adapt", "grün.png"])
     screen.flush()
-    assert b"gr\\xfcn.png is no image" in screen.buffer.getvalue()
+    assert b"gr\\xfcn.png cannot be read as an image" in screen.buffer.getvalue()
 
 
 # --- files of others

@@ -225,9 +225,9 @@ def test_loaded_with_prompts_of_the_names(family):
         (["cat", "cat"], "'cat' twice"),
         (["Cat", "cat"], "|".join(["'Cat' and 'cat' are the same to the tokenizer", "'cat' and 'cat' are the same to the tokenizer"])),
         (["a " * 400, "dog"], r"has \d+ tokens, and the text encoder takes \d+; give a shorter name"),
-        ([["cat"], []], r"prompts\[1\] is \[\]; give a sequence of one string and more"),
+        ([["cat"], []], r"prompts\[1\] is \[\]; give a sequence of one string or more"),
         ([["cat"], ["cat"]], r"prompts has \['cat'\] for classes 0 and 1"),
-        ([], "give a sequence of one string and more"),
+        ([], "give a sequence of one string or more"),
     ],
 )
 def test_prompts_that_cannot_serve_are_named(family, prompts, message):

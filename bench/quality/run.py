@@ -6,16 +6,20 @@
 All methods see the same corrupted and clean images; a seed sets a method's random draws. The results go to
 bench/results/quality_BENCHMARK.json, with one record per method: the accuracy and every answer by corruption, the denoiser's forward and
 backward passes, seconds per image, how many right answers turned wrong, and the expected calibration error. A method that is run again
-replaces its record; with --keep, only the seeds that its record lacks are measured. bench/readme.py makes the tables and
-bench/quality/plot.py the plots.
+replaces its record; with --keep, only the seeds that its record lacks are measured. With --workers, methods and seeds run beside each
+other, in processes of one thread each; the seconds are then those of one core. bench/readme.py makes the tables and bench/quality/plot.py
+the plots.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import subprocess
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,6 +103,30 @@ def measure(method: Method, setting: Setting, streams: dict[str, Tensor], labels
     return rows
 
 
+def measured(args: argparse.Namespace, tasks: list[tuple[str, int]]) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """Measures methods under seeds, and yields (method, seed, rows) in the order in which they finish."""
+    if args.workers == 1:
+        own = subject(args)
+        for name, seed in tasks:
+            yield name, seed, one(args, name, seed, own)
+        return
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        waiting = {pool.submit(one, args, name, seed): (name, seed) for name, seed in tasks}
+        for future in as_completed(waiting):
+            yield *waiting[future], future.result()
+
+
+def one(args: argparse.Namespace, name: str, seed: int, own: Subject | None = None) -> dict[str, Any]:
+    """Measures one method under one seed; see measure()."""
+    own = own or subject(args)
+    return measure(table(args)[name], Setting(own.model, own.denoiser, own.train, seed), own.streams, own.labels)
+
+
+def table(args: argparse.Namespace) -> dict[str, Method]:
+    """Returns the methods of a benchmark."""
+    return ABLATIONS if args.ablations else TABLES.get(args.benchmark, METHODS)
+
+
 def kept(record: dict[str, Any] | None, setup: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the rows of a record's seeds, or none if it was measured in another setup: on other images, or with another denoiser."""
     return list(record["runs"]) if record is not None and all(record.get(name) == value for name, value in setup.items()) else []
@@ -135,6 +163,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keep", action="store_true", help="keep the seeds on record, if the method's settings have not changed")
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--only", nargs="*")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--unseen", action="store_true", help="corruptions on which no setting was chosen")
@@ -146,7 +175,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.ablations and args.benchmark == "open_vocabulary":
         parser.error("--ablations needs a classifier and a DiT; give digits or fashion")
-    methods = ABLATIONS if args.ablations else TABLES.get(args.benchmark, METHODS)
+    methods = table(args)
     unknown = sorted(set(args.only or ()) - set(methods))
     if unknown:
         parser.error(f"--only names {', '.join(unknown)}; there are {', '.join(methods)}")
@@ -160,24 +189,25 @@ def main() -> None:
     trust = None if denoiser.calibration is None else denoiser.calibration.trust
     setup = {"images": len(labels), "severities": severities, "split": args.split, "denoiser": f"{fingerprint(denoiser)} {trust}"}
     source = measure((ZERO_SHOT if methods is ZERO_SHOT else METHODS)["source"], Setting(model, denoiser, train, 0), streams, labels)
-    for name in args.only or methods:
-        method = methods[name]
-        runs = kept(records.get(name), setup) if args.keep else []
-        for seed in range(len(runs), max(args.seeds, 1)):
-            runs.append(measure(method, Setting(model, denoiser, train, seed), streams, labels))
-            if not args.keep and seed + 1 < args.seeds:
-                continue
-            records[name] = {
-                "family": method.family,
-                "protocol": method.protocol,
-                **setup,
-                "corrupted": summary(runs, source, list(severities)),
-                "clean": summary(runs, source, ["clean"]),
-                "runs": runs,
-                "commit": commit,
-                "environment": environment.describe(),
-            }
-            path.write_text(json.dumps(records) + "\n")
+    runs = {name: dict(enumerate(kept(records.get(name), setup) if args.keep else [])) for name in args.only or methods}
+    tasks = [(name, seed) for name, done in runs.items() for seed in range(max(args.seeds, 1)) if seed not in done]
+    for name, seed, rows in measured(args, tasks):
+        runs[name][seed] = rows
+        done = [runs[name][k] for k in range(len(runs[name])) if k in runs[name]]
+        if len(done) < (len(runs[name]) if args.keep else args.seeds):
+            continue  # a record holds the first seeds, without gaps
+        records[name] = {
+            "family": methods[name].family,
+            "protocol": methods[name].protocol,
+            **setup,
+            "corrupted": summary(done, source, list(severities)),
+            "clean": summary(done, source, ["clean"]),
+            "runs": done,
+            "workers": args.workers,
+            "commit": commit,
+            "environment": environment.describe(),
+        }
+        path.write_text(json.dumps(records) + "\n")
         found, whole = records[name]["corrupted"], records[name]["clean"]
         low, high = found["gain_interval"]
         print(

@@ -75,6 +75,8 @@ class Adapt:
             if place is not None:
                 check_name(name, place)
         device, paths = checked_device(self.device), files(self.images)
+        if self.classes is None and self.model == self.denoiser == "zoo":
+            terminal(stderr=True).print("without --model and --denoiser: models of handwritten digits, which know the classes 0 to 9 only")
         first = read_image(paths[0])
         with terminal(stderr=True).status("loading"):
             dtype, own = getattr(torch, self.dtype), self.calibration is None
@@ -153,7 +155,7 @@ def files(given: Sequence[Path]) -> list[Path]:
         elif path.exists():
             found.append(path)
         else:
-            raise ValueError(f"{path} is no image that can be read: there is no such file")
+            raise ValueError(f"{path} does not exist")
     if not found:
         raise ValueError("images are missing: give at least one file")
     return found

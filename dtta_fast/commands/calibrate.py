@@ -46,7 +46,7 @@ class Calibrate:
     """
 
     denoiser: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DENOISER", help_behavior_hint="(required)")]
-    """DiT or Stable Diffusion model: a folder or a hub id; Stable Diffusion requires --classes."""
+    """Diffusion model: a folder or a hub id; one that takes prompts, such as Stable Diffusion, requires --classes."""
     images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES", help_behavior_hint="(required)")]
     """Folder of at least 8 clean images similar to the denoiser's training data; subfolders are searched too."""
     classes: Annotated[str | None, tyro.conf.arg(metavar="NAMES", help_behavior_hint="(default: none)")] = None
@@ -99,7 +99,7 @@ class Calibrate:
             images = read_images(self.images, denoiser.image_size, self.most)
             answers = None if model is None else _outputs(model.to(device), task, denoiser, images.to(device))
         if len(images) < LEAST:
-            raise ValueError(f"images is {str(self.images)!r}, which holds {len(images)}; give a folder of {LEAST} and more")
+            raise ValueError(f"images is {str(self.images)!r}, which holds {len(images)}; give a folder of {LEAST} or more")
         if partial.exists():
             print(shown(f"goes on from what {partial} holds"), file=sys.stderr)
         try:
@@ -110,7 +110,7 @@ class Calibrate:
         write_whole(path, found.to_json())
         partial.unlink(missing_ok=True)
         write_json(self.json, {"denoiser": self.denoiser, "images": len(images), "calibration": asdict(found)})
-        print(f"{shown(path)}: written")
+        print(f"wrote {shown(path)}")
 
 
 def _with_clip(place: str, clip_place: str, names: Sequence[str] | Mapping[str, Sequence[str]]) -> tuple[Denoiser, nn.Module, Task]:

@@ -125,7 +125,7 @@ def names_of(classes: str) -> list[str] | dict[str, list[str]]:
     if "," in classes or path.suffix.lower() not in (".txt", ".json"):
         names = [name.strip() for name in classes.split(",")]
         if len(names) < 2:
-            raise ValueError(f"classes is {classes!r}; give two names and more, separated by commas, or a .txt or .json file of them")
+            raise ValueError(f"classes is {classes!r}; give at least two names, separated by commas, or a .txt or .json file of them")
         return names
     if not os.path.isfile(path):
         raise ValueError(f"classes is {classes!r}, and there is no such file; give one, or names separated by commas")
@@ -168,5 +168,5 @@ def checked_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch was built without CUDA
-        raise ValueError(f"device is {name!r}, which is not here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device is {name!r}, which is not available: {str(error).splitlines()[0]}") from error
     return device

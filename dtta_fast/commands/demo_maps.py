@@ -54,7 +54,7 @@ def run(
         ValueError: `images` is below 1.
     """
     if images < 1:
-        raise ValueError(f"images is {images}; give 1 and more")
+        raise ValueError(f"images is {images}; give 1 or more")
     data = scenes("test", images)
     truth = truth_of(name, data)
     model, denoiser = zoo.load(name)

@@ -56,7 +56,7 @@ class Doctor:
         if config.mode != "episodic":
             raise ValueError(f"preset is {self.preset!r}, which adapts to a stream; give FAST, RANK or PAPER")
         if self.most < 1:
-            raise ValueError(f"most is {self.most}; give 1 and more")
+            raise ValueError(f"most is {self.most}; give 1 or more")
         device, paths = checked_device(self.device), files(self.images)
         count = min(self.most, len(paths))
         paths = [paths[i * len(paths) // count] for i in range(count)]
@@ -94,12 +94,12 @@ def _lines(found: Suitability, model: str) -> list[str]:
         ("denoiser", f"{found.denoiser_parameters / 1e6:.1f} M parameters, {'calibrated' if found.calibrated else 'not calibrated'}"),
         ("trust", f"{found.trust:.2f} of 3" if found.calibrated else "not measured"),
         ("loss prefers the model's first choice to its second", agreement),
-        ("unusual images", "not known" if found.unusual is None else f"{found.unusual:.0%} (5 % of the denoiser's own images are)"),
+        ("unusual images", "not known" if found.unusual is None else f"{found.unusual:.0%} (of the denoiser's own clean images, 5 %)"),
         ("adapted images", f"{found.selected:.0%}"),
         ("answers changed by matching", f"{found.by_matching:.0%}"),
         ("answers changed by adaptation", f"{found.by_adaptation:.0%}"),
         ("evaluations an image", f"{found.evaluations:.1f}"),
-        ("seconds an image", f"{found.seconds:.3g}, start of the first call included"),
+        ("seconds an image", f"{found.seconds:.3g}, with the first call's start-up"),
     ]
     lines = [f"{name:53}{value}" for name, value in rows]
     return [*lines, "", *(f"- {text}" for text in found.advice())]

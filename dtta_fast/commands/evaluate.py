@@ -212,7 +212,7 @@ def _usual_preset(settings: dict[str, Any]) -> str:
 
 
 def _print_summary(found: dict[str, Any], out: Path) -> None:
-    table = Table(title=f"{found['images']} images, {found['errors']} of them failed; {shown(out)}")
+    table = Table(title=f"{found['images']} images, {found['errors'] or 'none'} failed; {shown(out)}")
     scores = [name for name in found if isinstance(found[name], dict) and "gain" in found[name]]
     heads = [f"{shown(name)} {when} {scale_of(name).unit}".strip() for name in scores for when in ("before", "after")]
     heads = heads or ["before %", "after %", "gain"]

@@ -55,7 +55,7 @@ class Export:
         check_target(self.package, self.batch)
         check_exportable(self.config)
         if self.measured < self.batch:
-            raise ValueError(f"measured is {self.measured}; give batch = {self.batch} and more")
+            raise ValueError(f"measured is {self.measured}; give batch = {self.batch} or more")
         quiet()
         subject = load_subject(self.model, self.denoiser, self.images, self.measured, torch.device("cpu"))
         with terminal(stderr=True).status("loading") as status:
@@ -71,8 +71,7 @@ class Export:
         write_json(self.json, asdict(manifest))
         size = self.package.stat().st_size / 2**20
         print(
-            f"{shown(self.package)}: written, {size:.0f} MiB, for torch {manifest.torch} on {manifest.capability}, "
-            f"weights {manifest.weights}"
+            f"wrote {shown(self.package)}, {size:.0f} MiB, for torch {manifest.torch} on {manifest.capability}, weights {manifest.weights}"
         )
         print(
             f"outputs and losses differ from the engine's by {manifest.measured:.1e} at most on {manifest.measured_images} images; "

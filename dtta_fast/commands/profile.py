@@ -76,7 +76,7 @@ class Profile:
         check_path("json", self.json, holds("benchmark", "environment"))
         check_apart(trace=self.trace, html=self.html, json=self.json)
         if self.images < 1:
-            raise ValueError(f"images is {self.images}; give 1 and more")
+            raise ValueError(f"images is {self.images}; give 1 or more")
         device = checked_device(self.device)
         quiet()
         with terminal(stderr=True).status("loading") as status:
@@ -106,7 +106,7 @@ class Profile:
         console.print(shown(found.bottleneck), style="bold", soft_wrap=True)
         for path in (self.trace, self.html, self.json):
             if path is not None:
-                print(f"{shown(path)}: written")
+                print(f"wrote {shown(path)}")
 
 
 def _table(what: str, rows: Sequence[Row], heads: Sequence[str]) -> Table:

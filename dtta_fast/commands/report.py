@@ -59,7 +59,7 @@ class Report:
             files |= self._model_infos(runs)
         for path, text in files.items():
             write_whole(path, text)
-            print(f"{shown(path)}: written")
+            print(f"wrote {shown(path)}")
 
     def _model_infos(self, runs: Sequence[Run]) -> dict[Path, str]:
         """Returns RobustBench's records by path; runs on clean images only contribute their accuracy."""

@@ -59,11 +59,11 @@ def _calibrated(denoiser: Denoiser, images: Tensor, answers: Tensor | None, prog
     found = Calibration.measure(denoiser, images)
     if denoiser.takes_maps:
         if answers is not None:
-            raise ValueError("answers is given, and a denoiser of maps has no classes to compare them with; leave it out")
+            raise ValueError("outputs is given, and a denoiser of maps has no classes to compare them with; leave it out")
         return found
     classes = len(denoiser.class_embeddings({}))
     if classes < 2:
-        raise ValueError(f"denoiser has {classes} class; its timesteps are measured by telling classes apart: give 2 and more")
+        raise ValueError(f"denoiser has {classes} class; its timesteps are measured by telling classes apart: give 2 or more")
     if answers is not None:
         _check_answers(answers, len(images), classes)
     own: Any = PrivateCopy(denoiser).module  # in eval mode, whatever mode the caller's denoiser is in
@@ -101,7 +101,7 @@ def _check_answers(answers: Tensor, count: int, classes: int) -> None:
         fits = whole and bool(((answers >= 0) & (answers < classes)).all())
     if not fits:
         raise ValueError(
-            f"answers is {answers.dtype} with shape {tuple(answers.shape)}; give the classifier's outputs for the {count} images, finite "
+            f"outputs is {answers.dtype} with shape {tuple(answers.shape)}; give the classifier's outputs for the {count} images, finite "
             f"and [{count}, {classes}], or one class index for each of the {count} images, from 0 to {classes - 1}"
         )
 

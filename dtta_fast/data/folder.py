@@ -35,7 +35,7 @@ def read_images(folder: str | Path, size: int, most: int) -> Tensor:
         ValueError: the folder does not exist or has no images, a file is not an image (the message names it), or `most` is below 1.
     """
     if most < 1:
-        raise ValueError(f"most is {most}; give 1 and more")
+        raise ValueError(f"most is {most}; give 1 or more")
     folder = Path(folder)
     if not os.path.isdir(folder):  # Path.is_dir() raises for a name that is too long
         raise ValueError(f"images is {str(folder)!r}, which is no folder")
@@ -144,7 +144,7 @@ def subfolders(folder: Path) -> list[str]:
         ValueError: the folder is missing.
     """
     if not os.path.isdir(folder):
-        raise ValueError(f"{folder} is missing or no folder")
+        raise ValueError(f"{folder} does not exist, or is not a folder")
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and _counts(path.name))
 
 

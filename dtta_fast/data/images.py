@@ -108,7 +108,7 @@ def open_images(
     if root is None and reader.needs:
         raise ValueError(f"root is missing: {name} needs {reader.needs}")
     if root is not None and not reader.needs:
-        raise ValueError(f"root is {str(root)!r}; {name} is made, not read: leave it out")
+        raise ValueError(f"root is {str(root)!r}; {name} is generated and reads no files: leave it out, or read your images with 'folder'")
     for argument, values in (("corruptions", corruptions), ("severities", severities)):
         if values and not reader.corrupted:
             corrupted = ", ".join(other for other in readers if readers[other].corrupted)
@@ -155,7 +155,7 @@ def subsample(data: Images | Maps, per_class: int, seed: int, among: Sequence[in
         ValueError: per_class is below 1.
     """
     if per_class < 1:
-        raise ValueError(f"per_class is {per_class}; give 1 and more")
+        raise ValueError(f"per_class is {per_class}; give 1 or more")
     labels = getattr(data, "labels", None)
     parts: dict[tuple[str, int | None], list[tuple[bytes, int]]] = defaultdict(list)
     for i in range(len(data)) if among is None else among:

@@ -39,7 +39,7 @@ def scenes(split: str, count: int, first_id: int = 0) -> Scenes:
     if split not in ("train", "validation", "test"):
         raise ValueError(f"split is {split!r}; choose train, validation or test")
     if count < 1:
-        raise ValueError(f"count is {count}; choose 1 and more")
+        raise ValueError(f"count is {count}; choose 1 or more")
     numbers = range(first_id, first_id + count)
     drawn = [_render(np.random.default_rng(zlib.crc32(f"{split}/{number}".encode()))) for number in numbers]
     images, labels, depth = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))

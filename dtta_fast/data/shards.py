@@ -66,7 +66,7 @@ class Shards(Images):
         path, offset, size = self._spans[index]
         name = f"{path}, sample {self.names[index]}"
         if size > MOST_BYTES:
-            raise ValueError(f"{name} is no image that can be read: it has {size} bytes, and {MOST_BYTES} is the most")
+            raise ValueError(f"{name} cannot be read as an image: it has {size} bytes, and {MOST_BYTES} is the most")
         return read_pixels(io.BytesIO(_bytes(path, offset, size, name)), name)
 
 

@@ -78,7 +78,7 @@ class Calibration:
         """
         if images.ndim != 4 or len(images) < LEAST or min(images.shape[-2:]) < 4:
             raise ValueError(
-                f"images has shape {tuple(images.shape)}; give [N, C, H, W] with N of {LEAST} and more, 4 pixels a side and more"
+                f"images has shape {tuple(images.shape)}; give [N, C, H, W] with N of {LEAST} or more, 4 pixels a side and more"
             )
         if not images.is_floating_point() or not bool(((images >= 0) & (images <= 1)).all()):
             raise ValueError(

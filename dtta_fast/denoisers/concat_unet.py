@@ -63,7 +63,7 @@ class ConcatUNet(DiffusersDenoiser):
         if classes is None and channels != 1:
             raise ValueError(f"unet has {channels} channels for the map; depth takes 1")
         if classes is not None and classes < 2:
-            raise ValueError(f"classes is {classes}; give 2 and more")
+            raise ValueError(f"classes is {classes}; give 2 or more")
         if depth_range is not None and not 0 < depth_range[0] < depth_range[1] < math.inf:
             raise ValueError(f"depth_range is {depth_range}; give (nearest, farthest) in metres with 0 < nearest < farthest")
         self.classes, self.depth_range, self._latent = classes, depth_range, latent

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import Denoiser, check_vae, image_size, to_latents, to_model_range
-from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess, check_process
 
 
 class DiffusersDenoiser(Denoiser):
@@ -26,6 +26,7 @@ class DiffusersDenoiser(Denoiser):
     def __init__(self, network: Any, process: NoiseProcess, vae: Any = None) -> None:
         super().__init__()
         check_vae(vae)
+        check_process(process)
         self.add_module(self.part, network)
         self.vae = vae
         self.process = process

@@ -25,7 +25,7 @@ from dtta_fast.denoisers.dit_reading import (
     sized,
     without_prefix,
 )
-from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.denoisers.noise_process import NoiseProcess, check_process
 from dtta_fast.denoisers.reading import (
     CALIBRATION,
     OF_VALUES,
@@ -55,6 +55,7 @@ class DiT(Denoiser):
     def __init__(self, network: DiTNetwork, process: NoiseProcess, vae: nn.Module | None = None) -> None:
         super().__init__()
         check_vae(vae)
+        check_process(process)
         self.network = network
         self.process = process
         self.vae: Any = vae

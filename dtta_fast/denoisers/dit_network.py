@@ -161,7 +161,7 @@ class DiTNetwork(nn.Module):
         named = ("input_size", input_size), ("patch_size", patch_size), ("in_channels", in_channels), ("hidden_size", hidden_size)
         for name, value in (*named, ("depth", depth), ("num_heads", num_heads), ("num_classes", num_classes)):
             if value < 1:
-                raise ValueError(f"{name} is {value}; give 1 and more")
+                raise ValueError(f"{name} is {value}; give 1 or more")
         if input_size % patch_size:
             raise ValueError(f"patch_size {patch_size} does not divide input_size {input_size}")
         if hidden_size % num_heads or hidden_size % 4:

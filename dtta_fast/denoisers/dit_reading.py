@@ -58,7 +58,7 @@ def sized(sizes: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiTNetwork:
     needed = width * (side * side + rows + patch + depth * width * (10 + 2 * wide))
     there = sum(value.numel() for value in state.values())
     if depth > len(state) or needed > 4 * there + 2**20:
-        raise ValueError(f"its sizes take {needed:.0f} weights and more, and there are {there}")
+        raise ValueError(f"its sizes take {needed:.0f} weights or more, and there are {there}")
     return DiTNetwork(**sizes)
 
 

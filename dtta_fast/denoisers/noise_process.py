@@ -13,6 +13,12 @@ SIGNAL, NOISE, TARGET_SIGNAL, TARGET_NOISE, WEIGHT = range(5)
 INFORMATIVE = (-4.0, 0.0)  # log signal-to-noise ratios at which the losses of four denoisers tell classes apart best (docs/log.md)
 
 
+def check_process(process: Any) -> None:
+    """Raises TypeError if a denoiser's process is something else, such as a scheduler."""
+    if not isinstance(process, NoiseProcess):
+        raise TypeError(f"process is a {type(process).__name__}; give NoiseProcess.from_scheduler(scheduler)")
+
+
 class NoiseProcess:
     """Table with one row per timestep: signal a, noise s, target_signal u, target_noise v, weight w.
 

@@ -168,7 +168,7 @@ def check_different(prompts: Sequence[str], ids: Tensor) -> None:
 def check_names(argument: str, names: Sequence[str]) -> None:
     """Raises ValueError unless `names` is a non-empty sequence of distinct, non-empty strings."""
     if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{argument} is {names!r}; give a sequence of one string and more")
+        raise ValueError(f"{argument} is {names!r}; give a sequence of one string or more")
     seen: set[str] = set()
     for i, name in enumerate(name.strip() for name in names):
         if not name or name in seen:

@@ -243,9 +243,14 @@ def download(model_id: str, patterns: list[str], without: list[str] | None = Non
             folder = Path(snapshot_download(model_id, allow_patterns=[*patterns, "*.bin"], ignore_patterns=without))
         return folder
     except HFValidationError as error:
-        raise ValueError(f"{argument} is {model_id!r}, which is no folder and can be no id of the hub: {error}") from error
+        raise ValueError(f"{argument} is {model_id!r}: there is no such folder, and it cannot be a hub id ({_line(error)})") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(f"{model_id} is no folder, and the hub gave no model of that id: {error}") from error
+        raise FileNotFoundError(f"{model_id}: there is no such folder, and the hub gave no model of that id ({_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    """Returns an error's message in one line."""
+    return " ".join(str(error).split())
 
 
 def download_pipeline(model_id: str, networks: list[str], variant: str | None) -> Path:

@@ -63,7 +63,7 @@ def export(
     path = Path(path)
     check_target(path, batch)
     if not isinstance(images, Tensor) or images.ndim != 4 or len(images) < batch:
-        raise ValueError(f"images has shape {tuple(getattr(images, 'shape', ()))}; give [N, 3, H, W] with N of batch = {batch} and more")
+        raise ValueError(f"images has shape {tuple(getattr(images, 'shape', ()))}; give [N, 3, H, W] with N of batch = {batch} or more")
     check_exportable(config)
     images = checked_images(images, images.device, Checks()).float()  # as hosts pass them
     check_calibration(denoiser, config)
@@ -100,7 +100,7 @@ def check_target(path: Path, batch: int) -> None:
     if len(os.fsencode(_draft(path).name)) > MOST_NAME:
         raise ValueError(f"path is {str(path)!r}, whose name is too long; give one of up to 200 bytes")
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch is {batch!r}; give a whole number of 1 and more")
+        raise ValueError(f"batch is {batch!r}; give a whole number of at least 1")
 
 
 def _draft(path: Path) -> Path:

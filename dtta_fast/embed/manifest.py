@@ -128,7 +128,7 @@ def _check(values: Mapping[str, Any]) -> None:
         if field.type == "bool" and not isinstance(value, bool):
             raise ValueError(f"{field.name} is {str(value)[:40]}, not true or false")
         if field.type == "float" and not (type(value) in (int, float) and 0 <= value < math.inf):
-            raise ValueError(f"{field.name} is {str(value)[:40]}, no number of 0 and more")
+            raise ValueError(f"{field.name} is {str(value)[:40]}, no number of 0 or more")
         if field.type == "str" and not isinstance(value, str):
             raise ValueError(f"{field.name} is missing")
     if not isinstance(json.loads(values["config"]), dict) or not isinstance(json.loads(values["state"]), list):

@@ -227,14 +227,14 @@ def rounds_of(calls: int, batches: Sequence[int]) -> int:
 def check_calls(calls: int) -> None:
     """Raises ValueError if there are too few calls for meaningful percentiles."""
     if calls < FEWEST_CALLS:
-        raise ValueError(f"calls is {calls}; give {FEWEST_CALLS} and more, 200 for a p99 that two calls stand behind")
+        raise ValueError(f"calls is {calls}; give {FEWEST_CALLS} or more, 200 for a p99 that two calls stand behind")
 
 
 def check_batches(batches: Sequence[int]) -> None:
     """Raises ValueError if there are no batch sizes, one is below 1, or one occurs twice."""
     if not batches or min(batches) < 1 or len(set(batches)) != len(batches):
         raise ValueError(
-            f"batches is {', '.join(map(str, batches)) or 'empty'}; give different whole numbers of 1 and more, such as 1 4 16"
+            f"batches is {', '.join(map(str, batches)) or 'empty'}; give different whole numbers of at least 1, such as 1 4 16"
         )
 
 

@@ -38,7 +38,8 @@ class Suitability:
             to be found.
         calibrated: whether the denoiser has a calibration; trust is its trust, and 1 without one.
         unusual: share that lies outside the range of 95 % of the denoiser's own images; None without a calibration.
-        selected: share that was adapted. by_matching, by_adaptation: shares whose answer changed, by what.
+        selected: share that was adapted. by_matching: share whose answer changed to the one that matching alone gives. by_adaptation:
+            share whose answer changed to another one.
         agreement: share in which the denoising loss prefers the classifier's answer to its second choice, and error its standard error.
             Near 0.5, the loss does not know these classes, or numbers them differently.
         evaluations, seconds: of an image, on average, under these settings and on this machine.
@@ -87,7 +88,7 @@ class Suitability:
                 "denoiser's own images do, and then its losses mean nothing"
             )
         if self.images < FEW:
-            found.append(f"{self.images} images say little: give {FEW} and more")
+            found.append(f"{self.images} images say little: give {FEW} or more")
         changed = self.by_matching + self.by_adaptation
         if changed == 0:
             found.append("no answer changes: adaptation costs time and does nothing here")
@@ -109,7 +110,7 @@ def examine(
         TypeError, ValueError: same as for Adapter; or there are no images.
     """
     if len(images) == 0:
-        raise ValueError("images is empty; give one and more, 50 for shares that are good to about 7 points")
+        raise ValueError("images is empty; give one or more, 50 for shares that are good to about 7 points")
     task = task or Classification()
     config = fitted_to_denoiser(denoiser, config)
     adapter, device = Adapter(model, denoiser, config, task), next(denoiser.parameters()).device
@@ -120,7 +121,6 @@ def examine(
     after = torch.cat([result.predictions for result in results])  # waits for the device
     seconds = time.perf_counter() - start
     before = torch.cat([result.predictions_before for result in results])
-    accepted = torch.cat([result.accepted for result in results])
     evaluations = torch.cat([result.evaluations for result in results])
     matched, preferred = _preferences(adapter, model, denoiser, task, batches)
     agreement = float((matched == preferred).float().mean())
@@ -140,8 +140,8 @@ def examine(
         trust=1.0 if calibration is None else calibration.trust,
         unusual=None if calibration is None else _unusual(calibration, [batch for _, batch in batches]),
         selected=float((evaluations > 0).float().mean()),
-        by_matching=float((changed & ~accepted).float().mean()),
-        by_adaptation=float((changed & accepted).float().mean()),
+        by_matching=float((changed & (after == matched)).float().mean()),
+        by_adaptation=float((changed & (after != matched)).float().mean()),
         agreement=agreement,
         error=(max(agreement * (1 - agreement), 0.25 / len(crops)) / len(crops)) ** 0.5,
         evaluations=float(evaluations.float().mean()),

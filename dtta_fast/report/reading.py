@@ -52,7 +52,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         ValueError: no folder is given, a folder is given twice, has no records or contains a damaged file, or the tasks of the runs differ.
     """
     if not folders:
-        raise ValueError("runs are missing: give one folder of `dtta evaluate` and more")
+        raise ValueError("runs are missing: give one folder of `dtta evaluate` or more")
     for folder in folders:
         check_name("runs", folder)
     places = [Path(os.path.realpath(folder)) for folder in folders]

@@ -188,7 +188,7 @@ def with_settings(start: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
             outer_changes[name] = value
         elif name == "preset":
             if not isinstance(value, str):
-                raise ValueError(f"preset is {value!r}; there are {', '.join(presets.ALL)}")
+                raise ValueError(f"preset is {value!r}; choose one of {', '.join(presets.ALL)}")
             start = dataclasses.replace(start, adapt=presets.get(value), protocol=_protocol_of(presets.get(value).mode, start.protocol))
         elif bare in inner:
             changes[bare] = "off" if value is False and bare in OFF else value

@@ -129,7 +129,10 @@ def load_pair(model: str | None, denoiser: str | None, *, calibration: bool = Tr
         return zoo.load_model("digits"), DiT.from_pretrained(zoo.folder("digits") / "denoiser", calibration=calibration).eval()
     if model is None or denoiser is None:
         given, missing = ("model", "denoiser") if denoiser is None else ("denoiser", "model")
-        raise ValueError(f"{given} is {model or denoiser!r} without a {missing}: give --{missing} too, or neither for the digits zoo")
+        raise ValueError(
+            f"{given} is {model or denoiser!r}, and the {missing} is the digits zoo's: the zoo's two models go together, so give your own "
+            f"--{missing} too, or neither"
+        )
     classifier = load_classifier(model)
     if takes_prompts(denoiser):
         raise ValueError(f"denoiser is {denoiser!r}, which takes prompts, and model {model!r} none: give a DiT of the model's classes")

@@ -16,7 +16,9 @@ PACKAGES = ("dtta-fast", "torch", "triton", "torchvision", "diffusers", "timm", 
 
 def describe() -> dict[str, str]:
     """Returns names and values in the order in which to print them."""
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}, {torch.get_num_threads()} threads"}
+    threads = torch.get_num_threads()
+    machine = f"{platform.system()} {platform.machine()}, {threads} thread{'s' * (threads > 1)}"
+    found = {"python": platform.python_version(), "machine": machine}
     for package in PACKAGES:
         try:
             found[package] = version(package)

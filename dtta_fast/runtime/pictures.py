@@ -67,7 +67,7 @@ def decode(source: Path | BinaryIO, name: str) -> Image.Image:
         with open_image(source) as image:
             return _rgb(ImageOps.exif_transpose(image), _bits(image), _white_is_zero(image))
     except Exception as error:  # PIL's decoders raise many types for damaged files
-        raise ValueError(f"{name} is no image that can be read: {error}") from error
+        raise ValueError(f"{name} cannot be read as an image: {error}") from error
 
 
 @contextmanager

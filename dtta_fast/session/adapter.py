@@ -82,8 +82,8 @@ class Adapter:
         if config != asked:
             of_what = "" if denoiser.calibration is None else "of its timesteps "
             warn(
-                f"the denoiser has no calibration {of_what}for these settings, so they are {settings_that_differ(config, asked)}; for "
-                "better answers, set denoiser.calibration = calibrate(denoiser, clean_images, outputs)"
+                f"the denoiser has no calibration {of_what}for these settings, so {settings_that_differ(config, asked)} take their place; "
+                "for better answers, set denoiser.calibration = calibrate(denoiser, clean_images, outputs)"
             )
         warn_of_unguarded(denoiser, config)
         if config.compile == "auto":
@@ -289,9 +289,9 @@ def adapt(
     model: nn.Module,
     denoiser: Denoiser,
     images: Images,
-    *,
     config: AdaptConfig = presets.FAST,
     task: Task | None = None,
+    *,
     image_ids: Tensor | Sequence[int] | None = None,
     latents: Tensor | None = None,
     timesteps: Tensor | None = None,

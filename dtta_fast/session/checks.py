@@ -154,7 +154,7 @@ def checked_images(images: Tensor, device: torch.device, checks: Checks) -> Tens
     def wrong() -> str:
         if not images.isfinite().all():
             return "images holds NaN or infinity"
-        return f"images lies in [{low:.3g}, {high:.3g}]; give [0, 1], not normalised: that is done as the model's config says"
+        return f"images has values from {low:.3g} to {high:.3g}; give [0, 1], not normalised: the task normalises as the model needs it"
 
     checks.require((low >= -1e-3) & (high <= 1 + 1e-3), wrong)
     return images

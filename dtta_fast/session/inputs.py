@@ -70,8 +70,10 @@ def _one(image: Any) -> Tensor:
             raise ValueError(f"images holds a tensor of shape {tuple(image.shape)}; in a list, give [3, H, W]")
         return image
     if isinstance(image, np.ndarray):
+        if image.ndim == 2:  # of grey values
+            image = np.repeat(image[:, :, None], 3, axis=2)
         if image.ndim != 3:
-            raise ValueError(f"images is or holds an array of shape {image.shape}; give [H, W, 3], or [B, H, W, 3] by itself")
+            raise ValueError(f"images contains an array of shape {image.shape}; give [H, W, 3] or [H, W], or a batch [B, H, W, 3] alone")
         return _from_array(image)
     if isinstance(image, (str, os.PathLike)):
         from dtta_fast.runtime.pictures import read_image
@@ -82,7 +84,7 @@ def _one(image: Any) -> Tensor:
 
         return to_pixels(image)
     raise TypeError(
-        f"images is a list of {type(image).__name__} or a {type(image).__name__}; give a tensor [B, 3, H, W], a PIL image, an array "
+        f"images is, or contains, an object of type {type(image).__name__}; give a tensor [B, 3, H, W], a PIL image, an array "
         "[H, W, 3], a path, or a list of images"
     )
 
@@ -91,6 +93,6 @@ def _from_array(array: np.ndarray[Any, Any]) -> Tensor:
     """Converts an array [..., H, W, 3], uint8 or floating point, to a tensor [..., 3, H, W]."""
     array = array.astype(array.dtype.newbyteorder("="), copy=False)  # torch takes the machine's byte order only
     if array.shape[-1] != 3 or array.dtype not in (np.uint8, np.float16, np.float32, np.float64):
-        found = f"images is or holds an array of {array.dtype} with shape {array.shape}"
+        found = f"images contains an array of {array.dtype} with shape {array.shape}"
         raise ValueError(f"{found}; give uint8, or floating point in [0, 1], with the channels last: [H, W, 3]")
     return torch.from_numpy(np.array(array, order="C")).movedim(-1, -3).contiguous()

@@ -21,6 +21,14 @@ from dtta_fast.tasks.base import ClassTask
 from dtta_fast.tasks.image_classifier import ImageClassifier, is_of_transformers
 from dtta_fast.tasks.transforms import Transform, timm_transforms
 
+CLASSIFIER = "Classification(AutoImageProcessor.from_pretrained(..)), or crop= and normalise="
+TASKS = {  # parts of the names of transformers' models, and the task to give
+    "SemanticSegmentation": "Segmentation(AutoImageProcessor.from_pretrained(..))",
+    "DepthEstimation": "Depth(AutoImageProcessor.from_pretrained(..))",
+    "CLIP": "ZeroShot(class_names, CLIPProcessor.from_pretrained(..))",
+    "Siglip": "ZeroShot(class_names, AutoProcessor.from_pretrained(..))",
+}
+
 
 class Classification(ClassTask):
     """Classification with any module that maps images to logits [B, K].
@@ -67,12 +75,11 @@ class Classification(ClassTask):
         if is_of_transformers(model):
             if self._crop is not None and self._normalise is not None:
                 return ImageClassifier(model), denoiser
-            raise ValueError(
-                f"model is transformers' {type(model).__name__}, which does not hold its preprocessing; give "
-                "task=Classification(AutoImageProcessor.from_pretrained(..)), or crop= and normalise="
-            )
+            name = type(model).__name__
+            task = CLASSIFIER if "ImageClassification" in name else next((TASKS[part] for part in TASKS if part in name), CLASSIFIER)
+            raise ValueError(f"model is transformers' {name}, which does not hold its preprocessing; give task={task}")
         if self._crop is None and self._normalise is None and not isinstance(model, ImageClassifier):
-            _warn_of_a_wrapper(model)
+            _warn_of_raw_images(model)
         return model, denoiser
 
     def crop(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -173,10 +180,17 @@ class Classification(ClassTask):
         return answers if self._subset is None else _rows(self._subset, answers.device)[answers]
 
 
-def _warn_of_a_wrapper(model: nn.Module) -> None:
-    """Warns if a part of a model has a timm config and the model has none, so that it gets images that are not normalised."""
+def _warn_of_raw_images(model: nn.Module) -> None:
+    """Warns if a model gets images that are not normalised, and was probably trained on normalised ones: it is torchvision's, or a part of
+    it has a timm config."""
     if getattr(model, "pretrained_cfg", None):
         return
+    if type(model).__module__.startswith("torchvision.models"):
+        warn(
+            f"model is torchvision's {type(model).__name__}, which does not hold its preprocessing: it gets images in [0, 1] as they are, "
+            "neither cropped nor normalised; give task=Classification(weights.transforms()), or Classification(crop=..., normalise=...). "
+            "If you trained it on images in [0, 1], normalise=lambda crop: crop says so"
+        )
     part = next((name for name, part in model.named_modules() if isinstance(getattr(part, "pretrained_cfg", None), dict) and name), None)
     if part is not None:
         warn(

@@ -83,7 +83,7 @@ def check_maps(task: str, config: AdaptConfig, unsupported: Mapping[str, Any]) -
     `unsupported` holds the task's own fields of this kind, each with the only value allowed.
     """
     if config.precheck == "answer":
-        raise ValueError("precheck is 'answer', and hardly two maps are the same: use 'statistics', or 'off'")
+        raise ValueError("precheck is 'answer', which compares class answers; for maps, use config=presets.DENSE, or precheck='off'")
     for field, allowed in {"method": "adapt", "drawn_classes": 0, "null_condition": False, **unsupported}.items():
         value = getattr(config, field)
         if value != allowed:

@@ -113,7 +113,7 @@ def test_images_with_nan_are_named(vit, denoiser, images, moved, device):
     wrong[1, 0, 3, 4] = torch.nan
     with pytest.raises(ValueError, match="images holds NaN or infinity"):
         session.adapt(wrong)
-    with pytest.raises(ValueError, match=r"images lies in \["):
+    with pytest.raises(ValueError, match=r"images has values from "):
         session.adapt(there * 3)
     with pytest.raises(ValueError, match="image_ids lies in"):
         session.adapt(there, image_ids=torch.tensor([0, 1, 2, -1], device=device))
