@@ -34,8 +34,10 @@ from bench import source_tree
 
 source_tree.use()
 
+from dtta_fast.denoisers.class_unet import ClassUNet  # noqa: E402
 from dtta_fast.denoisers.dit_network import DiTNetwork  # noqa: E402
 from dtta_fast.denoisers.edm_unet import EDMUNet  # noqa: E402
+from dtta_fast.denoisers.noise_process import NoiseProcess  # noqa: E402
 from dtta_fast.runtime import environment  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "support.json"
@@ -190,6 +192,7 @@ def adm() -> tuple[nn.Module, Callable[[], Tensor]]:
 
 def edm(side: int, classes: int, **sizes: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
     unet = EDMUNet(sample_size=side, in_channels=3, out_channels=3, num_class_embeds=classes, **sizes)
+    ClassUNet(unet, NoiseProcess.linear_flow(time_of_data=0))  # from here on, its class embedding takes mixtures
     rows = torch.zeros(1, unet.class_embedding.embedding_dim, requires_grad=True)
     return unet, lambda: unet(torch.zeros(1, 3, side, side), torch.zeros(1), rows)[0]
 

@@ -224,7 +224,7 @@ def test_bench_of_ones_own_models_says_that_accuracy_is_not_known(tmp_path, caps
     ("arguments", "message"),
     [
         (["--calls", "19"], "calls is 19; give 20 or more"),
-        (["--batches", "1", "0"], "batches is 1, 0; give different whole numbers of 1 or more"),
+        (["--batches", "1", "0"], "batches is 1, 0; give different whole numbers of at least 1"),
         (["--batches", "4", "4"], "batches is 4, 4"),
         (["--batches"], "batches is empty"),
         (["--device", "cuda:99"], "device is 'cuda:99', which is not available"),

@@ -219,7 +219,7 @@ def test_adapt_takes_a_classifier_and_a_dit(tmp_path, capsys):
         assert again["after"] == row["after"]
     diffusion = str(zoo.folder("open_vocabulary") / "diffusion")
     for arguments, message in (
-        (own[:2], "give --denoiser too"),
+        (own[:2], "give your own --denoiser too"),
         ([*own[:2], "--denoiser", diffusion], "which takes prompts"),
         (["--model", "no_such_model", *own[2:4]], "model is 'no_such_model', which timm cannot load"),
         (["--calibration", paths[0]], "is no calibration"),

@@ -331,7 +331,7 @@ def test_a_model_that_cannot_be_exported_leaves_nothing_behind(model, denoiser, 
     [
         (["model.onnx"], "path is 'model.onnx'; give a file ending in .pt2"),
         (["m.pt2", "--parameters", "logits", "--precheck", "off"], "parameters is 'logits', which cannot be exported"),
-        (["m.pt2", "--batch", "0"], "batch is 0; give a whole number of 1 or more"),
+        (["m.pt2", "--batch", "0"], "batch is 0; give a whole number of at least 1"),
         (["m.pt2", "--batch", "4", "--measured", "2"], "measured is 2; give batch = 4 or more"),
         (["m.pt2", "--model", "resnet18"], "model is 'resnet18', and the denoiser is the digits zoo's"),
     ],

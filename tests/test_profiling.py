@@ -270,7 +270,7 @@ def test_the_command_prints_tables_and_writes_its_result(tmp_path, capsys):
         (["--images", "0"], "images is 0; give 1 or more"),
         (["--preset", "SLOW"], "preset is 'SLOW'"),
         (["--device", "moon"], "device is 'moon'"),
-        (["--model", "resnet18"], "give --denoiser too"),
+        (["--model", "resnet18"], "give your own --denoiser too"),
         (["--model", "no_such_model", "--denoiser", str(zoo.folder("digits") / "denoiser")], "model is 'no_such_model'"),
         (["--trace", "nowhere/at/all.json"], "give a file in a folder that exists"),
         (["--html", "."], "give a file in a folder that exists"),

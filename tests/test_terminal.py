@@ -119,7 +119,7 @@ def test_a_terminal_without_a_letter_shows_its_number(monkeypatch):
     with pytest.raises(SystemExit):
         main(["adapt", "grün.png"])
     screen.flush()
-    assert b"gr\\xfcn.png cannot be read as an image" in screen.buffer.getvalue()
+    assert b"gr\\xfcn.png does not exist" in screen.buffer.getvalue()
 
 
 # --- files of others

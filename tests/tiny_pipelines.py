@@ -96,7 +96,7 @@ def stable_diffusion_3(t5: bool = True) -> Any:
 def pixart(kind: str = "PixArtAlphaPipeline", additional: bool = False) -> Any:
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(
-        sample_size=128 if additional else 8, patch_size=16 if additional else 2, num_layers=2, num_attention_heads=3,
+        sample_size=128 if additional else 8, patch_size=8 if additional else 2, num_layers=2, num_attention_heads=3,
         attention_head_dim=16, in_channels=4, out_channels=8, cross_attention_dim=48,
         caption_channels=16, use_additional_conditions=additional,
     )  # fmt: skip

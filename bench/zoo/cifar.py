@@ -4,16 +4,14 @@
     python bench/zoo/cifar.py finish --root FOLDER --out FOLDER --to FOLDER
 
 `train` runs for N minutes and leaves OUT/checkpoint.pt, from which the next run goes on. The learning rate falls to 0 over --total, the
-minutes of all runs together. Draws depend on the seed, the iteration and the classes that the network confuses. `train` writes the moving
-average of the weights in bfloat16 to OUT/weights0.safetensors, weights1.safetensors, .. of 15 MiB at most, and OUT/training.json. `finish`
-makes of these a folder for ClassUNet.from_pretrained, with a calibration, and measures the diffusion classifier on validation images.
+minutes of all runs together. Draws depend on the seed and the iteration alone. It writes the moving average of the weights in bfloat16 to
+OUT/weights0.safetensors, weights1.safetensors, .. of 15 MiB at most, and OUT/training.json. `finish` makes of these a folder for
+ClassUNet.from_pretrained, with a calibration, and measures the diffusion classifier on validation images.
 
 The first part of the training minimises the denoising loss alone. From CONTRAST_FROM on, a second term raises the loss under a wrong class
-above that under the image's own, on the same pair, as in the hard-negative training of Krojer et al. (2023, arXiv 2305.16397). The more
-often a wrong class had the lower loss, the more often it is drawn.
+above that under the image's own, on the same pair, as in the hard-negative training of Krojer et al. (2023, arXiv 2305.16397).
 With --start, the folder of a finished UNet, the training begins from its weights, and the second term counts from the first iteration.
-Images are moved by up to 3 pixels (SHIFT), and changed in contrast and brightness by up to 30 % (JITTER), as digits are in the zoo's
-training.
+Images are changed in contrast and brightness by up to 30 % (JITTER), as digits are in the zoo's training.
 """
 
 from __future__ import annotations
@@ -56,7 +54,6 @@ BATCH = {"cpu": 64, "cuda": 512}
 TINY = (16, 32)
 LR, WARM_UP, DECAY, UNLABELLED = 1e-3, 200, 0.999, 0.1
 JITTER = 0.3  # the largest change of an image's contrast (as a factor) and of its brightness (of the distance from grey to white)
-SHIFT = 3  # pixels an image moves by at most; what comes in is a reflection
 CONTRAST_FROM = 0.6  # share of the training after which wrong classes count
 CONTRAST, SHARPNESS = 0.02, 200.0  # weight of the logistic loss of a wrong class, and the factor of the difference of the two losses
 PART = 15 * 2**20  # bytes of a file of weights
@@ -83,10 +80,9 @@ class Draw(NamedTuple):
     target: Tensor
 
 
-def drawn(images: Tensor, labels: Tensor, table: Tensor, confused: Tensor, batch: int, seed: int) -> Draw:
-    """Draws from images [N, 3, 32, 32], uint8; half of them are mirrored, and all are moved and changed in contrast and brightness.
+def drawn(images: Tensor, labels: Tensor, table: Tensor, batch: int, seed: int) -> Draw:
+    """Draws from images [N, 3, 32, 32], uint8; half of them are mirrored, and all are changed in contrast and brightness.
 
-    confused [CLASSES, CLASSES] has the weights of each class's rivals, 0 on its diagonal.
     Timesteps have a logit-normal density (Esser et al. 2024, arXiv 2403.03206), since the middle of the process tells most about the class.
     """
     generator = torch.Generator(images.device).manual_seed(seed)
@@ -97,11 +93,7 @@ def drawn(images: Tensor, labels: Tensor, table: Tensor, confused: Tensor, batch
     contrast, brightness = JITTER * (2 * torch.rand(2, batch, 1, 1, 1, generator=generator, device=images.device) - 1)
     mean = x0.mean((1, 2, 3), keepdim=True)
     x0 = ((x0 - mean) * (1 + contrast) + mean + brightness).clamp(-1, 1)
-    right, down = torch.randint(0, 2 * SHIFT + 1, (2, batch, 1, 1), generator=generator, device=images.device)
-    x0 = F.pad(x0, (SHIFT,) * 4, mode="reflect")
-    pixels = torch.arange(32, device=images.device)
-    x0 = x0[torch.arange(batch, device=images.device)[:, None, None], :, down + pixels[:, None], right + pixels].permute(0, 3, 1, 2)
-    rivals = torch.multinomial(confused[labels[rows]], 1, generator=generator)[:, 0]
+    rivals = (labels[rows] + torch.randint(1, CLASSES, (batch,), generator=generator, device=images.device)) % CLASSES
     classes = torch.where(unlabelled < UNLABELLED, CLASSES, labels[rows])
     timesteps = (torch.randn(batch, generator=generator, device=images.device).sigmoid() * len(table)).long()
     noise = torch.randn(x0.shape, generator=generator, device=images.device)
@@ -147,7 +139,6 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LR, weight_decay=0.01, betas=(0.9, 0.99), fused=True)
         self.autocast = device.type == "cuda" or "avx512_bf16" in cpu_flags()
         self.iteration, self.seconds, self.contrast_from = 0, 0.0, CONTRAST_FROM
-        self.confused = 1 - torch.eye(CLASSES, device=device)  # how often a rival (column) of a class (row) had the lower loss
         self.before: dict[str, Any] = {}  # how the weights were trained that this training began from
         self.losses: list[tuple[int, float, float]] = []
 
@@ -159,7 +150,7 @@ class Training:
 
     def step(self, images: Tensor, labels: Tensor, batch: int, share: float) -> Tensor:
         """Makes one iteration, when a share of all the time has passed; returns the denoising loss and how many wrong classes had more."""
-        draw = drawn(images, labels, self.process.table, self.confused, batch, (self.seed << 32) + self.iteration)
+        draw = drawn(images, labels, self.process.table, batch, (self.seed << 32) + self.iteration)
         if share < self.contrast_from:
             own = self.pair_losses(draw, draw.classes)
             loss, found = own.mean(), torch.zeros((), device=self.device)
@@ -168,9 +159,7 @@ class Training:
             own, rival = self.pair_losses(twice, torch.cat([draw.classes, draw.rivals])).chunk(2)
             labelled = draw.classes < CLASSES
             told = (F.softplus(SHARPNESS * (own - rival)) * labelled).mean()
-            lower = (own < rival)[labelled].float()
-            loss, found = own.mean() + CONTRAST * told, lower.mean()
-            self.count(draw, (own >= rival).detach() & labelled, labelled)
+            loss, found = own.mean() + CONTRAST * told, (own < rival)[labelled].float().mean()
         for group in self.optimizer.param_groups:
             group["lr"] = LR * min((self.iteration + 1) / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * min(1.0, share)))
         self.optimizer.zero_grad(set_to_none=True)
@@ -182,18 +171,11 @@ class Training:
         self.iteration += 1
         return torch.stack([own.mean(), found]).detach()
 
-    def count(self, draw: Draw, lost: Tensor, labelled: Tensor) -> None:
-        """Moves the share of pairs that each class lost to each rival by 2 % a pair; a rival keeps at least 3 % of the largest weight."""
-        cells = draw.classes.clamp(max=CLASSES - 1) * CLASSES + draw.rivals
-        sums = torch.zeros(2, CLASSES**2, device=self.device).index_add_(1, cells, torch.stack([lost, labelled]).float())
-        changed = self.confused + 0.02 * (sums[0].view_as(self.confused) - sums[1].view_as(self.confused) * self.confused)
-        self.confused = changed.clamp(min=0.03).fill_diagonal_(0)
-
     def save(self, folder: Path) -> None:
         """Writes checkpoint.pt, the parts of the moving average's weights, and training.json; each appears whole or not at all."""
         state = {name: getattr(self, name) for name in ("channels", "seed", "iteration", "seconds", "contrast_from", "before", "losses")}
         modules = {name: getattr(self, name).state_dict() for name in ("network", "average", "optimizer")}
-        torch.save({**state, **modules, "confused": self.confused}, folder / "checkpoint.tmp")
+        torch.save({**state, **modules}, folder / "checkpoint.tmp")
         (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
         parts: list[dict[str, Tensor]] = [{}]
         for name, value in self.average.unet.state_dict().items():
@@ -203,7 +185,7 @@ class Training:
             parts[-1][name] = small
         for i, part in enumerate(parts):
             save_file(part, folder / f"weights{i}.safetensors")
-        about = {**state, "jitter": JITTER, "shift": SHIFT, "parts": len(parts), "device": str(self.device), "torch": torch.__version__}
+        about = {**state, "jitter": JITTER, "parts": len(parts), "device": str(self.device), "torch": torch.__version__}
         (folder / "training.json").write_text(json.dumps(about, indent=2) + "\n")
 
     def start(self, folder: Path) -> None:
@@ -221,7 +203,7 @@ class Training:
             raise ValueError(f"{path} holds a training of {state['channels']} channels with seed {state['seed']}; choose another --out")
         for name in ("network", "average", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
-        for name in ("iteration", "seconds", "contrast_from", "before", "losses", "confused"):
+        for name in ("iteration", "seconds", "contrast_from", "before", "losses"):
             setattr(self, name, state[name])
 
 

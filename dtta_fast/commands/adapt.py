@@ -75,8 +75,6 @@ class Adapt:
             if place is not None:
                 check_name(name, place)
         device, paths = checked_device(self.device), files(self.images)
-        if self.classes is None and self.model == self.denoiser == "zoo":
-            terminal(stderr=True).print("without --model and --denoiser: models of handwritten digits, which know the classes 0 to 9 only")
         first = read_image(paths[0])
         with terminal(stderr=True).status("loading"):
             dtype, own = getattr(torch, self.dtype), self.calibration is None
@@ -86,6 +84,8 @@ class Adapt:
             adapter = Adapter(model.to(device), denoiser.to(device), self.config, task)
             config = adapter.config.replace(compile=self.config.compile)  # without a calibration, other than asked for
         given = None if self.classes is None else list(names_of(self.classes))
+        if given is None and self.model == self.denoiser == "zoo":
+            terminal(stderr=True).print("no --model and --denoiser: the digits zoo answers, which knows handwritten digits only")
         rows: list[dict[str, Any]] = []
         written = time.monotonic()
         try:

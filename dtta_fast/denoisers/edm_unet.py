@@ -138,7 +138,8 @@ class EDMUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has n
         return F.silu(self.map_layer1(F.silu(self.map_layer0(found + classes))))
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        """Predicts from samples [N, C, h, w] at times [N] under rows [N, D] of the class table, or mixtures of them."""
+        """Predicts from samples [N, C, h, w] at times [N] under classes [N]; inside a ClassUNet, also under mixtures [N, D] of the table's
+        rows."""
         embedding = self.embedding(timestep, self.class_embedding(class_labels).to(sample.dtype))
         blocks, skips = iter(self.enc.values()), list[Tensor]()
         skips.append(x := next(blocks)(sample))
