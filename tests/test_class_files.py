@@ -41,7 +41,7 @@ def test_a_file_that_holds_none(tmp_path, name, text, message):
 
 
 def test_one_name_is_too_few():
-    with pytest.raises(ValueError, match="classes is 'cat'; give two names and more"):
+    with pytest.raises(ValueError, match="classes is 'cat'; give at least two names"):
         names_of("cat")
 
 
@@ -58,7 +58,7 @@ def test_a_clip_calibrates_by_its_own_names(tmp_path, capsys):
     own, out = zoo.folder("open_vocabulary"), tmp_path / "c.json"
     command = ["calibrate", str(own / "diffusion"), str(tmp_path / "images"), "--out", str(out), "--classes", str(tmp_path / "names.txt")]
     main([*command, "--model", str(own / "clip")])
-    assert "written" in capsys.readouterr().out
+    assert "wrote" in capsys.readouterr().out
     assert json.loads(out.read_text())["trust"] != 1.0  # measured
     assert not (tmp_path / ".c.json.part").exists()
     main(command)

@@ -80,7 +80,7 @@ def error_by_group(folder, key):
 def test_the_command_writes_the_page_the_table_and_the_record(runs, tmp_path, capsys):
     out = ["--out", str(tmp_path / "page.html"), "--latex", str(tmp_path / "t.tex"), "--model-info", str(tmp_path / "info")]
     main(["report", *map(str, runs), *out])
-    assert capsys.readouterr().out.count("written") == 3
+    assert capsys.readouterr().out.count("wrote") == 3
     before, after = (error_by_group(runs[0], key) for key in ("prediction_before", "prediction"))
     clean = error_by_group(runs[1], "prediction")["all"]
     figures = corruption_error(after, clean)

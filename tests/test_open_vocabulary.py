@@ -400,7 +400,7 @@ def test_adapt_command_names_a_file_that_is_no_image(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["adapt", str(tmp_path / "none.png"), "--classes", "one, two"])
     assert stop.value.code == 2
-    assert "none.png cannot be read as an image" in capsys.readouterr().err
+    assert "none.png does not exist" in capsys.readouterr().err
 
 
 def test_clip_loads_from_its_hub_layout():

@@ -136,7 +136,7 @@ class ClassUNet(DiffusersDenoiser):
         }
         if (folder / "vqvae").is_dir():
             raise ValueError(f"{folder} has its autoencoder in vqvae/; rename that folder to vae/")
-        parts = read_networks(folder)
+        parts = read_networks(folder, _kind(folder / "unet" / "config.json"))
         try:
             denoiser = cls(parts["unet"], read_process(folder), parts.get("vae"), **{**told, **given})
         except ValueError as error:
@@ -225,3 +225,12 @@ class ClassUNet(DiffusersDenoiser):
             self.calibration.save(folder / CALIBRATION)
         found = {"_class_name": KIND, "patch_size": self.patch_size, "null_class": self.null_class}
         (folder / "config.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _kind(config: Path) -> Any:
+    """Returns EDMUNet if a UNet's config.json names it, and None otherwise."""
+    if not config.is_file() or read_json(config).get("_class_name") != "EDMUNet":
+        return None
+    from dtta_fast.denoisers.edm_unet import EDMUNet
+
+    return EDMUNet

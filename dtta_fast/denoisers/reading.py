@@ -145,20 +145,17 @@ def autoencoder_kind(folder: Path) -> Any:
     return getattr(diffusers, name)
 
 
-def read_networks(folder: Path) -> dict[str, Any]:
-    """Reads a folder's UNet2DModel or EDMUNet and, if it has one, its autoencoder, in float32: {"unet": .., "vae": ..}.
+def read_networks(folder: Path, kind: Any = None) -> dict[str, Any]:
+    """Reads a folder's UNet and, if it has one, its autoencoder, in float32: {"unet": .., "vae": ..}.
+
+    kind: the UNet's class; None is UNet2DModel.
 
     Raises:
         FileNotFoundError, ValueError: one cannot be read.
     """
     from diffusers import UNet2DModel
 
-    unet: Any = UNet2DModel
-    if read_json(folder / "unet" / "config.json").get("_class_name") == "EDMUNet":
-        from dtta_fast.denoisers.edm_unet import EDMUNet
-
-        unet = EDMUNet
-    kinds = {"unet": unet} | ({"vae": autoencoder_kind(folder / "vae")} if (folder / "vae").is_dir() else {})
+    kinds = {"unet": kind or UNet2DModel} | ({"vae": autoencoder_kind(folder / "vae")} if (folder / "vae").is_dir() else {})
     return {name: read_model(kind, folder / name, use_safetensors=True, torch_dtype=torch.float32) for name, kind in kinds.items()}
 
 
