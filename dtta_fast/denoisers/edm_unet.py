@@ -154,7 +154,7 @@ class EDMUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has n
         if self.gradient_checkpointing and torch.is_grad_enabled():
             found: Tensor = self._gradient_checkpointing_func(block, *given)
             return found
-        return block(*given)  # type: ignore[no-any-return]
+        return block(*given)
 
 
 def unet_from_edm(state: Mapping[str, Tensor], source: str) -> EDMUNet:
