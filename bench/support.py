@@ -193,8 +193,8 @@ def adm() -> tuple[nn.Module, Callable[[], Tensor]]:
 def edm(side: int, classes: int, **sizes: Any) -> tuple[nn.Module, Callable[[], Tensor]]:
     unet = EDMUNet(sample_size=side, in_channels=3, out_channels=3, num_class_embeds=classes, **sizes)
     ClassUNet(unet, NoiseProcess.linear_flow(time_of_data=0))  # from here on, its class embedding takes mixtures
-    rows = torch.zeros(1, unet.class_embedding.embedding_dim, requires_grad=True)
-    return unet, lambda: unet(torch.zeros(1, 3, side, side), torch.zeros(1), rows)[0]
+    width = unet.class_embedding.embedding_dim
+    return unet, lambda: unet(torch.zeros(1, 3, side, side), torch.zeros(1), torch.zeros(1, width, requires_grad=True))[0]
 
 
 EDM_CIFAR: dict[str, Any] = {
