@@ -96,7 +96,9 @@ def test_calibrate_writes_what_the_denoiser_then_loads(tmp_path, capsys):
     (denoiser / "calibration.json").write_text("damaged")  # which is not read: it is to be written anew
     classifier = str(Path(zoo.__file__).parent / "digits" / "classifier")
     main(["calibrate", str(denoiser), str(tmp_path / "images"), "--model", classifier, "--json", str(tmp_path / "found.json")])
-    assert "calibration.json" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("wrote ")
+    assert "calibration.json" in printed
     found = DiT.from_pretrained(denoiser).calibration
     assert json.loads((tmp_path / "found.json").read_text())["calibration"]["trust"] == found.trust
     again = Calibration.measure(DiT.from_pretrained(denoiser), (load_digits("train")[0][:8] * 255).round() / 255)

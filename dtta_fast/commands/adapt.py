@@ -85,7 +85,7 @@ class Adapt:
             config = adapter.config.replace(compile=self.config.compile)  # without a calibration, other than asked for
         given = None if self.classes is None else list(names_of(self.classes))
         if given is None and self.model == self.denoiser == "zoo":
-            terminal(stderr=True).print("no --model and --denoiser: the digits zoo answers, which knows handwritten digits only")
+            terminal(stderr=True).print("no --model or --denoiser given: using the digits zoo, which knows handwritten digits only")
         rows: list[dict[str, Any]] = []
         written = time.monotonic()
         try:
