@@ -136,7 +136,7 @@ class ClassUNet(DiffusersDenoiser):
         }
         if (folder / "vqvae").is_dir():
             raise ValueError(f"{folder} has its autoencoder in vqvae/; rename that folder to vae/")
-        parts = read_networks(folder, _kind(folder / "unet" / "config.json"))
+        parts = read_networks(folder, _unet_class(folder / "unet" / "config.json"))
         try:
             denoiser = cls(parts["unet"], read_process(folder), parts.get("vae"), **{**told, **given})
         except ValueError as error:
@@ -171,15 +171,12 @@ class ClassUNet(DiffusersDenoiser):
         from diffusers import DDPMScheduler
 
         from dtta_fast.denoisers.adm_reading import unet_from_adm
-        from dtta_fast.denoisers.dit_reading import read_file
 
         kinds = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
         schedule = schedule or ("cosine" if image_size == 64 else "linear")
         if schedule not in kinds:
             raise ValueError(f"schedule is {schedule!r}; allowed: {', '.join(kinds)}")
-        given = path_or_state_dict
-        state: Mapping[str, Tensor] = given if isinstance(given, Mapping) else read_file(Path(given))
-        source = "path_or_state_dict" if isinstance(given, Mapping) else str(given)
+        state, source = _state(path_or_state_dict)
         unet = unet_from_adm(state, image_size, head_channels, new_attention_order, source)
         scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule=kinds[schedule])
         return cls(unet, NoiseProcess.from_scheduler(scheduler)).eval()
@@ -202,15 +199,13 @@ class ClassUNet(DiffusersDenoiser):
             raise ValueError(f"sigma_data is {sigma_data!r}; give a positive number, 0.5 for EDM's own")
         from diffusers import EDMEulerScheduler
 
-        from dtta_fast.denoisers.dit_reading import read_file
         from dtta_fast.denoisers.edm_unet import unet_from_edm
 
         given = path_or_state_dict
         if not isinstance(given, Mapping) and Path(given).suffix == ".pkl":
             remedy = 'in EDM\'s repository, unpickle the network and save its weights with torch.save(network.state_dict(), "edm.pt")'
             raise ValueError(f"{given} is a pickle, which would run its code: {remedy}")
-        state: Mapping[str, Tensor] = given if isinstance(given, Mapping) else read_file(Path(given))
-        unet = unet_from_edm(state, "path_or_state_dict" if isinstance(given, Mapping) else str(given))
+        unet = unet_from_edm(*_state(given))
         return cls(unet, NoiseProcess.from_scheduler(EDMEulerScheduler(sigma_data=sigma_data))).eval()
 
     def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
@@ -227,7 +222,16 @@ class ClassUNet(DiffusersDenoiser):
         (folder / "config.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
-def _kind(config: Path) -> Any:
+def _state(given: str | Path | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str]:
+    """Returns the weights that are given or that a file holds, and how to name them in an error."""
+    if isinstance(given, Mapping):
+        return given, "path_or_state_dict"
+    from dtta_fast.denoisers.dit_reading import read_file
+
+    return read_file(Path(given)), str(given)
+
+
+def _unet_class(config: Path) -> Any:
     """Returns EDMUNet if a UNet's config.json names it, and None otherwise."""
     if not config.is_file() or read_json(config).get("_class_name") != "EDMUNet":
         return None
