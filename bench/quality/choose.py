@@ -11,9 +11,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
-from methods import BATCH, MANY, METHODS, SINGLE, Method, Protocol, Setting, by_adapter, by_baseline, cotta, eata, memo, sar, tent
+from methods import (
+    BATCH,
+    MANY,
+    METHODS,
+    SINGLE,
+    Method,
+    Protocol,
+    Setting,
+    augmented,
+    by_adapter,
+    by_baseline,
+    cotta,
+    eata,
+    memo,
+    mirrored,
+    sar,
+    tent,
+)
 from run import BENCHMARKS, CIFAR, measure, subject, summary
 
 from dtta_fast import AdaptConfig, presets
@@ -54,18 +72,19 @@ CONFIGS: dict[str, AdaptConfig] = {
     "DUSA matched": DUSA.replace(match="both"),
 }
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-BASELINES = {"TENT": tent, "EATA": eata, "SAR": sar, "CoTTA": cotta, "MEMO": memo}
 
 
 def candidates(natural: bool) -> dict[str, tuple[Method, dict[str, object]]]:
     """Returns the candidates and their settings; those without a denoiser take larger batches of natural images."""
     batch = MANY if natural else 10
+    augment = mirrored if natural else augmented
+    baselines = {"TENT": tent, "EATA": eata, "SAR": sar, "CoTTA": partial(cotta, augment=augment), "MEMO": partial(memo, augment=augment)}
     found: dict[str, tuple[Method, dict[str, object]]] = {}
     for name, config in CONFIGS.items():
         online = config.mode == "online"
         make = by_adapter(config, answer_first=name.startswith("DUSA"))
         found[name] = Method(make, 10 if online else BATCH, "online" if online else SINGLE, name), dataclasses.asdict(config)
-    for name, build in BASELINES.items():
+    for name, build in baselines.items():
         for lr in RATES:
             protocol: Protocol = "single-sample" if name == "MEMO" else "online"
             found[f"{name} lr {lr}"] = Method(by_baseline(build(lr)), batch, protocol, name), {"lr": lr}

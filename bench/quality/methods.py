@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from baselines import Baseline, BatchStatistics, Cotta, Eata, Memo, Neo, Sar, Source, Tent, fisher_information
+from baselines import Augment, Baseline, BatchStatistics, Cotta, Eata, Memo, Neo, Sar, Source, Tent, fisher_information
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -136,6 +136,12 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     return moved + 0.05 * torch.randn(images.shape, generator=generator)
 
 
+def mirrored(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shifts images, adds noise, and flips half of them from left to right, as is usual for natural images."""
+    flip = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+    return augmented(torch.where(flip, images.flip(-1), images), generator)
+
+
 def source(setting: Setting) -> Baseline:
     return Source(setting.model, 0.0)
 
@@ -152,12 +158,12 @@ def sar(lr: float) -> Callable[[Setting], Baseline]:
     return lambda setting: Sar(setting.model, lr)
 
 
-def cotta(lr: float) -> Callable[[Setting], Baseline]:
-    return lambda setting: Cotta(setting.model, lr, augmented, setting.seed)
+def cotta(lr: float, augment: Augment = augmented) -> Callable[[Setting], Baseline]:
+    return lambda setting: Cotta(setting.model, lr, augment, setting.seed)
 
 
-def memo(lr: float) -> Callable[[Setting], Baseline]:
-    return lambda setting: Memo(setting.model, lr, augmented, setting.seed)
+def memo(lr: float, augment: Augment = augmented) -> Callable[[Setting], Baseline]:
+    return lambda setting: Memo(setting.model, lr, augment, setting.seed)
 
 
 def batch_statistics(setting: Setting) -> Baseline:
