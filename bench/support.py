@@ -72,7 +72,7 @@ CHECKS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "ADM": {
         "prediction": ("tests/test_adm.py", "predictions_are_adm_s"),
-        "gradient": ("tests/test_class_unet.py", "gradient"),
+        "gradient": ("tests/test_adm.py", "gradient"),
         "adapts": ("tests/test_adm.py", "folder_adapts"),
     },
     "EDM": {

@@ -29,7 +29,7 @@ def support() -> str:
             "<br>".join(f"{size['model']}, {size['pixels']}" for size in sizes),
             "<br>".join(f"{size['parameters'] / 1e6:,.0f}" for size in sizes),
             "<br>".join(f"{(size['forward_flops'] + size['backward_flops']) / 1e9:,.0f}" for size in sizes),
-            "<br>".join(f"{ran[size['model']]['seconds']:,.0f}" if size["model"] in ran else "not run" for size in sizes),
+            "<br>".join(f"{ran[size['model']]['seconds']:.2g}" if size["model"] in ran else "not run" for size in sizes),
             "<br>".join(f"{ran[size['model']]['peak_bytes'] / 1e9:.1f}" if size["model"] in ran else "" for size in sizes),
         ]
         lines.append(f"| {family} | " + " | ".join([*map(passed, checks.values()), *cells]) + " | never |")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dtta_fast import AdaptConfig, adapt
 from dtta_fast.denoisers import ClassUNet
+from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.runs.models import load_denoiser
 
 WIDTH, CLASSES, HEAD, SIDE = 32, 10, 16, 16
@@ -24,11 +25,11 @@ def embedding(time: Tensor, width: int) -> Tensor:
 
 
 class Residual(nn.Module):
-    def __init__(self, inner: int, outer: int, resize: str = "") -> None:
+    def __init__(self, inner: int, outer: int, resize: str = "", scale_shift: bool = True) -> None:
         super().__init__()
-        self.resize = resize
+        self.resize, self.scale_shift = resize, scale_shift
         self.in_layers = nn.Sequential(nn.GroupNorm(32, inner), nn.SiLU(), nn.Conv2d(inner, outer, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * WIDTH, 2 * outer))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(4 * WIDTH, (1 + scale_shift) * outer))
         self.out_layers = nn.Sequential(nn.GroupNorm(32, outer), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(outer, outer, 3, padding=1))
         self.skip_connection = nn.Identity() if inner == outer else nn.Conv2d(inner, outer, 1)
 
@@ -37,25 +38,29 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         h = self.in_layers[2](self.resized(self.in_layers[1](self.in_layers[0](x))))
-        scale, shift = self.emb_layers(condition)[:, :, None, None].chunk(2, dim=1)
-        h = self.out_layers[0](h) * (1 + scale) + shift
+        given = self.emb_layers(condition)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = given.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+        else:
+            h = self.out_layers[0](h + given)
         return self.skip_connection(self.resized(x)) + self.out_layers[1:](h)
 
 
 class Attention(nn.Module):
-    def __init__(self, channels: int, new_order: bool) -> None:
+    def __init__(self, channels: int, new_order: bool, heads: int | None) -> None:
         super().__init__()
-        self.norm, self.new_order = nn.GroupNorm(32, channels), new_order
+        self.norm, self.new_order, self.heads = nn.GroupNorm(32, channels), new_order, heads or channels // HEAD
         self.qkv, self.proj_out = nn.Conv1d(channels, 3 * channels, 1), nn.Conv1d(channels, channels, 1)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         flat = x.flatten(2)
-        joined, heads = self.qkv(self.norm(flat)), x.shape[1] // HEAD
+        joined = self.qkv(self.norm(flat))
         if self.new_order:
-            q, k, v = joined.unflatten(1, (3, heads, HEAD)).unbind(1)
+            q, k, v = joined.unflatten(1, (3, self.heads, -1)).unbind(1)
         else:
-            q, k, v = joined.unflatten(1, (heads, 3, HEAD)).unbind(2)
-        weights = (q.mT @ k / HEAD**0.5).softmax(-1)
+            q, k, v = joined.unflatten(1, (self.heads, 3, -1)).unbind(2)
+        weights = (q.mT @ k / q.shape[2] ** 0.5).softmax(-1)
         return x + self.proj_out((v @ weights.mT).flatten(1, 2)).view_as(x)
 
 
@@ -70,32 +75,42 @@ class Resize(nn.Module):
 
 
 class Adm(nn.Module):
-    """multipliers: of the channels, by level. attends: by level. residual: whether residual blocks change the size."""
+    """multipliers: of the channels, by level. attends: by level. residual: whether residual blocks change the size. heads: None for heads
+    of HEAD channels."""
 
-    def __init__(self, multipliers=(1, 2, 2), attends=(False, True, True), blocks=2, residual=True, new_order=False) -> None:
+    def __init__(
+        self, multipliers=(1, 2, 2), attends=(False, True, True), blocks=2, residual=True, new_order=False, heads=None, scale_shift=True
+    ) -> None:
         super().__init__()
+
+        def changed(inner: int, outer: int, resize: str = "") -> nn.Module:
+            return Residual(inner, outer, resize, scale_shift) if residual or not resize else Resize(inner, resize)
+
+        def attention(channels: int) -> nn.Module:
+            return Attention(channels, new_order, heads)
+
         self.time_embed = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.SiLU(), nn.Linear(4 * WIDTH, 4 * WIDTH))
         self.label_emb = nn.Embedding(CLASSES, 4 * WIDTH)
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(3, WIDTH, 3, padding=1)])])
         channels, skips = WIDTH, [WIDTH]
         for level, multiplier in enumerate(multipliers):
             for _ in range(blocks):
-                parts = [Residual(channels, multiplier * WIDTH)]
+                parts = [changed(channels, multiplier * WIDTH)]
                 channels = multiplier * WIDTH
-                self.input_blocks.append(nn.ModuleList([*parts, *([Attention(channels, new_order)] if attends[level] else [])]))
+                self.input_blocks.append(nn.ModuleList([*parts, *([attention(channels)] if attends[level] else [])]))
                 skips.append(channels)
             if level + 1 < len(multipliers):
-                self.input_blocks.append(nn.ModuleList([Residual(channels, channels, "down") if residual else Resize(channels, "down")]))
+                self.input_blocks.append(nn.ModuleList([changed(channels, channels, "down")]))
                 skips.append(channels)
-        self.middle_block = nn.ModuleList([Residual(channels, channels), Attention(channels, new_order), Residual(channels, channels)])
+        self.middle_block = nn.ModuleList([changed(channels, channels), attention(channels), changed(channels, channels)])
         self.output_blocks = nn.ModuleList()
         for level, multiplier in reversed(list(enumerate(multipliers))):
             for number in range(blocks + 1):
-                parts = [Residual(channels + skips.pop(), multiplier * WIDTH)]
+                parts = [changed(channels + skips.pop(), multiplier * WIDTH)]
                 channels = multiplier * WIDTH
-                parts += [Attention(channels, new_order)] if attends[level] else []
+                parts += [attention(channels)] if attends[level] else []
                 if level and number == blocks:
-                    parts.append(Residual(channels, channels, "up") if residual else Resize(channels, "up"))
+                    parts.append(changed(channels, channels, "up"))
                 self.output_blocks.append(nn.ModuleList(parts))
         self.out = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, 6, 3, padding=1))
 
@@ -123,6 +138,8 @@ SHAPES = {
     "one block": {"blocks": 1, "multipliers": (1, 2), "attends": (False, True)},
     "three blocks": {"blocks": 3, "multipliers": (1, 1, 2, 2), "attends": (False, False, True, True)},
     "attention nowhere but in the middle": {"attends": (False, False, False)},
+    "four heads, as at 128 pixels": {"multipliers": (1, 2, 3), "heads": 4},
+    "no scale and shift": {"scale_shift": False},
 }
 
 
@@ -134,12 +151,19 @@ def made(**shape) -> Adm:
     return network
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_predictions_are_adm_s(shape, tmp_path):
-    theirs = made(**SHAPES[shape])
-    torch.save(theirs.state_dict(), tmp_path / "model.pt")
-    new_order = SHAPES[shape].get("new_order", False)
-    denoiser = ClassUNet.from_adm(tmp_path / "model.pt", image_size=SIDE, head_channels=HEAD, new_attention_order=new_order)
+def read(shape: str, state=None) -> ClassUNet:
+    """A network of one of the shapes, read with its flags."""
+    heads = SHAPES[shape].get("heads")
+    return ClassUNet.from_adm(
+        made(**SHAPES[shape]).state_dict() if state is None else state,
+        image_size=SIDE,
+        num_heads=heads,
+        num_head_channels=None if heads else HEAD,
+        use_new_attention_order=SHAPES[shape].get("new_order", False),
+    )
+
+
+def compare(denoiser: ClassUNet, theirs: Adm) -> None:
     x, t, labels = torch.randn(3, 3, SIDE, SIDE), torch.tensor([0, 500, 999]), torch.tensor([3, 0, 9])
     with torch.no_grad():
         found, expected = denoiser(x, t, denoiser.class_embeddings({})[labels]), theirs(x, t, labels)
@@ -147,27 +171,133 @@ def test_predictions_are_adm_s(shape, tmp_path):
     assert found.shape[1] == 6
 
 
-@pytest.mark.parametrize(("schedule", "betas"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
-def test_a_converted_folder_adapts(schedule, betas, tmp_path):
-    denoiser = ClassUNet.from_adm(made().state_dict(), image_size=SIDE, head_channels=HEAD, schedule=schedule)
-    scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule=betas)
-    torch.testing.assert_close(denoiser.process.table[:, 0], scheduler.alphas_cumprod.sqrt())
-    denoiser.save_pretrained(tmp_path, scheduler)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_predictions_are_adm_s(shape, tmp_path):
+    theirs = made(**SHAPES[shape])
+    torch.save(theirs.state_dict(), tmp_path / "model.pt")
+    denoiser = read(shape, tmp_path / "model.pt")
+    compare(denoiser, theirs)
+    denoiser.save_pretrained(tmp_path / "folder")
+    compare(ClassUNet.from_pretrained(tmp_path / "folder"), theirs)
+
+
+def test_the_epsilon_of_the_norms_is_adm_s():
+    theirs = made()
+    with torch.no_grad():  # so small that a group's variance is near the epsilon
+        for name, value in theirs.named_parameters():
+            value.mul_(3e-3 if name == "input_blocks.0.0.weight" else 0 if name == "input_blocks.0.0.bias" else 1)
+    compare(read("ImageNet's", theirs.state_dict()), theirs)
+
+
+def test_the_gradient_reaches_soft_classes():
+    denoiser = read("four heads, as at 128 pixels").double()
+    table, logits = denoiser.class_embeddings({}), torch.randn(1, CLASSES, dtype=torch.float64, requires_grad=True)
+    x, t = torch.randn(1, 3, SIDE, SIDE, dtype=torch.float64), torch.tensor([500])
+    assert torch.autograd.gradcheck(lambda w: denoiser(x, t, w.softmax(1) @ table).square().mean(), logits)
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "order", "betas"),
+    [(64, 64, True, "squaredcos_cap_v2"), (128, None, False, "linear"), (256, 64, False, "linear")],
+)
+def test_the_flags_are_those_of_the_published_model_of_this_size(size, heads, order, betas):
+    """guided-diffusion's README: 64 pixels with use_new_attention_order and a cosine schedule, 128 pixels with num_heads 4."""
+    shape = {"multipliers": (1, 4), "attends": (False, True), "blocks": 1, "new_order": order, "heads": 4 if heads is None else 2}
+    denoiser = ClassUNet.from_adm(made(**shape).state_dict(), image_size=size)
+    told = ClassUNet.from_adm(
+        made(**shape).state_dict(),
+        image_size=size,
+        num_head_channels=heads,
+        num_heads=None if heads else 4,
+        use_new_attention_order=order,
+        noise_schedule="cosine" if betas.startswith("squared") else "linear",
+    )
+    x, t = torch.randn(1, 3, 16, 16), torch.tensor([300])
+    with torch.no_grad():
+        found = [each(x, t, each.class_embeddings({})[:1]) for each in (denoiser, told)]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    expected = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule=betas).alphas_cumprod.sqrt()
+    torch.testing.assert_close(denoiser.process.table[:, 0], expected)
+
+
+def test_a_converted_folder_adapts(tmp_path):
+    denoiser = read("ImageNet's")
+    denoiser.save_pretrained(tmp_path)
     again = load_denoiser(str(tmp_path))
+    torch.testing.assert_close(again.process.table, denoiser.process.table)
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, CLASSES))
     images = torch.rand(2, 3, SIDE, SIDE)
-    found = [adapt(model, each, images, config=AdaptConfig(steps=1, pairs=2, guard=2)) for each in (denoiser, again)]
+    found = [adapt(model, each, images, config=AdaptConfig(steps=1, pairs=2)) for each in (denoiser, again)]
     torch.testing.assert_close(found[0].outputs, found[1].outputs)
+    assert (found[0].outputs != found[0].outputs_before).any()
+
+
+def test_a_folder_keeps_the_process_of_the_training(tmp_path):
+    denoiser = ClassUNet.from_adm(made().state_dict(), image_size=SIDE, num_head_channels=HEAD, noise_schedule="cosine")
+    with pytest.raises(ValueError, match="scheduler is a DDPMScheduler of another noise process than the denoiser's"):
+        denoiser.save_pretrained(tmp_path / "folder", DDPMScheduler(1000))
+    assert not (tmp_path / "folder").exists()
+    denoiser.process = NoiseProcess(denoiser.process.table)
+    with pytest.raises(ValueError, match="scheduler is None, and the noise process was not read from one"):
+        denoiser.save_pretrained(tmp_path / "folder")
+    denoiser.save_pretrained(tmp_path / "folder", DDPMScheduler(1000, beta_schedule="squaredcos_cap_v2"))
+    assert ClassUNet.from_pretrained(tmp_path / "folder").process.equals(denoiser.process)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"image_size": 0}, "image_size is 0; give the side length"),
+        ({"image_size": "64"}, "image_size is '64'; give the side length"),
+        ({"image_size": 18}, r"image_size 18 cannot be halved 2 times, as its 3 levels do"),
+        ({"num_head_channels": 0}, "num_head_channels is 0; give a whole number of 1 or more"),
+        ({"num_head_channels": -1}, "num_head_channels is -1; give a whole number of 1 or more"),
+        ({"num_head_channels": 48}, "num_head_channels 48 does not divide the 64 channels of an attention block"),
+        ({"num_heads": 5, "num_head_channels": None}, "num_heads 5 does not divide the 64 channels of an attention block"),
+        ({"num_heads": 4}, "num_head_channels is 16 and num_heads is 4; give one of them"),
+        ({"use_new_attention_order": "False"}, "use_new_attention_order is 'False'; give True, False, or None"),
+        ({"noise_schedule": "sigmoid"}, "noise_schedule is 'sigmoid'; allowed: linear, cosine"),
+        ({"noise_schedule": ["linear"]}, r"noise_schedule is \['linear'\]; allowed: linear, cosine"),
+    ],
+)
+def test_a_wrong_flag_is_named(flags, message):
+    with pytest.raises(ValueError, match=message):
+        ClassUNet.from_adm(made().state_dict(), **{"image_size": SIDE, "num_head_channels": HEAD, **flags})
 
 
 def test_what_cannot_be_read_is_named():
     state = made().state_dict()
-    with pytest.raises(ValueError, match=r"is no class-conditional UNet of ADM's: label_emb.weight missing"):
-        ClassUNet.from_adm({name: value for name, value in state.items() if name != "label_emb.weight"}, image_size=SIDE)
-    with pytest.raises(ValueError, match=r"head_channels 48 does not divide the channels \[32, 64, 64\]"):
-        ClassUNet.from_adm(state, image_size=SIDE, head_channels=48)
-    with pytest.raises(ValueError, match="schedule is 'sigmoid'; allowed: linear, cosine"):
-        ClassUNet.from_adm(state, image_size=SIDE, head_channels=HEAD, schedule="sigmoid")
-    missing = {name: value for name, value in state.items() if not name.startswith("output_blocks.8.")}
-    with pytest.raises(ValueError, match="input blocks and"):
-        ClassUNet.from_adm(missing, image_size=SIDE, head_channels=HEAD)
+
+    def refused(found, message, error=ValueError):
+        with pytest.raises(error, match=message):
+            ClassUNet.from_adm(found, image_size=SIDE, num_head_channels=HEAD)
+
+    def but(*gone):
+        return {name: value for name, value in state.items() if not name.startswith(gone)}
+
+    refused(but("label_emb."), r"is not a class-conditional ADM UNet: label_emb.weight missing; it has time_embed.0.weight")
+    refused({}, r"missing; it has nothing")
+    refused(but("output_blocks.8."), "input blocks and")
+    refused(but("output_blocks.2.1.qkv.bias"), "it lacks output_blocks.2.1.qkv.bias")
+    refused(state | {"encoder.weight": torch.ones(2)}, r"has weights that an ADM UNet of its sizes does not have: encoder.weight")
+    refused(state | {"out.0.weight": torch.ones(1).expand(32)}, "'out.0.weight' cannot be taken: .*its values share their memory")
+    refused(state | {"input_blocks.1.0.out_layers.3.weight": torch.ones(3200, 1, 1, 1)}, "embedding of time 32")
+    refused(made(), r"is a Adm; give its weights, as network.state_dict\(\)", TypeError)
+    refused(None, "path_or_state_dict is a NoneType; give a path or a state dict", TypeError)
+
+
+def test_names_may_have_the_prefix_of_a_parallel_training():
+    theirs = made()
+    compare(read("ImageNet's", {f"module.{name}": value for name, value in theirs.state_dict().items()}), theirs)
+
+
+def test_a_narrower_first_level_is_refused():
+    """512x512_diffusion.pt has the multiplier 0.5 there: its embedding of time is twice as wide as the first level."""
+    state = made().state_dict()
+    for name, value in state.items():
+        if value.shape[-1:] == (4 * WIDTH,) and ("emb" in name):
+            state[name] = torch.zeros(*value.shape[:-1], 8 * WIDTH)
+    state["time_embed.0.weight"] = torch.zeros(8 * WIDTH, 2 * WIDTH)
+    with pytest.raises(ValueError, match=r"its first level has 32 channels and its embedding of time 64.*512x512_diffusion.pt"):
+        ClassUNet.from_adm(state, image_size=SIDE, num_head_channels=HEAD)

@@ -14,8 +14,8 @@ from dtta_fast.denoisers.concat_unet import ConcatUNet
 from dtta_fast.denoisers.controlnet import ControlNet
 from dtta_fast.denoisers.dit import DiT
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.denoisers.reading import check_weights
 from dtta_fast.denoisers.stable_diffusion import StableDiffusion
+from dtta_fast.denoisers.weights import check_weights
 
 NAME = "blocks.1.mlp.fc1.weight"
 

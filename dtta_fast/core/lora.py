@@ -55,6 +55,7 @@ def targets(module: nn.Module, wanted: Sequence[str] | None, what: str) -> list[
     endings = sorted({name.rpartition(".")[2] for name in linear})
     raise ValueError(
         f"{asked} match no linear layer of {what}; its linear layers' names end in {', '.join(endings) or 'nothing: it has none'}"
+        + (f". Give lora_targets the ones to adapt, such as ({endings[0]!r},)" if endings else "")
     )
 
 

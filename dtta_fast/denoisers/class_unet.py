@@ -16,6 +16,7 @@ from dtta_fast.denoisers.base import image_size
 from dtta_fast.denoisers.diffusers_network import DiffusersDenoiser
 from dtta_fast.denoisers.noise_process import NoiseProcess
 from dtta_fast.denoisers.reading import CALIBRATION, download, read_calibration, read_json, read_networks, read_process
+from dtta_fast.denoisers.weights import read_state
 from dtta_fast.runtime.defaults import float32_on_cpu
 
 KIND = "ClassUNet"
@@ -30,7 +31,7 @@ class _SoftEmbedding(nn.Embedding):
 
 
 class ClassUNet(DiffusersDenoiser):
-    """A diffusers UNet2DModel with `num_class_embeds`, or an EDMUNet, whose class embeddings are added to the time embedding.
+    """A diffusers UNet2DModel with `num_class_embeds`, or an EDMUNet: a UNet that takes the embedding of a class beside the time's.
 
     Args:
         unet: the UNet. Its class embedding is replaced by one that also takes mixtures of its rows; the weights stay the same tensors.
@@ -39,14 +40,25 @@ class ClassUNet(DiffusersDenoiser):
         patch_size: the UNet sees each patch_size x patch_size square of x0 as the channels of one pixel (torch's pixel_unshuffle), so it
             has patch_size² times as many channels in and out. 1 for most models.
         null_class: whether the last row of the class table stands for "no class", as in training with classifier-free guidance.
+        num_heads: attention heads at every level of a UNet2DModel. Its own config can only hold the channels of a head, the same at every
+            level; None leaves them as they are.
 
     Raises:
-        ValueError: the UNet has no table of classes, or its channels do not fit.
+        ValueError: the UNet has no table of classes, its channels do not fit, or num_heads does not divide them.
     """
 
     keep_in_float32 = (LABEL_TABLE,)  # conditions are mixtures of its rows, and their gradients accumulate over chunks
 
-    def __init__(self, unet: Any, process: NoiseProcess, vae: Any = None, *, patch_size: int = 1, null_class: bool = False) -> None:
+    def __init__(
+        self,
+        unet: Any,
+        process: NoiseProcess,
+        vae: Any = None,
+        *,
+        patch_size: int = 1,
+        null_class: bool = False,
+        num_heads: int | None = None,
+    ) -> None:
         super().__init__(unet, process, vae)
         table = getattr(unet, "class_embedding", None)
         if not isinstance(table, nn.Embedding):
@@ -73,7 +85,9 @@ class ClassUNet(DiffusersDenoiser):
         if not isinstance(table, _SoftEmbedding):
             unet.class_embedding = _SoftEmbedding(table.num_embeddings, table.embedding_dim, _weight=table.weight.detach())
             unet.class_embedding.weight = table.weight
-        self.patch_size, self.null_class = patch_size, null_class
+        if num_heads is not None:
+            _split_into_heads(unet, num_heads)
+        self.patch_size, self.null_class, self.num_heads = patch_size, null_class, num_heads
 
     @property
     def image_size(self) -> int:
@@ -131,6 +145,7 @@ class ClassUNet(DiffusersDenoiser):
         told: dict[str, Any] = {"patch_size": config.get("patch_size", 1), "null_class": config.get("null_class", False)}
         if type(told["patch_size"]) is not int or not 1 <= told["patch_size"] < 64 or type(told["null_class"]) is not bool:
             raise ValueError(f"{folder / 'config.json'} has {str(told)[:80]}; give a patch_size below 64, and null_class true or false")
+        told["num_heads"] = config.get("num_heads")
         given: dict[str, Any] = {
             name: value for name, value in (("patch_size", patch_size), ("null_class", null_class)) if value is not None
         }
@@ -152,66 +167,82 @@ class ClassUNet(DiffusersDenoiser):
         path_or_state_dict: str | Path | Mapping[str, Tensor],
         *,
         image_size: int,
-        head_channels: int = 64,
-        schedule: str | None = None,
-        new_attention_order: bool = False,
+        num_head_channels: int | None = None,
+        num_heads: int | None = None,
+        use_new_attention_order: bool | None = None,
+        noise_schedule: str | None = None,
     ) -> ClassUNet:
-        """Loads a class-conditional UNet of ADM's (guided-diffusion), such as 256x256_diffusion.pt.
+        """Loads a class-conditional UNet of ADM (guided-diffusion): 64x64_diffusion.pt, 128x128_diffusion.pt, 256x256_diffusion.pt.
 
-        The other sizes are inferred from the weights. A .safetensors file is read as such, any other file with weights_only.
+        The weights do not tell how attention splits into heads, or the schedule, and a wrong guess raises no error. The arguments have
+        the names of guided-diffusion's flags. Left at None, they are those of the published model for this image_size; for a model of
+        your own, give the flags of its training. All other sizes are inferred from the weights. A .safetensors file is read as such, any
+        other file with weights_only. The model for 512 pixels is refused: UNet2DModel cannot express its narrower first level.
 
         Args:
-            image_size: side length in pixels. head_channels: channels of an attention head, the same at every level.
-            schedule: linear or cosine, 1,000 steps, predicting the noise; None is ADM's own for this size: cosine for 64 pixels.
-            new_attention_order: as in the model's flags.
+            image_size: side length in pixels.
+            num_head_channels, num_heads: channels of an attention head, or the number of heads, the same at every level; give one of them
+                at most. Published: 4 heads for 128 pixels, otherwise 64 channels.
+            use_new_attention_order: whether queries, keys and values are split before the heads. Published: True for 64 pixels.
+            noise_schedule: linear or cosine, with 1,000 steps; the model predicts the noise. Published: cosine for 64 pixels, else linear.
 
         Raises:
-            FileNotFoundError, ValueError: the file does not exist, or the weights are not those of such a UNet.
+            FileNotFoundError, ValueError: the file does not exist, the weights are not those of such a UNet, or an argument does not fit.
+            TypeError: path_or_state_dict is neither a path nor a state dict.
         """
         from diffusers import DDPMScheduler
 
-        from dtta_fast.denoisers.adm_reading import unet_from_adm
+        from dtta_fast.denoisers.adm_reading import Heads, unet_from_adm
 
         kinds = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
-        schedule = schedule or ("cosine" if image_size == 64 else "linear")
-        if schedule not in kinds:
-            raise ValueError(f"schedule is {schedule!r}; allowed: {', '.join(kinds)}")
-        state, source = _state(path_or_state_dict)
-        unet = unet_from_adm(state, image_size, head_channels, new_attention_order, source)
-        scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule=kinds[schedule])
-        return cls(unet, NoiseProcess.from_scheduler(scheduler)).eval()
+        noise_schedule = noise_schedule or ("cosine" if image_size == 64 else "linear")
+        if not isinstance(noise_schedule, str) or noise_schedule not in kinds:
+            raise ValueError(f"noise_schedule is {noise_schedule!r}; allowed: {', '.join(kinds)}")
+        heads = Heads.of(image_size, num_head_channels, num_heads, use_new_attention_order)
+        unet = unet_from_adm(*read_state(path_or_state_dict), image_size, heads)
+        scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule=kinds[noise_schedule])
+        return cls(unet, NoiseProcess.from_scheduler(scheduler), num_heads=heads.number).eval()
 
     @classmethod
     @float32_on_cpu()
     def from_edm(cls, path_or_state_dict: str | Path | Mapping[str, Tensor], *, sigma_data: float = 0.5) -> ClassUNet:
-        """Loads a class-conditional UNet of EDM's (DDPM++ or ADM), such as those for CIFAR-10 and for ImageNet at 64 pixels.
+        """Loads a class-conditional UNet with EDM's preconditioning: edm-cifar10-32x32-cond-vp.pkl and edm-imagenet-64x64-cond-adm.pkl.
 
-        The published files are pickles of code and weights. Save the weights in EDM's own repository first, with
-        `torch.save(network.state_dict(), "edm.pt")`. A .safetensors file is read as such, any other file with weights_only.
+        These files are pickles of code and weights. Save the weights in EDM's own repository first, with
+        `torch.save(network.state_dict(), "edm.pt")`. A .safetensors file is read as such, any other file with weights_only. The
+        repository's baseline-* models have the same weights' names but other preconditionings, which weights do not always tell: do not
+        read them with this.
 
         Args:
             sigma_data: standard deviation of the data that the preconditioning assumes.
 
         Raises:
             FileNotFoundError, ValueError: the file does not exist, or the weights are not those of such a UNet.
+            TypeError: path_or_state_dict is neither a path nor a state dict.
         """
-        if not isinstance(sigma_data, (int, float)) or not 0 < sigma_data < math.inf:
+        if type(sigma_data) not in (int, float) or not 0 < sigma_data < math.inf:
             raise ValueError(f"sigma_data is {sigma_data!r}; give a positive number, 0.5 for EDM's own")
         from diffusers import EDMEulerScheduler
 
         from dtta_fast.denoisers.edm_unet import unet_from_edm
 
         given = path_or_state_dict
-        if not isinstance(given, Mapping) and Path(given).suffix == ".pkl":
+        if isinstance(given, (str, os.PathLike)) and Path(given).suffix.lower() == ".pkl":
             remedy = 'in EDM\'s repository, unpickle the network and save its weights with torch.save(network.state_dict(), "edm.pt")'
             raise ValueError(f"{given} is a pickle, which would run its code: {remedy}")
-        unet = unet_from_edm(*_state(given))
+        unet = unet_from_edm(*read_state(given))
         return cls(unet, NoiseProcess.from_scheduler(EDMEulerScheduler(sigma_data=sigma_data))).eval()
 
-    def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
-        """Writes config.json, unet/, scheduler/ (the diffusers scheduler used in training), and, if the denoiser has them, vae/ and
-        calibration.json."""
-        folder = Path(folder)
+    def save_pretrained(self, folder: str | Path, scheduler: Any = None) -> None:
+        """Writes config.json, unet/, scheduler/, and, if the denoiser has them, vae/ and calibration.json.
+
+        Args:
+            scheduler: the diffusers scheduler used in training; None is the one from which the denoiser's process was read.
+
+        Raises:
+            ValueError: the scheduler describes another noise process than the denoiser's. Nothing is written then.
+        """
+        scheduler, folder = self.process.scheduler_to_save(scheduler), Path(folder)
         self.unet.save_pretrained(folder / "unet")
         if self.vae is not None:
             self.vae.save_pretrained(folder / "vae")
@@ -219,16 +250,21 @@ class ClassUNet(DiffusersDenoiser):
         if self.calibration is not None:
             self.calibration.save(folder / CALIBRATION)
         found = {"_class_name": KIND, "patch_size": self.patch_size, "null_class": self.null_class}
+        found |= {} if self.num_heads is None else {"num_heads": self.num_heads}
         (folder / "config.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
-def _state(given: str | Path | Mapping[str, Tensor]) -> tuple[Mapping[str, Tensor], str]:
-    """Returns the weights that are given or that a file holds, and how to name them in an error."""
-    if isinstance(given, Mapping):
-        return given, "path_or_state_dict"
-    from dtta_fast.denoisers.dit_reading import read_file
+def _split_into_heads(unet: nn.Module, num_heads: int) -> None:
+    """Gives every attention of a UNet2DModel this number of heads."""
+    from diffusers.models.attention_processor import Attention
 
-    return read_file(Path(given)), str(given)
+    own = [part for part in unet.modules() if isinstance(part, Attention)]
+    widths = sorted({part.inner_dim for part in own})
+    if type(num_heads) is not int or num_heads < 1 or not own or any(width % num_heads for width in widths):
+        raise ValueError(f"num_heads is {num_heads!r}; give a divisor of the channels of unet's attention: {widths or 'it has none'}")
+    for part in own:
+        part.heads = part.sliceable_head_dim = num_heads
+        part.scale = (part.inner_dim // num_heads) ** -0.5
 
 
 def _unet_class(config: Path) -> Any:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from dtta_fast.denoisers.diffusers_network import DiffusersDenoiser
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.denoisers.reading import CALIBRATION, check_weights, download, read_calibration, read_json, read_networks, read_process
+from dtta_fast.denoisers.reading import CALIBRATION, download, read_calibration, read_json, read_networks, read_process
+from dtta_fast.denoisers.weights import check_weights
 from dtta_fast.runtime.defaults import float32_on_cpu
 
 KIND = "ConcatUNet"
@@ -163,11 +164,18 @@ class ConcatUNet(DiffusersDenoiser):
             denoiser.calibration = read_calibration(folder, denoiser)
         return denoiser.eval()
 
-    def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
-        """Writes config.json, unet/ and scheduler/ (the diffusers scheduler used in training), and, if the denoiser has them, vae/, the
-        embeddings and calibration.json."""
+    def save_pretrained(self, folder: str | Path, scheduler: Any = None) -> None:
+        """Writes config.json, unet/, scheduler/, and, if the denoiser has them, vae/, the embeddings and calibration.json.
+
+        Args:
+            scheduler: the diffusers scheduler used in training; None is the one from which the denoiser's process was read.
+
+        Raises:
+            ValueError: the scheduler describes another noise process than the denoiser's. Nothing is written then.
+        """
         from safetensors.torch import save_file
 
+        scheduler = self.process.scheduler_to_save(scheduler)
         folder = Path(folder)
         self.unet.save_pretrained(folder / "unet")
         if self.vae is not None:

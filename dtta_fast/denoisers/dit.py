@@ -14,17 +14,7 @@ from torch import Tensor, nn
 
 from dtta_fast.denoisers.base import Denoiser, check_vae, image_size, to_latents, to_model_range
 from dtta_fast.denoisers.dit_network import DiTNetwork
-from dtta_fast.denoisers.dit_reading import (
-    load,
-    named_process,
-    network_from_diffusers,
-    network_from_original,
-    read_file,
-    read_safetensors,
-    read_vae,
-    sized,
-    without_prefix,
-)
+from dtta_fast.denoisers.dit_reading import named_process, network_from_diffusers, network_from_original, read_vae, sized
 from dtta_fast.denoisers.noise_process import NoiseProcess, check_process
 from dtta_fast.denoisers.reading import (
     CALIBRATION,
@@ -34,6 +24,7 @@ from dtta_fast.denoisers.reading import (
     read_json,
     read_process,
 )
+from dtta_fast.denoisers.weights import load, read_safetensors, read_state, without_prefix
 from dtta_fast.runtime.defaults import float32_on_cpu
 
 WRAPPINGS = ("ema", "model", "state_dict")  # keys of a checkpoint that may hold the weights, the first that is there
@@ -163,9 +154,7 @@ class DiT(Denoiser):
         Raises:
             FileNotFoundError, ValueError: the file does not exist, or the weights are not a DiT's.
         """
-        given = path_or_state_dict
-        state: Mapping[str, Any] = given if isinstance(given, Mapping) else read_file(Path(given))
-        source = "path_or_state_dict" if isinstance(given, Mapping) else str(given)
+        state, source = read_state(path_or_state_dict)
         # a training checkpoint has raw and EMA weights; sampling uses EMA
         weights = next((state[name] for name in WRAPPINGS if isinstance(state.get(name), Mapping)), state)
         process = process if isinstance(process, NoiseProcess) else named_process(process)
@@ -219,19 +208,21 @@ class DiT(Denoiser):
         load(network, weights, folder / "model.safetensors")
         return cls(network, process, read_vae(folder) if vae is None and (folder / "vae").is_dir() else vae)
 
-    def save_pretrained(self, folder: str | Path, scheduler: Any) -> None:
+    def save_pretrained(self, folder: str | Path, scheduler: Any = None) -> None:
         """Writes config.json, model.safetensors, the noise process, and, if the denoiser has them, vae/ and calibration.json.
 
         Args:
-            scheduler: the diffusers scheduler used in training, or the name of its process as in from_original: DiT, SiT or REPA.
+            scheduler: the diffusers scheduler used in training, or the name of its process as in from_original: DiT, SiT or REPA. None
+                is the scheduler from which the denoiser's process was read.
+
+        Raises:
+            ValueError: the scheduler describes another noise process than the denoiser's. Nothing is written then.
         """
         named = {"process": scheduler} if isinstance(scheduler, str) else {}
-        if named:
-            process = named_process(scheduler)
-            if not (
-                torch.equal(process.table, self.process.table.cpu()) and torch.equal(process.model_time, self.process.model_time.cpu())
-            ):
-                raise ValueError(f"scheduler is {scheduler!r}, and the denoiser's process is another one; give that of its training")
+        if named and not self.process.equals(named_process(scheduler)):
+            raise ValueError(f"scheduler is {scheduler!r}, and the denoiser's process is another one; give that of its training")
+        if not named:
+            scheduler = self.process.scheduler_to_save(scheduler)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"_class_name": "DiT", **self.network.sizes, **named}, indent=2) + "\n")

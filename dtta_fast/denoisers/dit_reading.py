@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dtta_fast.denoisers.dit_network import DiTNetwork
 from dtta_fast.denoisers.noise_process import NoiseProcess
-from dtta_fast.denoisers.reading import OF_VALUES, autoencoder_kind, check_pointers, check_weights, read_model
-from dtta_fast.runtime.archives import LOCAL, check_archive
+from dtta_fast.denoisers.reading import OF_VALUES, autoencoder_kind, read_model
+from dtta_fast.denoisers.weights import check_weights, load
 
-PREFIXES = ("module.", "_orig_mod.")
 FLOWS: dict[str, Literal[0, 1]] = {"SiT": 1, "REPA": 0}  # the time of an image without noise
 
 
@@ -60,13 +56,6 @@ def sized(sizes: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiTNetwork:
     if depth > len(state) or needed > 4 * there + 2**20:
         raise ValueError(f"its sizes take {needed:.0f} weights or more, and there are {there}")
     return DiTNetwork(**sizes)
-
-
-def without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Strips what DistributedDataParallel and torch.compile put before every name."""
-    while prefix := next((p for p in PREFIXES if state and all(isinstance(name, str) and name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
 
 
 def network_from_original(state: Mapping[str, Tensor], num_heads: int, null_class: bool, source: str) -> DiTNetwork:
@@ -160,44 +149,3 @@ def network_from_diffusers(folder: Path) -> DiTNetwork:
     own["y_embedder.embedding_table.weight"] = state[f"transformer_blocks.0.{embedding}class_embedder.embedding_table.weight"]
     load(network, own, folder)
     return network
-
-
-def load(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    try:
-        network.load_state_dict(dict(state))
-    except RuntimeError as error:
-        raise ValueError(f"{source} does not fit the network: {error}") from error
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is missing")
-    check_pointers(path)
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    check_weights(state, path)
-    return state
-
-
-def read_file(path: Path) -> Mapping[str, Tensor]:
-    return read_safetensors(path) if path.suffix == ".safetensors" else _read_torch_file(path)
-
-
-def _read_torch_file(path: Path) -> Mapping[str, Tensor]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path} is missing")
-    check_pointers(path)
-    try:
-        with open(path, "rb") as file:
-            zipped = file.read(4) == LOCAL  # torch uses the same check
-        if zipped:
-            check_archive(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training checkpoints store their arguments: plain data
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch may raise pickle, zip or runtime errors here
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {error}") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
-    return state

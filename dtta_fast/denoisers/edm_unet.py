@@ -12,8 +12,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from dtta_fast.denoisers.dit_reading import load, without_prefix
-from dtta_fast.denoisers.reading import OF_VALUES, check_weights
+from dtta_fast.denoisers.reading import OF_VALUES
+from dtta_fast.denoisers.weights import check_weights, load
 
 HEAD_CHANNELS = 64  # of ADM's attention; DDPM++ has one head
 PREFIX = "model."  # of EDM's preconditioning around its network
@@ -30,15 +30,20 @@ class _Block(nn.Module):
 
     def __init__(self, inner: int, outer: int, width: int, resize: str = "", *, attends: bool = False, adm: bool = True) -> None:
         super().__init__()
-        self.resize, self.adm, self.gain = resize, adm, 1.0 if adm else math.sqrt(0.5)
+        self.resize, self.adm = resize, adm
+        self.gain = 1.0 if adm else math.sqrt(0.5)
         self.heads = (outer // HEAD_CHANNELS if adm else 1) if attends else 0
-        self.norm0, self.norm1 = _norm(inner, adm), _norm(outer, adm)
-        self.conv0, self.conv1 = nn.Conv2d(inner, outer, 3, padding=1), nn.Conv2d(outer, outer, 3, padding=1)
+        self.norm0 = _norm(inner, adm)
+        self.conv0 = nn.Conv2d(inner, outer, 3, padding=1)
         self.affine = nn.Linear(width, 2 * outer if adm else outer)
+        self.norm1 = _norm(outer, adm)
+        self.conv1 = nn.Conv2d(outer, outer, 3, padding=1)
         projects = inner != outer or (bool(resize) and not adm)
         self.skip = nn.Conv2d(inner, outer, 1) if projects else nn.Identity()
         if attends:
-            self.norm2, self.qkv, self.proj = _norm(outer, adm), nn.Conv2d(outer, 3 * outer, 1), nn.Conv2d(outer, outer, 1)
+            self.norm2 = _norm(outer, adm)
+            self.qkv = nn.Conv2d(outer, 3 * outer, 1)
+            self.proj = nn.Conv2d(outer, outer, 1)
 
     def resized(self, x: Tensor) -> Tensor:
         """Halves the size by the mean of 2 x 2 pixels, or doubles it by repeating them."""
@@ -58,9 +63,12 @@ class _Block(nn.Module):
         return (x + self.proj(self.attended(x))) * self.gain if self.heads else x
 
     def attended(self, x: Tensor) -> Tensor:
-        """Returns the values [N, C, h, w] that attention takes. Of the channels, the head changes slowest, and q, k, v fastest."""
+        """Computes self-attention over the pixels of x [N, C, h, w], before the output projection.
+
+        The channels of qkv are ordered by head, then channel of the head, then q, k, v.
+        """
         joined: Tensor = self.qkv(self.norm2(x))
-        q, k, v = joined.flatten(2).unflatten(1, (self.heads, -1, 3)).permute(3, 0, 1, 4, 2)
+        q, k, v = joined.flatten(2).unflatten(1, (self.heads, -1, 3)).permute(3, 0, 1, 4, 2).contiguous()  # strided, it runs without flash
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
 
 
@@ -69,13 +77,15 @@ def _norm(channels: int, adm: bool) -> nn.GroupNorm:
 
 
 class EDMUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has no types
-    """EDM's UNet for images of sample_size² pixels, of the architecture DDPM++ or ADM.
+    """EDM's UNet with classes, of the architecture DDPM++ or ADM.
 
     Args:
+        sample_size: side length in pixels. in_channels, out_channels: channels of the noisy image and of the prediction.
         noise_channels: channels of the noise level's embedding; all blocks get one of four times as many.
         block_out_channels: channels at each level, from the largest images to the smallest.
         layers_per_block: residual blocks of a level on the way down; there is one more on the way up.
         attention: whether each level has attention.
+        num_class_embeds: number of classes, which are the rows of class_embedding.
         adm: ADM's architecture, as for ImageNet at 64 pixels; False is DDPM++'s, as for CIFAR-10.
     """
 
@@ -99,7 +109,8 @@ class EDMUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has n
         self.map_layer0, self.map_layer1 = nn.Linear(noise_channels, width), nn.Linear(width, width)
         sides = [sample_size >> level for level in range(len(block_out_channels))]
         channels = block_out_channels[0] if adm else noise_channels
-        self.enc, skips = nn.ModuleDict({f"{sides[0]}x{sides[0]}_conv": nn.Conv2d(in_channels, channels, 3, padding=1)}), [channels]
+        skips = [channels]
+        self.enc = nn.ModuleDict({f"{sides[0]}x{sides[0]}_conv": nn.Conv2d(in_channels, channels, 3, padding=1)})
         for level, side in enumerate(sides):
             if level:
                 self.enc[f"{side}x{side}_down"] = _Block(channels, channels, width, "down", adm=adm)
@@ -138,8 +149,16 @@ class EDMUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has n
         return F.silu(self.map_layer1(F.silu(self.map_layer0(found + classes))))
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor, return_dict: bool = False) -> tuple[Tensor]:
-        """Predicts from samples [N, C, h, w] at times [N] under classes [N]; inside a ClassUNet, also under mixtures [N, D] of the table's
-        rows."""
+        """Predicts from samples [N, C, h, w] at times [N] under classes [N].
+
+        Inside a ClassUNet, class_labels may also be mixtures [N, D] of the table's rows. Always returns a tuple, as diffusers' networks do
+        with return_dict=False.
+
+        Raises:
+            ValueError: return_dict is True.
+        """
+        if return_dict:
+            raise ValueError("return_dict is True; an EDMUNet returns a tuple: give return_dict=False")
         embedding = self.embedding(timestep, self.class_embedding(class_labels).to(sample.dtype))
         blocks, skips = iter(self.enc.values()), list[Tensor]()
         skips.append(x := next(blocks)(sample))
@@ -158,34 +177,45 @@ class EDMUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has n
 
 
 def unet_from_edm(state: Mapping[str, Tensor], source: str) -> EDMUNet:
-    """Makes an EDMUNet of the state dict of one of EDM's networks, with its preconditioning or without.
+    """Makes an EDMUNet of the state dict of an EDM network, with its preconditioning or without.
 
     Raises:
-        ValueError: the weights are not those of a class-conditional DDPM++ or ADM of EDM's.
+        ValueError: the weights are not those of a class-conditional DDPM++ or ADM UNet with EDM's preconditioning.
     """
-    state = without_prefix(state)
-    state = {name.removeprefix(PREFIX): value for name, value in state.items() if isinstance(name, str)}
+    check_weights(state, source)
+    if "u" in state:
+        raise ValueError(f"{source} has iDDPM's preconditioning (its buffer u), which is not read; give a network with EDM's (edm-*)")
+    state = {name.removeprefix(PREFIX): value for name, value in state.items()}
+    if any("_aux_residual" in name or "_aux_skip" in name or name == "map_noise.freqs" for name in state):
+        raise ValueError(f"{source} is an NCSN++ (trained as 've'), which is not read; give a DDPM++ or an ADM with EDM's preconditioning")
     missing = [name for name in ("map_layer0.weight", "map_layer1.weight") if name not in state]
     if missing or not any(name.startswith("enc.") for name in state):
-        raise ValueError(f"{source} is no UNet of EDM's: {', '.join(missing) or 'enc.* is'} missing; it has {', '.join([*state][:3])}")
+        there = ", ".join([*state][:3]) or "nothing"
+        raise ValueError(f"{source} is not an EDM UNet: {', '.join(missing) or 'enc.* is'} missing; it has {there}")
     if "map_label.weight" not in state:
-        raise ValueError(f"{source} is a UNet of EDM's without classes (map_label.weight is missing); give a class-conditional one")
-    if "map_noise.freqs" in state or any("_aux_residual" in name or "_aux_skip" in name for name in state):
-        raise ValueError(f"{source} is an NCSN++ (trained as 've'), which is not read; give a DDPM++ ('vp') or an ADM")
-    check_weights(state, source)
+        raise ValueError(f"{source} is an EDM UNet without classes (map_label.weight is missing); give a class-conditional one")
     try:
-        unet = EDMUNet(**_config(state))
+        with torch.device("meta"):
+            unet = EDMUNet(**_config(state))
         own = dict(_renamed(state, unet))
+    except KeyError as error:
+        raise ValueError(f"{source} is not an EDM UNet: it lacks {error.args[0]}") from error
     except OF_VALUES as error:
-        raise ValueError(f"{source} is no UNet of EDM's: {error}") from error
+        raise ValueError(f"{source} is not an EDM UNet: {error}") from error
+    if unet.config.in_channels != unet.config.out_channels:
+        found = f"{unet.config.in_channels} channels in and {unet.config.out_channels} out"
+        raise ValueError(f"{source} has {found}, as with iDDPM's preconditioning, which is not read; give a network with EDM's (edm-*)")
     load(unet, own, source)
     return unet
 
 
 def _config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     sides = sorted({int(name.split(".")[1].partition("x")[0]) for name in state if name.startswith("enc.")}, reverse=True)
-    adm = "out_conv.weight" in state
-    first, last = f"{sides[0]}x{sides[0]}", "out_conv" if adm else f"dec.{sides[0]}x{sides[0]}_aux_conv"
+    first = f"{sides[0]}x{sides[0]}"
+    adm, ddpmpp = (f"{name}.weight" in state for name in ("out_conv", f"dec.{first}_aux_conv"))
+    if not (adm or ddpmpp):
+        raise ValueError(f"its last layer is missing: ADM's out_conv, or DDPM++'s dec.{first}_aux_conv")
+    last = "out_conv" if adm else f"dec.{first}_aux_conv"
     return {
         "sample_size": sides[0],
         "in_channels": state[f"enc.{first}_conv.weight"].shape[1],
@@ -205,7 +235,7 @@ def _renamed(state: Mapping[str, Tensor], unet: EDMUNet) -> Iterator[tuple[str, 
     Raises:
         ValueError: sizes are changed by another filter than the mean of 2 x 2 pixels.
     """
-    table = state["map_label.weight"].T
+    table = state["map_label.weight"].T.float()
     if not unet.config.adm:  # DDPM++ multiplies its one-hot labels by √classes, and has a bias
         table = table * math.sqrt(len(table)) + state["map_label.bias"]
     yield "class_embedding.weight", table.contiguous()

@@ -27,6 +27,8 @@ class NoiseProcess:
     ε-, x0- and v-prediction (Salimans & Ho 2022, arXiv 2202.00512) and rectified flow (Liu et al. 2023,
     arXiv 2209.03003) are all rows of this table, so the engine has one code path for them.
 
+    `scheduler` is the diffusers scheduler that it was read from, or None.
+
     Args:
         table: [T, 5] floating point, finite; kept as float32. Timesteps are 0-based indices of its rows,
             in order of rising noise.
@@ -47,6 +49,7 @@ class NoiseProcess:
             raise ValueError(f"model_time has shape {tuple(model_time.shape)}; give one value a timestep: [{len(table)}]")
         self.table = table.to(torch.float32)
         self.model_time = model_time.to(torch.float32)
+        self.scheduler: Any = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -60,6 +63,33 @@ class NoiseProcess:
         Raises:
             ValueError: the scheduler has neither, or its prediction type or an option is not supported.
         """
+        process = cls._read(scheduler)
+        process.scheduler = scheduler
+        return process
+
+    def scheduler_to_save(self, scheduler: Any = None) -> Any:
+        """Returns the diffusers scheduler to save with a denoiser: `scheduler`, or without one that from which this process was read.
+
+        Raises:
+            ValueError: there is none, or it describes another noise process.
+        """
+        if scheduler is None and self.scheduler is None:
+            raise ValueError("scheduler is None, and the noise process was not read from one; give the diffusers scheduler of the training")
+        if scheduler is None:
+            return self.scheduler
+        other = NoiseProcess.from_scheduler(scheduler)
+        if not self.equals(other):
+            found = type(scheduler).__name__
+            raise ValueError(f"scheduler is a {found} of another noise process than the denoiser's; give the one of its training")
+        return scheduler
+
+    def equals(self, other: NoiseProcess) -> bool:
+        """Returns whether two processes have the same coefficients and times, to float32 accuracy."""
+        pairs = ((self.table, other.table), (self.model_time, other.model_time))
+        return all(a.shape == b.shape and torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-5) for a, b in pairs)
+
+    @classmethod
+    def _read(cls, scheduler: Any) -> NoiseProcess:
         own = dict(getattr(scheduler, "config", {}))
         for field, ordinary in (("invert_sigmas", False), ("timestep_type", "discrete")):
             if own.get(field, ordinary) != ordinary:

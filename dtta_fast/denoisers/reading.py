@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from dtta_fast.denoisers.base import AUTOENCODERS
 from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.denoisers.noise_process import NoiseProcess
+from dtta_fast.denoisers.weights import check_pointers
 from dtta_fast.runtime.files import read_text
 
 CALIBRATION = "calibration.json"
@@ -26,7 +26,6 @@ OF_VALUES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError
 OF_WEIGHTS = re.compile(r"(?:model|diffusion_pytorch_model)(?:\.([a-zA-Z]\w*))?(?:-\d+-of-\d+)?\.safetensors")
 PRECISIONS = ("fp32", "fp16", "bf16")  # variants of the same weights, those with more digits first
 MOST_TIMESTEPS = 100_000  # the most timesteps of a schedule; its table has one row for each
-WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # allowed dtypes of stored weights
 
 
 def read_scheduler(folder: Path) -> Any:
@@ -109,15 +108,6 @@ def read_model(kind: Any, folder: str | Path, **keywords: Any) -> Any:
     return model
 
 
-def check_pointers(folder: str | Path) -> None:
-    """Raises ValueError if a folder's weights, or a file of weights, are pointers that git-lfs has not replaced."""
-    place = Path(folder)
-    for path in (place.glob("*.safetensors"), place.glob("*.bin")) if place.is_dir() else ([place],):
-        for file in path:
-            if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
-                raise ValueError(f"{file} is a pointer of git-lfs, not the weights: run git lfs pull in its repository")
-
-
 def only_variant(folder: Path) -> str | None:
     """Returns the variant of a folder's weights, such as "fp16", if they exist in no plain form and in one variant, or in PRECISIONS.
 
@@ -180,41 +170,6 @@ def read_component(folder: Path, kind: str, variant: str | None, dtype: torch.dt
     if kind == "UNet2DConditionModel":
         network.to(memory_format=torch.channels_last)  # convolutions run in this format and need no weight conversion
     return network.eval()
-
-
-def check_weights(state: Mapping[Any, Any], source: str | Path) -> None:
-    """Checks that a state dict holds plain weights that do not share memory, so a network of their sizes is no larger than the weights.
-
-    Raises:
-        ValueError: a name is not a string; a value is not a dense floating-point tensor, or is empty, on the meta device, or expanded; or
-            tensors share memory. The message names the source, and the tensor if one is at fault.
-    """
-    needed, there = 0, {}
-    for name, value in state.items():
-        wrong = f"its name is a {type(name).__name__}" if not isinstance(name, str) else _misfit(value)
-        if wrong:
-            raise ValueError(f"{source} is no checkpoint of plain weights: {str(name)[:80]!r} cannot be taken: {wrong}")
-        storage = value.untyped_storage()
-        needed += value.numel() * value.element_size()
-        there[value.device, storage.data_ptr()] = storage.nbytes()
-    if needed > sum(there.values()):
-        raise ValueError(f"{source} is no checkpoint of plain weights: its tensors take {needed} bytes, and share {sum(there.values())}")
-
-
-def _misfit(value: Any) -> str:
-    """Explains why a value is not a plain weight; returns an empty string if it is one."""
-    if type(value) not in (Tensor, nn.Parameter):
-        return f"it is a {type(value).__name__}, and no plain tensor"
-    if value.is_nested or value.layout != torch.strided:
-        return f"it is {'nested' if value.is_nested else f'sparse ({value.layout})'}; save it dense"
-    if value.is_quantized or value.dtype not in WEIGHTS:
-        return f"it is of {value.dtype}; save {', '.join(str(dtype).removeprefix('torch.') for dtype in WEIGHTS)}"
-    if value.is_meta or not value.numel():
-        return f"it has shape {list(value.shape)} {'and no values, on the device meta' if value.is_meta else 'and is empty'}"
-    expanded = any(size > 1 and not stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    if expanded or value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        return f"it has shape {list(value.shape)}, and its values share their memory; save a copy of it"
-    return ""
 
 
 def download(model_id: str, patterns: list[str], without: list[str] | None = None, argument: str = "path") -> Path:

@@ -16,7 +16,8 @@ from dtta_fast.data.imagenet import imagenet_classes
 from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.denoisers.dit import DiT
-from dtta_fast.denoisers.reading import OF_VALUES, check_pointers, download, read_json, read_model
+from dtta_fast.denoisers.reading import OF_VALUES, download, read_json, read_model
+from dtta_fast.denoisers.weights import check_pointers
 from dtta_fast.runs.writing import check_name
 from dtta_fast.tasks import Classification, Depth, Segmentation, Task
 from dtta_fast.tasks.image_classifier import ImageClassifier
