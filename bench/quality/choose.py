@@ -62,7 +62,7 @@ CONFIGS: dict[str, AdaptConfig] = {
     "FAST top 3": FAST.replace(top_k=3),
     "FAST top 3, 2 drawn": FAST.replace(top_k=3, drawn_classes=2),
     "FAST noise mixing": FAST.replace(objective="noise_mix", top_k=3, pairs=2),
-    **{f"ONLINE lr {lr}": ONLINE.replace(lr=lr) for lr in (3e-5, 1e-4, 3e-4, 1e-3)},
+    **{f"ONLINE lr {lr}": ONLINE.replace(lr=lr) for lr in (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)},
     "ONLINE denoiser adapts": ONLINE.replace(denoiser_parameters="all", denoiser_lr=1e-5),
     "ONLINE range 450-700": ONLINE.replace(timesteps="stratified", timestep_range=(450, 700)),
     **{f"DUSA t {t}": DUSA.replace(timestep_range=(t, t + 1)) for t in (100, 300, 500, 650)},
@@ -70,6 +70,8 @@ CONFIGS: dict[str, AdaptConfig] = {
     "DUSA lr 1e-5": DUSA.replace(lr=1e-5),
     "DUSA logit_scale 3": DUSA.replace(logit_scale=3.0),
     "DUSA matched": DUSA.replace(match="both"),
+    "DUSA matched, lr 1e-5": DUSA.replace(match="both", lr=1e-5),
+    "DUSA matched, lr 1e-5, t 500": DUSA.replace(match="both", lr=1e-5, timestep_range=(500, 501)),
 }
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
