@@ -226,8 +226,8 @@ def on_batches(build: Callable[[Setting], Baseline], family: str, matched: bool 
 
 
 # on CIFAR-10. Learning rates were chosen on the ResNet's validation images: TENT's from 3e-4, 1e-3 and 3e-3, EATA's from 1e-3 and 3e-3;
-# SAR's 3e-3 is the only one tried. They differ by 0.2 points at most. CoTTA's from 3e-4 to 1e-2 make no difference, MEMO's from 1e-4 to 3e-3
-# differ by 0.5 points. ONLINE and DUSA lose to the source at the rates of digits-C (docs/log.md). PAPER has 36 pairs in place of 180.
+# SAR's 3e-3 is the only one tried. They differ by 0.2 points at most. CoTTA's from 3e-4 to 1e-2 make no difference, and MEMO's from 1e-4 to
+# 3e-3 differ by 0.5 points. ONLINE and DUSA lose to the source at the rates of digits-C (docs/log.md). PAPER has 36 pairs in place of 180.
 CIFAR: dict[str, Method] = {
     **METHODS,
     "PAPER": Method(by_adapter(PAPER.replace(pairs=36)), BATCH, SINGLE, "PAPER"),
