@@ -17,10 +17,11 @@ attacks:  ## 600 attacks on what README and docs promise, about five minutes
 	python tests/attacks/engine.py
 	python tests/attacks/files.py
 
-CORE = ops native philox triton compile backends adapt objectives lora draws optimizers out_of_memory bad_input threads
+CORE = ops native philox triton compile backends adapt objectives lora draws optimizers out_of_memory bad_input guard_forwards
+OTHERS = not (cuda-89 or cuda-90 or cuda-100 or cuda-120)
 
-coverage:  ## the tests of the core, slow ones too, and the lines of kernels, step and parameters that they leave out
-	pytest -q -n 2 -m "slow or not slow" --cov --cov-report= $(CORE:%=tests/test_%.py) tests/test_guard_forwards.py
+coverage:  ## the tests of the core, slow ones too, for one GPU of each maker, and the lines of kernels, step and parameters that they leave out
+	pytest -q -n 2 -m "slow or not slow" -k "$(OTHERS)" --cov --cov-report= $(CORE:%=tests/test_%.py)
 	coverage report --include='*/kernels/*,*/step.py,*/parameters.py' --fail-under=95
 
 lint:  ## ruff, without changing a file

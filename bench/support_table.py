@@ -8,6 +8,10 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results" / "support.json"
 
 
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if value < 10 else f"{value:,.0f}"
+
+
 def support() -> str:
     """Makes a row per model family: what its tests checked, and the sizes of public models, counted from their configs."""
     records = json.loads(RESULTS.read_text())
@@ -29,7 +33,7 @@ def support() -> str:
             "<br>".join(f"{size['model']}, {size['pixels']}" for size in sizes),
             "<br>".join(f"{size['parameters'] / 1e6:,.0f}" for size in sizes),
             "<br>".join(f"{(size['forward_flops'] + size['backward_flops']) / 1e9:,.0f}" for size in sizes),
-            "<br>".join(f"{ran[size['model']]['seconds']:.2g}" if size["model"] in ran else "not run" for size in sizes),
+            "<br>".join(_seconds(ran[size["model"]]["seconds"]) if size["model"] in ran else "not run" for size in sizes),
             "<br>".join(f"{ran[size['model']]['peak_bytes'] / 1e9:.1f}" if size["model"] in ran else "" for size in sizes),
         ]
         lines.append(f"| {family} | " + " | ".join([*map(passed, checks.values()), *cells]) + " | never |")

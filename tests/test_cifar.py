@@ -119,7 +119,7 @@ def test_the_second_part_pushes_wrong_classes_up(cifar, monkeypatch):
     images, labels = torch.zeros(20, 3, 32, 32, dtype=torch.uint8), torch.arange(20) % 10
     images += (25 * labels)[:, None, None, None].byte()  # a class is a grey
     training = cifar.Training(cifar.TINY, torch.device("cpu"), 0)
-    draw = cifar.drawn(images, labels, training.process.table, 64, 3)
+    draw = cifar.drawn(images, labels, training.process.table, 32, 3)
     labelled = draw.classes < cifar.CLASSES
 
     def margin() -> float:
@@ -128,8 +128,8 @@ def test_the_second_part_pushes_wrong_classes_up(cifar, monkeypatch):
         return float((rival - own)[labelled].mean())
 
     before = margin()
-    for _ in range(30):
-        _, right = training.step(images, labels, 64, cifar.CONTRAST_FROM)
+    for _ in range(20):
+        _, right = training.step(images, labels, 32, cifar.CONTRAST_FROM)
         assert 0 <= float(right) <= 1
     assert margin() > before + 1e-3
     assert float(training.step(images, labels, 16, 0.0)[1]) == 0
