@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+import warnings
 
 import pytest
 import torch
@@ -79,6 +80,17 @@ def test_normalisation_outside_is_undone(images):
     given = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     plain, undone = AsModule(*models, SMALL), AsModule(*models, SMALL, mean=mean, std=std)
     torch.testing.assert_close(undone(given), plain(images), rtol=1e-3, atol=1e-3)
+
+
+def test_images_that_do_not_look_normalised_are_pointed_out(images):
+    module = AsModule(*zoo.load("digits"), SMALL, mean=(0.1,) * 3, std=(0.5,) * 3)
+    with pytest.warns(UserWarning, match=r"images has no value below 0, .* leave mean and std out"):
+        module(images[:2])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module(images[:2])  # said once
+        module.reset()
+        module((images[:2] - 0.1) / 0.5)
 
 
 def test_modes_change_no_answer_and_reach_the_model(images):

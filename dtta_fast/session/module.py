@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,8 +37,8 @@ class AsModule(nn.Module):
 
     Args:
         model, denoiser, config, task: same as for Adapter.
-        mean, std: what the harness normalises its images with, one number per channel. forward() undoes it. By default the images are
-            taken as they are.
+        mean, std: what the harness normalises its images with, one number per channel. forward() undoes it, and warns if its first images
+            do not look normalised. By default the images are taken as they are.
 
     Raises:
         TypeError, ValueError: same as for Adapter; or mean or std is not one number from 0 to 1 per channel, or a std is 0.
@@ -89,6 +90,9 @@ class AsModule(nn.Module):
             ids = range(self._next, self._next + len(images))
             if ids.stop > MOST_IDS:
                 raise ValueError(f"{self._next} images have been seen, and {MOST_IDS} have an id of their own; call reset()")
+            if ids.start == 0 and any(self._mean) and len(images) and float(images.amin()) >= 0:
+                remedy = "if your harness gives images in [0, 1], leave mean and std out"
+                warnings.warn(f"images has no value below 0, and is taken as normalised with mean {self._mean}: {remedy}", stacklevel=4)
             try:
                 outputs = self.adapter.adapt(self._restored(images), image_ids=ids).outputs
             except ValueError as error:
