@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from torch import Tensor, nn
 
 from dtta_fast import AdaptConfig, adapt
@@ -131,6 +132,7 @@ class Adm(nn.Module):
         return self.out(x)
 
 
+OWN = {"num_head_channels": HEAD, "use_new_attention_order": False, "noise_schedule": "linear"}  # flags of a training of one's own
 SHAPES = {
     "ImageNet's": {},
     "convolutions": {"residual": False},
@@ -160,6 +162,7 @@ def read(shape: str, state=None) -> ClassUNet:
         num_heads=heads,
         num_head_channels=None if heads else HEAD,
         use_new_attention_order=SHAPES[shape].get("new_order", False),
+        noise_schedule="linear",
     )
 
 
@@ -196,28 +199,51 @@ def test_the_gradient_reaches_soft_classes():
     assert torch.autograd.gradcheck(lambda w: denoiser(x, t, w.softmax(1) @ table).square().mean(), logits)
 
 
-@pytest.mark.parametrize(
-    ("size", "heads", "order", "betas"),
-    [(64, 64, True, "squaredcos_cap_v2"), (128, None, False, "linear"), (256, 64, False, "linear")],
-)
-def test_the_flags_are_those_of_the_published_model_of_this_size(size, heads, order, betas):
-    """guided-diffusion's README: 64 pixels with use_new_attention_order and a cosine schedule, 128 pixels with num_heads 4."""
-    shape = {"multipliers": (1, 4), "attends": (False, True), "blocks": 1, "new_order": order, "heads": 4 if heads is None else 2}
-    denoiser = ClassUNet.from_adm(made(**shape).state_dict(), image_size=size)
-    told = ClassUNet.from_adm(
-        made(**shape).state_dict(),
-        image_size=size,
-        num_head_channels=heads,
-        num_heads=None if heads else 4,
-        use_new_attention_order=order,
-        noise_schedule="cosine" if betas.startswith("squared") else "linear",
-    )
-    x, t = torch.randn(1, 3, 16, 16), torch.tensor([300])
+PUBLISHED = {  # guided-diffusion's README: 64 pixels with use_new_attention_order and a cosine schedule, 128 pixels with num_heads 4
+    64: ((1, 2, 3, 4), {"num_head_channels": 64, "use_new_attention_order": True, "noise_schedule": "cosine"}),
+    128: ((1, 1, 2, 3, 4), {"num_heads": 4, "use_new_attention_order": False, "noise_schedule": "linear"}),
+    256: ((1, 1, 2, 2, 4, 4), {"num_head_channels": 64, "use_new_attention_order": False, "noise_schedule": "linear"}),
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_flags_are_those_of_the_published_model_of_this_size(size, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "WIDTH", 64)
+    multipliers, flags = PUBLISHED[size]
+    attends = tuple(number >= len(multipliers) - 3 for number in range(len(multipliers)))
+    state = made(multipliers=multipliers, attends=attends, blocks=1).state_dict()
+    denoiser, told = ClassUNet.from_adm(state, image_size=size), ClassUNet.from_adm(state, image_size=size, **flags)
+    x, t = torch.randn(1, 3, 32, 32), torch.tensor([300])
     with torch.no_grad():
         found = [each(x, t, each.class_embeddings({})[:1]) for each in (denoiser, told)]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+    betas = "squaredcos_cap_v2" if flags["noise_schedule"] == "cosine" else "linear"
     expected = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule=betas).alphas_cumprod.sqrt()
     torch.testing.assert_close(denoiser.process.table[:, 0], expected)
+    for other in {*PUBLISHED} - {size}:
+        with pytest.raises(ValueError, match=f"image_size is {other}, and the levels have 1, .* times the channels of the first"):
+            ClassUNet.from_adm(state, image_size=other)
+    with pytest.raises(
+        ValueError, match="image_size is 32; only the models published for 64, 128, 256 pixels have known flags: give num_heads or"
+    ):
+        ClassUNet.from_adm(state, image_size=32)
+
+
+def test_a_head_count_goes_with_the_unet():
+    theirs = made(**SHAPES["four heads, as at 128 pixels"])
+    denoiser = read("four heads, as at 128 pixels")
+    again = ClassUNet(denoiser.unet, denoiser.process)
+    assert again.num_heads == 4
+    compare(again, theirs)
+    assert read("ImageNet's").num_heads is None
+
+
+def test_a_refused_head_count_leaves_the_unet_as_it_was():
+    unet = UNet2DModel(sample_size=SIDE, num_class_embeds=CLASSES)
+    before = str(unet)
+    with pytest.raises(ValueError, match="num_heads is 5; give a divisor of the channels of unet's attention"):
+        ClassUNet(unet, NoiseProcess.from_scheduler(DDPMScheduler()), num_heads=5)
+    assert str(unet) == before
 
 
 def test_a_converted_folder_adapts(tmp_path):
@@ -234,7 +260,9 @@ def test_a_converted_folder_adapts(tmp_path):
 
 
 def test_a_folder_keeps_the_process_of_the_training(tmp_path):
-    denoiser = ClassUNet.from_adm(made().state_dict(), image_size=SIDE, num_head_channels=HEAD, noise_schedule="cosine")
+    denoiser = ClassUNet.from_adm(
+        made().state_dict(), image_size=SIDE, num_head_channels=HEAD, use_new_attention_order=False, noise_schedule="cosine"
+    )
     with pytest.raises(ValueError, match="scheduler is a DDPMScheduler of another noise process than the denoiser's"):
         denoiser.save_pretrained(tmp_path / "folder", DDPMScheduler(1000))
     assert not (tmp_path / "folder").exists()
@@ -250,20 +278,21 @@ def test_a_folder_keeps_the_process_of_the_training(tmp_path):
     [
         ({"image_size": 0}, "image_size is 0; give the side length"),
         ({"image_size": "64"}, "image_size is '64'; give the side length"),
-        ({"image_size": 18}, r"image_size 18 cannot be halved 2 times, as its 3 levels do"),
+        ({"image_size": 18}, "image_size is 18; the network's 3 levels need a multiple of 4"),
         ({"num_head_channels": 0}, "num_head_channels is 0; give a whole number of 1 or more"),
         ({"num_head_channels": -1}, "num_head_channels is -1; give a whole number of 1 or more"),
-        ({"num_head_channels": 48}, "num_head_channels 48 does not divide the 64 channels of an attention block"),
-        ({"num_heads": 5, "num_head_channels": None}, "num_heads 5 does not divide the 64 channels of an attention block"),
-        ({"num_heads": 4}, "num_head_channels is 16 and num_heads is 4; give one of them"),
+        ({"num_head_channels": 48}, "^num_head_channels is 48; give a divisor of the channels of attention: 64$"),
+        ({"num_heads": 5, "num_head_channels": None}, "^num_heads is 5; give a divisor of the channels of attention: 64$"),
+        ({"num_heads": 4}, "num_head_channels is 16 and num_heads is 4; give at most one"),
         ({"use_new_attention_order": "False"}, "use_new_attention_order is 'False'; give True, False, or None"),
         ({"noise_schedule": "sigmoid"}, "noise_schedule is 'sigmoid'; allowed: linear, cosine"),
+        ({"noise_schedule": ""}, "noise_schedule is ''; allowed: linear, cosine"),
         ({"noise_schedule": ["linear"]}, r"noise_schedule is \['linear'\]; allowed: linear, cosine"),
     ],
 )
 def test_a_wrong_flag_is_named(flags, message):
     with pytest.raises(ValueError, match=message):
-        ClassUNet.from_adm(made().state_dict(), **{"image_size": SIDE, "num_head_channels": HEAD, **flags})
+        ClassUNet.from_adm(made().state_dict(), **{"image_size": SIDE, **OWN, **flags})
 
 
 def test_what_cannot_be_read_is_named():
@@ -271,7 +300,7 @@ def test_what_cannot_be_read_is_named():
 
     def refused(found, message, error=ValueError):
         with pytest.raises(error, match=message):
-            ClassUNet.from_adm(found, image_size=SIDE, num_head_channels=HEAD)
+            ClassUNet.from_adm(found, image_size=SIDE, **OWN)
 
     def but(*gone):
         return {name: value for name, value in state.items() if not name.startswith(gone)}
@@ -282,7 +311,10 @@ def test_what_cannot_be_read_is_named():
     refused(but("output_blocks.2.1.qkv.bias"), "it lacks output_blocks.2.1.qkv.bias")
     refused(state | {"encoder.weight": torch.ones(2)}, r"has weights that an ADM UNet of its sizes does not have: encoder.weight")
     refused(state | {"out.0.weight": torch.ones(1).expand(32)}, "'out.0.weight' cannot be taken: .*its values share their memory")
-    refused(state | {"input_blocks.1.0.out_layers.3.weight": torch.ones(3200, 1, 1, 1)}, "embedding of time 32")
+    refused(
+        state | {"input_blocks.1.0.out_layers.3.weight": torch.ones(3200, 1, 1, 1)},
+        "3200 channels at its first level and 32 in its embedding of time",
+    )
     refused(made(), r"is a Adm; give its weights, as network.state_dict\(\)", TypeError)
     refused(None, "path_or_state_dict is a NoneType; give a path or a state dict", TypeError)
 
@@ -299,5 +331,5 @@ def test_a_narrower_first_level_is_refused():
         if value.shape[-1:] == (4 * WIDTH,) and ("emb" in name):
             state[name] = torch.zeros(*value.shape[:-1], 8 * WIDTH)
     state["time_embed.0.weight"] = torch.zeros(8 * WIDTH, 2 * WIDTH)
-    with pytest.raises(ValueError, match=r"its first level has 32 channels and its embedding of time 64.*512x512_diffusion.pt"):
-        ClassUNet.from_adm(state, image_size=SIDE, num_head_channels=HEAD)
+    with pytest.raises(ValueError, match=r"has 32 channels at its first level and 64 in its embedding of time.*512x512_diffusion.pt"):
+        ClassUNet.from_adm(state, image_size=512, **OWN)

@@ -48,7 +48,7 @@ PLAIN = [
 COMPILED = [  # with a frozen denoiser, the next test compares
     ({"compile": "regional"}, 1e-3, "all"),
     ({"compile": "step"}, 1e-3, "all"),
-    ({"precision": "bf16", "compile": "regional"}, 0.05, "frozen"),
+    ({"precision": "bf16", "compile": "regional"}, 0.05, "all"),
 ]
 LADDER = [
     *((*rung, denoiser_parameters) for rung in PLAIN for denoiser_parameters in ("frozen", "all")),

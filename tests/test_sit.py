@@ -93,7 +93,7 @@ def test_a_checkpoint_predicts_the_path_s_velocity(kind, tmp_path):
 @pytest.mark.parametrize("kind", ["SiT", "REPA"])
 def test_a_folder_knows_its_process(kind, tmp_path):
     denoiser = DiT.from_original(reference(kind).state_dict(), num_heads=HEADS, process=kind)
-    denoiser.save_pretrained(tmp_path, kind)
+    denoiser.save_pretrained(tmp_path)
     found = load_denoiser(str(tmp_path))
     assert torch.equal(found.process.table, denoiser.process.table)
     assert torch.equal(found.process.model_time, denoiser.process.model_time)

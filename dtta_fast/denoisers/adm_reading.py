@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,20 +15,25 @@ from dtta_fast.denoisers.weights import check_weights, load
 LEAST = ("time_embed.0.weight", "label_emb.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight", "out.2.weight")
 
 
-class Heads(NamedTuple):
-    """How attention splits its channels: into `number` heads, or into heads of `channels`, and queries, keys and values before the heads
-    (new_order) or after them."""
+class Flags(NamedTuple):
+    """What ADM's weights do not tell.
+
+    Attention has `number` heads, or heads of `channels`; queries, keys and values are split before the heads (new_order) or after them.
+    multipliers: those of the levels' channels, where the flags are a published model's, else None.
+    """
 
     channels: int | None
     number: int | None
     new_order: bool
+    schedule: str
+    multipliers: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, image_size: int, channels: int | None, number: int | None, new_order: bool | None) -> Heads:
-        """Takes what is None from the published model for this image size: guided-diffusion's README lists their flags.
+    def of(cls, image_size: int, channels: int | None, number: int | None, new_order: bool | None, schedule: str | None) -> Flags:
+        """Checks from_adm's arguments, and takes what is None from the published model for this image size.
 
         Raises:
-            ValueError: an argument of from_adm has another type, or both counts are given.
+            ValueError: an argument has another type, both counts are given, or no model was published for this image size.
         """
         if type(image_size) is not int or image_size < 1:
             raise ValueError(f"image_size is {image_size!r}; give the side length in pixels")
@@ -36,24 +41,62 @@ class Heads(NamedTuple):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}; give a whole number of 1 or more, or None for the published model's")
         if channels is not None and number is not None:
-            raise ValueError(f"num_head_channels is {channels} and num_heads is {number}; give one of them")
+            raise ValueError(f"num_head_channels is {channels} and num_heads is {number}; give at most one of them")
         if new_order is not None and type(new_order) is not bool:
             raise ValueError(f"use_new_attention_order is {new_order!r}; give True, False, or None for the published model's")
-        if channels is None and number is None:
-            channels, number = (None, 4) if image_size == 128 else (64, None)
-        return cls(channels, number, image_size == 64 if new_order is None else new_order)
+        if schedule is not None and (not isinstance(schedule, str) or schedule not in SCHEDULES):
+            raise ValueError(f"noise_schedule is {schedule!r}; allowed: {', '.join(SCHEDULES)}, or None for the published model's")
+        counted = channels is not None or number is not None
+        if counted and new_order is not None and schedule is not None:
+            return cls(channels, number, new_order, schedule)
+        if image_size not in PUBLISHED:
+            sizes = ", ".join(map(str, PUBLISHED))
+            raise ValueError(
+                f"image_size is {image_size}; only the models published for {sizes} pixels have known flags: give {THREE}, as in the training"
+            )
+        own = PUBLISHED[image_size]
+        return cls(
+            channels if counted else own.channels,
+            number if counted else own.number,
+            own.new_order if new_order is None else new_order,
+            schedule or own.schedule,
+            own.multipliers,
+        )
 
     def count(self, width: int) -> int:
-        """Returns the number of heads of an attention of `width` channels.
+        """Returns the number of heads of an attention of `width` channels."""
+        return width // self.channels if self.channels else self.number or 1
+
+    def check(self, attention: Sequence[int], channels: Sequence[int], image_size: int) -> None:
+        """Compares the flags with a network: the channels of its attentions, and those of all levels.
 
         Raises:
-            ValueError: they do not divide it.
+            ValueError: they do not fit.
         """
+        found = tuple(width / channels[0] for width in channels)
+        if self.multipliers is not None and found != self.multipliers:
+            own = "as a network for other images, or one of your own"
+            raise ValueError(
+                f"image_size is {image_size}, and the levels have {', '.join(f'{factor:g}' for factor in found)} times the channels of the "
+                f"first, {own}: give {THREE}, as in the training"
+            )
         divisor = self.channels or self.number or 1
-        if width % divisor:
-            named = f"num_head_channels {self.channels}" if self.channels else f"num_heads {self.number}"
-            raise ValueError(f"{named} does not divide the {width} channels of an attention block")
-        return width // divisor if self.channels else divisor
+        if any(width % divisor for width in attention):
+            named = f"num_head_channels is {self.channels}" if self.channels else f"num_heads is {self.number}"
+            raise ValueError(f"{named}; give a divisor of the channels of attention: {', '.join(map(str, sorted({*attention})))}")
+        if image_size % 2 ** (len(channels) - 1):
+            raise ValueError(
+                f"image_size is {image_size}; the network's {len(channels)} levels need a multiple of {2 ** (len(channels) - 1)}"
+            )
+
+
+THREE = "num_heads or num_head_channels, use_new_attention_order and noise_schedule"
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # by the names of guided-diffusion and of diffusers
+PUBLISHED = {  # by image size, from guided-diffusion's README and script_util.py
+    64: Flags(64, None, True, "cosine", (1, 2, 3, 4)),
+    128: Flags(None, 4, False, "linear", (1, 1, 2, 3, 4)),
+    256: Flags(64, None, False, "linear", (1, 1, 2, 2, 4, 4)),
+}
 
 
 class _Recorder(dict[str, Tensor]):
@@ -79,11 +122,11 @@ class _Block(NamedTuple):
     number: int | None
 
 
-def unet_from_adm(state: Mapping[str, Tensor], source: str, image_size: int, heads: Heads) -> Any:
+def unet_from_adm(state: Mapping[str, Tensor], source: str, image_size: int, flags: Flags) -> Any:
     """Makes a UNet2DModel of a checkpoint of guided-diffusion. Its attention has heads of one width; see ClassUNet's num_heads.
 
     Raises:
-        ValueError: the weights are not those of a class-conditional UNet of ADM that UNet2DModel can express.
+        ValueError: the weights are not those of a class-conditional UNet of ADM that UNet2DModel can express, or the flags do not fit them.
     """
     from diffusers import UNet2DModel
 
@@ -95,10 +138,25 @@ def unet_from_adm(state: Mapping[str, Tensor], source: str, image_size: int, hea
     state = _Recorder(state)
     try:
         down, up = list(_down(state)), list(_up(state))
-        config = _config(state, down, up, image_size, heads)
+        config = _config(state, down, up)
+    except KeyError as error:
+        raise ValueError(f"{source} is not a class-conditional ADM UNet: it lacks {error.args[0]}") from error
+    except OF_VALUES as error:
+        raise ValueError(f"{source} is not a class-conditional ADM UNet: {error}") from error
+    channels, time = config["block_out_channels"], state["time_embed.0.weight"].shape[1]
+    if time != channels[0]:
+        found = f"{source} has {channels[0]} channels at its first level and {time} in its embedding of time"
+        raise ValueError(
+            f"{found}, which diffusers' UNet2DModel cannot express; 512x512_diffusion.pt is such a model: give one for fewer pixels"
+        )
+    attends = [kind.startswith("Attn") for kind in config["down_block_types"]]
+    attention = [width for width, own in zip(channels, attends, strict=True) if own] + [channels[-1]]
+    flags.check(attention, channels, image_size)
+    head = flags.channels or math.gcd(*attention)  # with a number of heads, ClassUNet sets it
+    try:
         with torch.device("meta"):
-            unet = UNet2DModel(**config)
-        own = dict(_renamed(state, down, up, heads))
+            unet = UNet2DModel(sample_size=image_size, attention_head_dim=head, **config)
+        own = dict(_renamed(state, down, up, flags))
     except KeyError as error:
         raise ValueError(f"{source} is not a class-conditional ADM UNet: it lacks {error.args[0]}") from error
     except OF_VALUES as error:
@@ -106,7 +164,7 @@ def unet_from_adm(state: Mapping[str, Tensor], source: str, image_size: int, hea
     unread = sorted(set(state) - state.read)
     if unread:
         raise ValueError(f"{source} has weights that an ADM UNet of its sizes does not have: {', '.join(unread[:5])}")
-    load(unet, own, f"{source}, by the names of diffusers' UNet2DModel,")
+    load(unet, own, f"{source}, with its weights renamed for diffusers' UNet2DModel,")
     return unet
 
 
@@ -150,7 +208,8 @@ def _up(state: Mapping[str, Tensor]) -> Iterator[_Block]:
         yield _Block(f"output_blocks.{index}", *divmod(index, each + 1))
 
 
-def _config(state: Mapping[str, Tensor], down: list[_Block], up: list[_Block], image_size: int, heads: Heads) -> dict[str, Any]:
+def _config(state: Mapping[str, Tensor], down: list[_Block], up: list[_Block]) -> dict[str, Any]:
+    """Returns the arguments of UNet2DModel that the weights tell."""
     each, _ = _levels(state)
     channels = [len(state[f"{block.prefix}.0.out_layers.3.weight"]) for block in down if block.number == 0]
     attends = [f"{block.prefix}.1.qkv.weight" in state for block in down if block.number == 0]
@@ -158,15 +217,7 @@ def _config(state: Mapping[str, Tensor], down: list[_Block], up: list[_Block], i
     residual = any(_grows(state, k) for k in range(len(up)))
     plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if residual else ("DownBlock2D", "UpBlock2D")
     first = state["input_blocks.1.0.emb_layers.1.weight"]
-    attention = [found for found, own in zip(channels, attends, strict=True) if own] + channels[-1:]
-    time = state["time_embed.0.weight"].shape[1]
-    if time != channels[0]:
-        cannot = "which diffusers' UNet2DModel cannot express (512x512_diffusion.pt is such a model)"
-        raise ValueError(f"its first level has {channels[0]} channels and its embedding of time {time}, {cannot}")
-    if image_size % 2 ** (len(channels) - 1):
-        raise ValueError(f"image_size {image_size} cannot be halved {len(channels) - 1} times, as its {len(channels)} levels do")
     return {
-        "sample_size": image_size,
         "in_channels": state["input_blocks.0.0.weight"].shape[1],
         "out_channels": len(state["out.2.weight"]),
         "block_out_channels": tuple(channels),
@@ -176,7 +227,6 @@ def _config(state: Mapping[str, Tensor], down: list[_Block], up: list[_Block], i
         "downsample_type": "resnet" if residual else "conv",
         "upsample_type": "resnet" if residual else "conv",
         "resnet_time_scale_shift": "scale_shift" if len(first) == 2 * channels[0] else "default",
-        "attention_head_dim": heads.channels or math.gcd(*attention),  # with a number of heads, ClassUNet sets it
         "num_class_embeds": len(state["label_emb.weight"]),
         "norm_num_groups": 32,
         "attn_norm_num_groups": 32,
@@ -184,7 +234,7 @@ def _config(state: Mapping[str, Tensor], down: list[_Block], up: list[_Block], i
     }
 
 
-def _renamed(state: Mapping[str, Tensor], down: list[_Block], up: list[_Block], heads: Heads) -> Iterator[tuple[str, Tensor]]:
+def _renamed(state: Mapping[str, Tensor], down: list[_Block], up: list[_Block], flags: Flags) -> Iterator[tuple[str, Tensor]]:
     for theirs, ours in (
         ("time_embed.0", "time_embedding.linear_1"),
         ("time_embed.2", "time_embedding.linear_2"),
@@ -200,15 +250,15 @@ def _renamed(state: Mapping[str, Tensor], down: list[_Block], up: list[_Block], 
             yield from _resized(state, f"{block.prefix}.0", f"{here}.downsamplers.0", "op")
             continue
         yield from _residual(state, f"{block.prefix}.0", f"{here}.resnets.{block.number}")
-        yield from _attention(state, f"{block.prefix}.1", f"{here}.attentions.{block.number}", heads)
+        yield from _attention(state, f"{block.prefix}.1", f"{here}.attentions.{block.number}", flags)
     for index, number in ((0, 0), (2, 1)):
         yield from _residual(state, f"middle_block.{index}", f"mid_block.resnets.{number}")
-    yield from _attention(state, "middle_block.1", "mid_block.attentions.0", heads)
+    yield from _attention(state, "middle_block.1", "mid_block.attentions.0", flags)
     for block in up:
         here = f"up_blocks.{block.level}"
         yield from _residual(state, f"{block.prefix}.0", f"{here}.resnets.{block.number}")
         attends = f"{block.prefix}.1.qkv.weight" in state
-        yield from _attention(state, f"{block.prefix}.1", f"{here}.attentions.{block.number}", heads)
+        yield from _attention(state, f"{block.prefix}.1", f"{here}.attentions.{block.number}", flags)
         yield from _resized(state, f"{block.prefix}.{1 + attends}", f"{here}.upsamplers.0", "conv")
 
 
@@ -238,7 +288,7 @@ def _resized(state: Mapping[str, Tensor], theirs: str, ours: str, convolution: s
         yield from _moved(state, f"{theirs}.{convolution}", f"{ours}.conv")
 
 
-def _attention(state: Mapping[str, Tensor], theirs: str, ours: str, heads: Heads) -> Iterator[tuple[str, Tensor]]:
+def _attention(state: Mapping[str, Tensor], theirs: str, ours: str, flags: Flags) -> Iterator[tuple[str, Tensor]]:
     """Yields the weights of an attention block, if there is one: its queries, keys and values are one convolution.
 
     Their channels are ordered by head first, or in the new order by query, key and value first.
@@ -249,8 +299,10 @@ def _attention(state: Mapping[str, Tensor], theirs: str, ours: str, heads: Heads
     for kind in ("weight", "bias"):
         joined = state[f"{theirs}.qkv.{kind}"].flatten(1) if kind == "weight" else state[f"{theirs}.qkv.{kind}"]
         channels = len(joined) // 3
-        own_order = joined.unflatten(0, (heads.count(channels), 3, -1)).transpose(0, 1)
-        parts = joined.unflatten(0, (3, channels)) if heads.new_order else own_order
+        if flags.new_order:
+            parts = joined.unflatten(0, (3, channels))
+        else:
+            parts = joined.unflatten(0, (flags.count(channels), 3, -1)).transpose(0, 1)
         for name, part in zip("qkv", parts, strict=True):
             yield f"{ours}.to_{name}.{kind}", part.reshape(channels, *joined.shape[1:]).contiguous()
         last = state[f"{theirs}.proj_out.{kind}"]

@@ -31,7 +31,7 @@ class _SoftEmbedding(nn.Embedding):
 
 
 class ClassUNet(DiffusersDenoiser):
-    """A diffusers UNet2DModel with `num_class_embeds`, or an EDMUNet: a UNet that takes the embedding of a class beside the time's.
+    """A diffusers UNet2DModel with `num_class_embeds`, or an EDMUNet: a UNet that takes a class embedding as well as a time embedding.
 
     Args:
         unet: the UNet. Its class embedding is replaced by one that also takes mixtures of its rows; the weights stay the same tensors.
@@ -41,7 +41,7 @@ class ClassUNet(DiffusersDenoiser):
             has patch_size² times as many channels in and out. 1 for most models.
         null_class: whether the last row of the class table stands for "no class", as in training with classifier-free guidance.
         num_heads: attention heads at every level of a UNet2DModel. Its own config can only hold the channels of a head, the same at every
-            level; None leaves them as they are.
+            level; None leaves the heads as they are.
 
     Raises:
         ValueError: the UNet has no table of classes, its channels do not fit, or num_heads does not divide them.
@@ -82,12 +82,12 @@ class ClassUNet(DiffusersDenoiser):
             raise ValueError(
                 f"{found}; with patch_size {patch_size} and latents of {self._latent}, it needs {inner} in, and out as many or twice"
             )
+        if num_heads is not None:
+            _split_into_heads(unet, num_heads)  # last of what may be refused
         if not isinstance(table, _SoftEmbedding):
             unet.class_embedding = _SoftEmbedding(table.num_embeddings, table.embedding_dim, _weight=table.weight.detach())
             unet.class_embedding.weight = table.weight
-        if num_heads is not None:
-            _split_into_heads(unet, num_heads)
-        self.patch_size, self.null_class, self.num_heads = patch_size, null_class, num_heads
+        self.patch_size, self.null_class, self.num_heads = patch_size, null_class, _common_heads(unet)
 
     @property
     def image_size(self) -> int:
@@ -181,10 +181,10 @@ class ClassUNet(DiffusersDenoiser):
 
         Args:
             image_size: side length in pixels.
-            num_head_channels, num_heads: channels of an attention head, or the number of heads, the same at every level; give one of them
-                at most. Published: 4 heads for 128 pixels, otherwise 64 channels.
-            use_new_attention_order: whether queries, keys and values are split before the heads. Published: True for 64 pixels.
-            noise_schedule: linear or cosine, with 1,000 steps; the model predicts the noise. Published: cosine for 64 pixels, else linear.
+            num_head_channels, num_heads: channels of an attention head, or the number of heads, the same at every level; give at most one
+                of them. Published: 4 heads for 128 pixels, 64 channels for 64 and 256.
+            use_new_attention_order: whether queries, keys and values are split before the heads. Published: True for 64 pixels alone.
+            noise_schedule: linear or cosine, with 1,000 steps; the model predicts the noise. Published: cosine for 64 pixels alone.
 
         Raises:
             FileNotFoundError, ValueError: the file does not exist, the weights are not those of such a UNet, or an argument does not fit.
@@ -192,16 +192,12 @@ class ClassUNet(DiffusersDenoiser):
         """
         from diffusers import DDPMScheduler
 
-        from dtta_fast.denoisers.adm_reading import Heads, unet_from_adm
+        from dtta_fast.denoisers.adm_reading import SCHEDULES, Flags, unet_from_adm
 
-        kinds = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
-        noise_schedule = noise_schedule or ("cosine" if image_size == 64 else "linear")
-        if not isinstance(noise_schedule, str) or noise_schedule not in kinds:
-            raise ValueError(f"noise_schedule is {noise_schedule!r}; allowed: {', '.join(kinds)}")
-        heads = Heads.of(image_size, num_head_channels, num_heads, use_new_attention_order)
-        unet = unet_from_adm(*read_state(path_or_state_dict), image_size, heads)
-        scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule=kinds[noise_schedule])
-        return cls(unet, NoiseProcess.from_scheduler(scheduler), num_heads=heads.number).eval()
+        flags = Flags.of(image_size, num_head_channels, num_heads, use_new_attention_order, noise_schedule)
+        unet = unet_from_adm(*read_state(path_or_state_dict), image_size, flags)
+        scheduler = DDPMScheduler(1000, beta_start=1e-4, beta_end=0.02, beta_schedule=SCHEDULES[flags.schedule])
+        return cls(unet, NoiseProcess.from_scheduler(scheduler), num_heads=flags.number).eval()
 
     @classmethod
     @float32_on_cpu()
@@ -210,7 +206,7 @@ class ClassUNet(DiffusersDenoiser):
 
         These files are pickles of code and weights. Save the weights in EDM's own repository first, with
         `torch.save(network.state_dict(), "edm.pt")`. A .safetensors file is read as such, any other file with weights_only. The
-        repository's baseline-* models have the same weights' names but other preconditionings, which weights do not always tell: do not
+        repository's baseline-* models have the same parameter names but other preconditionings, which cannot always be recognised: do not
         read them with this.
 
         Args:
@@ -240,25 +236,42 @@ class ClassUNet(DiffusersDenoiser):
             scheduler: the diffusers scheduler used in training; None is the one from which the denoiser's process was read.
 
         Raises:
-            ValueError: the scheduler describes another noise process than the denoiser's. Nothing is written then.
+            ValueError: the scheduler describes another noise process than the denoiser's, or there is none. Nothing is written then.
         """
         scheduler, folder = self.process.scheduler_to_save(scheduler), Path(folder)
+        found = {"_class_name": KIND, "patch_size": self.patch_size, "null_class": self.null_class}
+        found |= {} if self.num_heads is None else {"num_heads": self.num_heads}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(found, indent=2) + "\n")  # first: without it, a folder's defaults could be wrong
         self.unet.save_pretrained(folder / "unet")
         if self.vae is not None:
             self.vae.save_pretrained(folder / "vae")
         scheduler.save_pretrained(folder / "scheduler")
         if self.calibration is not None:
             self.calibration.save(folder / CALIBRATION)
-        found = {"_class_name": KIND, "patch_size": self.patch_size, "null_class": self.null_class}
-        found |= {} if self.num_heads is None else {"num_heads": self.num_heads}
-        (folder / "config.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _attentions(unet: nn.Module) -> list[Any]:
+    from diffusers.models.attention_processor import Attention
+
+    return [part for part in unet.modules() if isinstance(part, Attention)]
+
+
+def _common_heads(unet: nn.Module) -> int | None:
+    """Returns the number of heads of a UNet2DModel's attentions, if it is not what the UNet's own config says."""
+    own = _attentions(unet)
+    width = getattr(unet, "config", {}).get("attention_head_dim")
+    usual = all(part.heads == (part.inner_dim // width if width else 1) for part in own)
+    return None if usual else own[0].heads
 
 
 def _split_into_heads(unet: nn.Module, num_heads: int) -> None:
-    """Gives every attention of a UNet2DModel this number of heads."""
-    from diffusers.models.attention_processor import Attention
+    """Gives every attention of a UNet2DModel this number of heads.
 
-    own = [part for part in unet.modules() if isinstance(part, Attention)]
+    Raises:
+        ValueError: it does not divide their channels.
+    """
+    own = _attentions(unet)
     widths = sorted({part.inner_dim for part in own})
     if type(num_heads) is not int or num_heads < 1 or not own or any(width % num_heads for width in widths):
         raise ValueError(f"num_heads is {num_heads!r}; give a divisor of the channels of unet's attention: {widths or 'it has none'}")

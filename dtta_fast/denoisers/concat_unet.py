@@ -171,7 +171,7 @@ class ConcatUNet(DiffusersDenoiser):
             scheduler: the diffusers scheduler used in training; None is the one from which the denoiser's process was read.
 
         Raises:
-            ValueError: the scheduler describes another noise process than the denoiser's. Nothing is written then.
+            ValueError: the scheduler describes another noise process than the denoiser's, or there is none. Nothing is written then.
         """
         from safetensors.torch import save_file
 

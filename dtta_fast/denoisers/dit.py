@@ -213,11 +213,13 @@ class DiT(Denoiser):
 
         Args:
             scheduler: the diffusers scheduler used in training, or the name of its process as in from_original: DiT, SiT or REPA. None
-                is the scheduler from which the denoiser's process was read.
+                is the one from which the denoiser's process was read.
 
         Raises:
-            ValueError: the scheduler describes another noise process than the denoiser's. Nothing is written then.
+            ValueError: the scheduler describes another noise process than the denoiser's, or there is none. Nothing is written then.
         """
+        if scheduler is None and isinstance(self.process.scheduler, str):
+            scheduler = self.process.scheduler
         named = {"process": scheduler} if isinstance(scheduler, str) else {}
         if named and not self.process.equals(named_process(scheduler)):
             raise ValueError(f"scheduler is {scheduler!r}, and the denoiser's process is another one; give that of its training")

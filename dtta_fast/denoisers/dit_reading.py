@@ -30,7 +30,9 @@ def named_process(name: str) -> NoiseProcess:
         return NoiseProcess.from_scheduler(DDPMScheduler(1000, beta_start=1e-4, beta_end=2e-2, beta_schedule="linear"))
     if not isinstance(name, str) or name not in FLOWS:
         raise ValueError(f"process is {name!r}; allowed: DiT, {', '.join(FLOWS)}, or a NoiseProcess")
-    return NoiseProcess.linear_flow(time_of_data=FLOWS[name])
+    process = NoiseProcess.linear_flow(time_of_data=FLOWS[name])
+    process.scheduler = name
+    return process
 
 
 def read_vae(folder: Path) -> nn.Module:

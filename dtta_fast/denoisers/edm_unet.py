@@ -68,7 +68,8 @@ class _Block(nn.Module):
         The channels of qkv are ordered by head, then channel of the head, then q, k, v.
         """
         joined: Tensor = self.qkv(self.norm2(x))
-        q, k, v = joined.flatten(2).unflatten(1, (self.heads, -1, 3)).permute(3, 0, 1, 4, 2).contiguous()  # strided, it runs without flash
+        joined = joined.flatten(2).unflatten(1, (self.heads, -1, 3))
+        q, k, v = joined.permute(3, 0, 1, 4, 2).contiguous()  # flash attention needs a contiguous last dimension
         return F.scaled_dot_product_attention(q, k, v).transpose(2, 3).reshape(x.shape)
 
 

@@ -27,7 +27,7 @@ class NoiseProcess:
     ε-, x0- and v-prediction (Salimans & Ho 2022, arXiv 2202.00512) and rectified flow (Liu et al. 2023,
     arXiv 2209.03003) are all rows of this table, so the engine has one code path for them.
 
-    `scheduler` is the diffusers scheduler that it was read from, or None.
+    `scheduler` is the diffusers scheduler that it was read from, the name of the repository whose process it is (SiT, REPA), or None.
 
     Args:
         table: [T, 5] floating point, finite; kept as float32. Timesteps are 0-based indices of its rows,
@@ -68,12 +68,12 @@ class NoiseProcess:
         return process
 
     def scheduler_to_save(self, scheduler: Any = None) -> Any:
-        """Returns the diffusers scheduler to save with a denoiser: `scheduler`, or without one that from which this process was read.
+        """Returns the diffusers scheduler to save with a denoiser: `scheduler` if given, otherwise the one this process was read from.
 
         Raises:
             ValueError: there is none, or it describes another noise process.
         """
-        if scheduler is None and self.scheduler is None:
+        if scheduler is None and (self.scheduler is None or isinstance(self.scheduler, str)):
             raise ValueError("scheduler is None, and the noise process was not read from one; give the diffusers scheduler of the training")
         if scheduler is None:
             return self.scheduler
@@ -84,7 +84,7 @@ class NoiseProcess:
         return scheduler
 
     def equals(self, other: NoiseProcess) -> bool:
-        """Returns whether two processes have the same coefficients and times, to float32 accuracy."""
+        """Returns whether two processes have the same coefficients and times, up to rounding: to one part in 10,000."""
         pairs = ((self.table, other.table), (self.model_time, other.model_time))
         return all(a.shape == b.shape and torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=1e-5) for a, b in pairs)
 

@@ -24,7 +24,8 @@ def read_state(given: str | Path | Mapping[str, Any], argument: str = "path_or_s
     """Returns the state dict that an argument is or whose file it names, without prefixes, and how to name it in an error.
 
     Raises:
-        FileNotFoundError, ValueError: the file does not exist, or cannot be read. TypeError: the argument is neither of both.
+        FileNotFoundError, ValueError: the file does not exist, or cannot be read. TypeError: the argument is neither a path nor a
+            state dict.
     """
     if isinstance(given, Mapping):
         return without_prefix(given), argument
@@ -82,17 +83,19 @@ def without_prefix(state: Mapping[str, Any]) -> Mapping[str, Any]:
 def load(network: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
     """Loads weights into a network.
 
-    A network on the meta device gets float32 copies of them, so that no memory is taken before all shapes fit.
+    A network on the meta device gets float32 copies on the CPU, once all names and shapes fit.
 
     Raises:
         ValueError: names or shapes do not fit; the message names the source.
     """
     meta = next(network.parameters()).is_meta
-    given = {name: value.to(torch.float32, copy=True) for name, value in state.items()} if meta else dict(state)
     try:
-        network.load_state_dict(given, assign=meta)
+        network.load_state_dict({name: value.to("meta") for name, value in state.items()} if meta else dict(state))
     except RuntimeError as error:
         raise ValueError(f"{source} does not fit the network: {error}") from error
+    if meta:
+        copies = {name: value.to("cpu", torch.float32, copy=True) for name, value in state.items()}
+        network.load_state_dict(copies, assign=True)
 
 
 def check_pointers(folder: str | Path) -> None:
