@@ -51,9 +51,7 @@ class Flags(NamedTuple):
             return cls(channels, number, new_order, schedule)
         if image_size not in PUBLISHED:
             sizes = ", ".join(map(str, PUBLISHED))
-            raise ValueError(
-                f"image_size is {image_size}; only the models published for {sizes} pixels have known flags: give {THREE}, as in the training"
-            )
+            raise ValueError(f"image_size is {image_size}; flags are known of the models for {sizes} pixels alone: give {THREE}")
         own = PUBLISHED[image_size]
         return cls(
             channels if counted else own.channels,
