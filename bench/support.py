@@ -76,7 +76,7 @@ CHECKS: dict[str, dict[str, tuple[str, str]]] = {
         "adapts": ("tests/test_adm.py", "folder_adapts"),
     },
     "EDM": {
-        "prediction": ("tests/test_edm.py", "predictions_are_edm_s or preconditioning"),
+        "prediction": ("tests/test_edm.py", "predictions_are_edm_s or process_is_edm_s"),
         "gradient": ("tests/test_edm.py", "gradient"),
         "adapts": ("tests/test_edm.py", "folder_adapts"),
     },

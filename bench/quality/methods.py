@@ -9,6 +9,7 @@ after the update.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -59,6 +60,17 @@ class Method:
     protocol: Protocol
     family: str
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What results depend on besides the models and images; see described()."""
+        return {"batch": self.batch, "protocol": self.protocol, **getattr(self.make, "settings", {})}
+
+
+def described(function: Any, **settings: object) -> Any:
+    """Notes the settings that a function was made with, for the results file."""
+    function.settings = settings
+    return function
+
 
 def bound(setting: Setting) -> Setting:
     """Prepares the model and the denoiser for the task."""
@@ -101,7 +113,7 @@ def by_adapter(config: AdaptConfig, answer_first: bool = False) -> Callable[[Set
 
         return run, adapter.reset
 
-    return make
+    return described(make, **dataclasses.asdict(config), answer_first=answer_first)
 
 
 def by_baseline(build: Callable[[Setting], Baseline], matched: bool = False) -> Callable[[Setting], tuple[Run, Callable[[], None]]]:
@@ -116,7 +128,7 @@ def by_baseline(build: Callable[[Setting], Baseline], matched: bool = False) -> 
 
         return run, baseline.reset
 
-    return make
+    return described(make, **getattr(build, "settings", {}), matched=matched)
 
 
 def zero_shot(method: Callable[[Setting], tuple[Run, Callable[[], None]]], **keywords: object) -> Callable[[Setting], Any]:
@@ -126,7 +138,7 @@ def zero_shot(method: Callable[[Setting], tuple[Run, Callable[[], None]]], **key
         task = ZeroShot(zoo.DIGITS, zoo.load_processor("open_vocabulary"), **keywords)  # type: ignore[arg-type]
         return method(setting._replace(task=task))
 
-    return make
+    return described(make, **getattr(method, "settings", {}), **{name: str(value) for name, value in keywords.items()})
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -147,23 +159,25 @@ def source(setting: Setting) -> Baseline:
 
 
 def tent(lr: float) -> Callable[[Setting], Baseline]:
-    return lambda setting: Tent(setting.model, lr)
+    return described(lambda setting: Tent(setting.model, lr), lr=lr)
 
 
 def eata(lr: float) -> Callable[[Setting], Baseline]:
-    return lambda setting: Eata(setting.model, lr, fisher_information(setting.model, model_inputs(setting, setting.train[:500])))
+    return described(
+        lambda setting: Eata(setting.model, lr, fisher_information(setting.model, model_inputs(setting, setting.train[:500]))), lr=lr
+    )
 
 
 def sar(lr: float) -> Callable[[Setting], Baseline]:
-    return lambda setting: Sar(setting.model, lr)
+    return described(lambda setting: Sar(setting.model, lr), lr=lr)
 
 
 def cotta(lr: float, augment: Augment = augmented) -> Callable[[Setting], Baseline]:
-    return lambda setting: Cotta(setting.model, lr, augment, setting.seed)
+    return described(lambda setting: Cotta(setting.model, lr, augment, setting.seed), lr=lr, augment=augment.__name__)
 
 
 def memo(lr: float, augment: Augment = augmented) -> Callable[[Setting], Baseline]:
-    return lambda setting: Memo(setting.model, lr, augment, setting.seed)
+    return described(lambda setting: Memo(setting.model, lr, augment, setting.seed), lr=lr, augment=augment.__name__)
 
 
 def batch_statistics(setting: Setting) -> Baseline:
@@ -227,11 +241,13 @@ def on_batches(build: Callable[[Setting], Baseline], family: str, matched: bool 
 
 # on CIFAR-10. Learning rates were chosen on the ResNet's validation images: TENT's from 3e-4, 1e-3 and 3e-3, EATA's from 1e-3 and 3e-3;
 # SAR's 3e-3 is the only one tried. They differ by 0.2 points at most. CoTTA's from 3e-4 to 1e-2 make no difference, and MEMO's from 1e-4 to
-# 3e-3 differ by 0.5 points. ONLINE and DUSA lose to the source at the rates of digits-C (docs/log.md). PAPER has 36 pairs in place of 180.
+# 3e-3 differ by 0.5 points. At digits-C's rates ONLINE loses to the source, and DUSA gains next to nothing and harms clean images
+# (docs/log.md). PAPER has 36 pairs in place of 180.
 CIFAR: dict[str, Method] = {
     **METHODS,
     "PAPER": Method(by_adapter(PAPER.replace(pairs=36)), BATCH, SINGLE, "PAPER"),
     "ONLINE": Method(by_adapter(ONLINE.replace(lr=3e-6)), 10, "online", "ONLINE"),
+    "ONLINE, continual": Method(by_adapter(ONLINE.replace(lr=3e-6)), 10, "continual", "ONLINE, continual"),
     "DUSA": Method(by_adapter(DUSA.replace(lr=1e-5), answer_first=True), 10, "online", "DUSA"),
     "DUSA, matched": Method(by_adapter(DUSA.replace(lr=1e-5, match="both"), answer_first=True), 10, "online", "DUSA, matched"),
     "CoTTA": on_batches(cotta(1e-3, mirrored), "CoTTA"),

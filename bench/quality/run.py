@@ -128,7 +128,8 @@ def table(args: argparse.Namespace) -> dict[str, Method]:
 
 
 def kept(record: dict[str, Any] | None, setup: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the rows of a record's seeds, or none if it was measured in another setup: on other images, or with another denoiser."""
+    """Returns the rows of a record's seeds, or none if it was measured in another setup: images, denoiser or settings differ."""
+    setup = json.loads(json.dumps(setup))  # lists in place of tuples, as in a record
     return list(record["runs"]) if record is not None and all(record.get(name) == value for name, value in setup.items()) else []
 
 
@@ -189,7 +190,8 @@ def main() -> None:
     trust = None if denoiser.calibration is None else denoiser.calibration.trust
     setup = {"images": len(labels), "severities": severities, "split": args.split, "denoiser": f"{fingerprint(denoiser)} {trust}"}
     source = measure((ZERO_SHOT if methods is ZERO_SHOT else METHODS)["source"], Setting(model, denoiser, train, 0), streams, labels)
-    runs = {name: dict(enumerate(kept(records.get(name), setup) if args.keep else [])) for name in args.only or methods}
+    setups = {name: setup | {"settings": methods[name].settings} for name in args.only or methods}
+    runs = {name: dict(enumerate(kept(records.get(name), own) if args.keep else [])) for name, own in setups.items()}
     tasks = [(name, seed) for name, done in runs.items() for seed in range(max(args.seeds, 1)) if seed not in done]
     for name, seed, rows in measured(args, tasks):
         runs[name][seed] = rows
@@ -199,7 +201,7 @@ def main() -> None:
         records[name] = {
             "family": methods[name].family,
             "protocol": methods[name].protocol,
-            **setup,
+            **setups[name],
             "corrupted": summary(done, source, list(severities)),
             "clean": summary(done, source, ["clean"]),
             "runs": done,
