@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from pathlib import Path
 
@@ -32,6 +33,17 @@ def methods(run):
 def digits():
     """Classifier, denoiser, eight images."""
     return *zoo.load("digits"), load_digits("validation")[0][:8] * 0.6
+
+
+def test_seeds_of_other_settings_are_not_kept(run, methods):
+    slow, fast = (methods.Method(methods.by_adapter(DUSA.replace(lr=lr)), 10, "online", "DUSA") for lr in (1e-5, 1e-4))
+    record = json.loads(json.dumps({"images": 8, "settings": slow.settings, "runs": [{"clean": {}}]}))
+    assert run.kept(record, {"images": 8, "settings": slow.settings}) == record["runs"]
+    assert run.kept(record, {"images": 8, "settings": fast.settings}) == []
+    assert run.kept(record, {"images": 9, "settings": slow.settings}) == []
+    rates = {name: table["TENT"].settings["lr"] for name, table in (("digits", methods.METHODS), ("CIFAR", methods.CIFAR))}
+    assert rates == {"digits": 3e-3, "CIFAR": 3e-3}
+    assert methods.CIFAR["ONLINE"].settings["lr"] == methods.CIFAR["ONLINE, continual"].settings["lr"] != presets.ONLINE.lr
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
