@@ -55,7 +55,7 @@ def _check_pairs(pairs: Pairs) -> None:
 def _check_devices(first: Tensor, named: dict[str, Tensor | None]) -> None:
     for name, value in named.items():
         _check(value is None or value.device == first.device, f"{name} is on another device than the first argument, {first.device}")
-        _check(value is None or value.layout == torch.strided, f"{name} is no dense tensor; give one of torch.strided layout")
+        _check(value is None or value.layout == torch.strided, f"{name} is not a dense tensor; give one of torch.strided layout")
 
 
 def _check_values(backend: ModuleType, pairs: Pairs) -> None:
@@ -124,7 +124,7 @@ def _check_timestep_draw(image_ids: Tensor, step: Tensor, cumulative: Tensor | N
     )
     _check(step.ndim == 0 and step.dtype == torch.int64, f"step is {step.dtype} {tuple(step.shape)}; give a 0-dim int64 tensor")
     fits = cumulative is None or (cumulative.ndim == 1 and len(cumulative) > 1 and cumulative.dtype == torch.int64)
-    _check(fits, "cumulative is no int64 [T + 1]; give cumulative_density()'s result")
+    _check(fits, "cumulative is not an int64 [T + 1]; give cumulative_density()'s result")
     _check(0 <= seed < 2**63, f"seed is {seed}; give 0 .. 2^63 - 1")
     _check(pairs > 0, f"pairs is {pairs}; give 1 or more")
     _check(0 <= low < high < 2**31, f"low and high are {low} and {high}; give 0 <= low < high")

@@ -238,7 +238,7 @@ def test_bench_of_ones_own_models_says_that_accuracy_is_not_known(tmp_path, caps
         (["--model", f"local-dir:{DIGITS / 'denoiser'}", *OWN[2:]], "which timm cannot load"),
         (["--model", "no_such_model", *OWN[2:]], "model is 'no_such_model', which timm cannot load"),
         ([*OWN[:2], "--denoiser", str(DIGITS)], "config.json is missing"),
-        ([*OWN, "--images", "nowhere"], "images is 'nowhere', which is no folder"),
+        ([*OWN, "--images", "nowhere"], "images is 'nowhere', which is not a folder"),
         (["--timestep-range", "0", "5000"], "timestep_range is (0, 5000)"),
     ],
 )

@@ -129,7 +129,7 @@ def test_files(tmp_path, calibration):
     written = json.loads((tmp_path / "c.json").read_text())
     for damage in ({"scatter": []}, {"typical": [1.0]}, {"limit": "grey"}, {"typical": [float("nan")] * 5}, {"limit": 0.0}):
         (tmp_path / "c.json").write_text(json.dumps({**written, **damage}))
-        with pytest.raises(ValueError, match="is no calibration"):
+        with pytest.raises(ValueError, match="is not a calibration"):
             Calibration.load(tmp_path / "c.json", denoiser)
 
 
@@ -160,7 +160,7 @@ def test_a_file_of_absurd_numbers_is_refused_by_its_field(tmp_path, field, at, v
         written[field][at] = value
     (tmp_path / "c.json").write_text(json.dumps(written))
     where = field if at is None or not isinstance(value, list) else f"{field}[{at}]"
-    with pytest.raises(ValueError, match=rf"c\.json is no calibration: {re.escape(where)}.*; measure one by"):
+    with pytest.raises(ValueError, match=rf"c\.json is not a calibration: {re.escape(where)}.*; measure one by"):
         Calibration.load(tmp_path / "c.json", denoiser)
 
 
@@ -180,7 +180,7 @@ def test_a_file_whose_fields_do_not_fit_together(tmp_path, changes, message):
     _, denoiser = _digits()
     written = {**dataclasses.asdict(denoiser.calibration), **changes}
     (tmp_path / "c.json").write_text(json.dumps({name: value for name, value in written.items() if value is not ...}))
-    with pytest.raises(ValueError, match=rf"c\.json is no calibration: {message}"):
+    with pytest.raises(ValueError, match=rf"c\.json is not a calibration: {message}"):
         Calibration.load(tmp_path / "c.json", denoiser)
 
 
@@ -205,7 +205,7 @@ def test_a_file_that_is_none(tmp_path, kind):
     elif kind == "large":
         path.touch()
         os.truncate(path, 2**33)
-    with pytest.raises(ValueError, match="is no calibration"):
+    with pytest.raises(ValueError, match="is not a calibration"):
         Calibration.load(path, nn.Linear(2, 2))
 
 
@@ -421,7 +421,7 @@ def test_the_pre_check_by_statistics_leaves_alone_what_is_usual():
 
 
 def test_the_pre_check_selects_images_whether_code_is_compiled_or_not():
-    """Compiled code runs whole batches; what it computes for the other images is no part of the result."""
+    """Compiled code runs whole batches; what it computes for the other images is not part of the result."""
     model, denoiser = zoo.load("digits")
     images = corrupt(load_digits("validation")[0][:12], "gaussian_blur", 5)
     session = Adapter(model, denoiser, presets.FAST.replace(steps=1))

@@ -145,7 +145,7 @@ def test_damaged_folders_are_named(tmp_path):
         ('{"_class_name": "DiT"}', "names 'DiT'"),
         ('{"_class_name": "ClassUNet", "patch_size": "2"}', "give a patch_size"),
         ('{"_class_name": "ClassUNet", "patch_size": 2}', "needs 12 in"),
-        ("[", "is no JSON file"),
+        ("[", "is not a JSON file"),
     ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -106,7 +106,7 @@ def test_calibrate_writes_what_the_denoiser_then_loads(tmp_path, capsys):
     assert found.trust > 0.5
     assert found.typical[:6] == pytest.approx(again.typical[:6], rel=0.02)
     for arguments, message in (
-        (["calibrate", str(denoiser), str(tmp_path / "nowhere")], "is no folder"),
+        (["calibrate", str(denoiser), str(tmp_path / "nowhere")], "is not a folder"),
         (["calibrate", str(denoiser), str(denoiser / "scheduler")], "holds no file"),
         (["calibrate", "some/hub-id", str(images)], "--out FILE"),
         (["calibrate", str(denoiser), str(images), "--most", "0"], "most is 0; give 1 or more"),
@@ -152,7 +152,7 @@ def test_every_option_has_a_help_text(capsys, monkeypatch, command):
     name = command.__name__.lower()
     shown = _help(capsys, name)
     box, entries = "", []
-    for line in shown.replace("│", " ").splitlines():  # a box, or without lines where the output is no terminal's
+    for line in shown.replace("│", " ").splitlines():  # a box, or without lines where the output is not a terminal's
         title = re.match(r"(?:╭─)? ([\w. -]+?) *─*╮?$", line)
         if title and not line.startswith("  "):
             box = title[1]
@@ -224,7 +224,7 @@ def test_adapt_takes_a_classifier_and_a_dit(tmp_path, capsys):
         (own[:2], "give your own --denoiser too"),
         ([*own[:2], "--denoiser", diffusion], "which takes prompts"),
         (["--model", "no_such_model", *own[2:4]], "model is 'no_such_model', which timm cannot load"),
-        (["--calibration", paths[0]], "is no calibration"),
+        (["--calibration", paths[0]], "is not a calibration"),
     ):
         test_bad_input_is_one_line_and_status_2(capsys, ["adapt", *paths, *arguments], message)
     test_bad_input_is_one_line_and_status_2(capsys, ["adapt"], "images are missing")

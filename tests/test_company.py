@@ -28,7 +28,7 @@ def floats(model, denoiser, images):
 
 @pytest.mark.parametrize("compile", ["off", "regional"])
 def test_the_pre_check_s_images_are_left_alone_whatever_runs_beside_them(floats, monkeypatch, compile):
-    """Compiled code takes whole batches: what it computes for images that were not to be adapted is no part of the result.
+    """Compiled code takes whole batches: what it computes for images that were not to be adapted is not part of the result.
 
     Here the batches alone are those of compiled code; that its numbers agree is held by the ladder of test_engine.py.
     """

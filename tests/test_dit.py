@@ -208,7 +208,7 @@ def test_missing_and_damaged_files_are_named(tmp_path, random_network):
     config = (tmp_path / "own" / "config.json").read_bytes()
     for change, error, message in [
         ({"config": None}, FileNotFoundError, r"config\.json is missing"),
-        ({"config": b"{"}, ValueError, r"config\.json is no JSON"),
+        ({"config": b"{"}, ValueError, r"config\.json is not a JSON file"),
         ({"config": b"[]"}, ValueError, "no JSON object"),
         ({"config": b'{"_class_name": "UNet"}'}, ValueError, "names no DiT"),
         ({"weights": None}, FileNotFoundError, r"model\.safetensors is missing"),
@@ -235,7 +235,7 @@ def test_missing_and_damaged_files_are_named(tmp_path, random_network):
 def test_table_follows_the_module_but_stays_float32(process, random_network):
     denoiser = DiT(random_network(), process).to(torch.bfloat16)
     assert denoiser.process.table.dtype == torch.float32
-    assert denoiser.encode(torch.rand(1, 3, 20, 20)).dtype == torch.float32  # x0 is no activation: noise is added to it in float32
+    assert denoiser.encode(torch.rand(1, 3, 20, 20)).dtype == torch.float32  # x0 is not an activation: noise is added to it in float32
 
 
 def test_a_pipeline_s_calibration_is_read_unless_it_is_to_be_measured_anew(pipeline):

@@ -281,10 +281,10 @@ def test_files_that_are_no_packages(package, measure, images, tmp_path):
     with zipfile.ZipFile(other, "w") as written:
         written.writestr("other_archive/archive_format", "pt2")
     for path in (cut, empty, words, other):
-        with pytest.raises(ValueError, match="is no package of an adaptation"):
+        with pytest.raises(ValueError, match="is not a package of an adaptation"):
             embed.load(path)
         run = subprocess.run([measure, "outputs", path, images], check=False, capture_output=True, text=True)
-        assert (run.returncode, "is no package of an adaptation" in run.stderr) == (2, True), run.stderr
+        assert (run.returncode, "is not a package of an adaptation" in run.stderr) == (2, True), run.stderr
 
 
 @pytest.mark.slow

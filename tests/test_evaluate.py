@@ -292,10 +292,10 @@ def test_a_damaged_line_is_named(finished, tmp_path):
     shutil.copytree(finished, folder)
     lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
     (folder / "records.jsonl").write_bytes(b"".join([*lines[:3], b"{broken\n", *lines[3:]]))
-    with pytest.raises(ValueError, match=r"records.jsonl, line 4, is no record"):
+    with pytest.raises(ValueError, match=r"records.jsonl, line 4, is not a record"):
         evaluate(RUN, folder)
     (folder / "records.jsonl").write_bytes(b"".join(lines).replace(b'"accepted": true', b'"accepted": 1', 1))
-    with pytest.raises(ValueError, match=r"records.jsonl, line \d+, is no record: accepted is '1': Expected `bool`"):
+    with pytest.raises(ValueError, match=r"records.jsonl, line \d+, is not a record: accepted is '1': Expected `bool`"):
         evaluate(RUN, folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is damaged"):
@@ -354,7 +354,7 @@ def test_a_data_set_that_has_changed_loses_no_records(finished, monkeypatch):
 
 
 def test_a_finished_run_is_told_again_from_its_records(finished, tmp_path):
-    """What somebody wrote over the summary's figures is not believed, and what is no summary is named."""
+    """What somebody wrote over the summary's figures is not believed, and what is not a summary is named."""
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     whole = json.loads((folder / "summary.json").read_text())

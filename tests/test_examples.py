@@ -98,7 +98,7 @@ def png(image):
 
 @pytest.mark.slow
 def test_litserve(server):
-    """The same image gets the same answer; what is no image, or one too large, is refused, and the server lives."""
+    """The same image gets the same answer; what is not an image, or one too large, is refused, and the server lives."""
     digit = png(to_pil_image(corrupt(zoo.example("digits")[0][4:5], "gaussian_blur", 5)[0]))
     status, answer = post(server, digit)
     assert status == 200

@@ -266,7 +266,7 @@ def test_packages_stay_in_their_folder(tmp_path, name):
         if name == "linked":
             member.external_attr = 0o120777 << 16
         archive.writestr(member, b"/etc/passwd")
-    with pytest.raises(ValueError, match=r"a\.pt2 is no package of an adaptation: its member"):
+    with pytest.raises(ValueError, match=r"a\.pt2 is not a package of an adaptation: its member"):
         package.load(path)
     assert listing(tmp_path) == ["a.pt2"]
 

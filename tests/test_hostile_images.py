@@ -99,7 +99,7 @@ def test_a_border_may_not_leave_a_line(tmp_path):
         data.read(0)
 
 
-# --- what is no plain file
+# --- what is not a plain file
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "socket", "folder"])
@@ -143,7 +143,7 @@ def test_files_of_any_size(tmp_path):
         folder.read_image(tmp_path / "x.png")
     (tmp_path / "classes.txt").touch()
     os.truncate(tmp_path / "classes.txt", MOST_TEXT + 1)
-    with pytest.raises(ValueError, match=r"classes\.txt is no list that can be read: it has 16777217 bytes"):
+    with pytest.raises(ValueError, match=r"classes\.txt cannot be read as a list: it has 16777217 bytes"):
         folder.read_lines(tmp_path / "classes.txt")
     with pytest.raises(ValueError, match="it has more than 5 bytes"):
         read_text("/proc/self/status", 5)
@@ -177,7 +177,7 @@ def test_arrays_of_long_images(tmp_path, shape):
     (tmp_path / "fog.npy").write_bytes(head.getvalue())
     os.truncate(tmp_path / "fog.npy", len(head.getvalue()) + int(np.prod(shape)))
     np.save(tmp_path / "labels.npy", np.zeros(1, np.int64))
-    with pytest.raises(ValueError, match=r"an image of .*fog\.npy (is \d+x\d+ pixels|has 400000000 pixels)|fog\.npy is no array"):
+    with pytest.raises(ValueError, match=r"an image of .*fog\.npy (is \d+x\d+ pixels|has 400000000 pixels)|fog\.npy is not an array"):
         arrays.CifarC("cifar10-c", tmp_path)
 
 
@@ -197,7 +197,7 @@ def test_long_images_and_chunks_of_nyu(tmp_path, shape, chunks, message):
     if message is None:
         assert len(maps.NyuV2(tmp_path, "test", 6)) == 1
         return
-    with pytest.raises(ValueError, match=rf"is no NYUv2: {message}"):
+    with pytest.raises(ValueError, match=rf"is not NYUv2: {message}"):
         maps.NyuV2(tmp_path, "test", 6)
 
 
@@ -239,7 +239,7 @@ def test_a_saved_table_names_files_of_its_own_folder(tables, name):
     state["_data_files"] = [{"filename": str(tables / "secret" / ARROW) if name == "/secret" else name}]
     for place in ("good", "splits/test"):
         (tables / place / "state.json").write_text(json.dumps(state))
-        with pytest.raises(ValueError, match=r"state\.json names .*, which is no name in its folder"):
+        with pytest.raises(ValueError, match=r"state\.json names .*, which is not a name in its folder"):
             open_images("hf", tables / place.split("/", maxsplit=1)[0])
 
 
@@ -247,7 +247,7 @@ def test_a_saved_table_names_files_of_its_own_folder(tables, name):
 def test_a_saved_table_names_splits_of_its_own_folder(tables, split):
     assert open_images("hf", tables / "splits").names == ["test#0"]
     (tables / "splits" / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
-    with pytest.raises(ValueError, match=r"dataset_dict\.json names .*, which is no name in its folder"):
+    with pytest.raises(ValueError, match=r"dataset_dict\.json names .*, which is not a name in its folder"):
         open_images("hf", tables / "splits")
 
 

@@ -75,7 +75,7 @@ def test_a_pipe_in_the_place_of_a_shard_is_refused(tmp_path):
 
 def test_an_array_of_no_dimension_is_named(tmp_path):
     np.save(tmp_path / "fog.npy", np.uint8(3))
-    with pytest.raises(ValueError, match=r"fog\.npy is no array that can be read: it is a single number"):
+    with pytest.raises(ValueError, match=r"fog\.npy cannot be read as an array: it is a single number"):
         _load_array(tmp_path / "fog.npy")
 
 

@@ -178,7 +178,7 @@ def test_hostile_archives(tmp_path, kind):
     content, message = HOSTILE[kind]
     path = tmp_path / "a.pt2"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"a\.pt2 is no package of an adaptation: .*({message}).*; export it again"):
+    with pytest.raises(ValueError, match=rf"a\.pt2 is not a package of an adaptation: .*({message}).*; export it again"):
         embed.load(path)
     path.write_bytes(content)
     if content[:4] == b"PK\3\4":

@@ -82,7 +82,7 @@ def test_a_folder_of_other_tensors(tmp_path, random_network, kind):
     file = tmp_path / "model.safetensors"
     state = load_file(file)
     save_file({**state, NAME: change(state[NAME])}, file)
-    with pytest.raises(ValueError, match=rf"model\.safetensors is no checkpoint of plain weights: '{NAME}'.*{message}"):
+    with pytest.raises(ValueError, match=rf"model\.safetensors is not a checkpoint of plain weights: '{NAME}'.*{message}"):
         DiT.from_pretrained(tmp_path)
 
 
@@ -116,7 +116,7 @@ def test_embeddings_of_another_dtype(tmp_path):
     whole.save_pretrained(tmp_path, DDPMScheduler(10))
     assert torch.equal(ConcatUNet.from_pretrained(tmp_path).embeddings, whole.embeddings)
     save_file({"embeddings": whole.embeddings.detach().to(torch.complex64)}, tmp_path / "embeddings.safetensors")
-    with pytest.raises(ValueError, match=r"embeddings\.safetensors is no checkpoint of plain weights: 'embeddings'.*complex64"):
+    with pytest.raises(ValueError, match=r"embeddings\.safetensors is not a checkpoint of plain weights: 'embeddings'.*complex64"):
         ConcatUNet.from_pretrained(tmp_path)
 
 
@@ -140,5 +140,5 @@ def test_configs_of_any_size(tmp_path, random_network):
     kept = (tmp_path / "config.json").read_text()
     with (tmp_path / "config.json").open("w") as file:
         file.write(json.dumps({**json.loads(kept), "note": " " * 2**24}))
-    with pytest.raises(ValueError, match=r"config\.json is no JSON file: it has \d+ bytes, and 16777216 is the most"):
+    with pytest.raises(ValueError, match=r"config\.json is not a JSON file: it has \d+ bytes, and 16777216 is the most"):
         DiT.from_pretrained(tmp_path)

@@ -43,7 +43,7 @@ def test_readers_refuse_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="is missing"):
         Ade20k(tmp_path / "b", "training", 2)
     (tmp_path / "a" / "annotations" / "validation" / "ADE_val_00000001.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="is no map that can be read"):
+    with pytest.raises(ValueError, match="cannot be read as a map"):
         Ade20k(tmp_path / "a", "validation", 2)[0]
 
 
@@ -82,7 +82,7 @@ def test_nyu_turns_matlabs_columns(tmp_path):
     io.savemat(tmp_path / "splits.mat", {"testNdxs": np.array([[4]])})
     with pytest.raises(ValueError, match="does not have"):
         NyuV2(tmp_path / "nyu_depth_v2_labeled.mat", "test", 6)
-    with pytest.raises(ValueError, match="is no NYUv2"):
+    with pytest.raises(ValueError, match="is not NYUv2"):
         NyuV2(tmp_path / "nyu_depth_v2_labeled.mat", "train", 6)
 
 

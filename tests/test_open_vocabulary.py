@@ -387,7 +387,7 @@ def test_adapt_command(tmp_path, capsys):
         (["--json", str(tmp_path)], "the result cannot be written"),
         (["--device", "nowhere"], "device is 'nowhere'"),
         (["--lr", "-1"], "lr is -1.0"),
-        (["--calibration", str(tmp_path / "0.png")], "is no calibration"),
+        (["--calibration", str(tmp_path / "0.png")], "is not a calibration"),
         (["--preset", "SLOW"], "preset is 'SLOW'"),
     ):
         with pytest.raises(SystemExit) as stop:

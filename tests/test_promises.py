@@ -32,7 +32,7 @@ def missing(block: str) -> str | None:
         path, _, function = name.partition("::")
         file = ROOT / path
         if not path.startswith("tests/") or not file.is_file():
-            return f"{path} is no file of tests"
+            return f"{path} is not a file of tests"
         if function and not re.search(rf"^def {function}\(", file.read_text(), flags=re.M):
             return f"{path} has no {function}"
     return None
@@ -54,7 +54,7 @@ def test_what_is_missing_is_found():
     assert missing(f"Something. <!-- {here} -->") is None
     assert missing("Something.") == "names no test"
     assert missing("Something. <!-- tests/test_promises.py::test_that_is_not -->") == "tests/test_promises.py has no test_that_is_not"
-    assert missing("Something. <!-- docs/log.md -->") == "docs/log.md is no file of tests"
+    assert missing("Something. <!-- docs/log.md -->") == "docs/log.md is not a file of tests"
     assert blocks("# A\n\nOne\ntwo.\n- x\n- y\n\n```sh\nz\n```\n| a |\n|---|\n| b |\n") == ["One\ntwo.", "- x", "- y", "| a |", "| b |"]
 
 

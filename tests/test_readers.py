@@ -166,7 +166,7 @@ def test_imagenet_refuses_other_folders(tmp_path):
         open_images("imagenet", tmp_path)
     _save(tmp_path / TENCH / "x.JPEG")
     _save(tmp_path / "n00000001" / "x.JPEG")
-    with pytest.raises(ValueError, match="n00000001 is no class of imagenet: its 1000 are wnids, such as n01440764"):
+    with pytest.raises(ValueError, match="n00000001 is not a class of imagenet: its 1000 are wnids, such as n01440764"):
         open_images("imagenet", tmp_path)
 
 
@@ -188,7 +188,7 @@ def test_sets_of_200_classes_know_their_outputs(tmp_path):
         assert [data.outputs[label] for label in data.labels] == [everywhere.index(wnid) for wnid in wnids]
         assert data.outputs == tuple(sorted(data.outputs))
         _save(tmp_path / name / outsider / "0.jpg")
-        with pytest.raises(ValueError, match=f"{outsider} is no class of {name}: its 200 are wnids"):
+        with pytest.raises(ValueError, match=f"{outsider} is not a class of {name}: its 200 are wnids"):
             open_images(name, tmp_path / name)
     assert data.classes[data.labels[0]] == "goldfish"
 
@@ -263,7 +263,7 @@ def test_objectnet_s_mapping_and_border(tmp_path, images):
 def test_objectnet_says_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match="has no folder of the 2 classes that ImageNet has too"):
         open_images("objectnet", _objectnet(tmp_path / "a", ("air_freshener",)))
-    with pytest.raises(ValueError, match=r"bathtub is no class of .*folder_to_objectnet_label.json"):
+    with pytest.raises(ValueError, match=r"bathtub is not a class of .*folder_to_objectnet_label.json"):
         open_images("objectnet", _objectnet(tmp_path / "b", ("bathtub", "backpack")))
     root = _objectnet(tmp_path / "c")
     for file in ("imagenet_to_label_2012_v2", "pytorch_to_imagenet_2012_id.json"):

@@ -76,7 +76,7 @@ def test_cifar_c_files_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"labels.npy has 10 labels for the 60 images of fog.npy"):
         open_images("cifar10-c", tmp_path)
     (tmp_path / "fog.npy").write_bytes(b"\x93NUMPY cut")
-    with pytest.raises(ValueError, match=r"fog.npy is no array that can be read"):
+    with pytest.raises(ValueError, match=r"fog.npy cannot be read as an array"):
         open_images("cifar10-c", tmp_path)
     np.save(tmp_path / "labels.npy", np.arange(11))
     with pytest.raises(ValueError, match=r"labels 0 .. 10; cifar10-c has 0 .. 9"):
@@ -266,7 +266,7 @@ def test_saved_table(tmp_path, hub):
     _table(hub).remove_columns("picture").save_to_disk(tmp_path / "text")
     with pytest.raises(ValueError, match="has no column of images, only text, animal"):
         open_images("hf", tmp_path / "text")
-    with pytest.raises(ValueError, match="'nobody/nothing' is no data set that can be opened"):
+    with pytest.raises(ValueError, match="'nobody/nothing' cannot be opened as a data set"):
         open_images("hf", Path("nobody/nothing"))
 
 
@@ -344,7 +344,7 @@ def test_shards_that_do_not_fit(tmp_path):
     (tmp_path / "cut.tar").write_bytes(whole[:3000])
     (tmp_path / "small.tar").write_bytes(gzip.compress(whole))
     for name in ("cut.tar", "small.tar"):
-        with pytest.raises(ValueError, match=f"{name} is no tar file that can be read"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read as a tar file"):
             open_images("webdataset", tmp_path / name)
     data = open_images("webdataset", _tar(tmp_path / "bad.tar", {"a.png": picture[:50]}))
     with pytest.raises(ValueError, match=r"sample bad.tar/a cannot be read as an image"):

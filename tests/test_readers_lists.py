@@ -52,11 +52,11 @@ def test_a_split_of_coop(tmp_path, folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda splits: splits.pop("test"), "is no split of CoOp"),
-        (lambda splits: splits.update(test=[["a.png", 0]]), "is no split of CoOp"),
+        (lambda splits: splits.pop("test"), "is not a split of CoOp"),
+        (lambda splits: splits.update(test=[["a.png", 0]]), "is not a split of CoOp"),
         (lambda splits: splits.update(test=[["a.png", 0, "another"]]), "another name elsewhere"),
-        (lambda splits: splits.update(test=[["a.png", 0.5, "face"]]), "is no number"),
-        (lambda splits: splits.update(test=[["a.png", float("inf"), "face"]]), "is no number"),
+        (lambda splits: splits.update(test=[["a.png", 0.5, "face"]]), "is not a number"),
+        (lambda splits: splits.update(test=[["a.png", float("inf"), "face"]]), "is not a number"),
         (lambda splits: splits.update(test=[["a.png", 5, "five"]]), r"labels \[0, 1, 5\]"),
         (lambda splits: splits.update(test=[["a.png", 2, "face"]]), "a name for each"),
         (lambda splits: splits.update(test=[]), "a name for each"),
@@ -115,7 +115,7 @@ def test_a_list_that_does_not_fit(tmp_path, text, message):
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(ValueError, match=message):
         open_images("image-list", tmp_path)
-    with pytest.raises(ValueError, match="is no text file and holds none"):
+    with pytest.raises(ValueError, match="is not a text file and holds none"):
         open_images("image-list", tmp_path / "nowhere")
 
 

@@ -81,7 +81,7 @@ def test_what_is_not_let_in_is_named(tmp_path, field, value):
     good, wrong = (json.dumps(record) + "\n" for record in (record_of(2, task_of(field), ("a",), random.Random(0)), changed(field, value)))
     path.write_text(good + wrong)
     with pytest.raises(
-        ValueError, match=rf"records.jsonl, line 2, is no record: {field}(_before)? (is|has) .*; restore it, or begin"
+        ValueError, match=rf"records.jsonl, line 2, is not a record: {field}(_before)? (is|has) .*; restore it, or begin"
     ) as raised:
         list(read_records(path))
     assert str(path) in str(raised.value)
@@ -106,12 +106,12 @@ def test_every_field_but_the_digest_is_needed(tmp_path, task):
 )
 def test_lines_that_are_no_objects(tmp_path, text):
     (tmp_path / "records.jsonl").write_text(text + "\n")
-    with pytest.raises(ValueError, match=r"records.jsonl, line 1, is no record: "):
+    with pytest.raises(ValueError, match=r"records.jsonl, line 1, is not a record: "):
         list(read_records(tmp_path / "records.jsonl"))
 
 
 def test_what_is_written_is_let_in():
-    """A loss that diverged is no number, and a record of it is one."""
+    """A loss that diverged is not a number, and a record of it is one."""
     for value in (float("nan"), float("inf"), -float("inf"), 1e31, 1e30, 0.1234567, -3e38):
         check_record(changed("loss", [rounded(value)]))
     assert (rounded(0.12345678), rounded(1e31)) == (0.123457, None)
@@ -122,9 +122,9 @@ def test_records_of_two_tasks_are_told(tmp_path):
     answers, maps = (record_of(0, task, ("a",), draw) for task in ("classification", "depth"))
     failed = {name: answers[name] for name in ("image_id", "batch", "path", "group", "label")} | {"error": "it is torn"}
     path.write_text("".join(json.dumps(record) + "\n" for record in (failed, answers, maps)))
-    with pytest.raises(ValueError, match="line 3, is no record: it holds scores of maps, and the run is of the other"):
+    with pytest.raises(ValueError, match="line 3, is not a record: it holds scores of maps, and the run is of the other"):
         list(read_records(path))
-    with pytest.raises(ValueError, match="line 2, is no record: it holds classes, and the run is of the other"):
+    with pytest.raises(ValueError, match="line 2, is not a record: it holds classes, and the run is of the other"):
         list(read_records(path, "depth"))
     path.write_text(json.dumps(maps) + "\n")
     assert list(read_records(path, "segmentation")) == [maps]

@@ -308,11 +308,11 @@ def test_wrong_folders_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("no JSON", "line 3, is no record"),
-        ('["image_id", "batch"]', "line 3, is no record: Expected `object`, got `array`"),
+        ("no JSON", "line 3, is not a record"),
+        ('["image_id", "batch"]', "line 3, is not a record: Expected `object`, got `array`"),
         (
             '{"image_id": 2, "batch": 0, "path": "x", "group": "y", "label": 1}',
-            "line 3, is no record: Object missing required field `loss`",
+            "line 3, is not a record: Object missing required field `loss`",
         ),
     ],
 )
@@ -399,7 +399,7 @@ def test_a_data_set_of_the_hub_takes_a_folder(tmp_path, monkeypatch):
     found["data"] |= {"name": "hf", "root": "someone/dataset"}
     (tmp_path / "run" / "config.json").write_text(json.dumps(found))
     (run,) = read_runs([tmp_path / "run"])
-    with pytest.raises(ValueError, match="root is 'someone/dataset', which is no folder here, and a report asks no hub"):
+    with pytest.raises(ValueError, match="root is 'someone/dataset', which is not a folder here, and a report asks no hub"):
         Pictures(Path("someone/dataset"))(run, 0)
 
 

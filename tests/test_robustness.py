@@ -156,7 +156,7 @@ def test_attention_modules_of_torch(denoiser, images, mode):
 
 @pytest.mark.parametrize("mask", ["none", "bool", "added", "positional"])
 def test_attention_under_a_mask(denoiser, images, mask):
-    """Images at once, each with weights of its own, give what they give one by one: a mask of truth values is no number to add."""
+    """Images at once, each with weights of its own, give what they give one by one: a mask of truth values is not a number to add."""
 
     class Masked(nn.Module):
         def __init__(self):

@@ -151,8 +151,8 @@ def test_a_kill_in_the_first_write_does_not_lock_a_run_out(tmp_path):
         ({"config.json": b"{"}, r"config.json is damaged"),
         ({"config.json": b'{"data": "x", "task": 3, "adapt": []}'}, r"config.json is damaged"),
         ({"records.jsonl": b"my own records\n"}, r"holds records without a config.json"),
-        ({"summary.json": b"{}"}, r"is no run's folder, and holds 'summary.json'"),
-        ({"lock": b"chain"}, r"is no run's folder, and holds 'lock'"),
+        ({"summary.json": b"{}"}, r"is not a run's folder, and holds 'summary.json'"),
+        ({"lock": b"chain"}, r"is not a run's folder, and holds 'lock'"),
         ({"state-00000003.safetensors": b"x"}, r"holds 'state-00000003.safetensors'"),
         ({"config.json.9.new": b"{"}, r"holds 'config.json.9.new'"),
     ],
@@ -167,7 +167,7 @@ def test_folders_that_hold_such_names_of_others_are_refused(tmp_path, files, mes
 
 def test_a_folder_of_others_is_refused_until_it_is_asked_for(tmp_path):
     folder = put(tmp_path / "thesis", FOREIGN)
-    with pytest.raises(ValueError, match=r"thesis is no run's folder: it holds .* and others; name another folder, or give --overwrite"):
+    with pytest.raises(ValueError, match=r"thesis is not a run's folder: it holds .* and others; name another folder, or give --overwrite"):
         open_folder(folder)
     assert contents(folder) == FOREIGN
     write(folder, overwrite=True)
@@ -303,7 +303,10 @@ def test_files_of_others_that_have_a_run_s_names_stay(tmp_path):
     put(folder, {"state-00000001.safetensors": theirs, "records-\u0661.jsonl": b"h", "config.json.\u0661.new": b"g"})
     before = contents(folder)
     for overwrite in (False, True):
-        with open_folder(folder, overwrite=overwrite) as opened, pytest.raises(ValueError, match=r"state-00000001.* is no state of a run"):
+        with (
+            open_folder(folder, overwrite=overwrite) as opened,
+            pytest.raises(ValueError, match=r"state-00000001.* is not a state of a run"),
+        ):
             opened.save_state(1, STATE)
     for name in ("records-7.jsonl", "records.jsonl"):
         put(folder, {name: b"my notes of the experiment"})
@@ -348,7 +351,7 @@ def test_a_long_path_is_shortened_and_a_key_that_stands_twice_refused(tmp_path):
         open_folder(folder)
     assert len(str(raised.value)) < 700
     (folder / "records.jsonl").write_text(whole.replace('{"image_id": 0, ', '{"image_id": 5, "image_id": 0, ', 1))
-    with pytest.raises(ValueError, match=r"line 1, is no record: it has 'image_id' twice"):
+    with pytest.raises(ValueError, match=r"line 1, is not a record: it has 'image_id' twice"):
         open_folder(folder)
 
 

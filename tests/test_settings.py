@@ -125,8 +125,8 @@ def test_the_reference_s_recipe_by_its_own_names():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stepz": 3}, "stepz is no setting of a run; there are"),
-        ({"tta.stepz": 3}, "tta.stepz is no name of the reference's config"),
+        ({"stepz": 3}, "stepz is not a setting of a run; there are"),
+        ({"tta.stepz": 3}, "tta.stepz is not a name of the reference's config"),
         ({"input.dataset_name": "Mnist"}, "input.dataset_name is 'Mnist'; there are ImageNetDataset"),
         ({"steps": 0}, "steps is 0"),
         ({"preset": "SLOW"}, "preset is 'SLOW'"),

@@ -141,7 +141,7 @@ def test_an_earlier_result_alone_is_replaced(tmp_path, held, ours):
         check_path("json", path, ours)
     for other in ('{"architectures": []}', "[1]", "{", "\0\1", json.dumps(held) + "\n{}", "[" * 100_000):
         path.write_text(other)
-        with pytest.raises(ValueError, match=r"json is '.*found.json', a file that is no earlier result of this command"):
+        with pytest.raises(ValueError, match=r"json is '.*found.json', a file that is not an earlier result of this command"):
             check_path("json", path, ours)
         assert path.read_text() == other
 
@@ -172,7 +172,7 @@ def test_no_command_overwrites_a_photograph(tmp_path, capsys, arguments):
     before = {path: path.read_bytes() for path in tmp_path.glob("*.p*")}
     with pytest.raises(SystemExit):
         main([str(tmp_path / names[part]) if part in names else part for part in arguments])
-    assert "a file that is no earlier result of this command: give another name, or remove it" in capsys.readouterr().err
+    assert "a file that is not an earlier result of this command: give another name, or remove it" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.glob("*.p*")} == before
 
 

@@ -63,7 +63,7 @@ def test_fast_helps_where_the_source_fails_and_spares_the_clean():
 @pytest.mark.parametrize("name", ["x" * 300, "nowhere", "x\0y"])
 def test_a_folder_that_is_none_is_refused(name):
     for find in (zoo.load, zoo.load_model, zoo.task, zoo.folder):
-        with pytest.raises(ValueError, match=r"name is .*, which is no folder; give one with"):
+        with pytest.raises(ValueError, match=r"name is .*, which is not a folder; give one with"):
             find(Path(name))
 
 

@@ -70,7 +70,7 @@ class Calibrate:
             raise ValueError("denoiser is 'zoo', whose calibration ships with it; give the folder or hub id of another one")
         folder = Path(self.denoiser)
         if self.out is None and not folder.is_dir():
-            raise ValueError(f"denoiser is {self.denoiser!r}, which is no folder here; say where to write by --out FILE")
+            raise ValueError(f"denoiser is {self.denoiser!r}, which is not a folder here; say where to write by --out FILE")
         path = self.out or folder / "calibration.json"
         if self.out is None and path.is_symlink():
             raise ValueError(f"{shown(path)} is a link, which may lead anywhere; remove it, or say where to write by --out FILE")

@@ -48,7 +48,7 @@ def check_path(name: str, path: Path | None, ours: Callable[[Path], bool] = lamb
     if re.fullmatch(OF_LOCK, place.name) and place.is_file():
         raise ValueError(f"{name} is {str(path)!r}, which may be the lock of a run that is going: give another name")
     if path.is_file() and path.stat().st_size and not ours(path):
-        raise ValueError(f"{name} is {str(path)!r}, a file that is no earlier result of this command: give another name, or remove it")
+        raise ValueError(f"{name} is {str(path)!r}, a file that is not an earlier result of this command: give another name, or remove it")
 
 
 def check_apart(**paths: Path | None) -> None:
@@ -134,7 +134,7 @@ def names_of(classes: str) -> list[str] | dict[str, list[str]]:
     try:
         found = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"classes is {classes!r}, which is no JSON file that can be read: {error}") from error
+        raise ValueError(f"classes is {classes!r}, which is not a JSON file that can be read: {error}") from error
     if isinstance(found, dict):
         found = {name: [prompts] if isinstance(prompts, str) else prompts for name, prompts in found.items()}
     groups = [found] if isinstance(found, list) else list(found.values()) if isinstance(found, dict) else [None]

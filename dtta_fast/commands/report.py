@@ -118,7 +118,7 @@ def _data_of(run: Run, root: Path | None) -> Images | Maps:
     if data.root is not None and root is None:
         raise ValueError(f"they are read from --root alone, which is where the run's data set, {data.name!r}, lies")
     if data.name == "hf" and not (root and root.is_dir()):
-        raise ValueError(f"root is {str(root)!r}, which is no folder here, and a report asks no hub")
+        raise ValueError(f"root is {str(root)!r}, which is not a folder here, and a report asks no hub")
     found = open_images(
         data.name,
         None if data.root is None else root,

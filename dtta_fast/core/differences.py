@@ -166,7 +166,7 @@ def _read(path: Path) -> dict[str, list[Any]]:
             torch.tensor(entry["values"], dtype=torch.float64, device="cpu")
             found[entry["of"]] = entry["values"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no file of an interrupted calibration: {error!r}; remove it, or name another") from error
+        raise ValueError(f"{path} is not a file of an interrupted calibration: {error!r}; remove it, or name another") from error
     if len(whole) < len(lines):
         path.write_text("".join(whole))
     return found

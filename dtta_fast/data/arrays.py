@@ -111,7 +111,7 @@ def _load_array(path: Path) -> NDArray[Any]:
         raise ValueError(f"{path} is missing: give the folder of CORRUPTION.npy files and labels.npy") from error
     # numpy parses the header as a Python literal and archives with zipfile, and does not catch their errors
     except (OSError, ValueError, TypeError, EOFError, OverflowError, tokenize.TokenError, zipfile.BadZipFile, RecursionError) as error:
-        raise ValueError(f"{path} is no array that can be read: {error}") from error
+        raise ValueError(f"{path} cannot be read as an array: {error}") from error
     return found
 
 
@@ -288,7 +288,7 @@ def _from_disk(folder: Path) -> Any:
 
 def _plain_name(name: Any, listed: Path) -> str:
     if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in "/\\:\0"):
-        raise ValueError(f"{listed} names {str(name)[:80]!r}, which is no name in its folder")
+        raise ValueError(f"{listed} names {str(name)[:80]!r}, which is not a name in its folder")
     return name
 
 
@@ -328,7 +328,7 @@ def open_hugging_face(root: str, split: str) -> HuggingFace:
         saved = any(os.path.isfile(folder / name) for name in ("dataset_dict.json", "state.json"))
         found = _from_disk(folder) if saved else _built(root)
     except Exception as error:  # errors of the Hub, the network, or third-party scripts
-        raise ValueError(f"{root!r} is no data set that can be opened: {error}; give an id of the hub or a folder") from error
+        raise ValueError(f"{root!r} cannot be opened as a data set: {error}; give an id of the hub or a folder") from error
     if isinstance(found, datasets.Dataset):
         found = datasets.DatasetDict({str(found.split or "data"): found})
     wanted = split or next((name for name in ("test", "validation", *found) if name in found and (name != "train" or len(found) == 1)), "")

@@ -38,7 +38,7 @@ def read_images(folder: str | Path, size: int, most: int) -> Tensor:
         raise ValueError(f"most is {most}; give 1 or more")
     folder = Path(folder)
     if not os.path.isdir(folder):  # Path.is_dir() raises for a name that is too long
-        raise ValueError(f"images is {str(folder)!r}, which is no folder")
+        raise ValueError(f"images is {str(folder)!r}, which is not a folder")
     found = sorted(folder / name for name in image_files(folder))
     count = min(most, len(found))
     files = [found[i * len(found) // count] for i in range(count)]  # subfolders are often classes
@@ -57,7 +57,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         return read_text(path).splitlines()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no list that can be read: {error}; write it as UTF-8 text") from error
+        raise ValueError(f"{path} cannot be read as a list: {error}; write it as UTF-8 text") from error
 
 
 class ImageFiles(Images):

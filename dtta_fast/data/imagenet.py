@@ -140,7 +140,7 @@ def open_objectnet(root: Path) -> ImageFiles:
     there = [folder for folder in subfolders(images) if folder != "mappings"]
     unknown = [folder for folder in there if folder not in label_of]
     if unknown:
-        raise ValueError(f"{images / unknown[0]} is no class of {mappings / 'folder_to_objectnet_label.json'}")
+        raise ValueError(f"{images / unknown[0]} is not a class of {mappings / 'folder_to_objectnet_label.json'}")
     numbers = {folder: label for label, folder in enumerate(shared)}
     names, labels = class_files(images, [(folder, numbers[folder]) for folder in there if folder in numbers])
     if not names:
@@ -157,9 +157,9 @@ def _mapping(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing: ObjectNet's archive has mappings/ beside images/") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(value, (str, int)) for value in found.values()):
-        raise ValueError(f"{path} is no mapping of names to names or numbers; get it again from ObjectNet's archive")
+        raise ValueError(f"{path} is not a mapping of names to names or numbers; get it again from ObjectNet's archive")
     return found
 
 
@@ -170,5 +170,5 @@ def _numbered(root: Path, folders: Sequence[str], numbers: dict[str, int], name:
     wrong = [folder for folder in folders if folder not in numbers]
     if wrong:
         such = f"its {len(numbers)} are wnids, such as {next(iter(numbers))}"
-        raise ValueError(f"{root / wrong[0]} is no class of {name}: {such}; give the folder that holds them, or move this one away")
+        raise ValueError(f"{root / wrong[0]} is not a class of {name}: {such}; give the folder that holds them, or move this one away")
     return [(folder, numbers[folder]) for folder in folders]

@@ -38,13 +38,13 @@ def open_coop(root: Path, split: str) -> ImageFiles:
             for path, label, name in found[part]:
                 if type(label) is not int or names.setdefault(label, str(name)) != name:
                     raise ValueError(
-                        f"{part} has [{path!r}, {label!r}, {name!r}], and the label is no number, or has another name elsewhere"
+                        f"{part} has [{path!r}, {label!r}, {name!r}], and the label is not a number, or has another name elsewhere"
                     )
                 if part == split:
                     rows.append((str(path), label))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
-            f"{listed[0]} is no split of CoOp: {error!r}; it needs [path, label, class name] for train, val and test"
+            f"{listed[0]} is not a split of CoOp: {error!r}; it needs [path, label, class name] for train, val and test"
         ) from error
     if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names) or not rows:
         raise ValueError(f"{listed[0]} has the labels {sorted(names)[:5]}, ..; they have to be 0, 1, .. with a name for each")
@@ -61,7 +61,7 @@ def open_image_list(root: Path) -> ImageFiles:
         root: a text file, or a folder of them.
 
     Raises:
-        ValueError: there is no such file, a line is no path with a label, or an image is not there.
+        ValueError: there is no such file, a line is not a path with a label, or an image is not there.
     """
     listed = (
         [root]
@@ -71,7 +71,7 @@ def open_image_list(root: Path) -> ImageFiles:
         else []
     )
     if not listed:
-        raise ValueError(f"{root} is no text file and holds none; give a list with a path and a label a line, or a folder of such lists")
+        raise ValueError(f"{root} is not a text file and holds none; give a list with a path and a label a line, or a folder of such lists")
     rows: list[tuple[str, int]] = []
     groups: list[str] = []
     for path in listed:

@@ -138,7 +138,7 @@ class NyuV2(Maps):
                 raise ValueError(f"{split}Ndxs has {sizes[f'{split}Ndxs']} numbers for {count} images")
             self._rows = _numbers(splits, f"{split}Ndxs")
         except Exception as error:  # scipy's and HDF5's readers raise many types for damaged files
-            raise ValueError(f"{file} with {splits.name} is no NYUv2: {error}") from error
+            raise ValueError(f"{file} with {splits.name} is not NYUv2: {error}") from error
         if len(self._rows) == 0 or self._rows.min() < 0 or self._rows.max() >= count:
             raise ValueError(f"{splits} names images that {file} does not have: it has 1 .. {count}")
         self.names, self.groups = [f"{file.name}#{row + 1}" for row in self._rows], ["nyuv2"] * len(self._rows)
@@ -328,7 +328,7 @@ def read_map(path: Path) -> Tensor:
         with open_image(path) as image:
             values = np.asarray(image)
     except Exception as error:  # PIL's decoders raise many types for damaged files
-        raise ValueError(f"{path} is no map that can be read: {error}") from error
+        raise ValueError(f"{path} cannot be read as a map: {error}") from error
     if values.ndim != 2:
         raise ValueError(f"{path} has {values.ndim} dimensions; a map is one channel of 8 or 16 bits")
     return torch.from_numpy(values.astype(np.int32))

@@ -130,7 +130,7 @@ def _samples(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
                     raise ValueError(f"{path} has {key}.{extension} twice: a sample's name is its own")
                 samples[key][extension] = member.offset_data, member.size
     except (tarfile.TarError, OSError, EOFError, OverflowError, MemoryError, RecursionError, UnicodeError) as error:
-        raise ValueError(f"{path} is no tar file that can be read: {error}; unpack .gz first, as members are read by seeking") from error
+        raise ValueError(f"{path} cannot be read as a tar file: {error}; unpack .gz first, as members are read by seeking") from error
     return samples
 
 
@@ -138,7 +138,7 @@ def _opened(path: Path) -> BinaryIO:
     try:
         return open_plain(path, sys.maxsize)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no tar file that can be read: {error}") from error
+        raise ValueError(f"{path} cannot be read as a tar file: {error}") from error
 
 
 def _label(path: Path, key: str, span: tuple[int, int], classes: tuple[str, ...]) -> int:

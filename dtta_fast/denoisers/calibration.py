@@ -190,7 +190,7 @@ class Calibration:
             read = cls(**{field.name: _field(found, field) for field in dataclasses.fields(cls)})
             _check_lengths(read, denoiser)
         except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no calibration: {error}; measure one by `dtta calibrate`") from error
+            raise ValueError(f"{path} is not a calibration: {error}; measure one by `dtta calibrate`") from error
         if read.fingerprint != fingerprint(denoiser):
             raise ValueError(f"{path} belongs to another denoiser (fingerprint {read.fingerprint}): measure this one by `dtta calibrate`")
         return read

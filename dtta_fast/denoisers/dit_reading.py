@@ -63,12 +63,12 @@ def sized(sizes: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiTNetwork:
 def network_from_original(state: Mapping[str, Tensor], num_heads: int, null_class: bool, source: str) -> DiTNetwork:
     labels, final = "y_embedder.embedding_table.weight", "final_layer.linear.weight"
     if not isinstance(state, Mapping):
-        raise ValueError(f"{source} is no DiT checkpoint: ema holds a {type(state).__name__}, not a state dict")
+        raise ValueError(f"{source} is not a DiT checkpoint: ema holds a {type(state).__name__}, not a state dict")
     wanted = ("x_embedder.proj.weight", "pos_embed", labels, "blocks.0.mlp.fc1.weight", final)
     missing = [name for name in wanted if name not in state]
     if missing:
         there = ", ".join(map(str, list(state)[:3]))
-        raise ValueError(f"{source} is no DiT checkpoint: {', '.join(missing)} missing; it has {there or 'nothing'}")
+        raise ValueError(f"{source} is not a DiT checkpoint: {', '.join(missing)} missing; it has {there or 'nothing'}")
     if any(".attn.q_norm." in name for name in state):
         raise ValueError(f"{source} normalises queries and keys (qk_norm), which this network does not; give a checkpoint without")
     state = {name: value for name, value in state.items() if not name.startswith("projectors.")}
@@ -76,7 +76,7 @@ def network_from_original(state: Mapping[str, Tensor], num_heads: int, null_clas
     try:
         network = sized(_original_sizes(state, num_heads, null_class), state)
     except OF_VALUES as error:
-        raise ValueError(f"{source} is no DiT checkpoint: {error}") from error
+        raise ValueError(f"{source} is not a DiT checkpoint: {error}") from error
     load(network, state, source)
     return network
 

@@ -40,7 +40,7 @@ def read_scheduler(folder: Path) -> Any:
     config = read_json(path)
     name = str(config.get("_class_name"))
     if not name.endswith("Scheduler") or not hasattr(diffusers, name):
-        raise ValueError(f"{path} names {name}, which is no scheduler of diffusers")
+        raise ValueError(f"{path} names {name}, which is not a scheduler of diffusers")
     count = config.get("num_train_timesteps", 1000)
     if type(count) is not int or not 1 <= count <= MOST_TIMESTEPS:
         raise ValueError(f"{path} has num_train_timesteps {str(count)[:40]}; give a whole number from 1 to {MOST_TIMESTEPS}")
@@ -79,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no JSON object")
     return config

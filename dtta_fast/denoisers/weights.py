@@ -118,12 +118,12 @@ def check_weights(state: Mapping[Any, Any], source: str | Path) -> None:
     for name, value in state.items():
         wrong = f"its name is a {type(name).__name__}" if not isinstance(name, str) else _misfit(value)
         if wrong:
-            raise ValueError(f"{source} is no checkpoint of plain weights: {str(name)[:80]!r} cannot be taken: {wrong}")
+            raise ValueError(f"{source} is not a checkpoint of plain weights: {str(name)[:80]!r} cannot be taken: {wrong}")
         storage = value.untyped_storage()
         needed += value.numel() * value.element_size()
         there[value.device, storage.data_ptr()] = storage.nbytes()
     if needed > sum(there.values()):
-        raise ValueError(f"{source} is no checkpoint of plain weights: its tensors take {needed} bytes, and share {sum(there.values())}")
+        raise ValueError(f"{source} is not a checkpoint of plain weights: its tensors take {needed} bytes, and share {sum(there.values())}")
 
 
 def _misfit(value: Any) -> str:

@@ -132,7 +132,7 @@ def _check(values: Mapping[str, Any]) -> None:
         if field.type == "str" and not isinstance(value, str):
             raise ValueError(f"{field.name} is missing")
     if not isinstance(json.loads(values["config"]), dict) or not isinstance(json.loads(values["state"]), list):
-        raise ValueError("config is no object, or state no list")
+        raise ValueError("config is not an object, or state is not a list")
     outputs = values["outputs"].split()
     if not outputs or not all(re.fullmatch("[0-9]{1,10}", side) for side in outputs):
         raise ValueError(f"outputs is {values['outputs'][:40]!r}, not the sides of a shape")

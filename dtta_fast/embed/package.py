@@ -38,12 +38,12 @@ def load(path: str | Path, adapter: Adapter | None = None) -> Package:
     try:
         check_archive(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no package of an adaptation: {error}; export it again") from error
+        raise ValueError(f"{path} is not a package of an adaptation: {error}; export it again") from error
     loader: Any = torch._C._aoti.AOTIModelPackageLoader
     try:
         metadata = loader.load_metadata_from_package(str(path), KEEPER)
     except (RuntimeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no package of an adaptation: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not a package of an adaptation: {str(error).splitlines()[0]}") from error
     manifest = Manifest.from_metadata(metadata, path)
     wrong = manifest.misfits() or ([] if adapter is None else manifest.differences(adapter.engine))
     if wrong:

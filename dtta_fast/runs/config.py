@@ -140,7 +140,7 @@ class RunConfig:
             data = dict(described["data"])
             return cls(data=data.pop("name"), **data, **found, adapt=AdaptConfig(**described["adapt"]))
         except (KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"described is no description of a run: {error!r}; give what described() gave") from error
+            raise ValueError(f"described is not a description of a run: {error!r}; give what described() gave") from error
 
 
 # settings that may be off, which YAML reads as false
@@ -193,7 +193,9 @@ def with_settings(start: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
         elif bare in inner:
             changes[bare] = "off" if value is False and bare in OFF else value
         else:
-            raise ValueError(f"{name} is no setting of a run; there are {', '.join(sorted(own | {f'adapt.{field}' for field in inner}))}")
+            raise ValueError(
+                f"{name} is not a setting of a run; there are {', '.join(sorted(own | {f'adapt.{field}' for field in inner}))}"
+            )
     if "protocol" in outer_changes:
         changes.setdefault("mode", _mode_of(outer_changes["protocol"]))
     elif changes.get("mode") in ("episodic", "online"):

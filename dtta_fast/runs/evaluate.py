@@ -116,7 +116,7 @@ def _place() -> tuple[int, int]:
     found = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
     for name, text in found.items():
         if not re.fullmatch("[0-9]{1,9}", text):
-            raise ValueError(f"{name} of the environment is {shortened(text)}, which is no number: start by torchrun, or unset it")
+            raise ValueError(f"{name} of the environment is {shortened(text)}, which is not a number: start by torchrun, or unset it")
     rank, world = (int(text) for text in found.values())
     if rank >= world:
         raise ValueError(f"RANK of the environment is {rank}, and WORLD_SIZE {world}, which is not more: start by torchrun, or unset both")

@@ -113,12 +113,14 @@ class RunFolder:
         if RECORDS in taken:
             raise ValueError(f"{self.folder} holds records without a {CONFIG}: name another folder")
         if taken:
-            raise ValueError(f"{self.folder} is no run's folder, and holds {taken[0]!r}, a name of a run's files: name another folder")
+            raise ValueError(f"{self.folder} is not a run's folder, and holds {taken[0]!r}, a name of a run's files: name another folder")
         if not of_others:
             return
         if not self._overwrite:
             some = ", ".join(map(repr, of_others[:3])) + (" and others" if len(of_others) > 3 else "")
-            raise ValueError(f"{self.folder} is no run's folder: it holds {some}; name another folder, or give --overwrite to write beside")
+            raise ValueError(
+                f"{self.folder} is not a run's folder: it holds {some}; name another folder, or give --overwrite to write beside"
+            )
 
     def _is_a_run_s(self) -> bool:
         try:
@@ -317,7 +319,7 @@ class RunFolder:
         """
         path = self.state_path(number)
         if path.exists() and not is_state(path):
-            raise ValueError(f"{path} is no state of a run, and would be overwritten: move it elsewhere, or name another folder")
+            raise ValueError(f"{path} is not a state of a run, and would be overwritten: move it elsewhere, or name another folder")
         held = state_bytes(state, number, self._config)
         if self._overwrite and self._file < 0:
             self._state = path, held  # the existing run stays until the first batch is done

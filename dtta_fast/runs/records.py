@@ -129,7 +129,7 @@ def read_records(path: Path, task: str | None = None) -> Iterator[Record]:
                 if kind is not OfFailure and kind is not (expected := expected or kind):
                     raise ValueError(f"it holds {'scores of maps' if kind is OfMaps else 'classes'}, and the run is of the other")
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}, is no record: {error}; {REMEDY}") from error
+                raise ValueError(f"{path}, line {number}, is not a record: {error}; {REMEDY}") from error
             yield record
 
 
@@ -196,7 +196,7 @@ def line_of(record: Record) -> str:
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"it has {constant}, which is no JSON")
+    raise ValueError(f"it has {constant}, which is not JSON")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -122,6 +122,6 @@ def _one(name: str, value: Any) -> dict[str, Any]:
     }
     if name not in rules:
         known = sorted({*rules, *RENAMED, *tables, *WITHOUT_EFFECT, "input.batch_size", "tta.gradient_descent.accum_iter"})
-        raise ValueError(f"{name} is no name of the reference's config; there are {', '.join(known)}")
+        raise ValueError(f"{name} is not a name of the reference's config; there are {', '.join(known)}")
     chosen: dict[str, Any] = rules[name]
     return chosen

@@ -133,7 +133,7 @@ def check_name(argument: str, value: str | os.PathLike[str]) -> None:
     try:
         name = os.fsencode(value)
     except UnicodeEncodeError as error:
-        raise ValueError(f"{argument} is {str(value)[:40]!r}, which is no name of a file here: {error.reason}") from error
+        raise ValueError(f"{argument} is {str(value)[:40]!r}, which is not a name of a file here: {error.reason}") from error
     longest = max(map(len, name.split(b"/")))
     if longest > MOST_NAME or len(name) > MOST_PATH:
         some = f"a part of {longest} bytes" if longest > MOST_NAME else f"{len(name)} bytes"

@@ -37,8 +37,8 @@ def check_archive(path: str | Path) -> None:
     requires contiguous members from the first byte on, followed by the directory and its end record, and nothing else.
 
     Raises:
-        ValueError: the file is no archive; it has bytes that belong to nothing; a member is compressed, encrypted, duplicated, a link, or
-            has a name that leads out of its folder; or two readers would read it differently. OSError: the file cannot be read.
+        ValueError: the file is not an archive; it has bytes that belong to nothing; a member is compressed, encrypted, duplicated, a link,
+            or has a name that leads out of its folder; or two readers would read it differently. OSError: the file cannot be read.
     """
     with open_plain(path, 2**63) as file:
         size = os.fstat(file.fileno()).st_size
@@ -62,11 +62,11 @@ def check_archive(path: str | Path) -> None:
 def _directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
     """Returns the start and end offsets of the directory, and the number of members it lists."""
     if size < 22:
-        raise ValueError("it is no zip archive")
+        raise ValueError("it is not a zip archive")
     at = size - 22
     mark, disk, first, here, count, length, begin, comment = struct.unpack("<4s4H2IH", _at(file, at, 22))
     if mark != END or comment:
-        raise ValueError("it is no zip archive, is cut, or has a comment or other bytes at its end")
+        raise ValueError("it is not a zip archive, is cut, or has a comment or other bytes at its end")
     end = at
     if at >= 76 and _at(file, at - 20, 4) == LOCATOR:  # torch writes both forms of the end record
         end = at - 76
@@ -80,7 +80,7 @@ def _directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
                 raise ValueError("its two ends do not say the same")
         here, count, length, begin = here64, count64, length64, begin64
     if disk or first or here != count or not 0 < count <= MOST_MEMBERS or not 0 < length <= MOST_DIRECTORY:
-        raise ValueError(f"it is no zip archive of one file with 1 to {MOST_MEMBERS} members")
+        raise ValueError(f"it is not a zip archive of one file with 1 to {MOST_MEMBERS} members")
     if begin + length != end:
         raise ValueError("its directory is not where its end says")
     return begin, end, count

@@ -31,11 +31,11 @@ class TorchState(NamedTuple):
 
 
 def interrupt_behind(error: BaseException, outer: BaseException | None) -> BaseException | None:
-    """Returns the Ctrl-C, or another exception that is no Exception, that an error is or has replaced; None if there is none.
+    """Returns the Ctrl-C, or another exception that is not an Exception, that an error is or has replaced; None if there is none.
 
     If it lands in a context manager's __exit__, torch's own may fail over the half-restored state and raise an error in its place.
 
-    outer: the exception that the caller was handling already, which is no part of the error.
+    outer: the exception that the caller was handling already, which is not part of the error.
     """
     found: BaseException | None = error
     while found is not outer and found is not None and isinstance(found, Exception):

@@ -23,7 +23,7 @@ def to_batch(images: Images, device: torch.device, crop: Callable[[Tensor], Tens
     A tensor is returned as it is. Everything else is moved to the device; images of different sizes are cropped one by one.
 
     Raises:
-        TypeError: a type is not understood. ValueError: an array has another shape or dtype, or a file is no image.
+        TypeError: a type is not understood. ValueError: an array has another shape or dtype, or a file is not an image.
     """
     if isinstance(images, Tensor):
         return images, False

@@ -125,7 +125,7 @@ def folder(name: str | Path) -> Path:
     """
     if isinstance(name, Path):
         if not os.path.isdir(name):
-            raise ValueError(f"name is {str(name)!r}, which is no folder; give one with a classifier and a denoiser, or a name")
+            raise ValueError(f"name is {str(name)!r}, which is not a folder; give one with a classifier and a denoiser, or a name")
         return name
     if name not in NAMES:
         raise ValueError(f"name is {name!r}; the zoo has {', '.join(NAMES)}")

@@ -2356,7 +2356,7 @@ def attack_settings_huge_numbers(t):
 
 
 def attack_settings_booleans(t):
-    """true is no whole number: as steps: true is refused, so is it elsewhere."""
+    """true is not a whole number: as steps: true is refused, so is it elsewhere."""
     taken = []
     for name, value in (("per_class", True), ("severities", [True]), ("steps", True), ("batch", True), ("pairs", True), ("seed", False)):
         try:
@@ -2640,7 +2640,7 @@ def attack_error_keeps_json(t):
 
 
 def attack_state_forged_with_a_right_checksum(t):
-    """The checksum is no secret: a stranger's state with it, and with other tensors, is refused by a ValueError that names the file."""
+    """The checksum is not a secret: a stranger's state with it, and with other tensors, is refused by a ValueError that names the file."""
     from safetensors.torch import save
 
     from dtta_fast.runs.state import FORMAT, _checksum
