@@ -635,7 +635,7 @@ def test_outputs_of_a_classifier_make_it_cheap_and_an_interrupted_call_goes_on(t
     assert Counting.rows <= whole - whole // 2 + 4 * 80
     for text in ("{}\n", "[1]\n", "no JSON\n", '{"of": [], "values": [1]}\n'):
         path.write_text(text)
-        with pytest.raises(ValueError, match="no file of an interrupted calibration"):
+        with pytest.raises(ValueError, match="is not a file of an interrupted calibration"):
             calibrate(denoiser, clean, outputs, partial=path)
         assert path.read_text() == text
 

@@ -30,7 +30,7 @@ def test_names_files_and_imagenet(tmp_path):
         ("a.json", "[]", "has to hold a list of names"),
         ("a.json", '{"cat": []}', "has to hold a list of names"),
         ("a.json", '{"cat": [3]}', "has to hold a list of names"),
-        ("a.txt", b"\xff\xfe\x00", "no list that can be read"),
+        ("a.txt", b"\xff\xfe\x00", "cannot be read as a list"),
     ],
 )
 def test_a_file_that_holds_none(tmp_path, name, text, message):

@@ -218,7 +218,7 @@ def test_missing_and_damaged_files_are_named(tmp_path, random_network):
         ({"config": config.replace(b'"num_heads": 2', b'"num_heads": 0')}, ValueError, r"config\.json describes no DiT"),
         ({"scheduler": b'{"_class_name": "DDPMScheduler", "beta_schedule": "junk"}'}, ValueError, "describes no noise process"),
         ({"scheduler": None}, FileNotFoundError, r"scheduler_config\.json is missing"),
-        ({"scheduler": b'{"_class_name": "os"}'}, ValueError, "no scheduler of diffusers"),
+        ({"scheduler": b'{"_class_name": "os"}'}, ValueError, "is not a scheduler of diffusers"),
     ]:
         with pytest.raises(error, match=message):
             DiT.from_pretrained(damaged(**change))

@@ -112,7 +112,7 @@ def test_run_config(place, seed, value):
     names += ["input.dataset_name", "model.class_arch", "tta.online", "severities", "corruptions", "classes"]
     name = names[seed % len(names)]
     found = held(
-        lambda: with_settings(RunConfig(), {name: value}), name.removeprefix("adapt."), *flattened({name: value}), " is ", "no setting"
+        lambda: with_settings(RunConfig(), {name: value}), name.removeprefix("adapt."), *flattened({name: value}), " is ", "not a setting"
     )
     assert found is None or isinstance(found, RunConfig)
 
@@ -126,7 +126,7 @@ def test_yaml_and_flags(place, seed, text):
         found = held(lambda: read_yaml(path), str(path), root=path.parent)
         assert found is None or isinstance(found, dict)
     held(lambda: yaml_value(text), "cannot be read as YAML")
-    held(lambda: Evaluate.start([f"--settings={path}"]), "severities", "steps", "lr", "data", "no setting", str(path))
+    held(lambda: Evaluate.start([f"--settings={path}"]), "severities", "steps", "lr", "data", "not a setting", str(path))
     held(lambda: Evaluate.start([f"tta.online={text}"]), "tta.online", "protocol", "mode")
     names = held(lambda: names_of(text), "classes is")
     assert names is None or (len(names) > 1 and all(isinstance(name, str) for name in names))

@@ -27,7 +27,8 @@ class NoiseProcess:
     ε-, x0- and v-prediction (Salimans & Ho 2022, arXiv 2202.00512) and rectified flow (Liu et al. 2023,
     arXiv 2209.03003) are all rows of this table, so the engine has one code path for them.
 
-    `scheduler` is the diffusers scheduler that it was read from, the name of the repository whose process it is (SiT, REPA), or None.
+    `scheduler` holds the class and the config of the diffusers scheduler that it was read from, or the name of the repository whose process
+    it is (SiT, REPA); None for another process.
 
     Args:
         table: [T, 5] floating point, finite; kept as float32. Timesteps are 0-based indices of its rows,
@@ -49,7 +50,7 @@ class NoiseProcess:
             raise ValueError(f"model_time has shape {tuple(model_time.shape)}; give one value a timestep: [{len(table)}]")
         self.table = table.to(torch.float32)
         self.model_time = model_time.to(torch.float32)
-        self.scheduler: Any = None
+        self.scheduler: tuple[Any, dict[str, Any]] | str | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -64,7 +65,8 @@ class NoiseProcess:
             ValueError: the scheduler has neither, or its prediction type or an option is not supported.
         """
         process = cls._read(scheduler)
-        process.scheduler = scheduler
+        if hasattr(scheduler, "save_pretrained"):
+            process.scheduler = type(scheduler), dict(scheduler.config)  # a scheduler's tensors would be copied
         return process
 
     def scheduler_to_save(self, scheduler: Any = None) -> Any:
@@ -73,10 +75,11 @@ class NoiseProcess:
         Raises:
             ValueError: there is none, or it describes another noise process.
         """
-        if scheduler is None and (self.scheduler is None or isinstance(self.scheduler, str)):
-            raise ValueError("scheduler is None, and the noise process was not read from one; give the diffusers scheduler of the training")
+        if scheduler is None and isinstance(self.scheduler, tuple):
+            kind, config = self.scheduler
+            return kind.from_config(config)
         if scheduler is None:
-            return self.scheduler
+            raise ValueError("scheduler is None, and the noise process was not read from one; give the diffusers scheduler of the training")
         other = NoiseProcess.from_scheduler(scheduler)
         if not self.equals(other):
             found = type(scheduler).__name__

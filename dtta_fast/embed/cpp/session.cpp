@@ -318,7 +318,7 @@ Expected<Session> Session::load(const std::string& path, const std::string& weig
     try {
       metadata = Loader::load_metadata_from_package(path, kKeeper);
     } catch (const std::exception& error) {
-      return Error{Code::bad_file, text("'", path, "' is no package of an adaptation: ", first_line(error))};
+      return Error{Code::bad_file, text("'", path, "' is not a package of an adaptation: ", first_line(error))};
     }
     if (metadata["format"] != kFormat)
       return Error{Code::misfit, text("'", path, "' is of format '", metadata["format"], "', and this library reads ", kFormat)};
