@@ -25,7 +25,7 @@ def test_names_files_and_imagenet(tmp_path):
     ("name", "text", "message"),
     [
         ("none.txt", None, "there is no such file"),
-        ("a.json", "{", "no JSON file that can be read"),
+        ("a.json", "{", "is not a JSON file that can be read"),
         ("a.json", "3", "has to hold a list of names"),
         ("a.json", "[]", "has to hold a list of names"),
         ("a.json", '{"cat": []}', "has to hold a list of names"),

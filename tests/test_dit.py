@@ -224,7 +224,7 @@ def test_missing_and_damaged_files_are_named(tmp_path, random_network):
             DiT.from_pretrained(damaged(**change))
     with pytest.raises(FileNotFoundError, match=r"nothing\.pt is missing"):
         DiT.from_original(tmp_path / "nothing.pt", num_heads=2)
-    with pytest.raises(ValueError, match=r"no DiT checkpoint: x_embedder\.proj\.weight"):
+    with pytest.raises(ValueError, match=r"is not a DiT checkpoint: x_embedder\.proj\.weight"):
         DiT.from_original({"weight": torch.zeros(1)}, num_heads=2)
     state = random_network().state_dict()
     del state["blocks.1.attn.qkv.bias"]
