@@ -177,7 +177,7 @@ def test_arrays_of_long_images(tmp_path, shape):
     (tmp_path / "fog.npy").write_bytes(head.getvalue())
     os.truncate(tmp_path / "fog.npy", len(head.getvalue()) + int(np.prod(shape)))
     np.save(tmp_path / "labels.npy", np.zeros(1, np.int64))
-    with pytest.raises(ValueError, match=r"an image of .*fog\.npy (is \d+x\d+ pixels|has 400000000 pixels)|fog\.npy cannot be read as an array"):
+    with pytest.raises(ValueError, match=r"image of .*fog\.npy (is \d+x\d+ pixels|has 400000000 pixels)|cannot be read as an array"):
         arrays.CifarC("cifar10-c", tmp_path)
 
 
