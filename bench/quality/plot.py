@@ -206,8 +206,8 @@ def draw(axis: Axes, found: list[Point], source: float, texts: list[str], colour
     place(axis, [labels[k] for k in order], [(found[k].low, found[k].high) for k in order], taken)
 
 
-def summary(records: dict[str, Any], title: str, left_out: str, path: Path) -> None:
-    """Draws the README's methods, those that were measured, with their names and gains."""
+def summary(records: dict[str, Any], title: str, path: Path, left_out: str = "") -> None:
+    """Draws the README's methods, those that were measured and not `left_out`, with their names and gains."""
     found = [point for point in points(records) if point.name in SUMMARY and point.name != left_out]
     figure, axis = plt.subplots(figsize=(8.2, 4.7), layout="constrained")
     texts = [f"{SUMMARY[point.name][0]}\n{signed(point.gain)}" for point in found]
@@ -248,7 +248,7 @@ def main() -> None:
         if results.is_file():
             records = json.loads(results.read_text())
             if name in IN_README:
-                summary(records, title, IN_README[name], ROOT / "docs" / f"quality_{name}.svg")
+                summary(records, title, ROOT / "docs" / f"quality_{name}.svg", IN_README[name])
             whole(records, title, ROOT / "docs" / f"quality_{name}_all.svg")
 
 
