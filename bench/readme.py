@@ -363,6 +363,7 @@ TABLES = {
         "ablations": lambda: quality("digits_ablations"),
         "cifar resnet": lambda: quality("cifar_resnet"),
         "cifar resnet by corruption": lambda: by_corruption("cifar_resnet"),
+        "cifar convnext": lambda: quality("cifar_convnext"),
         "fashion": lambda: quality("fashion"),
         "digits by corruption": lambda: by_corruption("digits"),
         "fashion by corruption": lambda: by_corruption("fashion"),
