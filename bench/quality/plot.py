@@ -170,10 +170,11 @@ def draw(axis: Axes, found: list[Point], source: float, texts: list[str], colour
     name = axis.annotate(
         f"source, not adapted: {source:.1f} %",
         (1, source),
-        (-2, 3),
+        (-2, -4),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
         ha="right",
+        va="top",
     )
     labels = []
     for point, x, text, colour in zip(found, at, texts, colours, strict=True):
