@@ -223,7 +223,7 @@ def test_the_flags_are_those_of_the_published_model_of_this_size(size, monkeypat
     for other in {*PUBLISHED} - {size}:
         with pytest.raises(ValueError, match=f"image_size is {other}, and the levels have 1, .* times the channels of the first"):
             ClassUNet.from_adm(state, image_size=other)
-    with pytest.raises(ValueError, match="image_size is 32; flags are known of the models for 64, 128, 256 pixels alone: give num_heads"):
+    with pytest.raises(ValueError, match="image_size is 32; flags are known only for the models of 64, 128, 256 pixels: give num_heads"):
         ClassUNet.from_adm(state, image_size=32)
 
 

@@ -62,7 +62,7 @@ class Method:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What results depend on besides the models and images; see described()."""
+        """Settings that results depend on, besides the models and images; see described()."""
         return {"batch": self.batch, "protocol": self.protocol, **getattr(self.make, "settings", {})}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class Flags(NamedTuple):
             return cls(channels, number, new_order, schedule)
         if image_size not in PUBLISHED:
             sizes = ", ".join(map(str, PUBLISHED))
-            raise ValueError(f"image_size is {image_size}; flags are known of the models for {sizes} pixels alone: give {THREE}")
+            raise ValueError(f"image_size is {image_size}; flags are known only for the models of {sizes} pixels: give {THREE}")
         own = PUBLISHED[image_size]
         return cls(
             channels if counted else own.channels,
@@ -73,7 +74,7 @@ class Flags(NamedTuple):
         """
         found = tuple(width / channels[0] for width in channels)
         if self.multipliers is not None and found != self.multipliers:
-            own = "as a network for other images, or one of your own"
+            own = "which is not the model published for this size"
             raise ValueError(
                 f"image_size is {image_size}, and the levels have {', '.join(f'{factor:g}' for factor in found)} times the channels of the "
                 f"first, {own}: give {THREE}, as in the training"
@@ -120,6 +121,17 @@ class _Block(NamedTuple):
     number: int | None
 
 
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turns what damaged weights make fail into a ValueError that names their source."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{source} is not a class-conditional ADM UNet: it lacks {error.args[0]}") from error
+    except OF_VALUES as error:
+        raise ValueError(f"{source} is not a class-conditional ADM UNet: {error}") from error
+
+
 def unet_from_adm(state: Mapping[str, Tensor], source: str, image_size: int, flags: Flags) -> Any:
     """Makes a UNet2DModel of a checkpoint of guided-diffusion. Its attention has heads of one width; see ClassUNet's num_heads.
 
@@ -134,13 +146,9 @@ def unet_from_adm(state: Mapping[str, Tensor], source: str, image_size: int, fla
         raise ValueError(f"{source} is not a class-conditional ADM UNet: {', '.join(missing)} missing; it has {there or 'nothing'}")
     check_weights(state, source)
     state = _Recorder(state)
-    try:
+    with _explained(source):
         down, up = list(_down(state)), list(_up(state))
         config = _config(state, down, up)
-    except KeyError as error:
-        raise ValueError(f"{source} is not a class-conditional ADM UNet: it lacks {error.args[0]}") from error
-    except OF_VALUES as error:
-        raise ValueError(f"{source} is not a class-conditional ADM UNet: {error}") from error
     channels, time = config["block_out_channels"], state["time_embed.0.weight"].shape[1]
     if time != channels[0]:
         found = f"{source} has {channels[0]} channels at its first level and {time} in its embedding of time"
@@ -151,14 +159,10 @@ def unet_from_adm(state: Mapping[str, Tensor], source: str, image_size: int, fla
     attention = [width for width, own in zip(channels, attends, strict=True) if own] + [channels[-1]]
     flags.check(attention, channels, image_size)
     head = flags.channels or math.gcd(*attention)  # with a number of heads, ClassUNet sets it
-    try:
+    with _explained(source):
         with torch.device("meta"):
             unet = UNet2DModel(sample_size=image_size, attention_head_dim=head, **config)
         own = dict(_renamed(state, down, up, flags))
-    except KeyError as error:
-        raise ValueError(f"{source} is not a class-conditional ADM UNet: it lacks {error.args[0]}") from error
-    except OF_VALUES as error:
-        raise ValueError(f"{source} is not a class-conditional ADM UNet: {error}") from error
     unread = sorted(set(state) - state.read)
     if unread:
         raise ValueError(f"{source} has weights that an ADM UNet of its sizes does not have: {', '.join(unread[:5])}")
