@@ -127,9 +127,9 @@ class AdaptConfig:
             noise is generated where it is used.
         share_noise: whether all of an image's pairs in a step share one noise, which is held in memory.
         common_draws: whether all steps of an image use the same pairs.
-        top_k: number of classes in the condition, the likeliest ones; None is all.
+        top_k: number of classes in the condition, the likeliest ones; None is all, and so is a number above that of the classes.
         drawn_classes: number of classes in addition to those of top_k, sampled from the others by their probability, without
-            replacement and anew in every step.
+            replacement and anew in every step; at most the remaining ones.
         logit_scale: the condition is softmax(logit_scale · logits / ‖logits‖₂); None is softmax(logits).
         match: what gets images matched to the statistics of the denoiser's own images (see Calibration.match): nothing (off), the
             denoiser, or the model as well (both). Takes a calibration of the denoiser, without which nothing is matched.

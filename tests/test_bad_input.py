@@ -48,7 +48,6 @@ ARGUMENTS = {
     "noise with NaN": ({"noise": torch.full((2, 2, 2, 3, 16, 16), float("nan"))}, ValueError, "noise holds NaN"),
     "config": ({"config": "FAST"}, TypeError, "config is a str"),
     "range beyond the process": ({"config": CONFIG.replace(timestep_range=(0, 1001))}, ValueError, "timestep_range is"),
-    "top_k over the classes": ({"config": CONFIG.replace(top_k=8)}, ValueError, "top_k is 8"),
     "denoiser": ({"denoiser": nn.Linear(1, 1)}, TypeError, "denoiser is a Linear"),
     "model": ({"model": lambda x: x}, TypeError, "model is a function"),
     "no norm layer": ({"model": nn.Linear(16, 7), "config": CONFIG.replace(parameters="norm")}, ValueError, "has none of that kind"),

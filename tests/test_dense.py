@@ -306,7 +306,6 @@ def test_noise_mixing_at_every_pixel_adapts_a_segmenter_by_a_controlnet(controll
     for change, message in (
         ({"objective": "embedding_mix"}, "denoiser takes prompts"),
         ({"guard": 4}, "guard is 4"),
-        ({"top_k": 5}, "top_k is 5"),
     ):
         with pytest.raises(ValueError, match=message):
             adapt(segmenter, named, images, config=config.replace(**change), task=Segmentation())

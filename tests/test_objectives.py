@@ -11,7 +11,7 @@ from scipy import stats
 from torch import Tensor
 from torch.func import functional_call
 
-from dtta_fast import AdaptConfig, Adapter, adapt
+from dtta_fast import AdaptConfig, Adapter, adapt, presets
 from dtta_fast.core.calibrate import calibrate
 from dtta_fast.core.differences import BINS
 from dtta_fast.core.draws import Draws, cumulative_density
@@ -300,9 +300,20 @@ def test_settings_that_do_not_go_together_are_refused(change, message):
         CONFIG.replace(**change)
 
 
-def test_more_classes_than_there_are_cannot_be_drawn(model, denoiser, images):
-    with pytest.raises(ValueError, match="top_k is 5 with drawn_classes 3, and there are 7 classes"):
-        adapt(model, denoiser, images, config=CONFIG.replace(top_k=5, drawn_classes=3))
+def test_more_classes_than_there_are_means_all_of_them(model, denoiser, images):
+    """So that presets which look at a few classes take models with fewer, such as a yes-or-no classifier."""
+    mixing = CONFIG.replace(objective="noise_mix")
+    for all_of_them, more in (
+        (CONFIG.replace(top_k=7), CONFIG.replace(top_k=9)),
+        (mixing.replace(top_k=5, drawn_classes=2), mixing.replace(top_k=5, drawn_classes=4)),
+        (presets.RANK.replace(top_k=2), presets.RANK),
+    ):
+        task = Classification(subset=[5, 0]) if more == presets.RANK else Classification()
+        found, expected = (adapt(model, denoiser, images, config=config, task=task) for config in (more, all_of_them))
+        assert found.outputs.equal(expected.outputs)
+        assert found.evaluations.equal(expected.evaluations)
+    session = Adapter(model, denoiser, mixing.replace(top_k=9, drawn_classes=3))
+    assert (session.config.top_k, session.config.drawn_classes) == (7, 0)
 
 
 def test_a_method_without_steps_has_no_deadline(model, denoiser, images):

@@ -129,6 +129,15 @@ def test_probabilities_in_place_of_logits_are_told(digits, images):
         adapt(softmax, denoiser, images, config=CONFIG)
 
 
+def test_images_that_are_nearly_black_are_told(digits, images):
+    model, denoiser = digits
+    for dark in ((images > 0.5).to(torch.uint8), images / 255):
+        with pytest.warns(UserWarning, match=r"images are nearly black: their largest value is 0.0039 of 1"):
+            adapt(model, denoiser, dark, config=CONFIG)
+    for fine in (images, (images * 255).to(torch.uint8), torch.zeros_like(images)):
+        quiet(lambda given=fine: adapt(model, denoiser, given, config=CONFIG))
+
+
 # --- files
 
 

@@ -115,6 +115,21 @@ def are_logits(module: nn.Module, outputs: Tensor) -> Notice | None:
     return (outputs < 0).any() | ((outputs.double().sum(1) - 1).abs() >= SMALL).any(), tell
 
 
+@torch.no_grad()
+def are_bright(images: Tensor) -> Notice:
+    """Looks whether the largest value of images [B, 3, H, W] in [0, 1] is at most 1/255 and above 0: someone divided by 255 twice, or cast
+    values in [0, 1] to uint8."""
+
+    def tell() -> None:
+        warn(
+            f"images are nearly black: their largest value is {float(images.amax()):.2g} of 1 (1/255 = 0.0039). Give floating point in "
+            "[0, 1], or uint8 in 0 .. 255"
+        )
+
+    largest = images.amax()
+    return (largest == 0) | (largest > 1.001 / 255), tell
+
+
 def _random_states(device: torch.device) -> list[bytes]:
     on_gpu = device.type == "cuda" and torch.cuda.is_initialized()
     found = [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if on_gpu else [])]

@@ -29,6 +29,7 @@ from dtta_fast.session.checks import (
     check_timestep_range,
     checked,
     checked_pairs,
+    fitted_to_classes,
     fitted_to_denoiser,
     settings_that_differ,
     warn_of_unguarded,
@@ -86,6 +87,7 @@ class Adapter:
                 "for better answers, set denoiser.calibration = calibrate(denoiser, clean_images, outputs)"
             )
         warn_of_unguarded(denoiser, config)
+        config = fitted_to_classes(task.class_count(denoiser), config)
         if config.compile == "auto":
             recorded = anchor(model).device.type == "cuda" and config.optimizer != "adam8bit"
             config = config.replace(compile="regional+graphs" if recorded else "regional")
@@ -103,7 +105,8 @@ class Adapter:
     @property
     def config(self) -> AdaptConfig:
         """The settings this adapter runs with: those it was created with, except that compile "auto" is replaced by what it stands for on
-        the model's device, and settings that need a calibration by others if the denoiser has none."""
+        the model's device, settings that need a calibration by others if the denoiser has none, and top_k and drawn_classes by the
+        number of classes if there are fewer."""
         return self.engine.config
 
     def adapt(

@@ -103,6 +103,14 @@ def fitted_to_denoiser(denoiser: Denoiser, config: AdaptConfig) -> AdaptConfig:
     return config.replace(**changes)
 
 
+def fitted_to_classes(classes: int, config: AdaptConfig) -> AdaptConfig:
+    """Limits top_k and drawn_classes to the number of classes; a task without classes, which has 1, refuses them later."""
+    if config.top_k is None or config.top_k + config.drawn_classes <= classes or classes < 2:
+        return config
+    top_k = min(config.top_k, classes)
+    return config.replace(top_k=top_k, drawn_classes=min(config.drawn_classes, classes - top_k))
+
+
 def warn_of_unguarded(denoiser: Denoiser, config: AdaptConfig) -> None:
     """Warns if a stream's updates, without a guard, follow a loss that separates the classes poorly according to the calibration."""
     found = denoiser.calibration

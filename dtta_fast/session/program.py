@@ -27,6 +27,7 @@ from dtta_fast.runtime.phases import phase
 from dtta_fast.runtime.reads import Checks
 from dtta_fast.runtime.trial import (
     Notice,
+    are_bright,
     are_logits,
     first_run,
     have_moved,
@@ -110,6 +111,8 @@ class ModuleProgram(Program):
 
     def answered(self, batch: Batch, crop: Tensor, checks: Checks) -> Batch:
         """Adds the source model's outputs, checked, and the images that the pre-check selects; crop [B, 3, H, W] as given to views()."""
+        if not self._ran:
+            self._note(are_bright(crop))
         before = self.checked_outputs(batch.original, checks)
         matched_outputs = before if batch.matched is None else self.checked_outputs(batch.matched, checks)
         batch = batch._replace(before=before, matched_outputs=matched_outputs)

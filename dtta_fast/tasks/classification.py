@@ -93,7 +93,7 @@ class Classification(ClassTask):
         return (self._normalise or _transforms(model)[1])(crop)
 
     def check(self, outputs: Tensor, denoiser: Denoiser, config: AdaptConfig, checks: Checks) -> None:
-        """Raises ValueError if outputs are not logits [B, K], or if K or top_k does not fit the denoiser's table."""
+        """Raises ValueError if outputs are not logits [B, K], or if K does not fit the denoiser's table."""
         classes = len(denoiser.class_embeddings({}))
         if not isinstance(outputs, Tensor) or not outputs.is_floating_point():
             raise ValueError(f"model returns a {type(outputs).__name__}; a classifier returns floating-point logits [B, K]")
@@ -108,18 +108,13 @@ class Classification(ClassTask):
             )
         if outputs.shape[1] != classes:
             raise ValueError(f"model has {outputs.shape[1]} classes and denoiser has embeddings for {classes}; both need the same classes")
-        if self._subset is not None:
-            if max(self._subset) >= classes:
-                raise ValueError(f"subset names class {max(self._subset)}, and the model has 0 .. {classes - 1}")
-            classes = len(self._subset)
+        if self._subset is not None and max(self._subset) >= classes:
+            raise ValueError(f"subset names class {max(self._subset)}, and the model has 0 .. {classes - 1}")
         if config.logit_scale is not None:
             error = (
                 "model returns logits of -inf, which logit_scale cannot scale: leave it out, or mask classes by Classification(subset=...)"
             )
             checks.require(~outputs.isneginf().any(), lambda: error)
-        if config.top_k is not None and config.top_k + config.drawn_classes > classes:
-            more = f" with drawn_classes {config.drawn_classes}" if config.drawn_classes else ""
-            raise ValueError(f"top_k is {config.top_k}{more}, and there are {classes} classes")
 
     def choose(self, outputs: Tensor, config: AdaptConfig, image_ids: Tensor, step: Tensor) -> Tensor | None:
         if config.top_k is None:

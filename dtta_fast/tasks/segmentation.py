@@ -36,8 +36,6 @@ class Segmentation(DenseTask, ClassTask):
         if config.objective != wanted:
             kind = "maps" if denoiser.takes_maps else "prompts"
             raise ValueError(f"objective is {config.objective!r}, and the denoiser takes {kind}: use {wanted!r}")
-        if config.top_k is not None and config.top_k > classes:
-            raise ValueError(f"top_k is {config.top_k}, and there are {classes} classes")
         if denoiser.takes_maps and config.top_k is not None:
             raise ValueError(f"top_k is {config.top_k}; a map's embedding costs the same for all classes: leave it out")
 
