@@ -106,8 +106,8 @@ class AdaptConfig:
     Attributes:
         method: adapt; diffusion_classifier, which trains nothing and answers with the class that has the lowest denoising loss
             (arXiv 2303.16203); or posterior, which takes the model's probabilities as prior and lowers a class's log probability by
-            half of Calibration.trust times the standard errors by which its loss exceeds the lowest. The last two run as many stages as
-            steps says, each with as many pairs as pairs says, the same for all classes. After each stage, a class is dropped if its loss
+            half of Calibration.trust times the standard errors by which its loss exceeds the lowest. In the last two, steps is the number
+            of stages and pairs is the number of pairs per stage, the same for all classes. After each stage, a class is dropped if its loss
             exceeds the lowest by more than guard_threshold standard errors (0: no class is dropped). top_k then limits how many of the
             model's likeliest classes are evaluated.
         steps: number of updates per image (episodic) or per batch (online), at least 1.
@@ -127,7 +127,7 @@ class AdaptConfig:
             noise is generated where it is used.
         share_noise: whether all of an image's pairs in a step share one noise, which is held in memory.
         common_draws: whether all steps of an image use the same pairs.
-        top_k: number of classes in the condition, the likeliest ones; None is all, and so is a number above that of the classes.
+        top_k: number of classes in the condition, the likeliest ones; None means all, and so does a number above the number of classes.
         drawn_classes: number of classes in addition to those of top_k, sampled from the others by their probability, without
             replacement and anew in every step; at most the remaining ones.
         logit_scale: the condition is softmax(logit_scale · logits / ‖logits‖₂); None is softmax(logits).
@@ -138,7 +138,7 @@ class AdaptConfig:
             changes the image, is at least 80 % sure of it (answer, needs match both); or those whose statistics are typical of the
             denoiser's own images (statistics, see Calibration.distance). If the denoiser's loss tells nothing about the class
             (Calibration.trust is 0) and there is a guard, both leave all images unadapted. Compiled code is specialised to one batch size,
-            so it adapts the whole batch if any of its images needs adaptation.
+            so if any image needs adaptation it runs on the whole batch, and the results of the skipped images are discarded.
         parameters: which of the model's weights are adapted: all, its norm layers, its head, LoRA adapters (its own if it has any, new
             ones otherwise), or the logits themselves. Their requires_grad flags are ignored.
         denoiser_parameters: which of the denoiser's weights are adapted: none (frozen), all, or those of LoRA adapters (lora).

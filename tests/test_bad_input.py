@@ -23,6 +23,16 @@ class Tupled(nn.Linear):
         return (super().forward(x.flatten(1)),)
 
 
+class Squeezed(nn.Linear):
+    """Loses the images' dimension when there is one image."""
+
+    def __init__(self) -> None:
+        super().__init__(768, 7)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flatten(1)).squeeze()
+
+
 ARGUMENTS = {
     "three dimensions": ({"images": torch.rand(3, 16, 16)}, ValueError, "images has shape"),
     "empty batch": ({"images": torch.rand(0, 3, 16, 16)}, ValueError, "images has shape"),
@@ -54,6 +64,7 @@ ARGUMENTS = {
     "other classes": ({"model": nn.Sequential(nn.Flatten(), nn.Linear(768, 5))}, ValueError, "model has 5 classes"),
     "a tuple of outputs": ({"model": Tupled()}, ValueError, "model returns a tuple"),
     "task": ({"task": "classification"}, TypeError, "task is 'classification'"),
+    "no dimension of images": ({"model": Squeezed()}, ValueError, r"model returns shape \(2, 7\) for 2 images and \(7,\) for 1; keep"),
     "no logits": ({"model": nn.Conv2d(3, 7, 1)}, ValueError, "model returns shape"),
 }
 

@@ -24,6 +24,32 @@ def floats(model, denoiser, images):
     return model.float(), denoiser.float(), images.float()
 
 
+class InPlace(nn.Module):
+    """Writes to its input and to a buffer, as some models do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("seen", torch.zeros(1))
+        self.pretrained_cfg = inner.pretrained_cfg
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(0.5)
+        self.seen.add_(1)
+        return self.inner(x) + self.seen.to(x.dtype) * torch.arange(7, device=x.device)
+
+
+def test_measuring_memory_touches_neither_the_batch_nor_buffers(model, denoiser, images, monkeypatch):
+    session = Adapter(InPlace(model), denoiser, CONFIG.replace(memory_budget=2**32))
+    given = torch.stack([image * 2 - 1 for image in images])
+    forward = type(denoiser).forward
+    monkeypatch.setattr(type(denoiser), "forward", lambda self, x_t, *others: forward(self, x_t.mul_(0.5), *others))
+    first, second = (session.adapt(images, latents=given) for _ in range(2))
+    assert torch.equal(first.outputs, second.outputs)
+    assert torch.equal(first.loss, second.loss)
+    assert torch.equal(given, torch.stack([image * 2 - 1 for image in images]))
+
+
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 def test_a_denoiser_that_was_trained_by_a_fused_optimizer_is_cast_anew(floats, kind):
     """torch does not count the writes of fused optimizers."""

@@ -32,6 +32,23 @@ def pixels() -> Tensor:
     )
 
 
+def test_a_crop_that_writes_to_its_input_does_not_reach_the_caller_s_images():
+    images = [torch.rand(3, 40, 40), torch.rand(3, 50, 50)]
+    kept = [image.clone() for image in images]
+    task = Classification(crop=lambda image: torch.nn.functional.interpolate(image.mul_(0.5), (32, 32)))
+    adapt(*zoo.load("digits"), images, CONFIG, task)
+    assert all(torch.equal(image, before) for image, before in zip(images, kept, strict=True))
+
+
+def test_answers_of_a_training_free_method_have_one_dtype():
+    model, denoiser = zoo.load("digits")
+    session = Adapter(model.half(), denoiser, presets.RANK.replace(pairs=2))
+    clean = zoo.example("digits")[0][:2]
+    clean = clean.float() / 255 if clean.dtype == torch.uint8 else clean
+    for images in (torch.full_like(clean, 0.5), clean, clean**4):
+        assert session.adapt(images).outputs.dtype == torch.float32
+
+
 def held(pixels: Tensor, kind: str, folder) -> object:
     """The same three images in another form."""
     arrays = pixels.permute(0, 2, 3, 1).contiguous().numpy()

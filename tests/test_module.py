@@ -190,7 +190,7 @@ def test_a_state_that_cannot_be_taken_over_is_not_lost(images, monkeypatch):
     module = AsModule(*zoo.load("digits"), presets.ONLINE.replace(pairs=2))
     module(images[:4])
     weights = module.get_extra_state()["online"]["theta"]
-    module.to("cpu")
+    module.double().float()
     monkeypatch.setattr(Adapter, "load_state_dict", lambda self, state: (_ for _ in ()).throw(ValueError("another model")))
     for _ in range(2):  # no call goes on from the model's own weights
         with pytest.raises(ValueError, match="another model"):
@@ -211,6 +211,23 @@ def test_a_state_is_converted_with_its_module(images):
     double = module.double()
     assert double(images[:2].double()).dtype == torch.float64
     assert double._next == 6
+
+
+def test_adapted_weights_stay_in_float32_beside_a_module_in_half_precision(images):
+    module = AsModule(*zoo.load("digits"), presets.ONLINE.replace(pairs=2))
+    module(images[:4])
+    weights = module.adapter.state_dict()["theta"]
+    module.bfloat16()
+    assert all(torch.equal(module.adapter.state_dict()["theta"][name], value) for name, value in weights.items())
+    module(images[4:])
+    assert module._next == 12
+
+
+def test_a_move_that_changes_nothing_keeps_the_session(images):
+    module = AsModule(*zoo.load("digits"), SMALL)
+    adapter = module.adapter
+    assert module.to("cpu").float().adapter is adapter
+    assert module.double().adapter is not adapter
 
 
 def test_threads_take_turns_and_share_no_numbers(images):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy import stats
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from dtta_fast import AdaptConfig, Adapter, adapt, presets
@@ -298,6 +298,49 @@ def test_only_the_model_s_first_classes_are_ranked_again(model, denoiser, images
 def test_settings_that_do_not_go_together_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         CONFIG.replace(**change)
+
+
+class Masked(nn.Module):
+    """A model that masks all classes but the last two."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.pretrained_cfg = inner, inner.pretrained_cfg
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.zeros(7, dtype=x.dtype, device=x.device)
+        mask[:5] = -torch.inf
+        return self.inner(x) + mask
+
+
+@pytest.mark.parametrize("top_k", [None, 3])
+def test_a_class_that_the_model_masks_is_never_predicted(model, denoiser, images, top_k):
+    config = AdaptConfig(method="diffusion_classifier", steps=1, pairs=2, top_k=top_k)
+    found = adapt(Masked(model), denoiser, images, config=config)
+    assert set(found.predictions.tolist()) <= {5, 6}
+    assert found.evaluations.tolist() == [2 * 2] * len(images)
+
+
+def test_drawn_classes_are_none_of_the_likeliest_even_if_the_rest_is_masked():
+    outputs = torch.tensor([[2.0, 1.0, -torch.inf, -torch.inf, -torch.inf]])
+    for step in range(20):
+        chosen = Classification().choose(outputs, CONFIG.replace(top_k=2, drawn_classes=2), torch.tensor([0]), torch.tensor(step))
+        assert len(set(chosen[0].tolist())) == 4
+
+
+@pytest.mark.parametrize("objective", ["embedding_mix", "noise_mix"])
+def test_gradients_of_a_model_in_float16_do_not_underflow(model, denoiser, images, objective):
+    """With a loss that is a mean over thousands of elements, they would be below float16's least number."""
+    config = CONFIG.replace(objective=objective, steps=1, optimizer="sgd", lr=1.0, momentum=0.0, precision="fp32")
+    moved = {}
+    for dtype in (torch.float16, torch.float32):
+        session = Adapter(model.to(torch.float16).to(dtype), denoiser.float(), config.replace(mode="online"))
+        session.adapt(images.float())
+        theta = session.state_dict()["theta"]
+        moved[dtype] = torch.cat([(theta[name] - p.detach().float()).flatten() for name, p in model.named_parameters()])
+    a, b = moved.values()
+    assert F.cosine_similarity(a, b, dim=0) > 0.99
+    torch.testing.assert_close(a.norm(), b.norm(), rtol=0.05, atol=0)
 
 
 def test_more_classes_than_there_are_means_all_of_them(model, denoiser, images):

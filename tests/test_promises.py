@@ -41,7 +41,7 @@ def missing(block: str) -> str | None:
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_names_its_tests(page):
     found = blocks((ROOT / page).read_text())
-    introductions = ("What is read may come", "**Promised**", "**Not promised:**", "| change |", "| results |")
+    introductions = ("Images, data sets, runs and model folders may come", "**Promised**", "**Not promised:**", "| change |", "| results |")
     # the rows of commands are held by test_the_commands_are_there
     own = [block for block in found if not block.startswith(introductions) and not re.match(r"\|.*\| `(python |pytest )?bench/", block)]
     assert len(own) > 20

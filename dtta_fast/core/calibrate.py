@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ def calibrate(
         ValueError: Calibration.measure rejects the images, answers do not fit them, a text-conditioned denoiser has no classes (give
             denoiser.with_classes([...])), or partial is not such a file.
     """
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+    kinds = {images.device.type, next(denoiser.parameters()).device.type}
+    with torch.no_grad(), ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         return _calibrated(denoiser, images, answers, progress, partial)
 
 

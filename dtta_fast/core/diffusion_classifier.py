@@ -39,10 +39,10 @@ def class_scores(problem: Problem, schedule: Schedule, outputs: Tensor, x0: Tens
     """
     config, table = problem.config, problem.denoiser.class_embeddings({})
     images, classes = outputs.shape
-    alive = problem.class_task.possible(outputs)
+    alive = problem.class_task.possible(outputs) & ~outputs.isneginf()  # a model masks a class by -inf
     if config.top_k is not None:
         best = outputs.masked_fill(~alive, -torch.inf).topk(config.top_k, dim=1).indices
-        alive = torch.zeros_like(alive).scatter(1, best, True)
+        alive = alive & torch.zeros_like(alive).scatter(1, best, True)
     looked_at, evaluations = alive.clone(), torch.zeros_like(image_ids)
     losses = torch.empty(images, classes, 0, dtype=torch.float64, device=x0.device)
     excess = torch.zeros(images, classes, dtype=torch.float64, device=x0.device)

@@ -123,11 +123,13 @@ def accumulated_gradients(
     l1: bool,
     per_image: bool,
     batched: bool = False,
+    half: bool = False,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], float]:
     """Computes the loss of `predict`'s predictions, averaged over the pairs, and its gradients.
 
     Pairs run in chunks of `chunk` per image. A chunk keeps only its contribution to the gradients, so peak memory is that of one chunk.
-    If each image has its own weights phi, images run one by one, or all at once if `batched` is set.
+    If each image has its own weights phi, images run one by one, or all at once if `batched` is set. `half` says that the heads' gradients
+    go on into float16, as with a model in that format, so that they are scaled even if the denoiser is not in it.
 
     Returns:
         loss [B]; the gradients with respect to those `heads` [B, ...] that require one, in order; the gradients with respect to phi's
@@ -137,7 +139,7 @@ def accumulated_gradients(
     images, pairs = drawn.timesteps.shape
     own_weights = per_image and bool(phi)
     if own_weights and (not batched or denoiser.checkpointing):  # vmap cannot recompute
-        return _image_by_image(predict, denoiser, phi, heads, drawn, chunk, l1)
+        return _image_by_image(predict, denoiser, phi, heads, drawn, chunk, l1, half)
     leaves = [leaf(head) if head.requires_grad else head.detach() for head in heads]
     # cast once per step, not once per chunk
     weights = {name: leaf(p) for name, p in in_dtypes_of(denoiser, phi).items()} if phi else {}
@@ -147,7 +149,7 @@ def accumulated_gradients(
     # at least float32: accumulating chunks in bfloat16 would make the result depend on their size
     gradients = [torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in wanted]
     dtype, divisor = denoiser.dtype, pairs if per_image else pairs * images
-    scale = gradient_scale(dtype, drawn.x0[0].numel(), divisor)
+    scale = gradient_scale(torch.float16 if half else dtype, drawn.x0[0].numel(), divisor)
 
     def run() -> None:
         for part in drawn.chunks(chunk):
@@ -172,7 +174,7 @@ def accumulated_gradients(
 
 
 def _image_by_image(
-    predict: Predict, denoiser: Denoiser, phi: Parameters, heads: list[Tensor], drawn: Pairs, chunk: int, l1: bool
+    predict: Predict, denoiser: Denoiser, phi: Parameters, heads: list[Tensor], drawn: Pairs, chunk: int, l1: bool, half: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor], float]:
     """Computes accumulated_gradients() for images whose denoisers have weights of their own.
 
@@ -181,7 +183,8 @@ def _image_by_image(
     each = []
     for i in range(len(drawn.x0)):
         own, one = of_image(phi, i), [head[i : i + 1] for head in heads]
-        each.append(accumulated_gradients(predict, denoiser, own, one, drawn.images(slice(i, i + 1)), chunk, l1, per_image=False))
+        its_pairs = drawn.images(slice(i, i + 1))
+        each.append(accumulated_gradients(predict, denoiser, own, one, its_pairs, chunk, l1, per_image=False, half=half))
     losses, to_heads, to_phi, scales = zip(*each, strict=True)
     if len(each) == 1:
         return losses[0], to_heads[0], [gradient[None] for gradient in to_phi[0]], scales[0]

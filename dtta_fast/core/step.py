@@ -115,7 +115,16 @@ def gradients(
         )
     drawn = Pairs(x0, denoiser.process.table, timesteps, image_ids, config.seed, draws.step(state.step), noise=noise)
     loss, to_heads, to_phi, scale = accumulated_gradients(
-        predict, denoiser, phi, heads, drawn, schedule.chunk, config.loss == "l1", problem.per_image, problem.batches_denoiser
+        predict,
+        denoiser,
+        phi,
+        heads,
+        drawn,
+        schedule.chunk,
+        config.loss == "l1",
+        problem.per_image,
+        problem.batches_denoiser,
+        half=outputs.dtype == torch.float16,
     )
     with phase("classifier"):
         moving, through_heads = [*theta.values(), *phi.values()], [head for head in heads if head.requires_grad]

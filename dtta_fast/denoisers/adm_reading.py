@@ -17,7 +17,7 @@ LEAST = ("time_embed.0.weight", "label_emb.weight", "input_blocks.0.0.weight", "
 
 
 class Flags(NamedTuple):
-    """What ADM's weights do not tell.
+    """Settings that cannot be inferred from ADM's weights.
 
     Attention has `number` heads, or heads of `channels`; queries, keys and values are split before the heads (new_order) or after them.
     multipliers: those of the levels' channels, where the flags are a published model's, else None.

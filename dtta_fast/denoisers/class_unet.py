@@ -130,7 +130,7 @@ class ClassUNet(DiffusersDenoiser):
         If path is not a folder, it is treated as a Hugging Face Hub model id.
 
         Args:
-            patch_size, null_class: same as for ClassUNet; None takes what the folder's config.json says, and without one 1 and False.
+            patch_size, null_class: same as for ClassUNet; None means what the folder's config.json says, or 1 and False without one.
             calibration: False skips the folder's calibration.json.
 
         Raises:

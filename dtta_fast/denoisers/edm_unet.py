@@ -82,7 +82,7 @@ class EDMUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers has n
 
     Args:
         sample_size: side length in pixels. in_channels, out_channels: channels of the noisy image and of the prediction.
-        noise_channels: channels of the noise level's embedding; all blocks get one of four times as many.
+        noise_channels: channels of the noise level's embedding; the embedding that all blocks get has four times as many.
         block_out_channels: channels at each level, from the largest images to the smallest.
         layers_per_block: residual blocks of a level on the way down; there is one more on the way up.
         attention: whether each level has attention.
@@ -231,7 +231,7 @@ def _config(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _renamed(state: Mapping[str, Tensor], unet: EDMUNet) -> Iterator[tuple[str, Tensor]]:
-    """Yields the weights by our names. Labels of augmentation are 0 for images as they are, so their weights are left out.
+    """Yields the weights by our names. Augmentation labels are 0 for unaugmented images, so their weights are left out.
 
     Raises:
         ValueError: sizes are changed by another filter than the mean of 2 x 2 pixels.

@@ -169,7 +169,7 @@ class NoiseProcess:
         """Returns the linear path x_t = (1 - σ)·x0 + σ·ε with its velocity as the target, in `rows` equal parts of σ from 0 to 1.
 
         Args:
-            time_of_data: the time, from 0 to 1, that the denoiser is given for an image without noise, from which its velocity leads to
+            time_of_data: the time, from 0 to 1, that the denoiser is given for an image without noise. Its velocity points from there to
                 the other end. 1 is SiT's convention (Ma et al. 2024, arXiv 2401.08740), 0 REPA's (Yu et al. 2025, arXiv 2410.06940).
         """
         sigma = (torch.arange(rows, dtype=torch.float64, device="cpu") + 0.5) / rows

@@ -69,8 +69,8 @@ def explaining_misfits(module: nn.Module, inputs: Tensor) -> Iterator[None]:
             ) from error
         if "doesn't match model" in said:  # timm's patch embedding
             raise ValueError(
-                f"model was built for another size than {size}, which its timm config gives ({said.splitlines()[0]}); "
-                "give task=Classification(crop=...), or set the size in model.pretrained_cfg['input_size']"
+                f"model was built for another size than {size}, that of its crops ({said.splitlines()[0]}); let "
+                "task=Classification(crop=...) or model.pretrained_cfg['input_size'] give the model's size"
             ) from error
         raise
 
@@ -147,12 +147,18 @@ def is_its_own(module: nn.Module, run: Callable[[Tensor], Tensor], inputs: Tenso
     both = torch.cat([first, first.flip(-1) / 2])  # with other statistics too
     before, outer = _random_states(inputs.device), sys.exc_info()[1]
     try:
-        again = run(first if len(inputs) > 1 else both)[:1]
+        again = run(first if len(inputs) > 1 else both)
     except Exception as error:  # such as too little memory: the call itself will tell
         if is_the_callers(error, outer):
             raise
         return None
-    if again.shape != outputs[:1].shape or _random_states(inputs.device) != before:
+    if again.shape[1:] != outputs.shape[1:]:
+        raise ValueError(
+            f"model returns shape {tuple(outputs.shape)} for {len(inputs)} images and {tuple(again.shape)} for {3 - min(len(inputs), 2)}; "
+            "keep the images' dimension, by flatten(1) or squeeze(dim) in place of squeeze()"
+        )
+    again = again[:1]
+    if _random_states(inputs.device) != before:
         return None
 
     def tell() -> None:

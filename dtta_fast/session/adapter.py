@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dtta_fast import presets
@@ -104,9 +105,9 @@ class Adapter:
 
     @property
     def config(self) -> AdaptConfig:
-        """The settings this adapter runs with: those it was created with, except that compile "auto" is replaced by what it stands for on
-        the model's device, settings that need a calibration by others if the denoiser has none, and top_k and drawn_classes by the
-        number of classes if there are fewer."""
+        """The settings this adapter runs with. They are those it was created with, with three exceptions: compile "auto" is resolved for
+        the model's device; settings that need a calibration are replaced if the denoiser has none; and top_k and drawn_classes are lowered
+        if there are fewer classes."""
         return self.engine.config
 
     def adapt(
@@ -126,7 +127,7 @@ class Adapter:
         Args:
             images: [B, 3, H, W], uint8, or floating point in [0, 1], not normalised. Also a PIL image, a numpy array [H, W, 3] or
                 [B, H, W, 3], a path, or a list of images of any of these kinds; those of different sizes are cropped one by one.
-                A PIL image or a file is turned by the EXIF that it carries, so remove that from a PIL image that you turned yourself.
+                A PIL image or a file is rotated as its EXIF data says, so remove that data from a PIL image that you rotated yourself.
             image_ids: [B] int64, 0 .. 2^32 - 1, identifies each image's random draws; 0 .. B - 1 by default. In episodic mode an
                 image's result depends only on (seed, image_id, config).
             latents: [B, C, h, w], x0 if it is already encoded. timesteps [B, steps, P] and noise [B, steps, P, C, h, w]
@@ -202,7 +203,10 @@ class Adapter:
         program.tell()
         unadapted = None
         if rows is not None:
-            answers = unchanged(batch.before, batch.matched_outputs).standing, batch.before
+            standing = unchanged(batch.before, batch.matched_outputs).standing
+            if config.method != "adapt":  # as classified() gives them
+                standing = standing.to(torch.promote_types(standing.dtype, torch.float32))
+            answers = standing, batch.before
             unadapted = tuple((outputs, program.predictions(outputs, batch)) for outputs in answers)
         forwards = problem.forwards() * (config.pairs if request.timesteps is None else request.timesteps.shape[2])
         result = AdaptResult(**assembled(rows, outcomes, unadapted, forwards), clock=clock)
@@ -259,7 +263,8 @@ class Adapter:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of the online state: adapted weights by name, optimizer state and step; empty before the first batch."""
-        return {} if self._state is None else copied(self._state)._asdict()
+        state = self._state  # read once: another thread may replace it, but no call writes to it
+        return {} if state is None else copied(state)._asdict()
 
     def save_lora(self, folder: str | Path) -> None:
         """Saves the online state's LoRA adapters in the peft and diffusers formats.

@@ -36,7 +36,7 @@ def to_batch(images: Images, device: torch.device, crop: Callable[[Tensor], Tens
     if len({(part.shape, part.dtype) for part in parts}) == 1:
         return torch.stack(parts), False
     checks = Checks()
-    crops = [crop(checked_images(part[None], device, checks))[0] for part in parts]
+    crops = [crop(checked_images(part[None], device, checks).clone())[0] for part in parts]  # a crop may write to its input
     checks.settle()
     sizes = sorted({tuple(part.shape[-2:]) for part in crops})
     if len(sizes) > 1:

@@ -36,7 +36,7 @@ def row_bytes(denoiser: Denoiser, x0: Tensor, condition: Tensor, moving: Collect
 
 
 def _saved(denoiser: Denoiser, x0: Tensor, condition: Tensor, moving: Collection[str], rows: int, checkpointing: bool) -> tuple[int, int]:
-    x_t = x0.to(denoiser.dtype).expand(rows, *x0.shape[1:]).contiguous()
+    x_t = x0.to(denoiser.dtype).repeat(rows, *(1,) * (x0.ndim - 1))  # a copy: some denoisers write to their input
     timesteps = torch.zeros(rows, dtype=torch.int64, device=x0.device)
     leaf = condition.detach().clone().requires_grad_()
     before, denoiser.checkpointing = denoiser.checkpointing, checkpointing
@@ -47,8 +47,12 @@ def _saved(denoiser: Denoiser, x0: Tensor, condition: Tensor, moving: Collection
 
 
 def saved_bytes(module: nn.Module, moving: Collection[str], *inputs: Tensor) -> tuple[int, int]:
-    """Returns the bytes of all activations that module(*inputs) saves for a backward to its weights `moving`, and of the largest one."""
-    constants = {p.untyped_storage()._cdata for p in (*module.parameters(), *module.buffers())}
+    """Returns the bytes of all activations that module(*inputs) saves for a backward to its weights `moving`, and of the largest one.
+
+    The module gets copies of its buffers, which some modules write to.
+    """
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    constants = {p.untyped_storage()._cdata for p in (*module.parameters(), *buffers.values())}
     sizes: dict[int, int] = {}
     alive: list[Tensor] = []  # held as long as autograd would hold them; otherwise two tensors at one address would count once
 
@@ -62,7 +66,7 @@ def saved_bytes(module: nn.Module, moving: Collection[str], *inputs: Tensor) -> 
     own = dict(module.named_parameters())
     weights = {name: own[name].detach().requires_grad_() for name in moving}
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        functional_call(module, weights, inputs, tie_weights=False)
+        functional_call(module, {**buffers, **weights}, inputs, tie_weights=False)
     return sum(sizes.values()), max(sizes.values(), default=0)
 
 
@@ -73,10 +77,11 @@ def forward_bytes(denoiser: Denoiser, x0: Tensor, condition: Tensor) -> int:
     """
     peaks = []
     for rows in (1, 2):
-        x_t = x0.to(denoiser.dtype).expand(rows, *x0.shape[1:]).contiguous()
+        x_t = x0.to(denoiser.dtype).repeat(rows, *(1,) * (x0.ndim - 1))
         timesteps = torch.zeros(rows, dtype=torch.int64, device=x0.device)
+        buffers = {name: buffer.clone() for name, buffer in denoiser.named_buffers()}
         with torch.no_grad(), _LiveBytes() as alive:
-            denoiser(x_t, timesteps, condition.expand(rows, *condition.shape[1:]))
+            functional_call(denoiser, buffers, (x_t, timesteps, condition.expand(rows, *condition.shape[1:])), tie_weights=False)
         peaks.append(alive.peak)
     return max(1, peaks[1] - peaks[0] + 2 * x0[0].numel() * x0.dtype.itemsize)  # x_t and its noise
 
@@ -150,7 +155,7 @@ class Needs:
         if self._image is None:
             theta, phi = self._source()
             with torch.compiler.set_stance("force_eager"):
-                self._image = sum(saved_bytes(self._problem.model, list(theta), inputs[:1])) if theta else 0
+                self._image = sum(saved_bytes(self._problem.model, list(theta), inputs[:1].clone())) if theta else 0
             if self._problem.per_image:
                 moving = [torch.empty_like(p, dtype=torch.float32, device="meta") for own in (theta, phi) for p in own.values()]
                 kept = optimizers.init_slots(self._problem.config.optimizer, moving)

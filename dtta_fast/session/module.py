@@ -120,12 +120,25 @@ class AsModule(nn.Module):
             self._adapter.reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AsModule:
-        """Moves or converts the module; an adapter on the new device is made at the next call."""
+        """Moves or converts the module. If that changes a tensor, the next call makes an adapter of what it became."""
+        before = self._tensors()
+        super()._apply(fn, recurse)
+        if self._tensors() == before:
+            return self
         if self._adapter is not None:
             self._online, self._adapter = self._adapter.state_dict(), None
-        super()._apply(fn, recurse)
-        self._online = pytree.tree_map_only(Tensor, lambda part: fn(part) if part.is_floating_point() else part, self._online)
+
+        def moved(part: Tensor) -> Tensor:
+            found = fn(part)
+            exact = torch.promote_types(found.dtype, torch.float32)  # adapted weights are at least that
+            return found if found.dtype == exact else part.to(found.device, exact)
+
+        self._online = pytree.tree_map_only(Tensor, lambda part: moved(part) if part.is_floating_point() else part, self._online)
         return self
+
+    def _tensors(self) -> list[tuple[int, torch.dtype, torch.device]]:
+        """Returns what tells whether the weights and buffers were replaced."""
+        return [(tensor.data_ptr(), tensor.dtype, tensor.device) for tensor in (*self.parameters(), *self.buffers())]
 
     def get_extra_state(self) -> dict[str, Any]:
         """Returns the number of the next image and the online state, for state_dict()."""
