@@ -302,14 +302,14 @@ def test_fast_works_without_a_calibration_and_says_how(model, denoiser, images):
 
 def test_updates_that_nothing_guards_are_warned_of_where_the_loss_is_not_trusted(model, denoiser, recwarn):
     found = Calibration.measure(denoiser, torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(3)) ** 2)
-    denoiser.calibration = dataclasses.replace(found, trust=0.45)
+    denoiser.calibration = dataclasses.replace(found, trust=0.15)
     own = {"timesteps": "stratified", "timestep_range": (1, 40)}
     for settings in (presets.FAST.replace(**own), presets.RANK.replace(**own), presets.PAPER):
         Adapter(model, denoiser, settings)
     assert not recwarn.list
-    with pytest.warns(UserWarning, match=r"trust 0\.45: its loss separates the classes poorly, and with guard 0 .* such as FAST"):
+    with pytest.warns(UserWarning, match=r"trust 0\.15: its loss separates the classes poorly, and with guard 0 .* such as FAST"):
         Adapter(model, denoiser, presets.ONLINE.replace(**own))
-    denoiser.calibration = dataclasses.replace(found, trust=1.0)
+    denoiser.calibration = dataclasses.replace(found, trust=0.4)
     recwarn.clear()
     Adapter(model, denoiser, presets.ONLINE.replace(**own))
     assert not recwarn.list

@@ -101,7 +101,7 @@ def test_another_numbering_of_the_classes_shows(images):
         ({"agreement": 0.55}, "does not clearly prefer"),
         ({"calibrated": False, "unusual": None}, "there is no calibration"),
         ({"trust": 0.1}, "trust is 0.10"),
-        ({"trust": 0.45}, "trust is 0.45: use FAST or RANK"),
+        ({"trust": 0.15}, "trust is 0.15: the guard will hardly accept an adapted answer, and ONLINE and DUSA have no guard"),
         ({"unusual": 0.06}, "there is little to gain"),
         ({"by_matching": 0.0, "by_adaptation": 0.0}, "no answer changes"),
         ({"by_matching": 0.3, "by_adaptation": 0.0}, "come from matching"),

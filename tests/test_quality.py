@@ -43,7 +43,7 @@ def test_seeds_of_other_settings_are_not_kept(run, methods):
     assert run.kept(record, {"images": 9, "settings": slow.settings}) == []
     rates = {name: table["TENT"].settings["lr"] for name, table in (("digits", methods.METHODS), ("CIFAR", methods.CIFAR))}
     assert rates == {"digits": 3e-3, "CIFAR": 3e-3}
-    assert methods.CIFAR["ONLINE"].settings["lr"] == methods.CIFAR["ONLINE, continual"].settings["lr"] != presets.ONLINE.lr
+    assert methods.CIFAR["DUSA"].settings["lr"] == methods.CIFAR["DUSA, matched"].settings["lr"] != presets.DUSA.lr
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy():

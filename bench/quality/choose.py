@@ -39,6 +39,7 @@ from dtta_fast.runtime import environment
 
 RESULTS = Path(__file__).parents[1] / "results" / "choose.jsonl"
 FAST, ONLINE, DUSA = presets.FAST, presets.ONLINE, presets.DUSA
+EMBEDDING = ONLINE.replace(objective="embedding_mix", pairs=4, top_k=None, drawn_classes=0, logit_scale=6.0, lr=1e-4)
 
 CONFIGS: dict[str, AdaptConfig] = {
     "FAST as it is": FAST,
@@ -62,9 +63,16 @@ CONFIGS: dict[str, AdaptConfig] = {
     "FAST top 3": FAST.replace(top_k=3),
     "FAST top 3, 2 drawn": FAST.replace(top_k=3, drawn_classes=2),
     "FAST noise mixing": FAST.replace(objective="noise_mix", top_k=3, pairs=2),
-    **{f"ONLINE lr {lr}": ONLINE.replace(lr=lr) for lr in (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)},
+    **{f"ONLINE lr {lr}": ONLINE.replace(lr=lr) for lr in (3e-6, 1e-5, 3e-5, 1e-4)},
     "ONLINE denoiser adapts": ONLINE.replace(denoiser_parameters="all", denoiser_lr=1e-5),
-    "ONLINE range 450-700": ONLINE.replace(timesteps="stratified", timestep_range=(450, 700)),
+    "ONLINE 2 pairs": ONLINE.replace(pairs=2),
+    "ONLINE top 3": ONLINE.replace(top_k=3, drawn_classes=0),
+    "ONLINE logit_scale 6": ONLINE.replace(logit_scale=6.0),
+    "ONLINE t 500": ONLINE.replace(timesteps="stratified", timestep_range=(500, 501)),
+    "ONLINE guard": ONLINE.replace(guard=24, guard_threshold=3.0),
+    **{f"ONLINE embeddings, lr {lr}": EMBEDDING.replace(lr=lr) for lr in (3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)},
+    "ONLINE embeddings, denoiser adapts": EMBEDDING.replace(denoiser_parameters="all", denoiser_lr=1e-5),
+    "ONLINE embeddings, range 450-700": EMBEDDING.replace(timesteps="stratified", timestep_range=(450, 700)),
     **{f"DUSA t {t}": DUSA.replace(timestep_range=(t, t + 1)) for t in (100, 300, 500, 650)},
     "DUSA lr 1e-3": DUSA.replace(lr=1e-3),
     "DUSA lr 1e-5": DUSA.replace(lr=1e-5),

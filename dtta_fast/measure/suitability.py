@@ -15,7 +15,7 @@ from dtta_fast.denoisers.base import Denoiser
 from dtta_fast.denoisers.calibration import Calibration
 from dtta_fast.runtime.encoding import as_in_evaluation
 from dtta_fast.session.adapter import Adapter
-from dtta_fast.session.checks import UNGUARDED_TRUST, fitted_to_denoiser
+from dtta_fast.session.checks import fitted_to_denoiser
 from dtta_fast.tasks.base import ClassTask
 from dtta_fast.tasks.classification import Classification
 
@@ -77,9 +77,10 @@ class Suitability:
         if not self.calibrated:
             found.append("there is no calibration, so nothing is matched: run `dtta calibrate` on clean images, and this again")
         elif self.trust < LEAST_TRUST:
-            found.append(f"trust is {self.trust:.2f}: the guard will hardly accept an adapted answer; use matching alone")
-        elif self.trust < UNGUARDED_TRUST:
-            found.append(f"trust is {self.trust:.2f}: use FAST or RANK, which check the answers; ONLINE and DUSA do not")
+            found.append(
+                f"trust is {self.trust:.2f}: the guard will hardly accept an adapted answer, and ONLINE and DUSA have no guard; "
+                "use matching alone"
+            )
         if self.unusual is not None and self.unusual <= FEW_UNUSUAL:
             found.append(f"{self.unusual:.0%} of the images are unusual, as 5 % of the denoiser's own are: there is little to gain")
         if self.unusual is not None and self.unusual >= NEARLY_ALL:
