@@ -48,6 +48,27 @@ def test_out_of_memory_halves_the_rows(floats, error):
         adapt(model, denoiser, images, config=CONFIG)
 
 
+@pytest.mark.parametrize("mode", ["episodic", "online"])
+def test_images_that_do_not_fit_through_the_model_at_once_run_in_parts(floats, mode):
+    model, denoiser, images = floats
+    images = torch.cat([images, images.flip(-1)])[:6]
+    config = CONFIG.replace(mode=mode, memory_budget=2**28)
+    plain = adapt(model, denoiser, images, config=config)
+    failures: list[int] = []
+
+    def full(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) > 4 and not torch.is_grad_enabled():
+            failures.append(len(inputs[0]))
+            raise torch.OutOfMemoryError("injected")
+
+    model.stages[0].register_forward_pre_hook(full)
+    adapter = Adapter(model, denoiser, config)
+    torch.testing.assert_close(adapter.adapt(images).outputs, plain.outputs, rtol=1e-3, atol=1e-3)
+    assert failures == [6]
+    adapter.adapt(images)
+    assert failures == [6]  # it has learnt
+
+
 def test_out_of_memory_before_the_first_step_is_the_caller_s(floats, monkeypatch):
     model, denoiser, images = floats
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,7 +90,8 @@ class Planner:
 
     def __init__(self, config: AdaptConfig) -> None:
         self._config, self._budget = config, config.memory_budget
-        self._limits = {"step": Limit(), "guard": Limit()}  # rows that run at once, after running out of memory
+        # rows that run at once, after running out of memory; images in forwards of the model with weights that they share
+        self._limits = {"step": Limit(), "guard": Limit(), "model": Limit()}
         self.begin()
 
     def measure(self, device: torch.device) -> None:
@@ -99,7 +100,7 @@ class Planner:
 
     def begin(self) -> None:
         """Starts an attempt at a call: before it has a plan, fewer rows would not help."""
-        self._running, self._at_once = "step", 1  # which of the two is running, and on how many rows
+        self._running, self._at_once = "step", 1  # which of them is running, and on how many rows
         self._least = 1  # rows of one pair of one image, the minimum for any plan of a step
 
     def plan(self, problem: Problem, needs: Needs, inputs: Tensor, x0: Tensor, pairs: int) -> Schedule:
@@ -146,14 +147,18 @@ class Planner:
             rows = min(rows // config.guard, 2 * together) * config.guard if rows >= config.guard > 0 else rows
         return rows
 
+    def model_rows(self, images: int) -> int:
+        """Returns how many of the images run through the model at once, where they share its weights and no gradient is wanted."""
+        return self._limits["model"].of(images)
+
     @contextmanager
-    def forwards(self, rows: int) -> Iterator[None]:
+    def forwards(self, rows: int, of: Literal["guard", "model"] = "guard") -> Iterator[None]:
         """Records that forward passes without gradients run on so many rows, so that running out of memory lowers their limit.
 
         If that happens, the record is left in place for shrink() to read.
         """
         before = self._running, self._at_once
-        self._running, self._at_once = "guard", rows
+        self._running, self._at_once = of, rows
         yield
         self._running, self._at_once = before
 

@@ -145,7 +145,14 @@ class ModuleProgram(Program):
 
     def plain_outputs(self, inputs: Tensor) -> Tensor:
         """Runs the source model."""
-        return self.outputs({}, inputs)
+        return self._in_parts(functools.partial(self.outputs, {}), inputs)
+
+    def _in_parts(self, run: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+        """Runs the model on inputs [B, 3, H, W] that share its weights: all at once, or as many as memory has room for."""
+        rows = len(inputs) if self.compiles else self._planner.model_rows(len(inputs))
+        with self._planner.forwards(rows, "model"):
+            parts = [run(part) for part in inputs.split(rows)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @torch.no_grad()
     def checked_outputs(self, inputs: Tensor, checks: Checks) -> Tensor:
@@ -314,7 +321,8 @@ class ModuleProgram(Program):
     @torch.no_grad()
     def forward(self, state: State, inputs: Tensor) -> Tensor:
         """Returns the model's outputs [B, ...] under the state's weights."""
-        return self.outputs(state.theta, inputs)
+        run = functools.partial(self.outputs, state.theta)
+        return run(inputs) if self.problem.per_image else self._in_parts(run, inputs)
 
     def finish(self, state: State, batch: Batch) -> Answers:
         return guard.compare(self.problem, batch.before, self.forward(state, batch.inputs), batch.matched_outputs)

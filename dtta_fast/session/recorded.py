@@ -91,10 +91,13 @@ class RecordedProgram(ModuleProgram):
         return self._token[1]
 
     def plain_outputs(self, inputs: Tensor) -> Tensor:
-        return self._forward_of({}, inputs, ())
+        return self._in_parts(lambda part: self._forward_of({}, part, ()), inputs)
 
     def forward(self, state: State, inputs: Tensor) -> Tensor:
-        return self._forward_of(state.theta, inputs, self._known(state))
+        def run(part: Tensor) -> Tensor:
+            return self._forward_of(state.theta, part, self._known(state))
+
+        return run(inputs) if self.problem.per_image else self._in_parts(run, inputs)
 
     @torch.no_grad()
     def _forward_of(self, theta: Parameters, inputs: Tensor, given: Any) -> Tensor:
