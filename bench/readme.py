@@ -68,7 +68,7 @@ def quality(name: str) -> str:
 
 
 GAINS = {
-    "cifar_resnet": ("source", "matched alone", "FAST", "RANK", "PAPER", "DUSA, matched", "NEO, matched", "EATA, matched", "CoTTA"),
+    "cifar_resnet": ("source", "matched alone", "FAST", "RANK", "ONLINE", "PAPER", "DUSA, matched", "NEO, matched", "CoTTA"),
     "digits": ("source", "matched alone", "FAST", "RANK", "ONLINE", "PAPER", "NEO, matched"),
     "open_vocabulary": ("source", "matched alone", "guard of 14, LoRA"),
     "fashion": ("source", "matched alone", "FAST", "RANK", "NEO, matched"),
