@@ -501,7 +501,7 @@ def test_what_a_model_does_not_take_is_explained(denoiser):
     with pytest.raises(ValueError, match=r"first layer takes images of 1 channels, and images are RGB; average the channels"):
         adapt(grey, denoiser, images, config=CONFIG)
     small = timm.create_model("vit_tiny_patch16_224", num_classes=7, img_size=32)
-    with pytest.raises(ValueError, match=r"built for another size than 224x224, which its timm config gives .*Classification\(crop=...\)"):
+    with pytest.raises(ValueError, match=r"built for another size than 224x224, that of its crops .*Classification\(crop=...\)"):
         adapt(small, denoiser, images, config=CONFIG)
     found = adapt(small, denoiser, images, config=CONFIG, task=Classification(crop=lambda crop: crop))
     assert found.outputs.shape == (2, 7)
