@@ -2,8 +2,9 @@
 
     python bench/zoo/cifar_classifiers.py --root FOLDER [--only resnet|convnext] [--epochs N] [--out FOLDER]
 
-Both are timm's. The ConvNeXt also learns from the ResNet's answers to the same views, so train the ResNet first. Training is seeded and
-takes half an hour on 2 cores with AVX-512 and bfloat16 for the ResNet, and 40 minutes on one for the ConvNeXt. Weights are stored in half precision; load() reads them.
+Both are timm's. The ConvNeXt also learns from the ResNet's answers to the same views, so train the ResNet first. Training is seeded. With
+AVX-512 and bfloat16, the ResNet takes half an hour on 2 cores, and the ConvNeXt 40 minutes on one. Weights are stored in half precision;
+load() reads them.
 """
 
 from __future__ import annotations

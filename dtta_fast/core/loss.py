@@ -129,7 +129,7 @@ def accumulated_gradients(
 
     Pairs run in chunks of `chunk` per image. A chunk keeps only its contribution to the gradients, so peak memory is that of one chunk.
     If each image has its own weights phi, images run one by one, or all at once if `batched` is set. `half` says that the heads' gradients
-    go on into float16, as with a model in that format, so that they are scaled even if the denoiser is not in it.
+    flow on into a float16 model, so they are scaled whatever format the denoiser has.
 
     Returns:
         loss [B]; the gradients with respect to those `heads` [B, ...] that require one, in order; the gradients with respect to phi's

@@ -117,8 +117,8 @@ def are_logits(module: nn.Module, outputs: Tensor) -> Notice | None:
 
 @torch.no_grad()
 def are_bright(images: Tensor) -> Notice:
-    """Looks whether the largest value of images [B, 3, H, W] in [0, 1] is at most 1/255 and above 0: someone divided by 255 twice, or cast
-    values in [0, 1] to uint8."""
+    """Looks whether the largest value of images [B, 3, H, W] in [0, 1] is at most 1/255 and above 0, as after a second division by 255 or
+    a cast of values in [0, 1] to uint8."""
 
     def tell() -> None:
         warn(

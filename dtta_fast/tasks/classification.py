@@ -126,7 +126,7 @@ class Classification(ClassTask):
         # the top entries of log p + Gumbel noise are a sample without replacement from p (Kool et al. 2019, arXiv 1903.06059)
         uniforms = class_uniforms(outputs.shape[1], image_ids, config.seed, step)
         scores = outputs.double().log_softmax(1) - (-uniforms.log()).log()
-        scores = scores.clamp(min=torch.finfo(scores.dtype).min)  # classes masked by -inf come last, but before `best`
+        scores = scores.clamp(min=torch.finfo(scores.dtype).min)  # rank masked classes (-inf) last, but above those of `best`
         drawn = scores.scatter(1, best, -torch.inf).topk(config.drawn_classes, dim=1).indices
         return torch.cat([best, drawn], dim=1)
 
